@@ -1,0 +1,320 @@
+"""Group relative policy optimisation with verifiable rewards, in reading order.
+
+A step: draw prompts, sample n replies to each, score them, turn rewards into advantages within each group, and make one optimizer step
+per mini-batch of prompts. Simplified against a general trainer: replies come from the trainer's own weights, so the first mini-batch is
+on policy and needs no old log-probs (its ratio is exactly 1), and the reference is the starting weights, held frozen or reached by
+switching the adapter off. A group lives on one rank; every loss term is divided by a global count, so the number of ranks and micro-batches
+does not change the update.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import time
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from actial_fast import checkpoint, ops
+from actial_fast.config import GRPORecipe
+from actial_fast.data.stream import Example, Stream
+from actial_fast.dist import World, clip_gradients, is_sharded, reduce_gradients, shard, world
+from actial_fast.evaluate import evaluate
+from actial_fast.metrics import MetricLog
+from actial_fast.model import Policy, load_reference
+from actial_fast.packing import Sequence, collate, micro_batches
+from actial_fast.processor import Processor, dummy
+from actial_fast.rewards import score
+from actial_fast.rollout.embedded import generate
+from actial_fast.training import (
+    Stopped,
+    begin,
+    build_optimizer,
+    graceful_stop,
+    open_policy,
+    parameters_of,
+    set_learning_rate,
+    stage_folder,
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One reply, ready for the update.
+
+    sequence: prompt and reply, the reply's n tokens trained; sampled (n,) float32, the sampler's log-probs; rewards (k,) float32, one a
+    reward function; reward: their weighted sum; minibatch: which optimizer step it belongs to; finished: False where the length limit cut
+    it; old, ref (n,) float32: log-probs under the policy before the update and under the reference, or None where not needed.
+    """
+
+    sequence: Sequence
+    text: str
+    sampled: np.ndarray
+    rewards: np.ndarray
+    reward: float
+    advantage: float
+    minibatch: int
+    finished: bool
+    old: np.ndarray | None = None
+    ref: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.sampled)
+
+
+def train(recipe: GRPORecipe) -> Path:
+    """Run the stage, or go on with it, or do nothing when it is finished; returns the folder of the final model.
+
+    Raises ValueError for a recipe or data that cannot be used, Stopped after a signal (with a checkpoint written).
+    """
+    if recipe.prompts % recipe.minibatch:
+        raise ValueError(f"minibatch: prompts ({recipe.prompts}) must be a multiple of it, got {recipe.minibatch}")
+    with world() as where:
+        return _train(recipe, where)
+
+
+def _train(recipe: GRPORecipe, where: World) -> Path:
+    folder = stage_folder(recipe)
+    start = begin(recipe, where)
+    if done := checkpoint.final(folder):
+        return done
+    torch.manual_seed(recipe.seed)
+    policy = open_policy(recipe, start, where)
+    reference = None
+    if recipe.loss.beta > 0 and not policy.adapted:
+        reference = load_reference(recipe.model, where.device)
+        reference = shard(reference, where) if recipe.dist.fsdp else reference
+    model = recipe.model
+    processor = Processor.load(
+        model.path, min_pixels=model.min_pixels, max_pixels=model.max_pixels, max_prompt=recipe.data.max_prompt_tokens
+    )
+    optimizer = build_optimizer(policy, recipe.optim)
+    stream = Stream(
+        recipe.data.sources,
+        seed=recipe.seed,
+        on_bad_row=recipe.data.on_bad_row,
+        rejects=folder / "rejects.jsonl",
+        workers=recipe.data.workers,
+        rank=where.rank,
+        world=where.size,
+    )
+    if start:
+        stream.seek(checkpoint.restore(folder, start, policy, optimizer, where)["position"])
+    save, total = recipe.save, recipe.steps
+    log = MetricLog(
+        Path(recipe.run),
+        stage=recipe.name,
+        total=total,
+        tensorboard=save.tensorboard,
+        wandb=save.wandb,
+        resume_step=start,
+        enabled=where.main,
+    )
+    with log, graceful_stop() as asked:
+        if start == 0 and recipe.eval.sources:
+            log.event("eval", evaluate(policy, processor, recipe.eval, where, seed=recipe.seed), 0)
+        for step in range(start + 1, total + 1):
+            began = time.perf_counter()
+            rate = set_learning_rate(optimizer, recipe.optim, step, total)
+            examples = stream.next_batch(recipe.prompts)
+            samples = _sample(policy, processor, examples, recipe)
+            sampled_in = time.perf_counter() - began
+            samples = _log_probs(policy, reference, processor, samples, recipe, where)
+            stats, norms = np.zeros(len(ops.STATS)), []
+            for minibatch in range(recipe.prompts // recipe.minibatch):
+                stats += _accumulate(policy, processor, [s for s in samples if s.minibatch == minibatch], recipe, where)
+                reduce_gradients(parameters_of(policy), where)
+                norms.append(clip_gradients(parameters_of(policy), recipe.optim.clip_norm))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            metrics = _metrics(samples, stats / len(norms), recipe, where, time.perf_counter() - began)
+            log.step(step, {**metrics, "lr": rate, "grad_norm": float(np.mean(norms)), "sampling_seconds": sampled_in})
+            if recipe.log_rollouts and step in (1, (total + 1) // 2, total):
+                log.event("rollouts", _shown(examples, samples, recipe), step)
+            last = step == total
+            if recipe.eval.sources and (last or (recipe.eval.every and step % recipe.eval.every == 0)):
+                log.event("eval", evaluate(policy, processor, recipe.eval, where, seed=recipe.seed), step)
+            stop = where.max(len(asked)) > 0
+            if last or stop or (save.every and step % save.every == 0):
+                state = {"position": stream.position}
+                checkpoint.save(folder, step, policy, processor, optimizer, state, where, keep=save.keep, last=last)
+            if stop and not last:
+                raise Stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
+    stream.close()
+    return folder / "final" / "model"
+
+
+def _sample(policy: Policy, processor: Processor, examples: Many[Example], recipe: GRPORecipe) -> list[Sample]:
+    """n scored replies to each of this rank's prompts, in order, with their advantages."""
+    n, weights = recipe.sampling.n, np.array([r.weight for r in recipe.rewards], np.float32)
+    prompts = [processor.encode_prompt(example) for example in examples]
+    groups = generate(
+        policy,
+        processor,
+        prompts,
+        n,
+        keys=[(recipe.seed, example.position) for example in examples],
+        temperature=recipe.sampling.temperature,
+        max_new_tokens=recipe.sampling.max_new_tokens,
+        batch_size=recipe.sampling.batch_size,
+    )
+    replies = [reply for group in groups for reply in group]
+    texts = [processor.decode(reply.ids) for reply in replies]
+    rewards = score(texts, [example.row for example in examples for _ in range(n)], recipe.rewards)
+    totals = np.where(np.isnan(rewards).all(1), np.nan, np.nansum(rewards * weights, axis=1))
+    owner = torch.arange(len(examples)).repeat_interleave(n)
+    advantages = ops.group_advantages(torch.from_numpy(totals), owner, recipe.advantages)
+    steps = recipe.prompts // recipe.minibatch
+    return [
+        Sample(
+            sequence=replace(prompts[i // n], trained=np.zeros(len(prompts[i // n]), bool)).extended(reply.ids),
+            text=texts[i],
+            sampled=reply.logprobs,
+            rewards=rewards[i],
+            reward=float(totals[i]),
+            advantage=float(advantages[i]),
+            minibatch=examples[i // n].position % steps,  # of the global batch, so that ranks do not change which prompts go together
+            finished=reply.finished,
+        )
+        for i, reply in enumerate(replies)
+    ]
+
+
+def _log_probs(
+    policy: Policy, reference: Policy | None, processor: Processor, samples: list[Sample], recipe: GRPORecipe, where: World
+) -> list[Sample]:
+    """The samples with old log-probs where the policy will have moved (after the first mini-batch), and reference ones where beta asks."""
+    late = [i for i, sample in enumerate(samples) if sample.minibatch > 0]
+    if recipe.prompts > recipe.minibatch:
+        old = _forward_only(policy, processor, [samples[i].sequence for i in late], recipe, where)
+        samples = list(samples)
+        for i, logp in zip(late, old, strict=True):
+            samples[i] = replace(samples[i], old=logp)
+    if recipe.loss.beta > 0:
+        with contextlib.nullcontext() if reference is not None else policy.adapter_off():
+            ref = _forward_only(reference or policy, processor, [s.sequence for s in samples], recipe, where)
+        samples = [replace(sample, ref=logp) for sample, logp in zip(samples, ref, strict=True)]
+    return samples
+
+
+@torch.no_grad()
+def _forward_only(policy: Policy, processor: Processor, sequences: list[Sequence], recipe: GRPORecipe, where: World) -> list[np.ndarray]:
+    """Log-probs of each sequence's trained tokens, (n,) float32 each."""
+    was_training = policy.training
+    policy.eval()
+    out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(sequences)
+    for members in _rounds([len(s) for s in sequences], recipe.micro_batch, policy, where):
+        batch = collate([sequences[k] for k in members] or [dummy(processor)], processor.pad).to(policy.device)
+        logp = policy(
+            {**batch.model_inputs(), "use_cache": False},
+            lambda o, head, b=batch: ops.linear_logprob(
+                o.last_hidden_state.flatten(0, 1)[b.loss_rows], head, b.targets, temperature=recipe.sampling.temperature
+            )[0],
+        )
+        if members:
+            sizes = [int(sequences[k].trained.sum()) for k in members]
+            for k, part in zip(members, logp.cpu().split(sizes), strict=True):
+                out[k] = part.numpy()
+    policy.train(was_training)
+    return out
+
+
+def _accumulate(policy: Policy, processor: Processor, samples: list[Sample], recipe: GRPORecipe, where: World) -> np.ndarray:
+    """Gradients of one global mini-batch's loss, from this rank's samples; returns the global statistics (len(ops.STATS),)."""
+    spec = recipe.loss
+    counts = torch.tensor([sum(map(len, samples)), len(samples)], dtype=torch.float64, device=where.device)
+    tokens, replies = where.sum(counts).tolist()
+    if recipe.skip_zero_variance and spec.beta == 0:
+        samples = [s for s in samples if s.advantage != 0]
+    stats = torch.zeros(len(ops.STATS), device=where.device)
+    for members in _rounds([len(s.sequence) for s in samples], recipe.micro_batch, policy, where):
+        chosen = [samples[k] for k in members]
+        idle = None if any(s.sequence.patches for s in chosen) or not is_sharded(policy) else dummy(processor)
+        batch = collate([s.sequence for s in chosen] + ([idle] if idle else []), processor.pad).to(where.device)
+        extra = int(idle.trained[1:].sum()) if idle else 0  # rows at weight zero: every rank must run the sharded vision tower
+
+        def rows(values: list[np.ndarray], extra: int = extra) -> torch.Tensor:
+            return torch.from_numpy(np.concatenate([*values, np.zeros(extra)]).astype(np.float32)).to(where.device)
+
+        share = (lambda s: 1 / tokens) if spec.aggregation == "token" else (lambda s: 1 / (len(s) * replies))
+        on_policy = not any(s.old is not None for s in chosen)
+        arguments = {
+            "advantages": rows([np.full(len(s), s.advantage) for s in chosen]),
+            "old_logp": None if on_policy else rows([s.old for s in chosen]),
+            "ref_logp": rows([s.ref for s in chosen]) if spec.beta > 0 else None,
+            "token_weight": rows([np.full(len(s), share(s)) for s in chosen]),
+        }
+        loss, part = policy(
+            {**batch.model_inputs(), "use_cache": False},
+            lambda out, head, b=batch, a=arguments: ops.linear_grpo_loss(
+                out.last_hidden_state.flatten(0, 1)[b.loss_rows], head, b.targets, spec=spec, temperature=recipe.sampling.temperature, **a
+            ),
+        )
+        loss.backward()
+        stats += part
+    return where.sum(stats).cpu().double().numpy()
+
+
+def _rounds(lengths: list[int], size: int, policy: Policy, where: World) -> list[list[int]]:
+    """Micro-batches of this rank; on sharded ranks padded with empty ones, so that all make the same number of passes."""
+    groups = micro_batches(lengths, size)
+    missing = int(where.max(len(groups))) - len(groups) if is_sharded(policy) else 0
+    return groups + [[]] * missing
+
+
+def _metrics(samples: list[Sample], stats: np.ndarray, recipe: GRPORecipe, where: World, seconds: float) -> dict[str, float]:
+    """The step's figures over all ranks."""
+    named = dict(zip(ops.STATS, stats, strict=True))
+    n = recipe.sampling.n
+    groups = [samples[i : i + n] for i in range(0, len(samples), n)]
+    local = [
+        len(samples),
+        np.nansum([s.reward for s in samples]),
+        sum(map(len, samples)),
+        sum(len(s.sequence) for s in samples),
+        sum(s.finished for s in samples),
+        sum(len({s.reward for s in group}) == 1 for group in groups),
+        *(np.nansum([s.rewards[k] for s in samples]) for k in range(len(recipe.rewards))),
+    ]
+    count, reward, length, tokens, finished, flat, *parts = where.sum(
+        torch.tensor(local, dtype=torch.float64, device=where.device)
+    ).tolist()
+    count = max(count, 1)
+    return {
+        "loss": named["policy_loss"] + recipe.loss.beta * named["kl"],
+        "reward": reward / count,
+        **{f"reward/{r.name}": part / count for r, part in zip(recipe.rewards, parts, strict=True)},
+        "response_length": length / count,
+        "finished": finished / count,
+        "zero_variance_groups": flat * n / count,
+        **{name: named[name] for name in ("kl", "entropy", "ratio")},
+        "clip_fraction": named["clip_low"] + named["clip_high"],
+        "tokens_per_s": tokens / seconds,
+        "seconds": seconds,
+    }
+
+
+def _shown(examples: list[Example], samples: list[Sample], recipe: GRPORecipe) -> list[dict[str, Any]]:
+    """Rollouts for the report: the first replies of the first groups, with their images as small PNGs."""
+    shown = []
+    for g, example in enumerate(examples[: recipe.log_rollouts]):
+        images = [_thumbnail(pixels) for pixels in example.pixels]
+        prompt = "\n".join(turn.content for turn in example.row.prompt if turn.role != "system")
+        for sample in samples[g * recipe.sampling.n :][:2]:
+            shown.append({"images": images, "prompt": prompt, "response": sample.text, "reward": sample.reward, "truth": example.row.truth})
+    return shown
+
+
+def _thumbnail(pixels: np.ndarray) -> str:
+    image = Image.fromarray(pixels)
+    image.thumbnail((160, 160))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,146 @@
+"""Loading, freezing, adapters, and the module that the loops call: an unmodified Qwen2.5-VL whose head is handed to the caller."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from actial_fast.config import ModelConfig
+
+LANGUAGE_MODEL = "model.language_model"
+
+
+class Policy(nn.Module):
+    """A Qwen2.5-VL that yields hidden states and lets the caller apply the head.
+
+    The head's matrix (V, H) is passed to a function inside forward, where sharded weights are whole, so that log-probs and losses are
+    computed by fused ops from hidden states and no logits of every token exist.
+    """
+
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration | PeftModel, compute_dtype: torch.dtype):
+        super().__init__()
+        self.model = model
+        self.compute_dtype = compute_dtype
+
+    @property
+    def base(self) -> Qwen2_5_VLForConditionalGeneration:
+        """The transformers model, without the adapters' wrapper."""
+        return self.model.get_base_model() if self.adapted else self.model
+
+    @property
+    def adapted(self) -> bool:
+        """True when low-rank adapters are trained instead of the weights."""
+        return isinstance(self.model, PeftModel)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, inputs: dict[str, Any], head: Callable[[Any, Tensor], Any]) -> Any:
+        """head(outputs of the trunk, head matrix (V, H)); `outputs.last_hidden_state` is (B, L, H)."""
+        base = self.base
+        low = self.compute_dtype != torch.float32
+        with torch.autocast(self.device.type, self.compute_dtype, enabled=low):
+            return head(base.model(**inputs), base.lm_head.weight)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by the name they have in this module."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def adapter_off(self) -> contextlib.AbstractContextManager:
+        """The model as it was before its adapters, for the time of a with block."""
+        assert self.adapted, "there is no adapter to switch off"
+        return self.model.disable_adapter()
+
+
+def load_policy(config: ModelConfig, device: torch.device, seed: int) -> Policy:
+    """The policy of a recipe on `device`, in train mode, with what is frozen frozen. ValueError where the recipe does not fit the model."""
+    if not config.path:
+        raise ValueError("model.path: a checkpoint folder or hub name is needed")
+    lora = config.lora.rank > 0
+    dtype = getattr(torch, config.frozen_dtype if lora else config.dtype)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.path, dtype=dtype, attn_implementation=config.attention)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lora:
+        model = _add_adapters(model, config, seed)
+    for prefix in config.freeze:
+        names = [n for n, _ in model.named_parameters() if n.removeprefix("base_model.model.").startswith(prefix)]
+        if not names:
+            known = sorted({".".join(n.split(".")[:2]) for n, _ in model.named_parameters()})
+            raise ValueError(f"model.freeze: no parameter starts with {prefix!r}; the model has {', '.join(known)}")
+        for name in names:
+            parameter = model.get_parameter(name)
+            parameter.requires_grad_(False)
+            if not lora:
+                parameter.data = parameter.data.to(getattr(torch, config.frozen_dtype))
+    policy = Policy(model.to(device), torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if not policy.trained():
+        raise ValueError("model.freeze: every parameter is frozen, nothing is left to train")
+    return policy.train()
+
+
+def load_reference(config: ModelConfig, device: torch.device) -> Policy:
+    """A frozen copy of the starting weights, to measure the KL against (with adapters, switch those off instead)."""
+    config = replace(config, dtype=config.frozen_dtype, lora=replace(config.lora, rank=0), freeze=(), gradient_checkpointing=False)
+    return load_policy(config, device, seed=0).requires_grad_(False).eval()
+
+
+def _add_adapters(model: Qwen2_5_VLForConditionalGeneration, config: ModelConfig, seed: int) -> PeftModel:
+    """Adapters on the named linear layers of the language model, in the training dtype, their weights drawn by `seed`."""
+    names = "|".join(map(re.escape, config.lora.targets))
+    settings = LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=rf"{re.escape(LANGUAGE_MODEL)}\..*\.({names})",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            model = get_peft_model(model, settings)
+        except ValueError as error:
+            raise ValueError(f"model.lora.targets: {error}") from None
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, config.dtype))
+    return model
+
+
+def save_model(policy: Policy, folder: Path, state: dict[str, Tensor]) -> None:
+    """Write config and weights so that plain transformers opens the folder.
+
+    state: the full weights by the policy's names, on the CPU; adapters are merged into the weights they adapt.
+    """
+    base = policy.base
+    if policy.adapted:
+        state = _merged(policy.model, state)
+    prefix = "model."
+    weights = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    base.save_pretrained(folder, state_dict=weights)
+
+
+def _merged(model: PeftModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The base model's weights with every adapter's product added, computed in float32 on copies."""
+    lora = model.peft_config["default"]
+    scale = lora.lora_alpha / lora.r
+    out = {}
+    for name, tensor in state.items():
+        if ".lora_" in name:
+            continue
+        if name.endswith(".base_layer.weight"):
+            stem = name.removesuffix(".base_layer.weight")
+            down, up = (state[f"{stem}.lora_{x}.default.weight"].float() for x in "AB")
+            tensor = (tensor.float() + scale * (up @ down)).to(tensor.dtype)
+        out[name.replace(".base_layer", "").replace("model.base_model.model.", "model.", 1)] = tensor
+    return out

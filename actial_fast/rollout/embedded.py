@@ -1,0 +1,132 @@
+"""Sampling from the trainer's own module: one prefill per group, its keys and values expanded to the group's replies.
+
+Each token is drawn by inverting the distribution's cumulative sum at a uniform number that is fixed by (seed, prompt, reply, place), so
+replies do not depend on how prompts are batched or spread over ranks, and a resumed run draws what the interrupted one would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from actial_fast.dist import gathered
+from actial_fast.model import Policy
+from actial_fast.packing import Sequence, collate
+from actial_fast.processor import Processor
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One sampled reply. ids (n,) int64, with the token that ended it; logprobs (n,) float32 at the sampling temperature over the whole
+    vocabulary, as the trainer computes them; finished is False where the length limit cut it."""
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    finished: bool
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    processor: Processor,
+    prompts: Many[Sequence],
+    n: int,
+    *,
+    keys: Many[tuple[int, ...]] = (),
+    temperature: float = 1.0,
+    max_new_tokens: int,
+    batch_size: int = 64,
+) -> list[list[Reply]]:
+    """n replies to each prompt.
+
+    keys: one tuple of non-negative integers per prompt that fixes its random numbers (unused when temperature is 0, which is greedy).
+    batch_size: prompts decoded together. Returns, per prompt, its n replies; vision tokens are never among them.
+    """
+    assert temperature == 0 or len(keys) == len(prompts), "one key per prompt"
+    was_training = policy.training
+    policy.eval()
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: little padding
+    replies: list[list[Reply]] = [[] for _ in prompts]
+    with gathered(policy):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            uniforms = None
+            if temperature > 0:
+                rows = [np.random.default_rng(keys[i]).random((n, max_new_tokens)) for i in chosen]
+                uniforms = torch.from_numpy(np.concatenate(rows)).to(policy.device)
+            drawn = _decode(policy, processor, [prompts[i] for i in chosen], n, uniforms, temperature, max_new_tokens)
+            for k, i in enumerate(chosen):
+                replies[i] = drawn[k * n : (k + 1) * n]
+    policy.train(was_training)
+    return replies
+
+
+def _decode(
+    policy: Policy, processor: Processor, prompts: list[Sequence], n: int, uniforms: Tensor | None, temperature: float, limit: int
+) -> list[Reply]:
+    device = policy.device
+    batch = collate(prompts, processor.pad, left=True).to(device)
+    stop = torch.tensor(processor.stop_tokens, device=device)
+    banned = torch.tensor(processor.banned_tokens, device=device)
+    cache = DynamicCache(config=policy.base.config.get_text_config())
+    logits, cache = policy({**batch.model_inputs(), "past_key_values": cache, "use_cache": True}, _last_logits)
+    cache.batch_repeat_interleave(n)
+    logits = logits.repeat_interleave(n, 0)
+    mask = batch.attention_mask.repeat_interleave(n, 0)
+    position = (batch.position_ids.amax((0, 2)) + 1).repeat_interleave(n, 0)
+
+    rows = len(prompts) * n
+    tokens = torch.full((rows, limit), processor.pad, dtype=torch.int64, device=device)
+    logprobs = torch.zeros((rows, limit), dtype=torch.float32, device=device)
+    lengths = torch.full((rows,), limit, dtype=torch.int64, device=device)
+    finished = torch.zeros(rows, dtype=torch.bool, device=device)
+    alive = torch.arange(rows, device=device)  # rows still in the batch; finished ones leave it once they are half of it
+    for step in range(limit):
+        token, logp = _draw(logits, None if uniforms is None else uniforms[alive, step], temperature, banned)
+        running = ~finished[alive]
+        tokens[alive, step] = torch.where(running, token, processor.pad)
+        logprobs[alive, step] = torch.where(running, logp, 0.0)
+        ended = running & torch.isin(token, stop)
+        lengths[alive[ended]] = step + 1
+        finished[alive[ended]] = True
+        keep = (~finished[alive]).nonzero().squeeze(1)
+        if len(keep) == 0 or step + 1 == limit:
+            break
+        if 2 * len(keep) <= len(alive):
+            cache.batch_select_indices(keep)
+            alive, mask, position, token = alive[keep], mask[keep], position[keep], token[keep]
+        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
+        inputs = {
+            "input_ids": token[:, None],
+            "attention_mask": mask,
+            "position_ids": position[None, :, None].expand(3, -1, -1),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        logits, cache = policy(inputs, _last_logits)
+        position = position + 1
+    tokens, logprobs, lengths, finished = tokens.cpu().numpy(), logprobs.cpu().numpy(), lengths.tolist(), finished.tolist()
+    return [Reply(tokens[r, : lengths[r]], logprobs[r, : lengths[r]], finished[r]) for r in range(rows)]
+
+
+def _last_logits(outputs, weight: Tensor) -> tuple[Tensor, DynamicCache]:
+    return (outputs.last_hidden_state[:, -1] @ weight.T).float(), outputs.past_key_values
+
+
+def _draw(logits: Tensor, uniform: Tensor | None, temperature: float, banned: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row and its log-prob: logits (R, V) float32, uniform (R,) float64 or None for greedy -> (R,) int64, (R,) float32."""
+    scaled = logits / (temperature or 1.0)
+    logp = scaled.log_softmax(-1)
+    allowed = logp.index_fill(-1, banned, -torch.inf)
+    if uniform is None:
+        token = allowed.argmax(-1)
+    else:
+        total = allowed.double().exp().cumsum(-1)  # float64: a float32 sum over 150,000 tokens would lose the rare ones
+        token = torch.searchsorted(total, (uniform * total[:, -1])[:, None], right=True).squeeze(1)
+        token = token.clamp(max=logits.shape[1] - 1)
+    return token, logp.gather(-1, token[:, None]).squeeze(1)

@@ -1,0 +1,157 @@
+"""Supervised fine-tuning, in reading order.
+
+Simplified against a general trainer: one objective (next-token loss on the assistant's turns), one optimizer, plain padded batches,
+no callbacks. A step draws a GLOBAL batch of rows, every rank takes its share, and every loss term is divided by the global count before
+backward, so the gradient does not depend on the number of ranks or micro-batches.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from actial_fast import checkpoint, ops
+from actial_fast.config import SFTRecipe
+from actial_fast.data.stream import Stream
+from actial_fast.dist import World, clip_gradients, is_sharded, reduce_gradients, world
+from actial_fast.evaluate import evaluate
+from actial_fast.metrics import MetricLog
+from actial_fast.model import Policy
+from actial_fast.packing import Sequence, collate, micro_batches
+from actial_fast.processor import Processor, dummy
+from actial_fast.training import (
+    Stopped,
+    begin,
+    build_optimizer,
+    graceful_stop,
+    open_policy,
+    parameters_of,
+    set_learning_rate,
+    stage_folder,
+)
+
+
+def train(recipe: SFTRecipe) -> Path:
+    """Run the stage, or go on with it, or do nothing when it is finished; returns the folder of the final model.
+
+    Raises ValueError for a recipe or data that cannot be used, Stopped after a signal (with a checkpoint written).
+    """
+    with world() as where:
+        return _train(recipe, where)
+
+
+def _train(recipe: SFTRecipe, where: World) -> Path:
+    folder = stage_folder(recipe)
+    start = begin(recipe, where)
+    if done := checkpoint.final(folder):
+        return done
+    torch.manual_seed(recipe.seed)
+    policy = open_policy(recipe, start, where)
+    model = recipe.model
+    processor = Processor.load(
+        model.path, min_pixels=model.min_pixels, max_pixels=model.max_pixels, max_prompt=recipe.data.max_prompt_tokens
+    )
+    optimizer = build_optimizer(policy, recipe.optim)
+    stream = Stream(
+        recipe.data.sources,
+        seed=recipe.seed,
+        on_bad_row=recipe.data.on_bad_row,
+        rejects=folder / "rejects.jsonl",
+        workers=recipe.data.workers,
+        rank=where.rank,
+        world=where.size,
+    )
+    if start:
+        stream.seek(checkpoint.restore(folder, start, policy, optimizer, where)["position"])
+    total = recipe.steps or max(1, round(recipe.epochs * stream.epoch_length / recipe.batch_size))
+    save = recipe.save
+    log = MetricLog(
+        Path(recipe.run),
+        stage=recipe.name,
+        total=total,
+        tensorboard=save.tensorboard,
+        wandb=save.wandb,
+        resume_step=start,
+        enabled=where.main,
+    )
+    with log, graceful_stop() as asked:
+        for step in range(start + 1, total + 1):
+            began = time.perf_counter()
+            rate = set_learning_rate(optimizer, recipe.optim, step, total)
+            sequences = [processor.encode(example) for example in stream.next_batch(recipe.batch_size)]
+            loss, answer_tokens = _accumulate(policy, processor, sequences, recipe, where)
+            reduce_gradients(parameters_of(policy), where)
+            norm = clip_gradients(parameters_of(policy), recipe.optim.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            tokens = where.sum(torch.tensor(float(sum(map(len, sequences))), device=where.device)).item()
+            seconds = time.perf_counter() - began
+            log.step(
+                step,
+                {
+                    "loss": loss,
+                    "lr": rate,
+                    "grad_norm": norm,
+                    "answer_tokens": answer_tokens,
+                    "tokens_per_s": tokens / seconds,
+                    "seconds": seconds,
+                },
+            )
+            last = step == total
+            if recipe.eval.sources and (last or (recipe.eval.every and step % recipe.eval.every == 0)):
+                results = evaluate(policy, processor, recipe.eval, where, seed=recipe.seed)
+                log.event("eval", results, step)
+                last = last or _reached(results, recipe, step)
+            stop = where.max(len(asked)) > 0
+            if last or stop or (save.every and step % save.every == 0):
+                state = {"position": stream.position}
+                checkpoint.save(folder, step, policy, processor, optimizer, state, where, keep=save.keep, last=last)
+            if last:
+                break
+            if stop:
+                raise Stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
+    stream.close()
+    return folder / "final" / "model"
+
+
+def _accumulate(policy: Policy, processor: Processor, sequences: list[Sequence], recipe: SFTRecipe, where: World) -> tuple[float, int]:
+    """Gradients of the global batch's loss, from this rank's sequences; returns the global loss and count of answer tokens."""
+    lengths = np.array([s.trained[1:].sum() for s in sequences], np.int64)
+    counts = where.sum(torch.tensor([lengths.sum(), len(sequences)], dtype=torch.float64, device=where.device)).tolist()
+    groups = micro_batches([len(s) for s in sequences], recipe.micro_batch)
+    rounds = int(where.max(len(groups))) if is_sharded(policy) else len(groups)
+    total = torch.zeros((), device=where.device)
+    for i in range(rounds):
+        members = [sequences[k] for k in groups[i]] if i < len(groups) else []
+        weights = _token_weights(members, recipe.loss_weighting, counts)
+        if is_sharded(policy) and not any(s.patches for s in members):
+            # every rank must run the sharded vision tower equally often, so a text-only share brings an image at weight zero
+            idle = dummy(processor)
+            members, weights = [*members, idle], np.append(weights, np.zeros(idle.trained[1:].sum(), np.float32))
+        batch = collate(members, processor.pad).to(where.device)
+        token_weight = torch.from_numpy(weights).to(where.device)
+        loss = policy(
+            {**batch.model_inputs(), "use_cache": False},
+            lambda out, head, b=batch, w=token_weight: ops.linear_cross_entropy(
+                out.last_hidden_state.flatten(0, 1)[b.loss_rows], head, b.targets, w
+            ),
+        )
+        loss.backward()
+        total += loss.detach()
+    return where.sum(total).item(), int(counts[0])
+
+
+def _token_weights(members: list[Sequence], weighting: str, counts: list[float]) -> np.ndarray:
+    """Each answer token's weight in the global mean: (T,) float32. counts: answer tokens and rows of the global batch."""
+    parts = [np.full(n, 1 / counts[0] if weighting == "token" else 1 / (n * counts[1])) for n in (s.trained[1:].sum() for s in members)]
+    return np.concatenate([np.zeros(0), *parts]).astype(np.float32)
+
+
+def _reached(results: dict, recipe: SFTRecipe, step: int) -> bool:
+    """True when every question type of every source has the accuracy that ends the stage."""
+    if not recipe.stop_accuracy or step < recipe.stop_steps:
+        return False
+    return all(f["accuracy"] >= recipe.stop_accuracy for table in results.values() for f in table["kinds"].values())
