@@ -1,0 +1,48 @@
+"""Shared data for the tests: captures rendered once, questions built from them, a tiny model that fits their texts."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+
+from actial_fast.data.row import Row, Turn
+from actial_fast.data.stream import Example
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> SimpleNamespace:
+    """root, captures, questions (train.jsonl, test.jsonl), spatial (parquet) and model: small, and the same for every test."""
+    from actial_fast.data.jsonl import JsonlSource
+    from actial_fast.data.render import RenderConfig, render
+    from actial_fast.data.spatial import SpatialConfig, spatial_questions, viewpoint_test_objects
+    from actial_fast.data.viewpoint import ViewpointConfig, build
+    from actial_fast.tiny import TinyConfig, create
+
+    root: Path = tmp_path_factory.mktemp("lab")
+    captures, questions, spatial, model = (root / name for name in ("captures", "questions", "spatial", "model"))
+    render(captures, RenderConfig(families=("vehicle", "chair"), objects=5, views=10, workers=1), progress=False)
+    build(captures, questions, ViewpointConfig(pairs_per_object=6, test_examples=18, max_test_fraction=0.3, workers=1), progress=False)
+    held_out = viewpoint_test_objects(questions / "test.jsonl")
+    spatial_questions(captures, spatial, SpatialConfig(train_per_kind=10, test_per_kind=3), held_out, progress=False)
+    rows = JsonlSource(questions / "train.jsonl")
+    texts = [turn.content.replace("<image>", "") for i in range(len(rows)) for turn in rows[i].turns]
+    thoughts = ["<think>The camera moved to the left. So the answer is B.</think><answer>B</answer>"]
+    create(model, [*texts, *thoughts], TinyConfig(hidden=32, vision_hidden=32), seed=0)
+    return SimpleNamespace(root=root, captures=captures, questions=questions, spatial=spatial, model=model)
+
+
+@pytest.fixture
+def example():
+    """A function that makes an Example: example("<image>question", "answer", sizes=[(h, w), ...])."""
+
+    def make(question: str, answer: str = "", sizes=(), truth: str = "", seed: int = 0) -> Example:
+        rng = np.random.default_rng(seed)
+        turns = (Turn("user", question), *((Turn("assistant", answer),) if answer else ()))
+        pixels = tuple(rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes)
+        return Example(Row(turns=turns, images=tuple(b"" for _ in sizes), truth=truth, where=f"test:{seed}"), pixels, seed)
+
+    return make

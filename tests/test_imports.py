@@ -1,0 +1,103 @@
+"""The house: which module may import which, read from the source with ast."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "actial_fast"
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if "kernels" not in path.relative_to(PACKAGE).parts
+}
+# Lower rooms never import from higher ones; modules on one floor may import each other.
+FLOORS = [
+    {"spec", "native", "style", "chart", "statistics"},
+    {"reference"},
+    {"ops", "metrics", "doctor"},
+    {"packing", "rewards", "data"},
+    {"config", "processor", "report"},
+    {"model", "tiny"},
+    {"dist", "rollout"},
+    {"checkpoint", "evaluate", "training"},
+    {"sft", "grpo"},
+    {"quickstart"},
+    {"cli"},
+]
+TRANSFORMERS = {"model", "tiny", "processor", "rollout.embedded", "cli"}  # cli only quiets its progress bars
+LOOPS = {"sft", "grpo"}
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def floor(module: str) -> int:
+    found = [i for i, rooms in enumerate(FLOORS) if room(module) in rooms]
+    assert found, f"{module} has no floor: add it to FLOORS where it belongs"
+    return found[0]
+
+
+def imports(module: str) -> set[str]:
+    """Everything a module imports, at its top or inside functions; this package's modules without their prefix."""
+    tree = ast.parse(MODULES[module].read_text())
+    package = module.split(".")[:-1]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join(["actial_fast", *package[: len(package) - node.level + 1], *([base] if base else [])])
+            found |= {f"{base}.{alias.name}" for alias in node.names} | {base}
+    return found
+
+
+def own(module: str) -> set[str]:
+    names = {name.removeprefix("actial_fast.") for name in imports(module) if name.startswith("actial_fast.")}
+    return {name for name in names if name in MODULES and not name.endswith("__init__")}
+
+
+CODE = [m for m in MODULES if not m.endswith("__init__")]
+
+
+@pytest.mark.parametrize("module", CODE)
+def test_imports_go_one_way(module):
+    lazy = {"quickstart"} if module == "config" else set()  # the recipe kind, looked up inside a function
+    for other in own(module) - lazy:
+        assert floor(other) <= floor(module), f"{module} imports {other}, which lives above it"
+
+
+@pytest.mark.parametrize("module", CODE)
+def test_nobody_imports_a_loop_bench_or_tests(module):
+    if room(module) not in {"quickstart", "cli"}:
+        assert not {room(other) for other in own(module)} & LOOPS
+    assert not {name.split(".")[0] for name in imports(module)} & {"bench", "tests", "kernels"}
+
+
+@pytest.mark.parametrize("module", CODE)
+def test_transformers_stays_in_its_rooms(module):
+    heavy = {name.split(".")[0] for name in imports(module)} & {"transformers", "peft", "tokenizers"}
+    assert not heavy or module in TRANSFORMERS, f"{module} imports {heavy}"
+
+
+@pytest.mark.parametrize("module", [m for m in CODE if room(m) == "data"])
+def test_data_needs_no_torch(module):
+    assert "torch" not in {name.split(".")[0] for name in imports(module)}
+
+
+def test_one_module_imports_the_extension():
+    assert [m for m in CODE if "_C" in MODULES[m].read_text() and "import _C" in MODULES[m].read_text()] == ["native"]
+
+
+def test_the_reference_needs_torch_only():
+    assert {name.split(".")[0] for name in imports("reference")} == {"__future__", "torch", "actial_fast"}
+
+
+def test_importing_the_package_pulls_in_nothing_heavy():
+    code = "import sys, actial_fast; print([m for m in ('transformers', 'peft', 'pycolmap', 'datasets', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,365 @@
+"""Both loops: what the gradient is, that nothing changes it that should not, and that a killed run goes on as if it had not been."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+from actial_fast import checkpoint, grpo, sft
+from actial_fast.config import (
+    DataConfig,
+    DistConfig,
+    EvalConfig,
+    GRPORecipe,
+    LoRAConfig,
+    ModelConfig,
+    OptimConfig,
+    SamplingConfig,
+    SaveConfig,
+    SFTRecipe,
+    to_yaml,
+)
+from actial_fast.data.source import SourceConfig
+from actial_fast.data.stream import Stream
+from actial_fast.dist import World
+from actial_fast.metrics import read_events, read_metrics
+from actial_fast.model import load_policy
+from actial_fast.processor import Processor
+from actial_fast.spec import GRPOSpec
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def sft_recipe(lab, tmp_path):
+    return SFTRecipe(
+        run=str(tmp_path / "run"),
+        model=ModelConfig(path=str(lab.model)),
+        data=DataConfig(sources=(SourceConfig(str(lab.questions / "train.jsonl")),), workers=1),
+        optim=OptimConfig(lr=1e-3, warmup_steps=2, weight_decay=0.01),
+        save=SaveConfig(every=2, keep=2, tensorboard=False),
+        steps=6,
+        batch_size=8,
+        micro_batch=3,
+    )
+
+
+@pytest.fixture
+def grpo_recipe(lab, tmp_path):
+    """Replies are random, so the reward is one that random replies earn now and then."""
+    from actial_fast.rewards import RewardConfig
+
+    return GRPORecipe(
+        run=str(tmp_path / "run"),
+        model=ModelConfig(path=str(lab.model)),
+        data=DataConfig(
+            sources=(SourceConfig(str(lab.questions / "train.jsonl")), SourceConfig(str(lab.spatial / "train.parquet"))), workers=1
+        ),
+        rewards=(RewardConfig("tests.helpers:short", 1.0), RewardConfig("format", 0.5)),
+        sampling=SamplingConfig(n=4, max_new_tokens=8, batch_size=3),
+        loss=GRPOSpec(beta=0.05),
+        optim=OptimConfig(lr=3e-3, warmup_steps=0),
+        save=SaveConfig(every=1, keep=3, tensorboard=False),
+        steps=3,
+        prompts=4,
+        minibatch=2,
+        micro_batch=5,
+    )
+
+
+def losses(run: str, stage: str) -> list[float]:
+    return [m["loss"] for m in read_metrics(Path(run)) if m["stage"] == stage]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.allclose(a[name], b[name], rtol=0, atol=atol), f"{name}: {(a[name] - b[name]).abs().max():.2e}"
+
+
+# ---- what the gradient is
+
+
+def test_sft_gradient_is_that_of_transformers_own_loss(sft_recipe, lab):
+    """One global batch, cut into micro-batches, against the mean over answer tokens of Hugging Face's loss, row by row."""
+    policy = load_policy(sft_recipe.model, ALONE.device, 0)
+    processor = Processor.load(str(lab.model))
+    sequences = [processor.encode(e) for e in Stream(sft_recipe.data.sources, seed=0).next_batch(5)]
+    loss, tokens = sft._accumulate(policy, processor, sequences, sft_recipe, ALONE)
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(lab.model)
+    total = 0.0
+    for s in sequences:
+        ids = torch.from_numpy(s.ids)[None]
+        out = theirs(
+            input_ids=ids,
+            labels=torch.where(torch.from_numpy(s.trained)[None], ids, -100),
+            mm_token_type_ids=(ids == processor.image_token).int(),
+            pixel_values=torch.from_numpy(np.concatenate(s.patches)),
+            image_grid_thw=torch.tensor(s.grids),
+        )
+        part = out.loss * int(s.trained.sum()) / tokens
+        part.backward()
+        total += part.item()
+    assert loss == pytest.approx(total, rel=1e-5)
+    for name, parameter in theirs.named_parameters():
+        ours = policy.model.get_parameter(name).grad
+        assert torch.allclose(ours, parameter.grad, atol=1e-6, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("weighting", ["token", "row"])
+def test_sft_gradient_does_not_depend_on_micro_batches(sft_recipe, lab, weighting, example):
+    processor = Processor.load(str(lab.model))
+    sequences = [processor.encode(example("q" * (3 + i), "A" * (1 + 5 * i), seed=i)) for i in range(4)]
+    found = []
+    for size in (1, 3, 4):
+        policy = load_policy(sft_recipe.model, ALONE.device, 0)
+        recipe = replace(sft_recipe, micro_batch=size, loss_weighting=weighting)
+        loss, _ = sft._accumulate(policy, processor, sequences, recipe, ALONE)
+        found.append((loss, {n: p.grad.clone() for n, p in policy.trained().items() if p.grad is not None}))
+    for loss, grads in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-6)
+        assert_same(grads, found[0][1], atol=1e-6)
+
+
+def test_row_weighting_counts_answers_not_tokens(sft_recipe, lab, example):
+    processor = Processor.load(str(lab.model))
+    members = [processor.encode(example("q", "A")), processor.encode(example("q", "A" * 9))]
+    by_token = sft._token_weights(members, "token", [12, 2])
+    by_row = sft._token_weights(members, "row", [12, 2])
+    assert by_token.sum() == pytest.approx(1) and by_row.sum() == pytest.approx(1)
+    assert np.allclose(by_token, 1 / 12)
+    assert by_row[:2].sum() == pytest.approx(0.5) == pytest.approx(by_row[2:].sum())
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_grpo_gradient_does_not_depend_on_micro_batches_nor_on_skipping(grpo_recipe, lab, aggregation, beta):
+    recipe = replace(grpo_recipe, loss=GRPOSpec(beta=beta, aggregation=aggregation))
+    processor = Processor.load(str(lab.model))
+    policy = load_policy(recipe.model, ALONE.device, 0)
+    reference = load_policy(recipe.model, ALONE.device, 0).eval()
+    samples = grpo._sample(policy, processor, Stream(recipe.data.sources, seed=0).next_batch(4), recipe)
+    samples = [replace(s, minibatch=0, advantage=0.0 if i < 4 else s.advantage) for i, s in enumerate(samples)]
+    samples = grpo._log_probs(policy, reference, processor, samples, recipe, ALONE)
+    assert any(s.advantage for s in samples)
+    with torch.no_grad():  # away from the reference, so that the KL has a gradient
+        for p in policy.parameters():
+            p += 0.01 * torch.randn_like(p)
+    found = []
+    for size, skip in ((1, False), (7, True), (16, False)):
+        policy.zero_grad(set_to_none=True)
+        grpo._accumulate(policy, processor, samples, replace(recipe, micro_batch=size, skip_zero_variance=skip), ALONE)
+        found.append({n: p.grad.clone() for n, p in policy.trained().items()})
+    assert max(g.abs().max() for g in found[0].values()) > 1e-4
+    assert_same(found[1], found[0], atol=1e-6)
+    assert_same(found[2], found[0], atol=1e-6)
+
+
+def test_old_logprobs_only_after_the_first_minibatch_and_equal_the_samplers(grpo_recipe, lab):
+    policy, processor = load_policy(grpo_recipe.model, ALONE.device, 0), Processor.load(str(lab.model))
+    reference = load_policy(grpo_recipe.model, ALONE.device, 0).eval()
+    samples = grpo._sample(policy, processor, Stream(grpo_recipe.data.sources, seed=0).next_batch(4), grpo_recipe)
+    samples = grpo._log_probs(policy, reference, processor, samples, grpo_recipe, ALONE)
+    assert {s.minibatch: s.old is not None for s in samples} == {0: False, 1: True}
+    for s in samples:
+        np.testing.assert_allclose(s.ref, s.sampled, atol=2e-5)
+        if s.old is not None:
+            np.testing.assert_allclose(s.old, s.sampled, atol=2e-5)
+
+
+# ---- the loops learn, stop, resume
+
+
+def test_sft_learns_and_its_checkpoint_opens_in_plain_transformers(sft_recipe, lab):
+    recipe = replace(
+        sft_recipe,
+        steps=40,
+        eval=EvalConfig(sources=(SourceConfig(str(lab.questions / "test.jsonl")),), every=20, max_new_tokens=4),
+        save=SaveConfig(every=15, keep=2, tensorboard=True),
+    )
+    final = sft.train(recipe)
+    curve = losses(recipe.run, "sft")
+    assert len(curve) == 40 and np.mean(curve[-5:]) < 0.5 * curve[0]
+    assert checkpoint.steps(Path(recipe.run) / "sft") == [30, 40]
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(final)
+    assert AutoTokenizer.from_pretrained(final)("left")["input_ids"]
+    before = weights(lab.model)
+    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+    evals = [e for e in read_events(Path(recipe.run)) if e["kind"] == "eval"]
+    assert [e["step"] for e in evals] == [20, 40]
+    assert set(evals[0]["result"]["kinds"]) == {"ego_translation", "object_translation", "ego_rotation"}
+    assert list((Path(recipe.run) / "tensorboard").rglob("events*"))
+    assert sft.train(recipe) == final and len(losses(recipe.run, "sft")) == 40, "a finished stage ran again"
+
+
+def test_grpo_raises_the_reward(grpo_recipe):
+    recipe = replace(grpo_recipe, steps=25, prompts=8, minibatch=8, micro_batch=32, save=SaveConfig(every=0, tensorboard=False))
+    grpo.train(recipe)
+    metrics = read_metrics(Path(recipe.run))
+    rewards = [m["reward/tests.helpers:short"] for m in metrics]
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.3
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[-1]["kl"] > 1e-3
+    assert metrics[0]["ratio"] == pytest.approx(1, abs=1e-6)
+    rollouts = [e for e in read_events(Path(recipe.run)) if e["kind"] == "rollouts"]
+    assert [e["step"] for e in rollouts] == [1, 13, 25]
+    assert rollouts[0]["rollouts"][0]["images"][0].startswith("data:image/png;base64,")
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_resume_is_bit_for_bit(kind, sft_recipe, grpo_recipe, tmp_path):
+    """kill -9 in the middle of a step, run again: the same losses and weights as a run that was left alone."""
+    recipe = sft_recipe if kind == "sft" else grpo_recipe
+    loop = sft if kind == "sft" else grpo
+    whole = loop.train(replace(recipe, run=str(tmp_path / "whole")))
+    broken = replace(recipe, run=str(tmp_path / "broken"))
+    (tmp_path / "recipe.yaml").write_text(to_yaml(broken))
+    at = 3 if kind == "sft" else 2  # sft saves every second step: the third is lost and done again
+    process = launch(kind, tmp_path / "recipe.yaml", env={"ACTIAL_TEST_KILL_AT": str(at)})
+    assert process.wait(timeout=240) == -signal.SIGKILL
+    before = checkpoint.steps(tmp_path / "broken" / kind)
+    assert before and max(before) < recipe.steps
+    final = loop.train(broken)
+    assert losses(broken.run, kind) == losses(str(tmp_path / "whole"), kind)
+    assert_same(weights(final), weights(whole))
+
+
+def test_sigterm_saves_and_the_next_run_goes_on(sft_recipe, tmp_path):
+    recipe = replace(sft_recipe, steps=4000, save=SaveConfig(every=0, tensorboard=False))
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    process = launch("sft", tmp_path / "recipe.yaml")
+    metrics = Path(recipe.run) / "metrics.jsonl"
+    deadline = time.time() + 200
+    while time.time() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "goes on from here" in errors
+    (saved,) = checkpoint.steps(Path(recipe.run) / "sft")
+    assert len(losses(recipe.run, "sft")) == saved
+
+
+def test_another_recipe_in_the_same_folder_is_refused(sft_recipe):
+    sft.train(replace(sft_recipe, steps=2))
+    with pytest.raises(ValueError, match=r"differs in optim.lr \(0.001 before, 0.01 now\), steps"):
+        sft.train(replace(sft_recipe, optim=replace(sft_recipe.optim, lr=1e-2)))
+
+
+def test_a_checkpoint_is_whole_or_absent(sft_recipe, monkeypatch):
+    """A save that dies before its last act leaves the older checkpoint in force, and its debris is cleared."""
+
+    def die(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint.os, "replace", die)
+    with pytest.raises(OSError, match="disk full"):
+        sft.train(sft_recipe)
+    folder = Path(sft_recipe.run) / "sft"
+    assert checkpoint.steps(folder) == [] and list(folder.glob(".tmp-*"))
+    monkeypatch.undo()
+    sft.train(sft_recipe)
+    assert checkpoint.final(folder) and not list(folder.glob(".tmp-*"))
+
+
+# ---- adapters, frozen parts, 7B recipes
+
+
+def test_lora_trains_adapters_only_and_merges_into_plain_weights(sft_recipe, lab, tmp_path):
+    lora = replace(sft_recipe, model=replace(sft_recipe.model, lora=LoRAConfig(rank=4, dropout=0.1)), steps=4)
+    final = sft.train(lora)
+    before, after = weights(lab.model), weights(final)
+    assert before.keys() == after.keys()
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed and all("language_model.layers" in n and "_proj" in n for n in changed)
+    # the merged weights compute what the adapted model computed
+    policy = load_policy(lora.model, ALONE.device, lora.seed)
+    optimizer = __import__("actial_fast.training", fromlist=["x"]).build_optimizer(policy, lora.optim)
+    checkpoint.restore(Path(lora.run) / "sft", 4, policy, optimizer, ALONE)
+    merged = Qwen2_5_VLForConditionalGeneration.from_pretrained(final)
+    ids = torch.arange(20)[None] + 5
+    policy.eval()
+    hidden = policy({"input_ids": ids}, lambda out, head: out.last_hidden_state)
+    assert torch.allclose(hidden, merged.model(input_ids=ids).last_hidden_state, atol=1e-5)
+    # and a stopped run with dropout goes on bit for bit
+    again = replace(lora, run=str(tmp_path / "again"))
+    sft.train(again)
+    for name in ("final",):
+        (tmp_path / "again" / "sft" / name).unlink()
+    __import__("shutil").rmtree(checkpoint.path_of(tmp_path / "again" / "sft", 4))
+    assert_same(weights(sft.train(again)), after)
+
+
+def test_grpo_with_adapters_uses_the_base_as_reference(grpo_recipe, lab):
+    recipe = replace(grpo_recipe, model=replace(grpo_recipe.model, lora=LoRAConfig(rank=4)), steps=2)
+    grpo.train(recipe)
+    kl = [m["kl"] for m in read_metrics(Path(recipe.run))]
+    assert kl[1] > 0
+
+
+def test_frozen_parts_stay(sft_recipe, lab):
+    recipe = replace(sft_recipe, model=replace(sft_recipe.model, freeze=("model.visual", "lm_head")), steps=2)
+    after, before = weights(sft.train(recipe)), weights(lab.model)
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed and not any(n.startswith(("model.visual", "lm_head")) for n in changed)
+
+
+def test_freezing_what_is_not_there_is_an_error(sft_recipe):
+    with pytest.raises(ValueError, match=r"model.freeze: no parameter starts with 'visual'; the model has lm_head"):
+        sft.train(replace(sft_recipe, model=replace(sft_recipe.model, freeze=("visual",))))
+
+
+# ---- ranks
+
+
+def launch(kind: str, recipe: Path, *, ranks: int = 1, env: dict[str, str] | None = None) -> subprocess.Popen:
+    """`actial KIND RECIPE` in its own process, or under torchrun."""
+    script = str(Path(__file__).parent / "helpers.py")
+    run = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0", "--rdzv-backend=c10d",
+           "--rdzv-endpoint=localhost:0", script] if ranks > 1 else [script]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent), **(env or {})}
+    return subprocess.Popen(
+        [sys.executable, *run, kind, str(recipe)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["replicated", "fsdp"])
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_two_ranks_equal_one(kind, fsdp, sft_recipe, grpo_recipe, tmp_path):
+    recipe = sft_recipe if kind == "sft" else grpo_recipe
+    recipe = replace(recipe, save=SaveConfig(every=0, tensorboard=False), steps=3)
+    one = (sft if kind == "sft" else grpo).train(replace(recipe, run=str(tmp_path / "one")))
+    two = replace(recipe, run=str(tmp_path / "two"), dist=DistConfig(fsdp=fsdp))
+    (tmp_path / "recipe.yaml").write_text(to_yaml(two))
+    process = launch(kind, tmp_path / "recipe.yaml", ranks=2)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    np.testing.assert_allclose(losses(two.run, kind), losses(str(tmp_path / "one"), kind), atol=1e-6)
+    assert_same(weights(tmp_path / "two" / kind / "final" / "model"), weights(one), atol=2e-6)
+
+
+def test_a_failing_rank_ends_the_job_with_its_error(sft_recipe, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(to_yaml(sft_recipe))
+    began = time.time()
+    process = launch("sft", tmp_path / "recipe.yaml", ranks=2, env={"ACTIAL_TEST_FAIL_RANK": "1"})
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode != 0 and "rank 1 fails on purpose" in errors
+    assert time.time() - began < 200
+
+
+def test_metrics_are_strict_json(sft_recipe):
+    sft.train(replace(sft_recipe, steps=1))
+    for line in (Path(sft_recipe.run) / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda c: pytest.fail(f"{c} in metrics.jsonl"))
