@@ -28,6 +28,12 @@ from actial_fast.rewards import RewardConfig
 from actial_fast.spec import AdvantageSpec, GRPOSpec
 
 
+def _at_least(config: Any, low: float, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < low:
+            raise ValueError(f"{name}: must be at least {low}, got {getattr(config, name)}")
+
+
 @dataclass(frozen=True)
 class LoRAConfig:
     """Low-rank adapters through PEFT; rank 0 trains the weights themselves."""
@@ -40,6 +46,9 @@ class LoRAConfig:
     """Dropout on the adapters' input."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the linear layers of the language model that get adapters."""
+
+    def __post_init__(self):
+        _at_least(self, 0, "rank", "alpha", "dropout")
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,9 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 = no clipping."""
 
+    def __post_init__(self):
+        _at_least(self, 0, "lr", "eps", "weight_decay", "warmup_steps", "min_lr_ratio", "clip_norm")
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -105,6 +117,10 @@ class EvalConfig:
     max_new_tokens: int = 1024
     """Longest reply, in tokens."""
 
+    def __post_init__(self):
+        _at_least(self, 0, "every", "limit", "temperature")
+        _at_least(self, 1, "batch_size", "max_new_tokens")
+
 
 @dataclass(frozen=True)
 class SaveConfig:
@@ -118,6 +134,10 @@ class SaveConfig:
     """Write TensorBoard scalars into the run folder."""
     wandb: str = ""
     """Weights & Biases project; empty = not used."""
+
+    def __post_init__(self):
+        _at_least(self, 0, "every")
+        _at_least(self, 1, "keep")
 
 
 @dataclass(frozen=True)
@@ -140,6 +160,10 @@ class DataConfig:
     """Threads that read and decode ahead of the step."""
     max_prompt_tokens: int = 16000
     """A longer prompt is a row-level error (nothing is ever cut inside an image)."""
+
+    def __post_init__(self):
+        _at_least(self, 0, "workers")
+        _at_least(self, 1, "max_prompt_tokens")
 
 
 @dataclass(frozen=True)
@@ -181,6 +205,10 @@ class SFTRecipe:
     stop_steps: int = 0
     """Do not end the stage early before this step."""
 
+    def __post_init__(self):
+        _at_least(self, 0, "seed", "epochs", "steps", "stop_accuracy", "stop_steps")
+        _at_least(self, 1, "batch_size", "micro_batch")
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -194,6 +222,11 @@ class SamplingConfig:
     """Longest reply, in tokens."""
     batch_size: int = 64
     """Prompts per decoding batch on one rank (each is expanded to n rows)."""
+
+    def __post_init__(self):
+        _at_least(self, 1, "n", "max_new_tokens", "batch_size")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: must be above 0, got {self.temperature}; training samples, it does not decode greedily")
 
 
 @dataclass(frozen=True)
@@ -241,6 +274,12 @@ class GRPORecipe:
     log_rollouts: int = 4
     """Groups whose replies are kept for the report, at the first, middle and last step."""
 
+    def __post_init__(self):
+        _at_least(self, 0, "seed", "log_rollouts")
+        _at_least(self, 1, "steps", "prompts", "minibatch", "micro_batch")
+        if not self.rewards:
+            raise ValueError("rewards: at least one is needed, for example [{name: accuracy}]")
+
 
 def recipe_class(kind: str) -> type:
     """The dataclass of a recipe kind; ValueError names the known kinds."""
@@ -255,45 +294,54 @@ def recipe_class(kind: str) -> type:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Any:
-    """The recipe in a YAML file with `key.sub=value` overrides applied (values are YAML too).
+    """The recipe in a YAML file with `key.sub=value` overrides applied (values are YAML too; 0, 1, ... index lists).
 
-    Raises ValueError for an unknown key (naming the nearest valid one), a value of the wrong type or a malformed override.
+    Raises ValueError for a file that is no recipe, an unknown key (naming the nearest valid one), a value of the wrong type or outside
+    its range, and a malformed override.
     """
     path = Path(path)
     try:
         raw = yaml.load(path.read_text(), Loader=_Loader) or {}
     except FileNotFoundError:
         raise ValueError(f"recipe {path} does not exist; the ones that ship are in recipes/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"recipe {path} is not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"recipe {path} must be a mapping with a `kind`, not {type(raw).__name__}")
-    return config_from(recipe_class(str(raw.get("kind", "(missing)"))), overrides, raw)
+        raise ValueError(f"recipe {path} is not valid YAML: {_one_line(error)}") from None
+    if not isinstance(raw, dict) or "kind" not in raw:
+        raise ValueError(f"recipe {path} must be a mapping with a `kind`: sft, grpo or quickstart")
+    return config_from(recipe_class(str(raw["kind"])), overrides, raw)
 
 
 def config_from(cls: type, overrides: Sequence[str], raw: dict[str, Any] | None = None) -> Any:
     """An instance of dataclass `cls` from a mapping (or nothing) with `key.sub=value` overrides applied; raises like load_recipe."""
-    raw = {} if raw is None else raw
+    # Written out in full first: an override may index a list that only the defaults have, and must not reach a YAML alias's other places.
+    full = _plain(from_dict(cls, raw or {}))
     for override in overrides:
-        key, equals, value = override.partition("=")
+        key, equals, text = override.partition("=")
         if not equals or not key:
             raise ValueError(f"override {override!r}: expected key=value, for example optim.lr=1e-5")
-        _assign(raw, key.split("."), yaml.load(value, Loader=_Loader), override)
-    return from_dict(cls, raw)
+        try:
+            value = yaml.load(text, Loader=_Loader) if text else ""
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {override!r}: the value is not valid YAML: {_one_line(error)}") from None
+        _assign(full, key.split("."), value, override)
+    return from_dict(cls, full)
 
 
 def _assign(target: Any, keys: list[str], value: Any, override: str) -> None:
     for i, key in enumerate(keys):
         if isinstance(target, list):
-            if not key.isdigit() or int(key) >= len(target):
-                raise ValueError(f"override {override!r}: {key!r} is not an index below {len(target)}")
+            if not key.isdecimal() or int(key) >= len(target):
+                holds = f"has {len(target)} entries, counted from 0" if target else "is empty; give the whole list"
+                raise ValueError(f"override {override!r}: {key!r} is not an entry, {'.'.join(keys[:i])} {holds}")
             key = int(key)
         elif not isinstance(target, dict):
             raise ValueError(f"override {override!r}: {'.'.join(keys[:i])} holds a value, not fields")
         if i + 1 == len(keys):
             target[key] = value
         elif isinstance(target, dict):
-            target = target.setdefault(key, {})
+            target = target.setdefault(key, {})  # an unknown key is reported with the nearest one by from_dict
         else:
             target = target[key]
 
@@ -307,7 +355,14 @@ def from_dict(cls: type, raw: Any, where: str = "") -> Any:
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
             raise ValueError(f"{_join(where, key)}: unknown key; did you mean {_join(where, near)!r}? Valid: {', '.join(hints)}")
-    return cls(**{key: _convert(hints[key], value, _join(where, key)) for key, value in raw.items()})
+    values = {key: _convert(hints[key], value, _join(where, key)) for key, value in raw.items()}
+    for field in dataclasses.fields(cls):
+        if field.name not in values and _default(field) is dataclasses.MISSING:
+            raise ValueError(f"{_join(where, field.name)}: missing; {field_docs(cls).get(field.name, 'it has no default')}")
+    try:
+        return cls(**values)
+    except ValueError as error:  # what its __post_init__ says about its fields
+        raise ValueError(_join(where, error)) from None
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -335,12 +390,22 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is Path and isinstance(value, str):
         return Path(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{where}: expected {hint.__name__}, got {value!r}")
+        quote = f"; for the text, write '\"{value}\"'" if hint is str and isinstance(value, int | float) else ""
+        raise ValueError(f"{where}: expected {hint.__name__}, got {value!r}{quote}")
     return value
 
 
 def _join(where: str, key: Any) -> str:
     return f"{where}.{key}" if where else str(key)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """The field's default value; dataclasses.MISSING when it must be given."""
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
 @functools.cache
@@ -360,43 +425,74 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def describe(recipe: Any, where: str = "") -> Iterator[tuple[str, Any, Any, str]]:
-    """(key, value, default, docstring) of every leaf field, depth first; nested dataclasses are expanded."""
+def describe(recipe: Any, where: str = "", default: Any = None) -> Iterator[tuple[str, Any, Any, str]]:
+    """(key, value, default, docstring) of every leaf field, depth first; nested dataclasses are expanded.
+
+    default: an instance to take the defaults from (a part's may differ from its class's); None takes the fields' own, and
+    dataclasses.MISSING stands for a field that must be given.
+    """
     docs = field_docs(type(recipe))
     for f in dataclasses.fields(recipe):
         value = getattr(recipe, f.name)
-        default = (
-            f.default if f.default is not dataclasses.MISSING else f.default_factory() if callable(f.default_factory) else "(required)"
-        )
+        usual = _default(f) if default is None else getattr(default, f.name)
         key = _join(where, f.name)
         if dataclasses.is_dataclass(value):
-            yield from describe(value, key)
+            yield from describe(value, key, usual if isinstance(usual, type(value)) else None)
         elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
             for i, item in enumerate(value):
-                yield from describe(item, f"{key}.{i}")
+                yield from describe(item, f"{key}.{i}", usual[i] if i < len(usual) else None)
         else:
-            yield key, value, default, docs.get(f.name, "")
+            yield key, value, usual, docs.get(f.name, "")
 
 
-def to_yaml(recipe: Any) -> str:
-    """The recipe as YAML, every field written out; `load_recipe` reads it back to an equal recipe."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, tuple | list):
-            return [plain(v) for v in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return yaml.safe_dump(plain(recipe), sort_keys=False, width=120)
+def to_yaml(value: Any) -> str:
+    """A recipe as YAML, every field written out; `load_recipe` reads it back to an equal recipe. A single value gives one line."""
+    plain = _plain(value)
+    if isinstance(plain, dict):
+        return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, width=120)
+    return yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-6 as a number (YAML 1.1 wants 1.0e-6 and would give a string)."""
+def _plain(value: Any) -> Any:
+    """Dataclasses as mappings and tuples as lists: what YAML holds."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Scalars:
+    """Which words are not text: YAML 1.2's. YAML 1.1 reads off and no as false, 1e-6 as text, 010 as 8 and 1:30 as 90."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+
+
+class _Loader(_Scalars, yaml.SafeLoader):
+    """SafeLoader with these scalars, and with an error for a key that stands twice in one mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(_Scalars, yaml.SafeDumper):
+    """SafeDumper that quotes the texts which _Loader would not read back as text, and repeats equal parts instead of naming them."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _tag, _pattern, _first in (
+    ("null", r"|~|[Nn]ull|NULL", ["", "~", "n", "N"]),
+    ("bool", r"[Tt]rue|TRUE|[Ff]alse|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][\d_]*)", list("-+0123456789")),
+    ("float", r"[-+]?(\d[\d_]*\.[\d_]*|\.\d+|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?|[-+]?\.inf|\.nan", list("-+.0123456789")),
+    ("merge", r"<<", ["<"]),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)

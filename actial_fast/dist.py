@@ -101,6 +101,7 @@ def shard(policy: Policy, where: World) -> Policy:
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums: the loss already carries the global count
+            module.set_force_sum_reduction_for_comms(True)  # a plain sum, which gloo has and NCCL does without a copy
     return policy
 
 

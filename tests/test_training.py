@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,9 @@ from actial_fast.dist import World
 from actial_fast.metrics import read_events, read_metrics
 from actial_fast.model import load_policy
 from actial_fast.processor import Processor
+from actial_fast.rewards import RewardConfig
 from actial_fast.spec import GRPOSpec
+from actial_fast.training import build_optimizer
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -57,8 +60,6 @@ def sft_recipe(lab, tmp_path):
 @pytest.fixture
 def grpo_recipe(lab, tmp_path):
     """Replies are random, so the reward is one that random replies earn now and then."""
-    from actial_fast.rewards import RewardConfig
-
     return GRPORecipe(
         run=str(tmp_path / "run"),
         model=ModelConfig(path=str(lab.model)),
@@ -211,7 +212,7 @@ def test_grpo_raises_the_reward(grpo_recipe):
     grpo.train(recipe)
     metrics = read_metrics(Path(recipe.run))
     rewards = [m["reward/tests.helpers:short"] for m in metrics]
-    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.3
+    assert np.mean(rewards[-5:]) > 1.5 * np.mean(rewards[:5])
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[-1]["kl"] > 1e-3
     assert metrics[0]["ratio"] == pytest.approx(1, abs=1e-6)
     rollouts = [e for e in read_events(Path(recipe.run)) if e["kind"] == "rollouts"]
@@ -283,11 +284,10 @@ def test_lora_trains_adapters_only_and_merges_into_plain_weights(sft_recipe, lab
     before, after = weights(lab.model), weights(final)
     assert before.keys() == after.keys()
     changed = {n for n in before if not torch.equal(before[n], after[n])}
-    assert changed and all("language_model.layers" in n and "_proj" in n for n in changed)
+    assert changed and all(n.startswith("model.layers.") and "_proj" in n for n in changed)
     # the merged weights compute what the adapted model computed
     policy = load_policy(lora.model, ALONE.device, lora.seed)
-    optimizer = __import__("actial_fast.training", fromlist=["x"]).build_optimizer(policy, lora.optim)
-    checkpoint.restore(Path(lora.run) / "sft", 4, policy, optimizer, ALONE)
+    checkpoint.restore(Path(lora.run) / "sft", 4, policy, build_optimizer(policy, lora.optim), ALONE)
     merged = Qwen2_5_VLForConditionalGeneration.from_pretrained(final)
     ids = torch.arange(20)[None] + 5
     policy.eval()
@@ -296,9 +296,8 @@ def test_lora_trains_adapters_only_and_merges_into_plain_weights(sft_recipe, lab
     # and a stopped run with dropout goes on bit for bit
     again = replace(lora, run=str(tmp_path / "again"))
     sft.train(again)
-    for name in ("final",):
-        (tmp_path / "again" / "sft" / name).unlink()
-    __import__("shutil").rmtree(checkpoint.path_of(tmp_path / "again" / "sft", 4))
+    (tmp_path / "again" / "sft" / "final").unlink()
+    shutil.rmtree(checkpoint.path_of(tmp_path / "again" / "sft", 4))
     assert_same(weights(sft.train(again)), after)
 
 
@@ -313,7 +312,8 @@ def test_frozen_parts_stay(sft_recipe, lab):
     recipe = replace(sft_recipe, model=replace(sft_recipe.model, freeze=("model.visual", "lm_head")), steps=2)
     after, before = weights(sft.train(recipe)), weights(lab.model)
     changed = {n for n in before if not torch.equal(before[n], after[n])}
-    assert changed and not any(n.startswith(("model.visual", "lm_head")) for n in changed)
+    assert changed and not any(n.startswith(("visual", "lm_head")) for n in changed)
+    assert any(n.startswith("visual") for n in before)
 
 
 def test_freezing_what_is_not_there_is_an_error(sft_recipe):

@@ -62,13 +62,14 @@ def _rows(row: Row, captures: Path, front: bool, rng: random.Random) -> Iterator
     if front and any(abs(angle) > FACING_FRONT for angle in angles):
         return
     move = row.meta["ego_translation"]
-    question, _, options = row.turns[0].content.replace(IMAGE_TAG, "").partition("\n")
-    yield _row(row, "letter", f"{MOVED[move]}\n{question}\n{options}", row.truth, (), row.choices)
-    if row.kind != "ego_translation":  # the three rows of a pair share its images: the rest is said once
-        return
-    which = rng.randrange(2)
-    yield _row(row, "azimuth", f"{IMAGE_TAG}{AZIMUTH_QUESTION}", azimuth_name(angles[which]), row.images[which : which + 1])
-    yield _row(row, "move", f"{IMAGE_TAG}{IMAGE_TAG}{MOVE_QUESTION}", MOVED[move], row.images, tuple(MOVED.values()))
+    question = row.turns[0].content.replace(IMAGE_TAG, "")
+    yield _row(row, "letter", f"{MOVED[move]}\n{question}", row.truth, (), row.choices)
+    # half of the time behind a viewpoint question, so that the move is also seen from further down the prompt
+    asked = rng.choice(("", f"{question}\n")) + MOVE_QUESTION
+    yield _row(row, "move", f"{IMAGE_TAG}{IMAGE_TAG}{asked}", MOVED[move], row.images, tuple(MOVED.values()))
+    if row.kind == "ego_translation":  # the three rows of a pair share its images: the rest is said once
+        which = rng.randrange(2)
+        yield _row(row, "azimuth", f"{IMAGE_TAG}{AZIMUTH_QUESTION}", azimuth_name(angles[which]), row.images[which : which + 1])
 
 
 def _row(origin: Row, kind: str, question: str, answer: str, images: Sequence[Path | bytes], choices: Sequence[str] = ()) -> Row:

@@ -1,6 +1,6 @@
 """Captures from meshes: photographs of an object from a ring of cameras, with the COLMAP model that belongs to them.
 
-    OUT/<family>/<0001>/images/000.png ...          the photographs
+    OUT/<family>/<0001>/images/000.png ...          the photographs (a mesh: OUT/<its folder>/<its name>/images/...)
                         sparse/0/*.bin              cameras, poses, surface points with their observations (written by pycolmap)
                         scene.json                  what is known besides: front, up, centre, every camera's azimuth about the front
 
@@ -15,9 +15,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import struct
 import time
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -181,20 +183,17 @@ def _png(pixels: np.ndarray) -> bytes:
 
 @dataclass(frozen=True)
 class _Job:
-    """One object to render; `mesh` is empty for a procedural one."""
+    """One object to render, its capture's folder OUT/family/name. `mesh` (below config.meshes) is empty for a procedural one."""
 
     family: str
-    index: int
+    name: str
+    number: int
     mesh: str = ""
-
-    @property
-    def name(self) -> str:
-        return f"{self.family}/{self.index:04d}"
 
 
 def _render_object(out: Path, config: RenderConfig, job: _Job) -> None:
     """Renders and writes one capture. It is built beside its place and moved there when complete."""
-    rng = np.random.default_rng([config.seed, zlib.crc32(job.family.encode()), job.index])
+    rng = np.random.default_rng([config.seed, zlib.crc32(job.family.encode()), job.number])
     shape = load_mesh(Path(config.meshes) / job.mesh, config.mesh_up, config.mesh_front) if job.mesh else procedural(job.family, rng)
     cameras = _cameras(config, shape.center, rng)
     around = Surroundings.draw(config.background == "plain", rng)
@@ -211,7 +210,7 @@ def _render_object(out: Path, config: RenderConfig, job: _Job) -> None:
     keep = seen.sum(0) >= 2
     points, colours, pixels, seen = points[keep], colours[keep], pixels[:, keep], seen[:, keep]
 
-    partial = out / ".partial" / job.name
+    partial = out / ".partial" / job.family / job.name
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "images").mkdir(parents=True)
     names = [f"{i:03d}.{config.format}" for i in range(config.views)]
@@ -235,23 +234,24 @@ def _render_object(out: Path, config: RenderConfig, job: _Job) -> None:
     }
     (partial / "scene.json").write_text(json.dumps(facts, indent=1))
     (out / job.family).mkdir(parents=True, exist_ok=True)
-    partial.rename(out / job.name)
+    partial.rename(out / job.family / job.name)
 
 
 def _jobs(config: RenderConfig) -> list[_Job]:
+    """What is to be rendered. A mesh gives its capture its own folder and name, so that more files in the folder change nothing for it."""
     if not config.meshes:
-        return [_Job(family, i) for family in config.families for i in range(1, config.objects + 1)]
+        return [_Job(family, f"{i:04d}", i) for family in config.families for i in range(1, config.objects + 1)]
     root = Path(config.meshes)
-    files = sorted(p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in MESH_SUFFIXES)
-    if not files:
+    jobs: dict[tuple[str, str], _Job] = {}
+    for file in sorted(p.relative_to(root) for p in root.rglob("*") if p.suffix.lower() in MESH_SUFFIXES and p.is_file()):
+        family = root.resolve().name if file.parent == Path() else file.parent.as_posix()
+        job = _Job(family, file.stem, zlib.crc32(file.stem.encode()), file.as_posix())
+        if twin := jobs.get((family, file.stem)):
+            raise ValueError(f"meshes: {root / twin.mesh} and {root / file} would both become {family}/{file.stem}; rename or move one")
+        jobs[family, file.stem] = job
+    if not jobs:
         raise ValueError(f"meshes: no {', '.join(MESH_SUFFIXES)} file in {root}")
-    counts: dict[str, int] = {}
-    jobs = []
-    for file in files:
-        family = file.parent.name or root.resolve().name
-        counts[family] = counts.get(family, 0) + 1
-        jobs.append(_Job(family, counts[family], str(file)))
-    return jobs
+    return list(jobs.values())
 
 
 def _same_settings(out: Path, config: RenderConfig) -> None:
@@ -270,6 +270,24 @@ def _same_settings(out: Path, config: RenderConfig) -> None:
         (out / "render.json.partial").replace(record)
 
 
+def _render_all(out: Path, config: RenderConfig, todo: list[_Job]) -> Iterator[None]:
+    """Renders every job, here or in worker processes, and yields after each."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(config.workers or cores, len(todo))
+    if workers <= 1:
+        for job in todo:
+            yield _render_object(out, config, job)
+        return
+    # Spawned, since a fork of a process with threads (torch, BLAS) can hang. Ctrl-C is this process's to handle.
+    with ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        futures = [pool.submit(_render_object, out, config, job) for job in todo]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def render(out: Path, config: RenderConfig, progress: bool = True) -> dict:
     """Renders the captures that `config` asks for into `out`, leaving alone those that are there already.
 
@@ -279,28 +297,17 @@ def render(out: Path, config: RenderConfig, progress: bool = True) -> dict:
     out = Path(out)
     jobs = _jobs(config.check())
     _same_settings(out, config)
-    todo = [job for job in jobs if not (out / job.name).exists()]
-    workers = min(config.workers or len(_cores()), len(todo))
+    todo = [job for job in jobs if not (out / job.family / job.name).exists()]
     shutil.rmtree(out / ".partial", ignore_errors=True)  # what a killed run left
     started = time.perf_counter()
-    with _bar(progress) as bar:
-        task = bar.add_task("rendering", total=len(jobs), completed=len(jobs) - len(todo))
-        if workers <= 1:
-            for job in todo:
-                _render_object(out, config, job)
+    try:
+        with _bar(progress) as bar:
+            task = bar.add_task("rendering", total=len(jobs), completed=len(jobs) - len(todo))
+            for _ in _render_all(out, config, todo):
                 bar.advance(task)
-        else:  # spawned, since a fork of a process with threads (torch, BLAS) can hang
-            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                futures = [pool.submit(_render_object, out, config, job) for job in todo]
-                try:
-                    for future in as_completed(futures):
-                        future.result()
-                        bar.advance(task)
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
+    finally:
+        shutil.rmtree(out / ".partial", ignore_errors=True)
     seconds = time.perf_counter() - started
-    shutil.rmtree(out / ".partial", ignore_errors=True)
     return {
         "captures": len(jobs),
         "images": len(jobs) * config.views,
@@ -309,10 +316,6 @@ def render(out: Path, config: RenderConfig, progress: bool = True) -> dict:
         "seconds": seconds,
         "images_per_second": len(todo) * config.views / seconds if todo else 0.0,
     }
-
-
-def _cores() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _bar(shown: bool):
