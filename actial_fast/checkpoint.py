@@ -93,6 +93,8 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
         if policy.adapted:
             with torch.no_grad():
                 parameter.copy_(placed_like(tensors[f"weight/{name}"], parameter))
+        if f"step/{name}" not in tensors:  # no gradient had reached it yet
+            continue
         entry = {"step": tensors[f"step/{name}"].clone()}
         entry |= {key: placed_like(tensors[f"{key}/{name}"], parameter) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = entry
@@ -107,7 +109,8 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
 def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     out = {}
     for name, parameter in policy.trained().items():
-        entry = optimizer.state[parameter]
+        if not (entry := optimizer.state.get(parameter)):
+            continue
         out[f"step/{name}"] = entry["step"].detach().cpu().reshape(())
         out |= {f"{key}/{name}": whole(entry[key]) for key in ("exp_avg", "exp_avg_sq")}
     return out

@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The user's mistakes end in one line on stderr and status 2, without a traceback (ACTIAL_TRACEBACK=1 shows it).
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads are ruinous where other programs run too
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # argparse gives an optional list of words up as soon as an option follows the words before it, so it leaves `... -o OUT key=value`
@@ -199,9 +200,10 @@ def _eval(args: argparse.Namespace) -> int:
     # before the model is loaded and the replies are made, which takes long
     for source in config.sources:
         open_source(source)
-    if not Path(args.model).exists() and (args.model.startswith((".", "/", "~")) or args.model.count("/") != 1):
+    # a hub name has one slash and nothing local before it; asking the hub for a mistyped path would take a minute
+    if not Path(args.model).exists() and (args.model.count("/") != 1 or Path(args.model).parent.is_dir()):
         raise ValueError(
-            f"model {args.model}: no such folder (looked from {Path.cwd()}), and no hub name such as Qwen/Qwen2.5-VL-7B-Instruct"
+            f"model {args.model}: no such folder (looked from {Path.cwd()}), nor a hub name such as Qwen/Qwen2.5-VL-7B-Instruct"
         )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -248,8 +250,11 @@ def _render(args: argparse.Namespace) -> int:
 
     extra = [f"meshes={json.dumps(args.meshes)}"] if args.meshes else []
     done = render(args.out, _config(RenderConfig, [*args.overrides, *extra]))
-    there = f" ({done['skipped']} were there already)" if done["skipped"] else ""
-    print(f"{args.out}: {done['captures']} captures{there}, {done['images']} images made in {_speed(done, 'images')}")
+    print(f"{args.out}: {done['captures']} captures, {done['images']} images")
+    if done["skipped"]:
+        print(f"{done['skipped']} captures were there already")
+    if done["rendered"]:
+        print(f"{done['rendered']} captures rendered in {_speed(done, 'images')}")
     return 0
 
 
@@ -331,9 +336,9 @@ def _check(args: argparse.Namespace) -> int:
     source = _source(args)
     with _progress("rows", len(source)) as advance:
         found = scan(source, progress=advance)
-    print(f"{args.source}: {found.rows} rows, {len(found.bad)} bad")
+    print(f"{args.source}: {found.rows} rows, {len(found.bad)} bad\ngood rows by question type:")
     for kind, rows in sorted(found.kinds.items()):
-        print(f"  {rows:8}  {kind or '(no question type)'}")
+        print(f"  {rows:8}  {kind or '(none)'}")
     if found.bad:
         print("why rows are bad:")
         for reason, rows in found.reasons.items():
@@ -364,7 +369,7 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _speed(done: Mapping[str, Any], what: str) -> str:
-    return f"{done['seconds']:.1f} s ({done[f'{what}_per_second']:,.0f}/s)"
+    return f"{done['seconds']:.1f} s ({done[f'{what}_per_second']:,.0f} {what}/s)"
 
 
 def _objects(count: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from actial_fast.statistics import Record, accuracy_table
 
 
 def evaluate(policy: Policy, processor: Processor, config: EvalConfig, where: World, *, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """The accuracy table of each source, by its file's name; every rank calls and gets the same result.
+    """The accuracy table of each source, by its folder's and file's name; every rank calls and gets the same result.
 
     A reply counts as right when the text in its <answer> tags, or the whole reply where it has none, equals the truth. Raises
     ValueError for a source none of whose rows has a truth.
     """
-    return {name: _evaluate(policy, processor, config, source, where, seed) for name, source in _named(config.sources)}
+    return {name: _evaluate(policy, processor, config, source, where, seed) for name, source in _named(config)}
 
 
 def evaluate_checkpoint(model: Path | str, config: EvalConfig, seed: int = 0) -> dict[str, dict[str, Any]]:
@@ -35,14 +34,15 @@ def evaluate_checkpoint(model: Path | str, config: EvalConfig, seed: int = 0) ->
 
 
 def _evaluate(policy: Policy, processor: Processor, config: EvalConfig, source: SourceConfig, where: World, seed: int) -> dict[str, Any]:
-    examples = [e for e in Pass(source, limit=config.limit, rank=where.rank, world=where.size) if e.row.truth]
+    rows = Pass(source, limit=config.limit, encode=processor.encode_prompt, rank=where.rank, world=where.size)
+    examples = [example for example in rows if example.row.truth]
     records = []
     for start in range(0, len(examples), config.batch_size):
         part = examples[start : start + config.batch_size]
         replies = generate(
             policy,
             processor,
-            [processor.encode_prompt(example) for example in part],
+            [example.encoded for example in part],
             1,
             keys=[(seed, example.position) for example in part],
             temperature=config.temperature,
@@ -70,11 +70,10 @@ def _record(row: Row, response: str, length: int) -> Record:
     )
 
 
-def _named(sources: Many[SourceConfig]) -> list[tuple[str, SourceConfig]]:
-    """Each source with a short name: its file's, with the folder's before it where two would be called the same."""
-    stems = [source.path.rstrip("/").rsplit("/", 1)[-1].split(".")[0] for source in sources]
-    long = [".".join(source.path.rstrip("/").split(".")[0].split("/")[-2:]) for source in sources]
-    names = [long[i] if stems.count(stem) > 1 else stem for i, stem in enumerate(stems)]
+def _named(config: EvalConfig) -> list[tuple[str, SourceConfig]]:
+    """Each source under its folder's and file's name, the same in every stage; sampled figures never share a name with greedy ones."""
+    suffix = f" at temperature {config.temperature:g}" if config.temperature else ""
+    names = ["/".join(Path(source.path).with_suffix("").parts[-2:]) + suffix for source in config.sources]
     return [
-        (name if names.count(name) == 1 else f"{name}-{i}", source) for i, (name, source) in enumerate(zip(names, sources, strict=True))
+        (n if names.count(n) == 1 else f"{n} #{i + 1}", source) for i, (n, source) in enumerate(zip(names, config.sources, strict=True))
     ]

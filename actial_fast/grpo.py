@@ -30,7 +30,7 @@ from actial_fast.evaluate import evaluate
 from actial_fast.metrics import MetricLog
 from actial_fast.model import Policy, load_reference
 from actial_fast.packing import Sequence, collate, micro_batches
-from actial_fast.processor import Processor, dummy
+from actial_fast.processor import Processor, in_step
 from actial_fast.rewards import score
 from actial_fast.rollout.embedded import generate
 from actial_fast.training import (
@@ -102,6 +102,7 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
         on_bad_row=recipe.data.on_bad_row,
         rejects=folder / "rejects.jsonl",
         workers=recipe.data.workers,
+        encode=processor.encode_prompt,
         rank=where.rank,
         world=where.size,
     )
@@ -154,7 +155,7 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
 def _sample(policy: Policy, processor: Processor, examples: Many[Example], recipe: GRPORecipe) -> list[Sample]:
     """n scored replies to each of this rank's prompts, in order, with their advantages."""
     n, weights = recipe.sampling.n, np.array([r.weight for r in recipe.rewards], np.float32)
-    prompts = [processor.encode_prompt(example) for example in examples]
+    prompts = [example.encoded for example in examples]
     groups = generate(
         policy,
         processor,
@@ -211,17 +212,17 @@ def _forward_only(policy: Policy, processor: Processor, sequences: list[Sequence
     policy.eval()
     out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(sequences)
     for members in _rounds([len(s) for s in sequences], recipe.micro_batch, policy, where):
-        batch = collate([sequences[k] for k in members] or [dummy(processor)], processor.pad).to(policy.device)
+        chosen, idle = in_step([sequences[k] for k in members], processor, is_sharded(policy))
+        batch = collate(chosen, processor.pad).to(policy.device)
         logp = policy(
             {**batch.model_inputs(), "use_cache": False},
             lambda o, head, b=batch: ops.linear_logprob(
                 o.last_hidden_state.flatten(0, 1)[b.loss_rows], head, b.targets, temperature=recipe.sampling.temperature
             )[0],
         )
-        if members:
-            sizes = [int(sequences[k].trained.sum()) for k in members]
-            for k, part in zip(members, logp.cpu().split(sizes), strict=True):
-                out[k] = part.numpy()
+        sizes = [int(sequences[k].trained.sum()) for k in members]
+        for k, part in zip(members, logp[: len(logp) - idle].cpu().split(sizes), strict=True):
+            out[k] = part.numpy()
     policy.train(was_training)
     return out
 
@@ -236,12 +237,11 @@ def _accumulate(policy: Policy, processor: Processor, samples: list[Sample], rec
     stats = torch.zeros(len(ops.STATS), device=where.device)
     for members in _rounds([len(s.sequence) for s in samples], recipe.micro_batch, policy, where):
         chosen = [samples[k] for k in members]
-        idle = None if any(s.sequence.patches for s in chosen) or not is_sharded(policy) else dummy(processor)
-        batch = collate([s.sequence for s in chosen] + ([idle] if idle else []), processor.pad).to(where.device)
-        extra = int(idle.trained[1:].sum()) if idle else 0  # rows at weight zero: every rank must run the sharded vision tower
+        sequences, idle = in_step([s.sequence for s in chosen], processor, is_sharded(policy))
+        batch = collate(sequences, processor.pad).to(where.device)
 
-        def rows(values: list[np.ndarray], extra: int = extra) -> torch.Tensor:
-            return torch.from_numpy(np.concatenate([*values, np.zeros(extra)]).astype(np.float32)).to(where.device)
+        def rows(values: list[np.ndarray], idle: int = idle) -> torch.Tensor:
+            return torch.from_numpy(np.concatenate([*values, np.zeros(idle)]).astype(np.float32)).to(where.device)
 
         share = (lambda s: 1 / tokens) if spec.aggregation == "token" else (lambda s: 1 / (len(s) * replies))
         on_policy = not any(s.old is not None for s in chosen)

@@ -66,6 +66,8 @@ def load_policy(config: ModelConfig, device: torch.device, seed: int) -> Policy:
     """The policy of a recipe on `device`, in train mode, with what is frozen frozen. ValueError where the recipe does not fit the model."""
     if not config.path:
         raise ValueError("model.path: a checkpoint folder or hub name is needed")
+    if not Path(config.path).is_dir() and (config.path.count("/") != 1 or config.path.startswith((".", "/", "~"))):
+        raise ValueError(f"model.path: {config.path} is neither a folder nor a hub name like Qwen/Qwen2.5-VL-7B-Instruct")
     lora = config.lora.rank > 0
     dtype = getattr(torch, config.frozen_dtype if lora else config.dtype)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.path, dtype=dtype, attn_implementation=config.attention)

@@ -64,11 +64,16 @@ def linear_grpo_loss(
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, spec: AdvantageSpec) -> Tensor:
-    """Advantages of rewards (N,) float within the groups (N,) int64; NaN rewards get 0. Raises ValueError on shapes or dtypes."""
+    """Advantages of rewards (N,) float within the groups (N,) int64; NaN rewards get 0.
+
+    Raises ValueError on shapes, dtypes or a negative group.
+    """
     if rewards.ndim != 1 or not rewards.is_floating_point():
         raise ValueError(f"rewards: expected a float vector (N,), got {tuple(rewards.shape)} {rewards.dtype}")
     if groups.shape != rewards.shape or groups.dtype != torch.int64:
         raise ValueError(f"groups: expected {tuple(rewards.shape)} int64, got {tuple(groups.shape)} {groups.dtype}")
+    if len(groups) and int(groups.min()) < 0:
+        raise ValueError(f"groups: expected ids from 0 on, got {int(groups.min())}")
     return reference.group_advantages(rewards, groups, spec)
 
 

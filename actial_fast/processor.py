@@ -7,6 +7,7 @@ itself is not used: it wants a video processor and with it torchvision, which th
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,10 +89,11 @@ class Processor:
 
     def _sequence(self, example: Example, turns: tuple[Turn, ...]) -> Sequence:
         row = example.row
+        try:
+            ids, trained = self._tokenised(turns)
+        except ValueError as error:
+            raise BadRow(row.where, str(error)) from None
         images = [self._patches(pixels, row) for pixels in example.pixels[: sum(t.content.count(IMAGE_TAG) for t in turns)]]
-        pieces = [(np.asarray(self._tokens(text)), trained) for text, trained in self._pieces(turns, row)]
-        ids = np.concatenate([p for p, _ in pieces])
-        trained = np.concatenate([np.full(len(p), t) for p, t in pieces])
         merged = self.image_processor.merge_size**2
         repeats = np.ones(len(ids), np.int64)
         repeats[ids == self.image_token] = [t * h * w // merged for _, (t, h, w) in images]
@@ -102,12 +104,22 @@ class Processor:
         positions = mrope_positions(ids, grids, self.image_token, self.image_processor.merge_size)
         return Sequence(ids, trained, positions, tuple(p for p, _ in images), grids)
 
-    def _pieces(self, turns: tuple[Turn, ...], row: Row) -> list[tuple[str, bool]]:
+    @functools.cached_property
+    def _tokenised(self) -> Callable[[tuple[Turn, ...]], tuple[np.ndarray, np.ndarray]]:
+        """A conversation's ids and what is trained, images still one token each; remembered, since wordings recur over a data set."""
+        return functools.lru_cache(maxsize=8192)(self._tokenise)
+
+    def _tokenise(self, turns: tuple[Turn, ...]) -> tuple[np.ndarray, np.ndarray]:
+        pieces = [(self._tokens(text), trained) for text, trained in self._pieces(turns)]
+        ids = np.array([i for piece, _ in pieces for i in piece], np.int64)
+        trained = np.array([t for piece, t in pieces for _ in piece], bool)
+        return ids, trained
+
+    def _pieces(self, turns: tuple[Turn, ...]) -> list[tuple[str, bool]]:
         """The rendered conversation cut into (text, trained); prompts and answers are tokenised apart, as in sampling."""
-        special = self.tokenizer.all_special_tokens
         for turn in turns:
-            if found := next((s for s in special if s in turn.content), None):
-                raise BadRow(row.where, f"the text contains the special token {found}")
+            if found := next((s for s in self._special if s in turn.content), None):
+                raise ValueError(f"the text contains the special token {found}")
         messages = [{"role": t.role, "content": t.content.replace(IMAGE_TAG, IMAGE_TEXT)} for t in turns]
         pieces, done = [], ""
         for i, turn in enumerate(turns):
@@ -121,6 +133,10 @@ class Processor:
         if not pieces or turns[-1].role != "assistant":
             pieces.append((self._render(messages, open_reply=True)[len(done) :], False))
         return pieces
+
+    @functools.cached_property
+    def _special(self) -> tuple[str, ...]:
+        return tuple(self.tokenizer.all_special_tokens)
 
     def _render(self, messages: list[dict[str, str]], *, open_reply: bool) -> str:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_reply)
@@ -150,7 +166,18 @@ class Processor:
 
 
 def dummy(processor: Processor) -> Sequence:
-    """A shortest sequence with one image: what a rank without work runs, at weight zero, so that sharded ranks stay in step."""
+    """A shortest sequence with one image and something to predict."""
     side = processor.image_processor.patch_size * processor.image_processor.merge_size
     row = Row(turns=(Turn("user", IMAGE_TAG), Turn("assistant", "-")), where="dummy")
     return processor.encode(Example(row=row, pixels=(np.zeros((side, side, 3), np.uint8),), position=-1))
+
+
+def in_step(sequences: list[Sequence], processor: Processor, sharded: bool) -> tuple[list[Sequence], int]:
+    """A micro-batch that sharded ranks can run together, and how many loss rows at its end count for nothing.
+
+    Every rank must run the sharded vision tower equally often, so a micro-batch without images, or without anything, gets a dummy one.
+    """
+    if not sharded or any(s.patches for s in sequences):
+        return sequences, 0
+    idle = dummy(processor)
+    return [*sequences, idle], int(idle.trained[1:].sum())

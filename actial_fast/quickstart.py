@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from actial_fast import grpo, sft, tiny
+from actial_fast import checkpoint, grpo, sft, tiny
 from actial_fast.config import EvalConfig, GRPORecipe, SFTRecipe, to_yaml
 from actial_fast.data.basics import write_basics
 from actial_fast.data.cot import geometric_cot, write_cot
@@ -170,26 +170,28 @@ def _basics(questions: Path, captures: Path, root: Path, seed: int) -> dict[str,
 
 def _texts(root: Path) -> Iterator[str]:
     """All training texts, for the tokenizer."""
-    paths = (root / "viewpoint/train.jsonl", root / "cot.jsonl", root / "ring-train.jsonl", root / "spatial/train.parquet")
-    for path in paths:
-        source = open_source(SourceConfig(str(path)))
+    spatial = SourceConfig(str(root / "spatial/train.parquet"), letters=True)
+    paths = (root / name for name in ("viewpoint/train.jsonl", "cot.jsonl", "ring-train.jsonl"))
+    for source in map(open_source, (*(SourceConfig(str(path)) for path in paths), spatial)):
         for i in range(len(source)):
             for turn in source[i].turns:
                 yield turn.content.replace(IMAGE_TAG, "")
 
 
 def _test(recipe: QuickstartRecipe, stage: str) -> dict[str, Any]:
-    """Greedy and sampled held-out tables of a finished stage, also noted for the report."""
-    model = Path(recipe.run) / stage / "final" / "model"
+    """Greedy and sampled held-out tables of a finished stage, also noted for the report as that stage's last word."""
+    folder = Path(recipe.run) / stage
     results = {
-        "greedy": evaluate_checkpoint(model, recipe.test, recipe.seed),
-        "sampled": evaluate_checkpoint(model, recipe.sampled, recipe.seed),
+        "greedy": evaluate_checkpoint(folder / "final" / "model", recipe.test, recipe.seed),
+        "sampled": evaluate_checkpoint(folder / "final" / "model", recipe.sampled, recipe.seed),
     }
-    with MetricLog(Path(recipe.run), stage=f"test after {stage}", total=1, tensorboard=False) as log:
-        for how, tables in results.items():
-            log.event("eval", {f"{name} ({how})": table for name, table in tables.items()}, 1)
-            for name, table in tables.items():
-                print(render_table(table, f"{name} after {stage}, {how}"), flush=True)
+    last = max(checkpoint.steps(folder))
+    with MetricLog(Path(recipe.run), stage=stage, total=last, tensorboard=False, resume_step=last) as log:
+        for tables in results.values():
+            log.event("eval", tables, last)
+    for tables in results.values():
+        for name, table in tables.items():
+            print(render_table(table, f"{name}, after {stage}"), flush=True)
     return results
 
 
@@ -200,7 +202,7 @@ def _summary(
         return {kind: round(f["accuracy"], 4) for table in results["greedy"].values() for kind, f in table["kinds"].items()}
 
     def formed_and_right(results: dict) -> dict[str, float]:
-        return {name: round(table["overall"]["well_formed_and_correct"], 4) for name, table in results["sampled"].items()}
+        return {name.split(" ")[0]: round(t["overall"]["well_formed_and_correct"], 4) for name, t in results["sampled"].items()}
 
     return {
         "seed": recipe.seed,

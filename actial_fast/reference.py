@@ -12,6 +12,7 @@ from actial_fast.spec import AdvantageSpec, GRPOSpec
 
 STATS = ("tokens", "policy_loss", "kl", "entropy", "clip_low", "clip_high", "ratio")
 """Entries of the statistics that `linear_grpo_loss` returns: `tokens` is a count, the others are sums weighted like the loss."""
+MAX_LOG_RATIO = 20.0  # exp of more says nothing more and overflows float32 at 88; a value at the bound has no gradient
 
 
 def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -35,11 +36,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, token_
 
 
 def token_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """The k3 estimate of KL(policy || reference) per token: expm1(d) - d with d = ref_logp - logp. Both (T,) -> (T,), >= 0.
+    """The k3 estimate of KL(policy || reference) per token: expm1(d) - d, d = ref_logp - logp up to MAX_LOG_RATIO. Both (T,) -> (T,), >= 0.
 
     Source: J. Schulman, "Approximating KL divergence", 2020; expm1 keeps it exact where d is small.
     """
-    d = ref_logp - logp
+    d = (ref_logp - logp).clamp(max=MAX_LOG_RATIO)
     return torch.expm1(d) - d
 
 
@@ -63,7 +64,7 @@ def linear_grpo_loss(
     """
     logp, entropy = linear_logprob(hidden, weight, targets, temperature=temperature)
     log_ratio = logp - (logp.detach() if old_logp is None else old_logp)
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - spec.clip_low, 1 + spec.clip_high)
     policy = -torch.minimum(ratio * advantages, clipped * advantages)
     kl = token_kl(logp, ref_logp) if ref_logp is not None else torch.zeros_like(logp)
@@ -80,7 +81,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, spec: AdvantageSpec) -> Te
     """Rewards relative to their group: (r - mean) / (std + epsilon), or r - mean.
 
     rewards (N,) float, groups (N,) int64 in [0, number of groups). NaN rewards (unscorable) stay out of the statistics and get 0, as do
-    groups of one. The deviation is the unbiased one. Returns (N,) of the rewards' dtype.
+    groups of one and, exactly, groups of equal rewards. The deviation is the unbiased one. Returns (N,) of the rewards' dtype.
     """
     known = ~rewards.isnan()
     value = torch.where(known, rewards, 0)
@@ -90,13 +91,12 @@ def group_advantages(rewards: Tensor, groups: Tensor, spec: AdvantageSpec) -> Te
     total[1].index_add_(0, groups, value)
     count, mean = total[0], total[1] / total[0].clamp(min=1)
     centred = torch.where(known, value - mean[groups], 0)
-    if spec.scale == "none":
-        return torch.where(count[groups] > 1, centred, 0)
     total[2].index_add_(0, groups, centred * centred)
     std = (total[2] / (count - 1).clamp(min=1)).sqrt()
-    # rounding leaves about 1e-8 where all rewards are equal, which epsilon alone would blow up
-    flat = std <= 1e-6 * mean.abs().clamp(min=1)
-    return torch.where((count > 1)[groups] & ~flat[groups], centred / (std + spec.epsilon)[groups], 0)
+    # rounding leaves about 1e-8 where all rewards are equal, which is not the exact 0 that skipping needs and which epsilon would blow up
+    differ = (count > 1) & (std > 1e-6 * mean.abs().clamp(min=1))
+    scale = std + spec.epsilon if spec.scale == "std" else torch.ones_like(std)
+    return torch.where(differ[groups], centred / scale[groups], 0)
 
 
 def _upcast(x: Tensor) -> Tensor:

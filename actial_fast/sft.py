@@ -21,7 +21,7 @@ from actial_fast.evaluate import evaluate
 from actial_fast.metrics import MetricLog
 from actial_fast.model import Policy
 from actial_fast.packing import Sequence, collate, micro_batches
-from actial_fast.processor import Processor, dummy
+from actial_fast.processor import Processor, in_step
 from actial_fast.training import (
     Stopped,
     begin,
@@ -61,6 +61,7 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
         on_bad_row=recipe.data.on_bad_row,
         rejects=folder / "rejects.jsonl",
         workers=recipe.data.workers,
+        encode=processor.encode,
         rank=where.rank,
         world=where.size,
     )
@@ -81,7 +82,7 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
         for step in range(start + 1, total + 1):
             began = time.perf_counter()
             rate = set_learning_rate(optimizer, recipe.optim, step, total)
-            sequences = [processor.encode(example) for example in stream.next_batch(recipe.batch_size)]
+            sequences = [example.encoded for example in stream.next_batch(recipe.batch_size)]
             loss, answer_tokens = _accumulate(policy, processor, sequences, recipe, where)
             reduce_gradients(parameters_of(policy), where)
             norm = clip_gradients(parameters_of(policy), recipe.optim.clip_norm)
@@ -127,12 +128,9 @@ def _accumulate(policy: Policy, processor: Processor, sequences: list[Sequence],
     for i in range(rounds):
         members = [sequences[k] for k in groups[i]] if i < len(groups) else []
         weights = _token_weights(members, recipe.loss_weighting, counts)
-        if is_sharded(policy) and not any(s.patches for s in members):
-            # every rank must run the sharded vision tower equally often, so a text-only share brings an image at weight zero
-            idle = dummy(processor)
-            members, weights = [*members, idle], np.append(weights, np.zeros(idle.trained[1:].sum(), np.float32))
+        members, idle = in_step(members, processor, is_sharded(policy))
         batch = collate(members, processor.pad).to(where.device)
-        token_weight = torch.from_numpy(weights).to(where.device)
+        token_weight = torch.from_numpy(np.append(weights, np.zeros(idle, np.float32))).to(where.device)
         loss = policy(
             {**batch.model_inputs(), "use_cache": False},
             lambda out, head, b=batch, w=token_weight: ops.linear_cross_entropy(

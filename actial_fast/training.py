@@ -41,7 +41,7 @@ def begin(recipe: SFTRecipe | GRPORecipe, where: World) -> int:
     """
     folder = stage_folder(recipe)
     written = folder / "recipe.yaml"
-    if written.exists():
+    if written.exists() and checkpoint.steps(folder):
         before = {key: value for key, value, _, _ in describe(load_recipe(written))}
         now = {key: value for key, value, _, _ in describe(recipe)}
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and not k.startswith(MAY_CHANGE))

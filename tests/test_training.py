@@ -30,6 +30,7 @@ from actial_fast.config import (
     SFTRecipe,
     to_yaml,
 )
+from actial_fast.data.row import Row, Turn
 from actial_fast.data.source import SourceConfig
 from actial_fast.data.stream import Stream
 from actial_fast.dist import World
@@ -153,7 +154,7 @@ def test_grpo_gradient_does_not_depend_on_micro_batches_nor_on_skipping(grpo_rec
     processor = Processor.load(str(lab.model))
     policy = load_policy(recipe.model, ALONE.device, 0)
     reference = load_policy(recipe.model, ALONE.device, 0).eval()
-    samples = grpo._sample(policy, processor, Stream(recipe.data.sources, seed=0).next_batch(4), recipe)
+    samples = grpo._sample(policy, processor, Stream(recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4), recipe)
     samples = [replace(s, minibatch=0, advantage=0.0 if i < 4 else s.advantage) for i, s in enumerate(samples)]
     samples = grpo._log_probs(policy, reference, processor, samples, recipe, ALONE)
     assert any(s.advantage for s in samples)
@@ -173,7 +174,8 @@ def test_grpo_gradient_does_not_depend_on_micro_batches_nor_on_skipping(grpo_rec
 def test_old_logprobs_only_after_the_first_minibatch_and_equal_the_samplers(grpo_recipe, lab):
     policy, processor = load_policy(grpo_recipe.model, ALONE.device, 0), Processor.load(str(lab.model))
     reference = load_policy(grpo_recipe.model, ALONE.device, 0).eval()
-    samples = grpo._sample(policy, processor, Stream(grpo_recipe.data.sources, seed=0).next_batch(4), grpo_recipe)
+    examples = Stream(grpo_recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4)
+    samples = grpo._sample(policy, processor, examples, grpo_recipe)
     samples = grpo._log_probs(policy, reference, processor, samples, grpo_recipe, ALONE)
     assert {s.minibatch: s.old is not None for s in samples} == {0: False, 1: True}
     for s in samples:
@@ -335,11 +337,20 @@ def launch(kind: str, recipe: Path, *, ranks: int = 1, env: dict[str, str] | Non
     )
 
 
+def text_only(folder: Path) -> Path:
+    path = folder / "text.jsonl"
+    rows = [Row((Turn("user", f"Say {i}"), Turn("assistant", "A")), truth="A", id=str(i)) for i in range(9)]
+    path.write_text("".join(json.dumps(row.to_json(folder)) + "\n" for row in rows))
+    return path
+
+
 @pytest.mark.parametrize("fsdp", [False, True], ids=["replicated", "fsdp"])
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
 def test_two_ranks_equal_one(kind, fsdp, sft_recipe, grpo_recipe, tmp_path):
     recipe = sft_recipe if kind == "sft" else grpo_recipe
-    recipe = replace(recipe, save=SaveConfig(every=0, tensorboard=False), steps=3)
+    sources = (*recipe.data.sources, SourceConfig(str(text_only(tmp_path))))  # a rank without an image must stay in step
+    data = replace(recipe.data, sources=sources)
+    recipe = replace(recipe, data=data, micro_batch=1, save=SaveConfig(every=0, tensorboard=False), steps=3)
     one = (sft if kind == "sft" else grpo).train(replace(recipe, run=str(tmp_path / "one")))
     two = replace(recipe, run=str(tmp_path / "two"), dist=DistConfig(fsdp=fsdp))
     (tmp_path / "recipe.yaml").write_text(to_yaml(two))

@@ -100,6 +100,7 @@ def find_captures(root: Path) -> list[Path]:
             subfolders.clear()
             continue
         seen.add(real)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]  # unfinished work, not captures
         if parts := {"images", "sparse"} & set(subfolders):
             found.append(Path(folder))
             subfolders[:] = [] if len(parts) == 2 else [s for s in subfolders if s not in parts]
@@ -126,6 +127,7 @@ def read_capture(
     name = object_id(path, path.parent if root is None else root)
     if not (path / "sparse" / "0").is_dir() or not (path / "images").is_dir():
         raise BadCapture(path, NO_MODEL, "expected images/ and sparse/0/")
+    _check_counts(path)
     try:
         model = pycolmap.Reconstruction(str(path / "sparse" / "0"))
         images = sorted((image for image in model.images.values() if image.has_pose), key=lambda image: image.name)
@@ -187,6 +189,17 @@ def _poses(images: list[pycolmap.Image]) -> tuple[np.ndarray, np.ndarray]:
     """cam_from_world as rotations (N, 3, 3) and translations (N, 3)."""
     poses = [image.cam_from_world() for image in images]
     return np.array([pose.rotation.matrix() for pose in poses]), np.array([pose.translation for pose in poses])
+
+
+def _check_counts(path: Path) -> None:
+    """A file that is cut short reads as a huge number of records, over which pycolmap would sit for minutes."""
+    for name in ("cameras.bin", "images.bin", "points3D.bin"):
+        file = path / "sparse" / "0" / name
+        if file.is_file():
+            with open(file, "rb") as handle:
+                head, size = handle.read(8), file.stat().st_size
+            if len(head) < 8 or int.from_bytes(head, "little") * 24 > size:  # no record of any kind is shorter than 24 bytes
+                raise BadCapture(path, UNREADABLE, f"{name} is {size} bytes and cannot hold the records it announces")
 
 
 def _check_shape(path: Path, model: pycolmap.Reconstruction, image: pycolmap.Image) -> None:

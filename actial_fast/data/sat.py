@@ -1,8 +1,8 @@
 """SAT (spatial aptitude training) rows: parquet with image_bytes, question, answers, question_type, correct_answer.
 
 One row becomes: user "<image>... question, then the options in one line", assistant the correct answer's text, which is also the truth.
-The options are shown in an order drawn from the row's number and question: a file that always lists the correct one first would teach a
-position.
+With lettered options they are "A. ...", "B. ..." on lines of their own, and the answer and the truth are the letter. The options are shown
+in an order drawn from the row's number and question: a file that always lists the correct one first would teach a position.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from string import ascii_uppercase
 
 from .row import IMAGE_TAG, BadRow, Row, Turn
 from .table import Table
@@ -19,16 +20,21 @@ CHOICE_COLUMNS = ("answers", "answer_choices")
 OPTIONS = "Answer with one of these options: "
 
 
+def lettered(choices: Sequence[str]) -> str:
+    """The choices as lettered lines: "A. first", "B. second"."""
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
+
+
 def options_line(choices: Sequence[str]) -> str:
     """The line that offers the choices: "Answer with one of these options: a, b or c"."""
     return OPTIONS + (", ".join(choices[:-1]) + " or " + choices[-1] if len(choices) > 1 else choices[0])
 
 
 class SatSource:
-    """Random access to the rows of a SAT table."""
+    """Random access to the rows of a SAT table; `letters` offers the options by letter instead of by text."""
 
-    def __init__(self, path: Path):
-        self._table = Table(path)
+    def __init__(self, path: Path, *, letters: bool = False):
+        self._table, self._letters = Table(path), letters
         names = set(self._table.column_names)
         if len(self._table) and not {"question", "correct_answer"} <= names:
             raise ValueError(f"{path}: SAT needs the columns question and correct_answer; it has {sorted(names)}")
@@ -57,8 +63,14 @@ class SatSource:
         random.Random(f"{index} {question}").shuffle(choices)
         images = self._table.images(record[self._images] if self._images else None, index)
         text = question.strip() if IMAGE_TAG in question else IMAGE_TAG * len(images) + question.strip()
+        if self._letters and choices:
+            if len(choices) > len(ascii_uppercase):
+                raise BadRow(where, f"{len(choices)} choices are more than there are letters")
+            text, answer = f"{text}\n{lettered(choices)}", ascii_uppercase[choices.index(answer)]
+        elif choices:
+            text = f"{text}\n{options_line(choices)}"
         return Row(
-            turns=(Turn("user", f"{text}\n{options_line(choices)}" if choices else text), Turn("assistant", answer)),
+            turns=(Turn("user", text), Turn("assistant", answer)),
             images=images,
             truth=answer,
             kind=self.kind(index),

@@ -40,6 +40,8 @@ class SourceConfig:
     """This source's share of the mixture, relative to the other sources' weights."""
     system: str = ""
     """System prompt that every row gets; empty keeps the row's own."""
+    letters: bool = False
+    """SAT only: offer the options as A., B., ... and take the letter for the answer, instead of the option's text."""
     kinds: tuple[str, ...] = ()
     """Question types to keep; empty keeps all."""
     limit: int = 0
@@ -95,7 +97,10 @@ def open_source(config: SourceConfig) -> Source:
     if config.limit < 0:
         raise ValueError(f"data source {path}: limit is {config.limit}; use 0 for all rows or the number of rows to keep")
     module, class_name = FORMATS[name]
-    source = getattr(importlib.import_module(f"{__package__}.{module}"), class_name)(path)
+    if config.letters and name != "sat":
+        raise ValueError(f"data source {path}: letters is for SAT's options, and this is {name}")
+    extra = {"letters": True} if config.letters else {}
+    source = getattr(importlib.import_module(f"{__package__}.{module}"), class_name)(path, **extra)
     indices = _of_kinds(source, config.kinds, path) if config.kinds else np.arange(len(source))
     if config.limit:
         indices = indices[: config.limit]
@@ -127,10 +132,10 @@ def detect_format(path: Path) -> str:
         raise ValueError(f"data source {path}: the first record is not an object, so the format cannot be told{hint}")
     if "conversations" in first or "image" in first or "system" in first:
         return "sharegpt"
-    if {"id", "truth", "kind", "choices", "meta"} & set(first):
-        return "jsonl"
     if path.suffix == ".json" and "messages" in first:  # our own rows are always one a line, in .jsonl
         return "sharegpt"
+    if {"id", "truth", "kind", "choices", "meta"} & set(first):
+        return "jsonl"
     raise ValueError(f"data source {path}: a record with the keys {sorted(first)} may be a row of ours or ShareGPT's{hint}")
 
 

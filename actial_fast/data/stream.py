@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,11 +28,16 @@ LOOKAHEAD = 32  # rows a Pass reads ahead
 
 @dataclass(frozen=True)
 class Example:
-    """A row with its pixels. pixels: one uint8 (H, W, 3) array per image, read-only; position: where in the stream it was drawn."""
+    """A row with its pixels. pixels: one uint8 (H, W, 3) array per image, read-only; position: where in the stream it was drawn;
+    encoded: what the stream's `encode` made of it, None without one."""
 
     row: Row
     pixels: tuple[np.ndarray, ...]
     position: int
+    encoded: Any = None
+
+
+Encode = Callable[[Example], Any]
 
 
 class _Pixels:
@@ -72,10 +78,11 @@ class _Pixels:
                 total -= size
 
 
-def _load(source: Source, index: int, position: int, pixels: _Pixels) -> Example | BadRow:
+def _load(source: Source, index: int, position: int, pixels: _Pixels, encode: Encode | None) -> Example | BadRow:
     try:
         row = source[index]
-        return Example(row, tuple(pixels.get(image, row.where) for image in row.images), position)
+        example = Example(row, tuple(pixels.get(image, row.where) for image in row.images), position)
+        return replace(example, encoded=encode(example)) if encode else example
     except BadRow as error:
         return error
 
@@ -91,6 +98,7 @@ class Stream:
             records the row once in `rejects`.
         rejects: a JSON Lines file for skipped rows, or None. With several ranks, one file a rank (x.rank0.jsonl).
         workers: threads that read and decode ahead, one batch beyond the one handed out; 0 works in the calling thread.
+        encode: called in those threads with each example; what it returns becomes `encoded`, and a BadRow it raises is a bad row.
         rank, world: this process and how many share each batch.
 
     Raises ValueError for a source that cannot be opened, bad weights, or an unknown policy.
@@ -105,6 +113,7 @@ class Stream:
         on_bad_row: str = "error",
         rejects: Path | None = None,
         workers: int = 2,
+        encode: Encode | None = None,
         rank: int = 0,
         world: int = 1,
     ):
@@ -114,7 +123,7 @@ class Stream:
         self._sources = [open_source(config) for config in sources]
         self._seed, self._shuffle, self._skip = seed, shuffle, on_bad_row == "skip"
         self._rank, self._world = rank, world
-        self._rejects, self._pixels = Rejects(rejects, rank, world), _Pixels(CACHE_BYTES)
+        self._rejects, self._pixels, self._encode = Rejects(rejects, rank, world), _Pixels(CACHE_BYTES), encode
         self._pool = ThreadPoolExecutor(workers, "decode") if workers else None
         self._ahead: tuple[int, int, list[Future]] | None = None  # position, size, one future per slot of this rank
         self._orders: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
@@ -197,7 +206,7 @@ class Stream:
         futures = []
         for p in range(position + n * self._rank // self._world, position + n * (self._rank + 1) // self._world):
             k, index = self.locate(p)
-            futures.append(_submit(self._pool, self._sources[k], index, p, self._pixels))
+            futures.append(_submit(self._pool, self._sources[k], index, p, self._pixels, self._encode))
         return futures
 
     def _drop_ahead(self) -> None:
@@ -220,7 +229,7 @@ class Pass:
     Args:
         sources: one or several; weights are not used.
         limit: stop after the first so many rows over all ranks; 0 for all.
-        on_bad_row, rejects, workers: as for Stream.
+        on_bad_row, rejects, workers, encode: as for Stream.
         rank, world: this process takes the positions rank, rank + world, ...
 
     Raises ValueError as Stream does, and BadRow while iterating under "error".
@@ -234,6 +243,7 @@ class Pass:
         on_bad_row: str = "error",
         rejects: Path | None = None,
         workers: int = 2,
+        encode: Encode | None = None,
         rank: int = 0,
         world: int = 1,
     ):
@@ -242,7 +252,8 @@ class Pass:
         self._sources = [open_source(config) for config in ([sources] if isinstance(sources, SourceConfig) else sources)]
         total = sum(len(source) for source in self._sources)
         self._positions = range(rank, min(limit or total, total), world)
-        self._skip, self._rejects, self._workers = on_bad_row == "skip", Rejects(rejects, rank, world), workers
+        self._skip, self._rejects = on_bad_row == "skip", Rejects(rejects, rank, world)
+        self._workers, self._encode = workers, encode
         self.rejected = 0
         """Bad rows this rank has skipped."""
 
@@ -258,7 +269,7 @@ class Pass:
             while True:
                 for position, (source, index) in islice(todo, (LOOKAHEAD if pool else 1) - len(ahead)):
                     pixels.trim()
-                    ahead.append(_submit(pool, source, index, position, pixels))
+                    ahead.append(_submit(pool, source, index, position, pixels, self._encode))
                 if not ahead:
                     return
                 result = ahead.popleft().result()
@@ -274,11 +285,11 @@ class Pass:
                 pool.shutdown(cancel_futures=True)
 
 
-def _submit(pool: ThreadPoolExecutor | None, source: Source, index: int, position: int, pixels: _Pixels) -> Future:
+def _submit(pool: ThreadPoolExecutor | None, source: Source, index: int, position: int, pixels: _Pixels, encode: Encode | None) -> Future:
     if pool:
-        return pool.submit(_load, source, index, position, pixels)
+        return pool.submit(_load, source, index, position, pixels, encode)
     future: Future = Future()
-    future.set_result(_load(source, index, position, pixels))
+    future.set_result(_load(source, index, position, pixels, encode))
     return future
 
 

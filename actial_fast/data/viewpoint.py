@@ -129,7 +129,6 @@ def pairs(capture: Capture, config: ViewpointConfig) -> list[dict[str, Any]]:
     for move in (there, back):
         usable &= (np.abs(move.ego) >= config.min_translation) & (np.abs(move.object) >= config.min_translation)
         usable &= np.sign(move.ego) == -np.sign(move.object)  # a camera that looks past the object may see it otherwise
-    usable &= np.sign(there.ego) == -np.sign(back.ego)
     found = np.nonzero(usable)[0].tolist()
     found = random.Random(f"{config.seed}/{capture.object}").sample(found, min(config.pairs_per_object, len(found)))
     return [

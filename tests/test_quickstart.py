@@ -1,0 +1,122 @@
+"""The main job: a shortened run here, killed again and again; the real one for three seeds under `make test-slow`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+from actial_fast import quickstart
+from actial_fast.config import load_recipe
+from actial_fast.data.source import SourceConfig, open_source
+
+ROOT = Path(__file__).parent.parent
+SHORT = [
+    "render.objects=5",
+    "render.views=10",
+    "render.workers=1",
+    "viewpoint.workers=1",
+    "viewpoint.test_examples=12",
+    "viewpoint.max_test_fraction=0.3",
+    "spatial.train_per_kind=12",
+    "spatial.test_per_kind=2",
+    "cot_rows=20",
+    "model.hidden=32",
+    "model.vision_hidden=32",
+    *(f"{stage}.{key}" for stage in ("front", "ring", "sft") for key in ("steps=5", "batch_size=8", "eval.every=3", "save.every=2")),
+    *("grpo.steps=4", "grpo.prompts=2", "grpo.minibatch=2", "grpo.sampling.n=2", "grpo.eval.every=2", "grpo.save.every=1"),
+    *("grpo.sampling.max_new_tokens=8", "grpo.eval.max_new_tokens=8", "test.max_new_tokens=8", "sampled.max_new_tokens=8"),
+]
+
+
+def launch(run: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "actial_fast.cli", "quickstart", f"run={run}", *SHORT]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(run: Path) -> dict:
+    process = launch(run)
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output[-3000:]
+    return json.loads((run / "summary.json").read_text())
+
+
+def test_short_run_killed_anywhere_continues_to_the_same_end(tmp_path):
+    whole = finish(tmp_path / "whole")
+    assert set(whole) >= {
+        "seed",
+        "accuracy_after_sft",
+        "accuracy_after_grpo",
+        "well_formed_and_correct_before_grpo",
+        "well_formed_and_correct_after_grpo",
+        "images_per_second",
+        "examples_per_second",
+        "seconds",
+        "total_seconds",
+    }
+    assert {"ego_translation", "object_translation", "ego_rotation", "closer"} <= set(whole["accuracy_after_sft"])
+
+    run = tmp_path / "killed"
+    kills = 0
+    # kill -9 as soon as each of these exists: in the data, in SFT between two checkpoints, in GRPO
+    for sign in ("captures/vehicle/0002", "viewpoint", "front/step-000002", "sft/step-000004", "grpo/step-000002"):
+        process = launch(run)
+        deadline = time.time() + 300
+        while process.poll() is None and not (run / sign).exists() and time.time() < deadline:
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    assert kills >= 4
+    again = finish(run)
+    for key in whole.keys() - {"seconds", "total_seconds", "images_per_second", "examples_per_second"}:
+        assert again[key] == whole[key], key
+    ours, theirs = (load_file(path / "grpo/final/model/model.safetensors") for path in (run, tmp_path / "whole"))
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+    page = (run / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "") and "data:image/png;base64," in page
+    model = run / "grpo/final/model"
+    assert Qwen2_5_VLForConditionalGeneration.from_pretrained(model) and AutoTokenizer.from_pretrained(model)
+
+
+def test_stages_share_the_run_folder_the_seed_and_each_other_s_weights():
+    recipe = quickstart._resolved(load_recipe(ROOT / "recipes/quickstart.yaml", ["run=somewhere", "seed=7"]))
+    assert recipe.front.model.path == "somewhere/model" and recipe.grpo.model.path == "somewhere/sft/final/model"
+    assert {
+        part.seed for part in (recipe.render, recipe.viewpoint, recipe.spatial, recipe.front, recipe.ring, recipe.sft, recipe.grpo)
+    } == {7}
+    paths = [s.path for stage in (recipe.front, recipe.ring, recipe.sft, recipe.grpo) for s in stage.data.sources]
+    assert all(path.startswith("somewhere/") for path in paths)
+    kinds = {Path(path).suffix for path in (s.path for s in recipe.grpo.data.sources)}
+    assert kinds == {".jsonl", ".parquet"}, "stage 2 trains on viewpoint rows and on SAT's format"
+
+
+def test_no_object_is_in_both_train_and_test(lab):
+    rows = {split: open_source(SourceConfig(str(lab.questions / f"{split}.jsonl"))) for split in ("train", "test")}
+    objects = {split: {source[i].meta["object"] for i in range(len(source))} for split, source in rows.items()}
+    assert objects["train"] and objects["test"] and not objects["train"] & objects["test"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_quickstart_reaches_what_it_promises(seed, tmp_path):
+    process = subprocess.run(
+        [sys.executable, "-m", "actial_fast.cli", "quickstart", f"run={tmp_path}/run", f"seed={seed}"], cwd=ROOT, text=True, check=True
+    )
+    assert process.returncode == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    for kind in ("ego_translation", "object_translation", "ego_rotation"):
+        assert summary["accuracy_after_sft"][kind] >= 0.9, summary
+    assert summary["well_formed_and_correct_before_grpo"]["viewpoint/test"] < 0.25, summary
+    assert summary["well_formed_and_correct_after_grpo"]["viewpoint/test"] >= 0.8, summary
+    assert summary["total_seconds"] <= 480, summary
