@@ -9,7 +9,7 @@ quickstart: $(VENV)/installed
 	$(VENV)/bin/actial quickstart
 
 test: $(VENV)/installed lint
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 
 test-slow: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m slow -s

@@ -136,6 +136,8 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             metrics = _metrics(samples, stats / len(norms), recipe, where, time.perf_counter() - began)
+            if rejected := where.sum(torch.tensor(float(stream.rejected), device=where.device)).item():
+                metrics["rejected_rows"] = rejected
             log.step(step, {**metrics, "lr": rate, "grad_norm": float(np.mean(norms)), "sampling_seconds": sampled_in})
             if recipe.log_rollouts and step in (1, (total + 1) // 2, total):
                 log.event("rollouts", _shown(examples, samples, recipe), step)

@@ -88,7 +88,8 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
             norm = clip_gradients(parameters_of(policy), recipe.optim.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            tokens = where.sum(torch.tensor(float(sum(map(len, sequences))), device=where.device)).item()
+            counts = torch.tensor([sum(map(len, sequences)), stream.rejected], dtype=torch.float64, device=where.device)
+            tokens, rejected = where.sum(counts).tolist()
             seconds = time.perf_counter() - began
             log.step(
                 step,
@@ -99,6 +100,7 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
                     "answer_tokens": answer_tokens,
                     "tokens_per_s": tokens / seconds,
                     "seconds": seconds,
+                    **({"rejected_rows": rejected} if rejected else {}),
                 },
             )
             last = step == total

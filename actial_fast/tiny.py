@@ -24,8 +24,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# tags; an option's letter; a line break; a sentence or clause with what ends it; the rest
-_PIECE = re.compile(r"<[^<>\n]+>|\n\(?[A-Z][.)] |\n|[^<\n]+?[.?!:;,](?: |(?=[<\n]|$))|[^<\n]+|<")
+# tags; an option's letter; a line break; a whole line that asks; a sentence (the space goes to the next one); the rest
+_PIECE = re.compile(r"<[^<>\n]+>|\n\(?[A-Z][.)] |\n|[^<\n]+\?(?=[<\n]|$)|[^<\n]+?[.?!:](?=[ <\n]|$)|[^<\n]+|<")
 
 
 @dataclass(frozen=True)

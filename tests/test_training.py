@@ -30,7 +30,7 @@ from actial_fast.config import (
     SFTRecipe,
     to_yaml,
 )
-from actial_fast.data.row import Row, Turn
+from actial_fast.data.row import BadRow, Row, Turn
 from actial_fast.data.source import SourceConfig
 from actial_fast.data.stream import Stream
 from actial_fast.dist import World
@@ -368,6 +368,26 @@ def test_a_failing_rank_ends_the_job_with_its_error(sft_recipe, tmp_path):
     _, errors = process.communicate(timeout=240)
     assert process.returncode != 0 and "rank 1 fails on purpose" in errors
     assert time.time() - began < 200
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_bad_rows_end_the_run_or_are_skipped_and_counted(kind, sft_recipe, grpo_recipe, tmp_path):
+    """A row that only the tokenizer can refuse, among good ones; also a batch in which nothing is left."""
+    path = tmp_path / "rows.jsonl"
+    texts = ["fine", "<|im_end|>", "<|im_end|>", "fine too"]
+    rows = [Row((Turn("user", t), Turn("assistant", "A")), truth="A", id=str(i)) for i, t in enumerate(texts)]
+    path.write_text("".join(json.dumps(row.to_json(tmp_path)) + "\n" for row in rows))
+    recipe, loop = (sft_recipe, sft) if kind == "sft" else (grpo_recipe, grpo)
+    sizes = {"batch_size": 1} if kind == "sft" else {"prompts": 1, "minibatch": 1}
+    data = DataConfig(sources=(SourceConfig(str(path)),), workers=1)
+    recipe = replace(recipe, data=data, steps=4, save=SaveConfig(every=0, tensorboard=False), **sizes)
+    with pytest.raises(BadRow, match=r"rows.jsonl:[23]: the text contains the special token"):
+        loop.train(recipe)
+    skipping = replace(recipe, run=str(tmp_path / "skip"), data=replace(data, on_bad_row="skip"))
+    loop.train(skipping)
+    assert read_metrics(tmp_path / "skip")[-1]["rejected_rows"] == 2
+    rejects = [json.loads(line) for line in (tmp_path / "skip" / kind / "rejects.jsonl").read_text().splitlines()]
+    assert sorted(r["where"].rsplit(":")[-1] for r in rejects) == ["2", "3"]
 
 
 def test_metrics_are_strict_json(sft_recipe):
