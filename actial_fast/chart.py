@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 470.0, 240.0  # viewBox units, about CSS pixels
+WIDTH, WIDE, HEIGHT = 470.0, 965.0, 240.0  # viewBox units, about CSS pixels; WIDE fills a row of two charts and the gap between them
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 20.0, 26.0
 MIN_SHARE = 0.5
 BUCKETS = 300
-LOG_RATIO = 30.0  # positive values spanning more than this go on a log axis
+SMOOTHED = 15  # fewer points than this are not averaged
+LOG_RATIO = 10.0  # positive values spanning more than this go on a log axis
 COLOURS = 7  # --c0 ... --c6 in the page's CSS
 
 Points = Sequence[tuple[float, float]]
@@ -49,25 +50,31 @@ def line_chart(
     guides: Sequence[Guide] = (),
     percent: bool = False,
     may_log: bool = False,
+    top: float = math.inf,
+    wide: bool = False,
 ) -> str:
     """An HTML `<figure>` with legend and SVG; "" when no series has a point.
 
     steps: last step per stage in the run's order; fixes the x axis, so that charts of one stage align. percent: values are shares, the y
     axis runs from 0 to 100%. may_log: positive values that span more than a factor LOG_RATIO get a log axis, and the title says so.
+    top: lines end where they rise above it; how many values do, and how far, is said. wide: the figure takes a whole row of the page.
     """
     shown = [s for s in series if any(s.stages.values())]
     values = [v for s in shown for points in s.stages.values() for _, v in points]
     finite = [v for v in values if math.isfinite(v)]
     if not values:
         return ""
-    caption = ""
+    caption, width, css = "", WIDE if wide else WIDTH, ' class="whole"' if wide else ""
     if len(finite) < len(values):
         caption = f'<p class="bad">{len(values) - len(finite)} of {len(values)} values are NaN or infinite</p>'
+    above = [v for v in finite if v > top]
+    if above:
+        caption += f'<p class="muted">{len(above):,} of {len(values):,} values above the axis, up to {number(max(above))}</p>'
     if not finite:
-        return f"<figure><figcaption>{escape(title)}</figcaption>{caption}</figure>"
-    spans = _spans({stage: last for stage, last in steps.items() if any(s.stages.get(stage) for s in shown)})
+        return f"<figure{css}><figcaption>{escape(title)}</figcaption>{caption}</figure>"
+    spans = _spans({stage: last for stage, last in steps.items() if any(s.stages.get(stage) for s in shown)}, width)
     log = may_log and not percent and min(finite) > 0 and max(finite) / min(finite) > LOG_RATIO
-    low, high = (0.0, 1.0) if percent else _range([*finite, *(g.value for g in guides)], log)
+    low, high = (0.0, 1.0) if percent else _range([*(min(v, top) for v in finite), *(g.value for g in guides)], log)
     label: Callable[[float], str] = (lambda v: f"{100 * v:.3g}%") if percent else number
     y = _y_scale(low, high, log)
 
@@ -76,7 +83,7 @@ def line_chart(
     digits = next((d for d in range(3, 9) if len({number(tick, d) for tick in ticks}) == len(ticks)), 9)  # 0.9996 and 0.9998 differ
     for tick in ticks:
         text = label(tick) if percent else number(tick, digits)
-        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        out.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         out.append(f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}">{text}</text>')
     for index, (stage, (x0, x1, last)) in enumerate(spans.items()):
         first, final = ("start", x0 + 3) if index else ("middle", x0), ("end", x1 - 3 if index < len(spans) - 1 else x1)
@@ -89,7 +96,7 @@ def line_chart(
         out.append(f'<text class="stage" x="{x0 + 4:.1f}" y="{TOP - 5}">{escape(stage)}</text>')
     for guide in guides:
         style = f' style="stroke:var(--c{guide.colour % COLOURS})"' if guide.colour is not None else ""
-        out.append(f'<line class="guide"{style} x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(guide.value):.1f}" y2="{y(guide.value):.1f}"/>')
+        out.append(f'<line class="guide"{style} x1="{LEFT}" x2="{width - RIGHT}" y1="{y(guide.value):.1f}" y2="{y(guide.value):.1f}"/>')
 
     legend = []
     for s in shown:
@@ -99,10 +106,10 @@ def line_chart(
             placed = [(x0 + (x1 - x0) * step / max(1, last), value) for step, value in points]
             smooth = placed if s.dots else moving_average(placed)
             if smooth is not placed:
-                out.append(f'<path class="raw" style="{stroke}" d="{_path(_thin(placed), y)}"/>')
-            out.append(f'<path class="line" style="{stroke}" d="{_path(_thin(smooth), y)}"/>')
+                out.append(f'<path class="raw" style="{stroke}" d="{_path(_thin(_under(top, placed)), y)}"/>')
+            out.append(f'<path class="line" style="{stroke}" d="{_path(_thin(_under(top, smooth)), y)}"/>')
             if s.dots or len(placed) == 1:
-                dots = ((x, v) for x, v in placed if math.isfinite(v))
+                dots = ((x, v) for x, v in _under(top, placed) if math.isfinite(v))
                 out += [f'<circle r="2.6" style="fill:var(--c{s.colour % COLOURS})" cx="{x:.1f}" cy="{y(v):.1f}"/>' for x, v in dots]
             last_value = next((v for _, v in reversed(smooth) if math.isfinite(v)), last_value)
         legend.append(f'<span><i style="background:var(--c{s.colour % COLOURS})"></i>{escape(s.name)} <b>{label(last_value)}</b></span>')
@@ -111,8 +118,8 @@ def line_chart(
         legend.append(f'<span><i class="dash"{style}></i>{escape(guide.name)} <b>{label(guide.value)}</b></span>')
     note = ' <span class="muted">(log scale)</span>' if log else ""
     return (
-        f'<figure><figcaption>{escape(title)}{note}</figcaption><div class="legend">{"".join(legend)}</div>{caption}'
-        f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(title)}">{"".join(out)}</svg></figure>'
+        f'<figure{css}><figcaption>{escape(title)}{note}</figcaption><div class="legend">{"".join(legend)}</div>{caption}'
+        f'<svg viewBox="0 0 {width:g} {HEIGHT:g}" role="img" aria-label="{escape(title)}">{"".join(out)}</svg></figure>'
     )
 
 
@@ -134,9 +141,9 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def moving_average(points: Points) -> Points:
-    """The centred mean over about a thirtieth of the points (at least 5), NaN left out; `points` itself when they are fewer than 15."""
+    """The centred mean over about a thirtieth of the points (at least 5), NaN left out; `points` itself when fewer than SMOOTHED."""
     n = len(points)
-    if n < 15:
+    if n < SMOOTHED:
         return points
     half = max(5, n // 30) // 2
     total, count = [0.0], [0]
@@ -149,6 +156,10 @@ def moving_average(points: Points) -> Points:
         a, b = max(0, i - half), min(n, i + half + 1)
         out.append((x, (total[b] - total[a]) / (count[b] - count[a]) if math.isfinite(value) else math.nan))
     return out
+
+
+def _under(top: float, points: Points) -> Points:
+    return [(x, value if value <= top else math.nan) for x, value in points]
 
 
 def _thin(points: Points) -> Points:
@@ -178,11 +189,11 @@ def _path(points: Points, y: Callable[[float], float]) -> str:
     return "".join(parts)
 
 
-def _spans(steps: Mapping[str, int]) -> dict[str, tuple[float, float, int]]:
+def _spans(steps: Mapping[str, int], width: float) -> dict[str, tuple[float, float, int]]:
     """Per stage (left x, right x, last step): widths by number of steps, none under MIN_SHARE of an equal share."""
     total, least = sum(steps.values()) or 1, MIN_SHARE / len(steps)
     shares = [max(last / total, least) for last in steps.values()]
-    scale, x, out = (WIDTH - LEFT - RIGHT) / sum(shares), LEFT, {}
+    scale, x, out = (width - LEFT - RIGHT) / sum(shares), LEFT, {}
     for (stage, last), share in zip(steps.items(), shares, strict=True):
         out[stage] = (x, x + share * scale, last)
         x += share * scale

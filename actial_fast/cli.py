@@ -187,8 +187,8 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from actial_fast.config import EvalConfig
     from actial_fast.data.source import SourceConfig, open_source
+    from actial_fast.recipe import EvalConfig
 
     config = EvalConfig(
         sources=tuple(SourceConfig(path, args.format, system=args.system) for path in args.source),

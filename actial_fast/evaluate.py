@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from actial_fast.config import EvalConfig, ModelConfig
 from actial_fast.data.row import Row
 from actial_fast.data.source import SourceConfig
 from actial_fast.data.stream import Pass
@@ -13,6 +12,7 @@ from actial_fast.data.tags import extract_answer, is_well_formed, same_answer
 from actial_fast.dist import World, world
 from actial_fast.model import Policy, load_policy
 from actial_fast.processor import Processor
+from actial_fast.recipe import EvalConfig, ModelConfig
 from actial_fast.rollout.embedded import generate
 from actial_fast.statistics import Record, accuracy_table
 

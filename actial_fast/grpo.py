@@ -23,22 +23,21 @@ import torch
 from PIL import Image
 
 from actial_fast import checkpoint, ops
-from actial_fast.config import GRPORecipe
-from actial_fast.data.stream import Example, Stream
+from actial_fast.data.stream import Example
 from actial_fast.dist import World, clip_gradients, is_sharded, reduce_gradients, shard, world
 from actial_fast.evaluate import evaluate
-from actial_fast.metrics import MetricLog
 from actial_fast.model import Policy, load_reference
 from actial_fast.packing import Sequence, collate, micro_batches
 from actial_fast.processor import Processor, in_step
+from actial_fast.recipe import GRPORecipe
 from actial_fast.rewards import score
 from actial_fast.rollout.embedded import generate
 from actial_fast.training import (
     Stopped,
     begin,
-    build_optimizer,
     graceful_stop,
-    open_policy,
+    open_log,
+    open_stage,
     parameters_of,
     set_learning_rate,
     stage_folder,
@@ -85,40 +84,14 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
     start = begin(recipe, where)
     if done := checkpoint.final(folder):
         return done
-    torch.manual_seed(recipe.seed)
-    policy = open_policy(recipe, start, where)
+    stage = open_stage(recipe, start, where, Processor.encode_prompt)
+    policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
     reference = None
     if recipe.loss.beta > 0 and not policy.adapted:
         reference = load_reference(recipe.model, where.device)
         reference = shard(reference, where) if recipe.dist.fsdp else reference
-    model = recipe.model
-    processor = Processor.load(
-        model.path, min_pixels=model.min_pixels, max_pixels=model.max_pixels, max_prompt=recipe.data.max_prompt_tokens
-    )
-    optimizer = build_optimizer(policy, recipe.optim)
-    stream = Stream(
-        recipe.data.sources,
-        seed=recipe.seed,
-        on_bad_row=recipe.data.on_bad_row,
-        rejects=folder / "rejects.jsonl",
-        workers=recipe.data.workers,
-        encode=processor.encode_prompt,
-        rank=where.rank,
-        world=where.size,
-    )
-    if start:
-        stream.seek(checkpoint.restore(folder, start, policy, optimizer, where)["position"])
-    save, total = recipe.save, recipe.steps
-    log = MetricLog(
-        Path(recipe.run),
-        stage=recipe.name,
-        total=total,
-        tensorboard=save.tensorboard,
-        wandb=save.wandb,
-        resume_step=start,
-        enabled=where.main,
-    )
-    with log, graceful_stop() as asked:
+    total = recipe.steps
+    with open_log(recipe, start, total, where) as log, graceful_stop() as asked:
         if start == 0 and recipe.eval.sources:
             log.event("eval", evaluate(policy, processor, recipe.eval, where, seed=recipe.seed), 0)
         for step in range(start + 1, total + 1):
@@ -145,9 +118,9 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
             if recipe.eval.sources and (last or (recipe.eval.every and step % recipe.eval.every == 0)):
                 log.event("eval", evaluate(policy, processor, recipe.eval, where, seed=recipe.seed), step)
             stop = where.max(len(asked)) > 0
-            if last or stop or (save.every and step % save.every == 0):
+            if last or stop or (recipe.save.every and step % recipe.save.every == 0):
                 state = {"position": stream.position}
-                checkpoint.save(folder, step, policy, processor, optimizer, state, where, keep=save.keep, last=last)
+                checkpoint.save(folder, step, policy, processor, optimizer, state, where, keep=recipe.save.keep, last=last)
             if stop and not last:
                 raise Stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
     stream.close()

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from actial_fast.config import ModelConfig
+from actial_fast.recipe import ModelConfig
 
 LANGUAGE_MODEL = "model.language_model"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from actial_fast import checkpoint, grpo, sft, tiny
-from actial_fast.config import EvalConfig, GRPORecipe, SFTRecipe, to_yaml
+from actial_fast.config import to_yaml
 from actial_fast.data.basics import write_basics
 from actial_fast.data.cot import geometric_cot, write_cot
 from actial_fast.data.render import RenderConfig, render
@@ -27,6 +27,7 @@ from actial_fast.data.spatial import SpatialConfig, spatial_questions, viewpoint
 from actial_fast.data.viewpoint import ViewpointConfig, build
 from actial_fast.evaluate import evaluate_checkpoint
 from actial_fast.metrics import MetricLog
+from actial_fast.recipe import EvalConfig, GRPORecipe, SFTRecipe
 from actial_fast.report import write_report
 from actial_fast.statistics import render_table
 from actial_fast.training import Stopped
@@ -86,12 +87,13 @@ def run(recipe: QuickstartRecipe) -> dict[str, Any]:
 
     steps.do("front", lambda: sft.train(recipe.front))
     steps.do("ring", lambda: sft.train(recipe.ring))
+    before = steps.do("test after ring", lambda: _test(recipe, "ring"))
     steps.do("sft", lambda: sft.train(recipe.sft))
     after_sft = steps.do("test after sft", lambda: _test(recipe, "sft"))
     steps.do("grpo", lambda: grpo.train(recipe.grpo))
     after_grpo = steps.do("test after grpo", lambda: _test(recipe, "grpo"))
 
-    summary = _summary(recipe, steps.seconds, rendered, built, after_sft, after_grpo)
+    summary = _summary(recipe, steps.seconds, rendered, built, before, after_sft, after_grpo)
     _write_json(root / "summary.json", summary)
     summary["report"] = str(write_report(root))
     return summary
@@ -196,7 +198,7 @@ def _test(recipe: QuickstartRecipe, stage: str) -> dict[str, Any]:
 
 
 def _summary(
-    recipe: QuickstartRecipe, seconds: dict[str, float], rendered: dict, built: dict, after_sft: dict, after_grpo: dict
+    recipe: QuickstartRecipe, seconds: dict[str, float], rendered: dict, built: dict, before: dict, after_sft: dict, after_grpo: dict
 ) -> dict[str, Any]:
     def accuracy(results: dict) -> dict[str, float]:
         return {kind: round(f["accuracy"], 4) for table in results["greedy"].values() for kind, f in table["kinds"].items()}
@@ -206,6 +208,7 @@ def _summary(
 
     return {
         "seed": recipe.seed,
+        "accuracy_before_sft": accuracy(before),
         "accuracy_after_sft": accuracy(after_sft),
         "accuracy_after_grpo": accuracy(after_grpo),
         "well_formed_and_correct_before_grpo": formed_and_right(after_sft),

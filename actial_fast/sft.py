@@ -14,20 +14,18 @@ import numpy as np
 import torch
 
 from actial_fast import checkpoint, ops
-from actial_fast.config import SFTRecipe
-from actial_fast.data.stream import Stream
 from actial_fast.dist import World, clip_gradients, is_sharded, reduce_gradients, world
 from actial_fast.evaluate import evaluate
-from actial_fast.metrics import MetricLog
 from actial_fast.model import Policy
 from actial_fast.packing import Sequence, collate, micro_batches
 from actial_fast.processor import Processor, in_step
+from actial_fast.recipe import SFTRecipe
 from actial_fast.training import (
     Stopped,
     begin,
-    build_optimizer,
     graceful_stop,
-    open_policy,
+    open_log,
+    open_stage,
     parameters_of,
     set_learning_rate,
     stage_folder,
@@ -48,37 +46,10 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
     start = begin(recipe, where)
     if done := checkpoint.final(folder):
         return done
-    torch.manual_seed(recipe.seed)
-    policy = open_policy(recipe, start, where)
-    model = recipe.model
-    processor = Processor.load(
-        model.path, min_pixels=model.min_pixels, max_pixels=model.max_pixels, max_prompt=recipe.data.max_prompt_tokens
-    )
-    optimizer = build_optimizer(policy, recipe.optim)
-    stream = Stream(
-        recipe.data.sources,
-        seed=recipe.seed,
-        on_bad_row=recipe.data.on_bad_row,
-        rejects=folder / "rejects.jsonl",
-        workers=recipe.data.workers,
-        encode=processor.encode,
-        rank=where.rank,
-        world=where.size,
-    )
-    if start:
-        stream.seek(checkpoint.restore(folder, start, policy, optimizer, where)["position"])
+    stage = open_stage(recipe, start, where, Processor.encode)
+    policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
     total = recipe.steps or max(1, round(recipe.epochs * stream.epoch_length / recipe.batch_size))
-    save = recipe.save
-    log = MetricLog(
-        Path(recipe.run),
-        stage=recipe.name,
-        total=total,
-        tensorboard=save.tensorboard,
-        wandb=save.wandb,
-        resume_step=start,
-        enabled=where.main,
-    )
-    with log, graceful_stop() as asked:
+    with open_log(recipe, start, total, where) as log, graceful_stop() as asked:
         for step in range(start + 1, total + 1):
             began = time.perf_counter()
             rate = set_learning_rate(optimizer, recipe.optim, step, total)
@@ -109,9 +80,9 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
                 log.event("eval", results, step)
                 last = last or _reached(results, recipe, step)
             stop = where.max(len(asked)) > 0
-            if last or stop or (save.every and step % save.every == 0):
+            if last or stop or (recipe.save.every and step % recipe.save.every == 0):
                 state = {"position": stream.position}
-                checkpoint.save(folder, step, policy, processor, optimizer, state, where, keep=save.keep, last=last)
+                checkpoint.save(folder, step, policy, processor, optimizer, state, where, keep=recipe.save.keep, last=last)
             if last:
                 break
             if stop:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import signal
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,14 @@ import torch
 from torch import nn
 
 from actial_fast import checkpoint
-from actial_fast.config import GRPORecipe, ModelConfig, OptimConfig, SFTRecipe, describe, load_recipe, to_yaml
+from actial_fast.config import describe, load_recipe, to_yaml
+from actial_fast.data.stream import Example, Stream
 from actial_fast.dist import World, shard
+from actial_fast.metrics import MetricLog
 from actial_fast.model import Policy, load_policy
+from actial_fast.packing import Sequence
+from actial_fast.processor import Processor
+from actial_fast.recipe import GRPORecipe, OptimConfig, SFTRecipe
 
 MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "dist.")  # keys that a resumed run may set anew
 
@@ -62,13 +68,58 @@ def begin(recipe: SFTRecipe | GRPORecipe, where: World) -> int:
     return max(checkpoint.steps(folder), default=0)
 
 
-def open_policy(recipe: SFTRecipe | GRPORecipe, start: int, where: World) -> Policy:
-    """The policy at step `start`: the recipe's weights, or the checkpoint's (adapters are put back by checkpoint.restore)."""
-    model: ModelConfig = recipe.model
-    if start and not model.lora.rank:
-        model = replace(model, path=str(checkpoint.path_of(stage_folder(recipe), start) / "model"))
-    policy = load_policy(model, where.device, recipe.seed)
-    return shard(policy, where) if recipe.dist.fsdp else policy
+@dataclass(frozen=True)
+class Stage:
+    """What a loop works with, at the step it goes on from. `start`: that step; `folder`: where its checkpoints lie."""
+
+    folder: Path
+    start: int
+    policy: Policy
+    processor: Processor
+    optimizer: torch.optim.AdamW
+    stream: Stream
+
+
+def open_stage(recipe: SFTRecipe | GRPORecipe, start: int, where: World, encode: Callable[[Processor, Example], Sequence]) -> Stage:
+    """Load, shard and restore: the recipe's weights at step 0, or everything as the checkpoint of step `start` has it.
+
+    encode: what the stream makes of each example, Processor.encode or Processor.encode_prompt.
+    """
+    folder, model, data = stage_folder(recipe), recipe.model, recipe.data
+    torch.manual_seed(recipe.seed)
+    resumed = replace(model, path=str(checkpoint.path_of(folder, start) / "model")) if start and not model.lora.rank else model
+    policy = load_policy(resumed, where.device, recipe.seed)
+    policy = shard(policy, where) if recipe.dist.fsdp else policy
+    limits = {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels, "max_prompt": data.max_prompt_tokens}
+    processor = Processor.load(model.path, **limits)
+    optimizer = build_optimizer(policy, recipe.optim)
+    stream = Stream(
+        data.sources,
+        seed=recipe.seed,
+        on_bad_row=data.on_bad_row,
+        rejects=folder / "rejects.jsonl",
+        workers=data.workers,
+        encode=functools.partial(encode, processor),
+        rank=where.rank,
+        world=where.size,
+    )
+    if start:
+        stream.seek(checkpoint.restore(folder, start, policy, optimizer, where)["position"])
+    return Stage(folder, start, policy, processor, optimizer, stream)
+
+
+def open_log(recipe: SFTRecipe | GRPORecipe, start: int, total: int, where: World) -> MetricLog:
+    """The stage's record, written by rank 0."""
+    save = recipe.save
+    return MetricLog(
+        Path(recipe.run),
+        stage=recipe.name,
+        total=total,
+        tensorboard=save.tensorboard,
+        wandb=save.wandb,
+        resume_step=start,
+        enabled=where.main,
+    )
 
 
 def build_optimizer(policy: Policy, config: OptimConfig) -> torch.optim.AdamW:

@@ -31,7 +31,7 @@ def lab(tmp_path_factory) -> SimpleNamespace:
     rows = JsonlSource(questions / "train.jsonl")
     texts = [turn.content.replace("<image>", "") for i in range(len(rows)) for turn in rows[i].turns]
     thoughts = ["<think>The camera moved to the left. So the answer is B.</think><answer>B</answer>"]
-    create(model, [*texts, *thoughts], TinyConfig(hidden=32, vision_hidden=32), seed=0)
+    create(model, [*texts, *thoughts], TinyConfig(hidden=32, vision_hidden=32, layers=2), seed=0)
     return SimpleNamespace(root=root, captures=captures, questions=questions, spatial=spatial, model=model)
 
 

@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 from actial_fast.cli import main
-from actial_fast.config import GRPORecipe, SFTRecipe, describe, load_recipe
+from actial_fast.config import describe, load_recipe
 from actial_fast.data.jsonl import JsonlSource
 from actial_fast.data.source import SourceConfig, open_source
 from actial_fast.data.tags import is_well_formed, tagged_answer
 from actial_fast.metrics import MetricLog
+from actial_fast.recipe import GRPORecipe, SFTRecipe
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [

@@ -10,24 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actial_fast.config import (
-    EvalConfig,
-    GRPORecipe,
-    ModelConfig,
-    OptimConfig,
-    SFTRecipe,
-    config_from,
-    describe,
-    field_docs,
-    from_dict,
-    load_recipe,
-    recipe_class,
-    to_yaml,
-)
+from actial_fast.config import config_from, describe, field_docs, from_dict, load_recipe, recipe_class, to_yaml
 from actial_fast.data.render import RenderConfig
 from actial_fast.data.source import SourceConfig
 from actial_fast.data.spatial import SpatialConfig
 from actial_fast.data.viewpoint import ViewpointConfig
+from actial_fast.recipe import EvalConfig, GRPORecipe, ModelConfig, OptimConfig, SFTRecipe
 from actial_fast.rewards import RewardConfig
 from actial_fast.spec import AdvantageSpec, GRPOSpec
 from actial_fast.tiny import TinyConfig
@@ -184,7 +172,7 @@ def test_values_out_of_range_name_their_field(cls, override, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("kind: dpo\n", r"^kind: 'dpo' is not a recipe kind; expected one of quickstart, sft, grpo$"),
+        ("kind: dpo\n", r"^kind: 'dpo' is not a recipe kind; expected one of sft, grpo, quickstart$"),
         ("name: x\n", "must be a mapping with a `kind`: sft, grpo or quickstart"),
         ("- 1\n", "must be a mapping with a `kind`"),
         ("", "must be a mapping with a `kind`"),

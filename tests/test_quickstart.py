@@ -26,9 +26,11 @@ SHORT = [
     "viewpoint.max_test_fraction=0.3",
     "spatial.train_per_kind=12",
     "spatial.test_per_kind=2",
+    "spatial.turn_tolerance_deg=14",
     "cot_rows=20",
     "model.hidden=32",
     "model.vision_hidden=32",
+    "model.layers=2",
     *(f"{stage}.{key}" for stage in ("front", "ring", "sft") for key in ("steps=5", "batch_size=8", "eval.every=3", "save.every=2")),
     *("grpo.steps=4", "grpo.prompts=2", "grpo.minibatch=2", "grpo.sampling.n=2", "grpo.eval.every=2", "grpo.save.every=1"),
     *("grpo.sampling.max_new_tokens=8", "grpo.eval.max_new_tokens=8", "test.max_new_tokens=8", "sampled.max_new_tokens=8"),
@@ -61,7 +63,7 @@ def test_short_run_killed_anywhere_continues_to_the_same_end(tmp_path):
         "seconds",
         "total_seconds",
     }
-    assert {"ego_translation", "object_translation", "ego_rotation", "closer"} <= set(whole["accuracy_after_sft"])
+    assert {"ego_translation", "object_translation", "ego_rotation", "turn_size"} <= set(whole["accuracy_after_sft"])
 
     run = tmp_path / "killed"
     kills = 0

@@ -124,7 +124,8 @@ def whole(tmp_path_factory):
 def test_whole_run_shows_every_part(whole):
     _, html, _, text = whole
     for title in (
-        "Supervised loss",
+        "Supervised loss, sft",
+        "Supervised loss, all stages",
         "Accuracy by type (held-out)",
         "Format and correctness (held-out)",
         "Reward and its parts",
@@ -151,22 +152,122 @@ def test_whole_run_shows_every_part(whole):
     assert len(html) < 500_000 and not re.search(r"\bnan\b|\binf\b", html)
 
 
-def test_headline_and_table_give_the_figures_of_the_events(whole):
-    run, _, _, text = whole
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    evals = [e for e in events if e["kind"] == "eval"]
+def test_sections_come_in_the_order_of_their_weight(whole):
+    _, html, _, _ = whole
+    titles = ["Evaluation", "Learning", "GRPO", "Sampled replies: grpo", "Speed and optimisation", "Stages", "Summary"]
+    assert re.findall("<h2>([^<]*)", html) == [*titles, "Versions and machine"]
+    assert "<details><summary>recipe.yaml</summary>" in html
+
+
+def percent(share):
+    return f"{100 * share:.1f}"
+
+
+def test_table_gives_the_figures_of_the_events(whole):
+    run, html, _, _ = whole
+    evals = [e for e in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if e["kind"] == "eval"]
     last = {e["stage"]: e["result"] for e in evals}
-    first = next(e["result"] for e in evals if e["step"] == 0)
-    grpo = [e["result"] for e in evals if e["stage"] == "grpo"]
-    shown = {"before base": first, "after base": last["base"], "after sft": last["sft"], "before grpo": grpo[0], "after grpo": last["grpo"]}
-    for label, table in shown.items():
-        assert f"{100 * table['overall']['accuracy']:.1f}% {label}" in text
-    share = [f"{100 * table['overall']['well_formed_and_correct']:.1f}%" for table in (grpo[0], grpo[-1])]
-    assert f"well-formed and correct: {share[0]} before grpo, {share[1]} after" in text
-    for kind in KINDS:
-        low, high = last["sft"]["kinds"][kind]["interval"]
-        assert f"{100 * last['sft']['kinds'][kind]['accuracy']:.1f} {100 * low:.1f}\u2013{100 * high:.1f}" in text
-    assert "chance 33.3%" in text
+    shown = {"before base": evals[0]["result"], **{f"after {stage}": result for stage, result in last.items()}}
+    (table,) = re.findall("<h3>held-out</h3>(.*?)</table>", html, re.DOTALL)
+    labels = re.findall('colspan="2">([^<]*?) <', table)
+    shown |= {"before grpo": next(e["result"] for e in evals if e["stage"] == "grpo")} if "before grpo" in labels else {}
+    assert set(labels) == set(shown)
+    for kind in (*KINDS, "all"):
+        (row,) = re.findall(rf"<th>{kind}</th>(.*?)</tr>", table)
+        figures = [shown[label]["overall"] if kind == "all" else shown[label]["kinds"][kind] for label in labels]
+        assert re.findall("<td>([^<]*)", row) == [str(figures[-1]["n"]), "33.3", percent(figures[-1]["majority"])]
+        cells = re.findall("<td class=.*?><b>([^<]*)</b>.*?<small>([^<]*)</small>", row)
+        pairs = (("accuracy", "interval"), ("well_formed_and_correct", "well_formed_and_correct_interval"))
+        assert cells == [(percent(f[share]), "&ndash;".join(map(percent, f[ends]))) for f in figures for share, ends in pairs]
+        bars = re.findall(r"class=\"share first\"><b>([\d.]+)</b><span class='bar'>.*?<b style='left:([\d.]+)%'>", row)
+        assert bars == [(percent(f["accuracy"]),) * 2 for f in figures] and row.count("'bar'") == len(figures)
+    changes = [f"{percent(shown[label]['overall']['accuracy'])}%</b> {label}" for label in labels[-2:]]
+    assert f"Accuracy on <i>held-out</i>: <b>{' &rarr; <b>'.join(changes)} <span" in html
+    assert f"after sft <small>well-formed {percent(last['sft']['overall']['format_rate'])}%" in table
+
+
+def log_evals(run, stage, *tables):
+    """tables: (step, name, result)."""
+    with MetricLog(run, stage=stage, total=2, tensorboard=False) as log:
+        log.step(2, {"reward" if stage == "grpo" else "loss": 1.0})
+        for step, name, table in tables:
+            log.event("eval", {name: table}, step=step)
+
+
+@pytest.fixture(scope="module")
+def stages_with_their_own(tmp_path_factory):
+    """Two stages that evaluate something of their own, then sft and grpo; the sampled evaluation is logged before the greedy one."""
+    run, rng, warm = tmp_path_factory.mktemp("runs") / "r", np.random.default_rng(3), "v at temperature 1"
+    tables = {"sft": result(rng, 0.9, 0.0), "grpo": result(rng, 0.95, 1.0)}
+    sampled = {"sft": result(rng, 0.8, 0.1), "start": result(rng, 0.8, 0.1, 150), "grpo": result(rng, 0.85, 0.9)}
+    assert len({percent(t["overall"]["accuracy"]) for t in (*tables.values(), *sampled.values())}) == 5
+    for stage in ("front", "ring"):
+        log_evals(run, stage, *((step, f"r/{stage}-test", result(rng, 0.9, 0.0)) for step in (1, 2)))
+    log_evals(run, "sft", (1, "v", tables["grpo"]), (2, warm, sampled["sft"]), (2, "v", tables["grpo"]), (2, "v", tables["sft"]))
+    log_evals(run, "grpo", (0, warm, sampled["start"]), (2, warm, sampled["grpo"]), (2, "v", tables["grpo"]), (2, "s", tables["sft"]))
+    return tables, sampled, *page_of(run)
+
+
+def test_headline_is_greedy_accuracy_and_sampled_format(stages_with_their_own):
+    tables, sampled, html, _, text = stages_with_their_own
+    a, b = (percent(tables[stage]["overall"]["accuracy"]) for stage in ("sft", "grpo"))
+    c, d = (percent(sampled[stage]["overall"]["well_formed_and_correct"]) for stage in ("sft", "grpo"))
+    majority = percent(tables["grpo"]["overall"]["majority"])
+    assert f"Accuracy on v: {a}% after sft \u2192 {b}% after grpo (chance 33.3%, majority {majority}%)." in text
+    assert f"Well-formed and correct on v at temperature 1: {c}% after sft \u2192 {d}% after grpo." in text
+    assert html.count('class="lead"') == 2
+
+
+def test_greedy_stands_before_sampled_and_what_no_later_stage_repeats_is_folded(stages_with_their_own):
+    _, _, html, _, _ = stages_with_their_own
+    assert re.findall("<h3>([^<]*)", html) == ["v", "v at temperature 1", "s", "r/ring-test", "r/front-test"]
+    (folded,) = re.findall("<details>(.*?)</details>", html, re.DOTALL)
+    assert re.findall("<h3>([^<]*)", folded) == ["r/ring-test", "r/front-test"]
+    assert "Accuracy by type (r/ring-test)" in folded and "Format and correctness" not in folded
+    assert html.count('aria-label="Accuracy by type (s)"') == 0 and html.count('aria-label="Accuracy by type (v)"') == 1
+    assert "and correct" not in folded and html.count("and correct</th>") == 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("stages", "order"),
+    [
+        (("ring", "sft", "grpo"), ["main", "main at temperature 1", "extra", "ring"]),
+        (("ring", "sft"), ["main", "main at temperature 1", "extra", "ring"]),
+        (("ring", "grpo"), ["extra", "ring", "main", "main at temperature 1"]),
+        (("grpo",), ["extra", "main", "main at temperature 1"]),
+    ],
+)
+def test_last_supervised_stage_orders_the_evaluations_and_names_the_headline(tmp_path, stages, order):
+    """Whatever pretraining evaluated in passing, and GRPO first; a stage of GRPO alone orders its own."""
+    rng = np.random.default_rng(5)
+    tables = {name: result(rng, 0.9, 0.5) for name in ("extra", "ring", "main", "main at temperature 1")}
+    seen = {"ring": ("extra", "ring", "extra"), "sft": ("main at temperature 1", "main", "extra")}
+    seen["grpo"] = ("extra", "main at temperature 1", "main")
+    for stage in stages:
+        log_evals(tmp_path, stage, *((2, name, tables[name]) for name in seen[stage]))
+    html, _, _ = page_of(tmp_path)
+    assert re.findall("<h3>([^<]*)", html) == sorted(order, key=lambda name: name == "ring")  # folded away, after the others
+    assert f"Accuracy on <i>{order[0]}</i>" in html
+
+
+@pytest.mark.parametrize(("kinds", "whole"), [((), 0), (("a",), 1), (("a", "b"), 0)])
+def test_last_chart_of_an_odd_number_takes_its_row(tmp_path, kinds, whole):
+    """Learning draws the loss of sft, an accuracy an evaluation and the loss of all stages: 2, 3 or 4 charts."""
+    rng = np.random.default_rng(6)
+    log_evals(tmp_path, "sft", *((step, name, result(rng, 0.9, 0.0)) for name in kinds for step in (1, 2)))
+    html, _, _ = page_of(tmp_path)
+    (learning,) = re.findall('<h2>Learning</h2><div class="grid">(.*?)</div></section>', html, re.DOTALL)
+    figures = re.findall(r"<figure( class=\"whole\")?>.*?viewBox=\"0 0 (\d+) .*? x2=\"(\d+)", learning)
+    narrow, wide = (("", f"{chart.WIDTH:.0f}"), (' class="whole"', f"{chart.WIDE:.0f}"))
+    ends = [str(int(float(width) - chart.RIGHT)) for _, width, _ in figures]
+    assert [f[:2] for f in figures] == [narrow] * (2 + len(kinds) - whole) + [wide] * whole and [f[2] for f in figures] == ends
+
+
+def test_sampled_evaluation_alone_makes_the_headline(tmp_path):
+    tables = [result(np.random.default_rng(seed), 0.9, 0.5) for seed in (1, 2, 3)]
+    log_evals(tmp_path, "sft", (2, "v", tables[0]), (2, "v at temperature 1", tables[1]))
+    log_evals(tmp_path, "grpo", (2, "v at temperature 1", tables[2]))
+    assert "Accuracy on v at temperature 1:" in page_of(tmp_path)[2]
 
 
 def test_replies_are_escaped_marked_and_have_their_images(whole):
@@ -194,33 +295,24 @@ def test_partial_and_unfinished_runs(tmp_path, stages, steps):
     assert "Recipe" not in text
 
 
-def test_the_same_result_is_not_shown_twice(tmp_path):
-    same, later = (result(np.random.default_rng(seed), 0.9, 0.5) for seed in (1, 2))
-    for stage, results in (("sft", [same]), ("grpo", [same, later])):
-        with MetricLog(tmp_path, stage=stage, total=2, tensorboard=False) as log:
-            for i, table in enumerate(results):
-                log.event("eval", {"test": table}, step=2 * i + 2 * (stage == "sft"))
+@pytest.mark.parametrize(
+    ("right", "formed", "rows", "shown"), [(0.9, 0.5, 150, False), (0.9, 0.5, 600, True), (0.6, 0.5, 150, True), (0.9, 0.9, 150, True)]
+)
+def test_start_of_grpo_is_shown_unless_it_repeats_the_end_of_sft(tmp_path, right, formed, rows, shown):
+    """Fewer rows and the same within the interval: no column; more rows, another accuracy or another format: a column."""
+    end, start, last = (result(np.random.default_rng(4), *how) for how in ((0.9, 0.5, 300), (right, formed, rows), (0.95, 1.0, 300)))
+    log_evals(tmp_path, "sft", (2, "v", end))
+    log_evals(tmp_path, "grpo", (0, "v", start), (2, "v", last))
     _, _, text = page_of(tmp_path)
-    assert "after sft" in text and "after grpo" in text and "% before grpo (" not in text
-
-
-def test_headline_is_about_what_most_stages_share_and_no_format_takes_no_table(tmp_path):
-    rng = np.random.default_rng(3)
-    for stage, names in (("base", ["warm-up"]), ("sft", ["viewpoint"]), ("grpo", ["viewpoint", "spatial"])):
-        with MetricLog(tmp_path, stage=stage, total=2, tensorboard=False) as log:
-            log.event("eval", {name: result(rng, 0.9, 0.0 if name == "warm-up" else 0.5) for name in names}, step=2)
-    html, _, text = page_of(tmp_path)
-    assert text.index("Accuracy on viewpoint:") < text.index("Evaluation: viewpoint")
-    assert re.findall(r"Evaluation: (\S+)", text) == ["viewpoint", "spatial", "warm-up"]
-    assert text.count("No reply was well-formed.") == 1 and text.index("No reply") > text.index("Evaluation: warm-up")
-    assert "Format and correctness (warm-up)" not in html and "Format and correctness (spatial)" in html
+    assert "after sft" in text and ("before grpo" in text) == shown
+    assert (f", n {rows}" in text) == shown
 
 
 def test_evaluation_alone_is_a_report(tmp_path):
     with MetricLog(tmp_path, stage="eval", total=0, tensorboard=False) as log:
         log.event("eval", {"<blink>": result(np.random.default_rng(1), 0.9, 0.9)})
     html, _, text = page_of(tmp_path)
-    assert "before eval" in text and "<blink>" in text and "<blink>" not in html
+    assert "before eval" not in text and "Accuracy on <blink>: " in text and "% eval (chance 33.3%" in text and "<blink>" not in html
 
 
 def test_lost_and_large_images_and_data_uris(tmp_path):
@@ -291,6 +383,29 @@ def test_log_axis_spikes_and_gaps():
     linear = line_chart("t", [Series("a", {"s": [(0, 0.0), (1, 90.0)]})], {"s": 1}, guides=[Guide("chance", 30.0)], may_log=True)
     assert "(log scale)" not in linear and 'class="guide"' in linear and "chance <b>30</b>" in linear
     assert line_chart("t", [Series("a", {})], {"s": 1}) == ""
+
+
+def test_close_up_cuts_the_descent_and_says_so():
+    values = [(s, 8.0 if s < 20 else 0.5 if s < 60 else 0.1) for s in range(100)]
+    series = Series("a", {"s": values})
+    (whole, _), (close, _) = (path_points(line_chart("t", [series], {"s": 99}, top=top), "raw") for top in (100.0, 0.6))
+    assert (
+        len(whole) == 100
+        and len(close) == 80
+        and "20 of 100 values above the axis, up to 8" in line_chart("t", [series], {"s": 99}, top=0.6)
+    )
+    fall = [max(y for _, y in line) - min(y for _, y in line[-80:]) for line in (whole, close)]
+    assert fall[0] < 20 and fall[1] > 100 and min(y for _, y in close) >= chart.TOP
+
+
+def test_plateau_and_drop_fill_the_close_up_of_the_loss(tmp_path):
+    """Whatever the loss starts from: the step from 0.5 to 0.1 takes more than half of the picture's height."""
+    with MetricLog(tmp_path, stage="sft", total=200, tensorboard=False) as log:
+        for step in range(1, 201):
+            log.step(step, {"loss": 9.0 if step < 20 else 0.5 if step < 120 else 0.1})
+    html, _, _ = page_of(tmp_path)
+    raw, _ = path_points(re.search('aria-label="Supervised loss, sft.*?</svg>', html)[0], "raw")
+    assert raw[-1][1] - raw[-100][1] > 0.5 * (chart.HEIGHT - chart.TOP - chart.BOTTOM)
 
 
 def test_moving_average_and_labels():

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from actial_fast.config import ModelConfig
 from actial_fast.model import load_policy
 from actial_fast.packing import collate
 from actial_fast.processor import Processor
+from actial_fast.recipe import ModelConfig
 from actial_fast.reference import linear_logprob
 from actial_fast.rollout.embedded import _draw, generate
 
