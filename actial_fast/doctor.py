@@ -39,7 +39,6 @@ TRAINING = (
     ("PyYAML", "pyyaml", "yaml", "recipes"),
     ("rich", "rich", "rich", "progress and tables"),
     ("pyarrow", "pyarrow", "pyarrow.parquet", "SAT and verl parquet files"),
-    ("datasets", "datasets", "", "datasets saved by Hugging Face datasets"),
     ("peft", "peft", "", "LoRA (model.lora.rank)"),
     ("pycolmap", "pycolmap", "pycolmap", "reading and writing captures"),
     ("trimesh", "trimesh", "trimesh", "captures from meshes"),
@@ -179,7 +178,7 @@ def _extension() -> Check:
     except Exception as error:  # whatever a half-built extension does on import is this check's finding
         return Check("Core", "C++ extension", "broken", "", f"{type(error).__name__}: {error}; build it with `pip install -e .`")
     if native.AVAILABLE:
-        return Check("Core", "C++ extension", "works", "", "patches and batch plans in C++")
+        return Check("Core", "C++ extension", "works", "", "image patches in C++")
     return Check("Core", "C++ extension", "not here", "", f"{native.WHY_NOT}; build it with `pip install -e .` (needs a C++17 compiler)")
 
 
@@ -203,7 +202,7 @@ def _devices(facts: dict) -> list[Check]:
         out.append(Check(group, f"bf16 on CUDA {i}", "broken" if bf16 and not exact else "works" if bf16 else "not here", "", detail))
     if not facts["devices"]:
         if not facts["cuda_build"]:
-            why = "this torch is built without CUDA; `pip install torch --index-url https://download.pytorch.org/whl/cu130` has it"
+            why = "this torch is built without CUDA; PyTorch's own instructions name the build for your driver"
         elif shutil.which("nvidia-smi") is None and not os.path.exists("/dev/nvidia0"):
             why = "no NVIDIA driver on this machine (no nvidia-smi, no /dev/nvidia0)"
         else:
