@@ -100,3 +100,10 @@ def test_the_reference_needs_torch_only():
 def test_importing_the_package_pulls_in_nothing_heavy():
     code = "import sys, actial_fast; print([m for m in ('transformers', 'peft', 'pycolmap', 'datasets', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", CODE)
+def test_nothing_is_ever_unpickled(module):
+    names = {name.split(".")[0] for name in imports(module)}
+    calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(MODULES[module].read_text())) if isinstance(node, ast.Call)}
+    assert not names & {"pickle", "cloudpickle", "dill", "joblib"} and "torch.load" not in calls
