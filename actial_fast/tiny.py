@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-VL from random weights: transformers' own class, about 0.6 million parameters, and a tokenizer built on the spot.
+"""A tiny Qwen2.5-VL from random weights: transformers' own class, about 0.8 million parameters, and a tokenizer built on the spot.
 
 It makes the whole recipe runnable on a laptop: one image is one token, and the tokenizer's pieces are the phrases of the training
 texts, so a prompt with two images is about 20 tokens long.
