@@ -156,6 +156,7 @@ def test_a_torch_that_cannot_be_imported_does_not_end_the_doctor(monkeypatch, ca
     monkeypatch.setattr(module, "TRAINING", ())
     monkeypatch.setattr(module, "ACCELERATORS", ())
     monkeypatch.setattr(module, "TORCH_PROBE", "raise ImportError('libcudart.so.13: no such file')")
+    monkeypatch.setenv("COLUMNS", "160")  # wide enough that the reason is not wrapped
     assert main() == 1
     out = capsys.readouterr().out
     assert re.search(r"torch +broken +ImportError: libcudart\.so\.13: no such file", out) and "Broken: torch." in out

@@ -320,7 +320,18 @@ def test_gradcheck_of_the_references():
 # ---- k3
 
 
-@given(st.floats(-30, 3), st.floats(-8, 1.5), st.sampled_from((-1, 1)))
+def test_k3_and_the_ratio_stay_finite_however_far_the_policies_are_apart():
+    far = torch.tensor([-200.0])
+    assert ops.token_kl(far, torch.zeros(1)).item() == pytest.approx(math.expm1(20) - 20)
+    hidden, weight = torch.tensor([[300.0]], requires_grad=True), torch.tensor([[0.0], [1.0]])
+    loss, stats = ops.linear_grpo_loss(
+        hidden, weight, torch.tensor([1]), torch.zeros(1), far, None, GRPOSpec(beta=0.0), token_weight=torch.ones(1)
+    )
+    loss.backward()
+    assert loss.item() == 0 and stats.isfinite().all() and hidden.grad.isfinite().all()
+
+
+@given(st.floats(-30, 3), st.floats(-8, 1.3), st.sampled_from((-1, 1)))
 def test_k3_is_exact_for_any_difference(logp, exponent, sign):
     d = sign * 10**exponent
     got = ops.token_kl(torch.tensor([0.0], dtype=torch.float64), torch.tensor([d], dtype=torch.float64)).item()
