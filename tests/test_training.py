@@ -363,6 +363,29 @@ def test_two_ranks_equal_one(kind, fsdp, sft_recipe, grpo_recipe, tmp_path):
     assert_same(weights(tmp_path / "two" / kind / "final" / "model"), weights(one), atol=1e-6)
 
 
+@pytest.mark.parametrize("rank", [0, 4], ids=["full", "adapters on a bf16 base"])
+def test_a_sharded_run_resumes_bit_for_bit(rank, sft_recipe, lab, tmp_path):
+    model = replace(sft_recipe.model, gradient_checkpointing=True)
+    if rank:
+        model = replace(model, lora=LoRAConfig(rank=rank), frozen_dtype="bfloat16")
+    evaluation = EvalConfig(sources=(SourceConfig(str(lab.questions / "test.jsonl"), limit=4),), every=1, max_new_tokens=4)
+    save = SaveConfig(every=1, keep=3, tensorboard=False)
+    recipe = replace(sft_recipe, model=model, eval=evaluation, save=save, dist=DistConfig(fsdp=True), batch_size=4, steps=3)
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    folder = Path(recipe.run) / "sft"
+    ends = []
+    for _ in range(2):
+        process = launch("sft", tmp_path / "recipe.yaml", ranks=2)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+        ends.append(weights(folder / "final" / "model"))
+        (folder / "final").unlink()  # as if it had been killed after the first step
+        for step in (2, 3):
+            shutil.rmtree(checkpoint.path_of(folder, step))
+    assert_same(*ends)
+    assert not all(torch.equal(ends[0][name], value) for name, value in weights(lab.model).items())
+
+
 def test_a_failing_rank_ends_the_job_with_its_error(sft_recipe, tmp_path):
     (tmp_path / "recipe.yaml").write_text(to_yaml(sft_recipe))
     began = time.time()
