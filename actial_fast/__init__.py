@@ -8,18 +8,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from actial_fast.ops import STATS, group_advantages, linear_cross_entropy, linear_grpo_loss, linear_logprob, token_kl
+    from actial_fast.ops import (
+        STATS,
+        GRPOLoss,
+        group_advantages,
+        grpo_loss_from_logits,
+        linear_cross_entropy,
+        linear_grpo_loss,
+        linear_kl,
+        linear_logprob,
+        logprob_from_logits,
+        token_kl,
+        token_weights,
+    )
     from actial_fast.spec import AdvantageSpec, GRPOSpec
 
 __all__ = [
     "STATS",
     "AdvantageSpec",
+    "GRPOLoss",
     "GRPOSpec",
     "group_advantages",
+    "grpo_loss_from_logits",
     "linear_cross_entropy",
     "linear_grpo_loss",
+    "linear_kl",
     "linear_logprob",
+    "logprob_from_logits",
     "token_kl",
+    "token_weights",
 ]
 
 

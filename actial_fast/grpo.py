@@ -203,11 +203,14 @@ def _forward_only(policy: Policy, processor: Processor, sequences: list[Sequence
 
 
 def _accumulate(policy: Policy, processor: Processor, samples: list[Sample], recipe: GRPORecipe, where: World) -> np.ndarray:
-    """Gradients of one global mini-batch's loss, from this rank's samples; returns the global statistics (len(ops.STATS),)."""
+    """Gradients of one global mini-batch's loss, from this rank's samples; returns the global statistics (len(ops.STATS),).
+
+    With loss.top_entropy < 1 the threshold is that of each micro-batch, so the update depends on how these are cut.
+    """
     spec = recipe.loss
     counts = torch.tensor([sum(map(len, samples)), len(samples)], dtype=torch.float64, device=where.device)
     tokens, replies = where.sum(counts).tolist()
-    if recipe.skip_zero_variance and spec.beta == 0:
+    if recipe.skip_zero_variance and spec.beta == 0 and spec.entropy_coef == 0 and spec.top_entropy == 1:
         samples = [s for s in samples if s.advantage != 0]
     stats = torch.zeros(len(ops.STATS), device=where.device)
     for members in _rounds([len(s.sequence) for s in samples], recipe.micro_batch, policy, where):
@@ -218,22 +221,29 @@ def _accumulate(policy: Policy, processor: Processor, samples: list[Sample], rec
         def rows(values: list[np.ndarray], idle: int = idle) -> torch.Tensor:
             return torch.from_numpy(np.concatenate([*values, np.zeros(idle)]).astype(np.float32)).to(where.device)
 
-        share = (lambda s: 1 / tokens) if spec.aggregation == "token" else (lambda s: 1 / (len(s) * replies))
+        lengths = [*map(len, chosen), *([idle] if idle else [])]
+        cu_seqlens = torch.tensor([0, *np.cumsum(lengths)])
+        mask = torch.arange(sum(lengths)) < sum(lengths) - idle
+        token_weight = ops.token_weights(
+            spec, cu_seqlens, mask=mask, tokens=tokens, sequences=replies, max_length=recipe.sampling.max_new_tokens
+        )
         on_policy = not any(s.old is not None for s in chosen)
         arguments = {
             "advantages": rows([np.full(len(s), s.advantage) for s in chosen]),
             "old_logp": None if on_policy else rows([s.old for s in chosen]),
             "ref_logp": rows([s.ref for s in chosen]) if spec.beta > 0 else None,
-            "token_weight": rows([np.full(len(s), share(s)) for s in chosen]),
+            "sampler_logp": rows([s.sampled for s in chosen]) if recipe.importance_correction else None,
+            "token_weight": token_weight.to(where.device),
+            "cu_seqlens": cu_seqlens,
         }
-        loss, part = policy(
+        result = policy(
             {**batch.model_inputs(), "use_cache": False},
             lambda out, head, b=batch, a=arguments: ops.linear_grpo_loss(
                 out.last_hidden_state.flatten(0, 1)[b.loss_rows], head, b.targets, spec=spec, temperature=recipe.sampling.temperature, **a
             ),
         )
-        loss.backward()
-        stats += part
+        result.loss.backward()
+        stats += result.stats
     return where.sum(stats).cpu().double().numpy()
 
 
@@ -245,8 +255,9 @@ def _rounds(lengths: list[int], size: int, policy: Policy, where: World) -> list
 
 
 def _metrics(samples: list[Sample], stats: np.ndarray, recipe: GRPORecipe, where: World, seconds: float) -> dict[str, float]:
-    """The step's figures over all ranks."""
+    """The step's figures over all ranks; means of tokens are over those that were computed, and absent where all were skipped."""
     named = dict(zip(ops.STATS, stats, strict=True))
+    mean = {name: named[name] / named["tokens"] for name in ops.STATS if named["tokens"]}
     n = recipe.sampling.n
     groups = [samples[i : i + n] for i in range(0, len(samples), n)]
     local = [
@@ -263,14 +274,14 @@ def _metrics(samples: list[Sample], stats: np.ndarray, recipe: GRPORecipe, where
     ).tolist()
     count = max(count, 1)
     return {
-        "loss": named["policy_loss"] + recipe.loss.beta * named["kl"],
+        "loss": named["loss"],
         "reward": reward / count,
         **{f"reward/{r.name}": part / count for r, part in zip(recipe.rewards, parts, strict=True)},
         "response_length": length / count,
         "finished": finished / count,
         "zero_variance_groups": flat * n / count,
-        **{name: named[name] for name in ("kl", "entropy", "ratio")},
-        "clip_fraction": named["clip_low"] + named["clip_high"],
+        **{name: mean[name] for name in ("kl", "entropy", "ratio", *(["importance"] * recipe.importance_correction)) if mean},
+        **({"clip_fraction": mean["clip_low"] + mean["clip_high"]} if mean else {}),
         "tokens_per_s": tokens / seconds,
         "seconds": seconds,
     }

@@ -252,7 +252,11 @@ class GRPORecipe:
     micro_batch: int = 4
     """Replies per forward and backward pass on one rank."""
     skip_zero_variance: bool = True
-    """Leave groups whose rewards are all equal out of the update when beta is 0 (their gradient is exactly zero)."""
+    """Leave groups whose rewards are all equal out of the update where their gradient is exactly zero: when `loss.beta` and
+    `loss.entropy_coef` are 0 and `loss.top_entropy` is 1."""
+    importance_correction: bool = False
+    """Weight the policy term by policy / sampler probability (bounds in `loss`), for a sampler that computes other log-probs than the
+    trainer does."""
     log_rollouts: int = 4
     """Groups whose replies are kept for the report, at the first, middle and last step."""
 

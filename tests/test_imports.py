@@ -16,8 +16,8 @@ MODULES = {
 # Lower rooms never import from higher ones; modules on one floor may import each other.
 FLOORS = [
     {"spec", "native", "style", "chart", "statistics"},
-    {"reference"},
-    {"ops", "metrics", "doctor"},
+    {"reference", "chunked", "chunked_kl", "chunked_logits"},
+    {"checks", "ops", "metrics", "doctor"},
     {"packing", "rewards", "data"},
     {"config", "recipe", "processor", "cards", "report"},
     {"model", "tiny"},
@@ -31,6 +31,9 @@ TRANSFORMERS = {"model", "tiny", "processor", "rollout.embedded", "cli"}  # cli 
 LOOPS = {"sft", "grpo"}
 
 
+KERNELS = sorted((PACKAGE.parent / "kernels").glob("*.py"))
+
+
 def room(module: str) -> str:
     return module.split(".")[0]
 
@@ -42,9 +45,12 @@ def floor(module: str) -> int:
 
 
 def imports(module: str) -> set[str]:
-    """Everything a module imports, at its top or inside functions; this package's modules without their prefix."""
-    tree = ast.parse(MODULES[module].read_text())
-    package = module.split(".")[:-1]
+    """Everything a module imports, at its top or inside functions."""
+    return imports_of(MODULES[module], module.split(".")[:-1])
+
+
+def imports_of(path: Path, package: list[str]) -> set[str]:
+    tree = ast.parse(path.read_text())
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -95,6 +101,29 @@ def test_one_module_imports_the_extension():
 
 def test_the_reference_needs_torch_only():
     assert {name.split(".")[0] for name in imports("reference")} == {"__future__", "torch", "actial_fast"}
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_a_kernel_needs_torch_and_triton_only(path):
+    for name in imports_of(path, []):
+        top = name.split(".")[0]
+        assert top in {"torch", "triton"} or top in sys.stdlib_module_names or f"{name}.".startswith("actial_fast.kernels."), name
+
+
+@pytest.mark.parametrize("module", CODE)
+def test_only_the_door_knows_the_kernels(module):
+    text = MODULES[module].read_text()
+    assert "triton" not in {name.split(".")[0] for name in imports(module)}
+    assert module == "ops" or "actial_fast.kernels" not in text
+
+
+def test_the_cpu_path_never_imports_triton():
+    code = (
+        "import sys, torch, actial_fast as a; before = 'triton' in sys.modules; h, w = torch.ones(2, 4), torch.ones(5, 4)\n"
+        "a.linear_logprob(h, w, torch.tensor([0, 1])); a.group_advantages(torch.ones(2), torch.tensor([0, 0]), a.AdvantageSpec())\n"
+        "print(before, 'triton' in sys.modules, any('kernels' in m for m in sys.modules if m.startswith('actial_fast')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False"] * 3
 
 
 def test_importing_the_package_pulls_in_nothing_heavy():

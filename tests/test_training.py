@@ -147,10 +147,56 @@ def test_row_weighting_counts_answers_not_tokens(sft_recipe, lab, example):
     assert by_row[:2].sum() == pytest.approx(0.5) == pytest.approx(by_row[2:].sum())
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence"])
-@pytest.mark.parametrize("beta", [0.0, 0.05])
-def test_grpo_gradient_does_not_depend_on_micro_batches_nor_on_skipping(grpo_recipe, lab, aggregation, beta):
-    recipe = replace(grpo_recipe, loss=GRPOSpec(beta=beta, aggregation=aggregation))
+@pytest.mark.parametrize(
+    ("spec", "correct"),
+    [
+        (GRPOSpec(beta=0.0), False),
+        (GRPOSpec(beta=0.05, aggregation="sequence"), False),
+        (GRPOSpec(beta=0.0, aggregation="constant"), True),
+        (GRPOSpec(beta=0.05, aggregation="sequence_sum", importance="sequence_truncate"), True),
+        (GRPOSpec.named("gspo"), False),
+        (GRPOSpec(beta=0.0, entropy_coef=0.05), False),
+    ],
+    ids=["token", "sequence", "constant", "sequence sum", "gspo", "entropy bonus"],
+)
+def test_grpo_gradient_does_not_depend_on_micro_batches_nor_on_skipping(grpo_recipe, lab, spec, correct):
+    recipe = replace(grpo_recipe, loss=spec, importance_correction=correct)
+    policy, processor, samples = _moved(recipe, lab)
+    found = [_gradients(policy, processor, samples, recipe, size, skip) for size, skip in ((1, False), (7, True), (16, False))]
+    assert max(g.abs().max() for g in found[0].values()) > 1e-5
+    assert_same(found[1], found[0], atol=1e-6)
+    assert_same(found[2], found[0], atol=1e-6)
+
+
+def test_flat_groups_are_not_skipped_where_they_move_the_entropy_threshold(grpo_recipe, lab):
+    recipe = replace(grpo_recipe, loss=GRPOSpec(beta=0.0, top_entropy=0.3))
+    policy, processor, samples = _moved(recipe, lab)
+    kept, asked = (_gradients(policy, processor, samples, recipe, 16, skip) for skip in (False, True))
+    assert_same(asked, kept, atol=1e-6)
+    dropped = _gradients(policy, processor, [s for s in samples if s.advantage], recipe, 16, False)
+    assert any(not torch.allclose(dropped[name], kept[name], atol=1e-5) for name in kept), "the threshold did not move"
+
+
+def test_importance_correction_weighs_by_the_samplers_probability(grpo_recipe, lab):
+    recipe = replace(grpo_recipe, loss=GRPOSpec(beta=0.0, importance_max=10.0), importance_correction=True)
+    policy, processor, samples = _moved(recipe, lab)
+    twice = [
+        replace(s, old=None, sampled=old - np.log(2).astype(np.float32))
+        for s, old in zip(samples, _now(policy, processor, samples, recipe), strict=True)
+    ]
+    corrected = _gradients(policy, processor, twice, recipe, 16, True)
+    plain = _gradients(policy, processor, twice, replace(recipe, importance_correction=False), 16, True)
+    assert_same(corrected, {name: 2 * g for name, g in plain.items()}, atol=1e-5)
+    stats = grpo._accumulate(policy, processor, twice, recipe, ALONE)
+    named = dict(zip(grpo.ops.STATS, stats, strict=True))
+    metrics = grpo._metrics(twice, stats, recipe, ALONE, 1.0)
+    assert metrics["importance"] == pytest.approx(2, rel=1e-4) and metrics["ratio"] == 1 and metrics["loss"] == named["loss"]
+    empty = grpo._metrics(twice, 0 * stats, recipe, ALONE, 1.0)
+    assert metrics.keys() - empty.keys() == {"kl", "entropy", "ratio", "importance", "clip_fraction"}, "means of nothing"
+
+
+def _moved(recipe, lab):
+    """A policy away from its reference, so that the KL has a gradient, and samples of one mini-batch with a group of advantage 0."""
     processor = Processor.load(str(lab.model))
     policy = load_policy(recipe.model, ALONE.device, 0)
     reference = load_policy(recipe.model, ALONE.device, 0).eval()
@@ -158,17 +204,21 @@ def test_grpo_gradient_does_not_depend_on_micro_batches_nor_on_skipping(grpo_rec
     samples = [replace(s, minibatch=0, advantage=0.0 if i < 4 else s.advantage) for i, s in enumerate(samples)]
     samples = grpo._log_probs(policy, reference, processor, samples, recipe, ALONE)
     assert any(s.advantage for s in samples)
-    with torch.no_grad():  # away from the reference, so that the KL has a gradient
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
         for p in policy.parameters():
-            p += 0.01 * torch.randn_like(p)
-    found = []
-    for size, skip in ((1, False), (7, True), (16, False)):
-        policy.zero_grad(set_to_none=True)
-        grpo._accumulate(policy, processor, samples, replace(recipe, micro_batch=size, skip_zero_variance=skip), ALONE)
-        found.append({n: p.grad.clone() for n, p in policy.trained().items()})
-    assert max(g.abs().max() for g in found[0].values()) > 1e-4
-    assert_same(found[1], found[0], atol=1e-6)
-    assert_same(found[2], found[0], atol=1e-6)
+            p += 0.01 * torch.randn(p.shape, generator=g)
+    return policy, processor, [replace(s, old=s.sampled) for s in samples]
+
+
+def _now(policy, processor, samples, recipe):
+    return grpo._forward_only(policy, processor, [s.sequence for s in samples], recipe, ALONE)
+
+
+def _gradients(policy, processor, samples, recipe, size, skip):
+    policy.zero_grad(set_to_none=True)
+    grpo._accumulate(policy, processor, samples, replace(recipe, micro_batch=size, skip_zero_variance=skip), ALONE)
+    return {name: p.grad.clone() for name, p in policy.trained().items()}
 
 
 def test_old_logprobs_only_after_the_first_minibatch_and_equal_the_samplers(grpo_recipe, lab):
