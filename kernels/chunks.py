@@ -1,0 +1,91 @@
+"""Row chunks under a memory budget, and the gradients that add up over them.
+
+T rows, H hidden size, V vocabulary. The workspace of a chunk is all that an op allocates beside its inputs, outputs and float32 sums.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import triton
+from torch import Tensor
+
+from actial_fast.kernels.head import Head, tile_for
+from actial_fast.kernels.head_grad import SPLIT, Gradients
+
+
+def row_bytes(head: Head, gradients: bool) -> int:
+    """Bytes of workspace that one row of a chunk takes, without gradients or with them."""
+    vocab, width = head.weight.shape
+    tile, size = tile_for(head.hidden.dtype), head.hidden.element_size()
+    parts = 12 * triton.cdiv(vocab, tile.n // tile.parts) + 64  # peak, total, moment; the row's own numbers
+    return parts + (stride_of(vocab) * size + width * (size + 4 * SPLIT) if gradients else 0)
+
+
+def stride_of(vocab: int) -> int:
+    """Elements from row to row of the workspace: rows start at multiples of 16 bytes in any dtype, and Triton can see it."""
+    return triton.cdiv(vocab, 64) * 64
+
+
+def cut(head: Head, gradients: bool, workspace_mb: float, cu_seqlens: Tensor | None = None) -> list[tuple[int, int]]:
+    """The chunks [start, stop) of the head's T rows that fit workspace_mb; none inside a sequence where cu_seqlens (S + 1,) is given (CPU).
+
+    Raises ValueError naming the workspace that one row, or the longest sequence, needs.
+    """
+    rows, unit = head.hidden.shape[0], row_bytes(head, gradients)
+    limit = int(workspace_mb * 2**20) // unit
+    if limit > (block := tile_for(head.hidden.dtype).m):
+        limit = limit // block * block
+    if cu_seqlens is None:
+        if limit < 1:
+            raise ValueError(f"workspace_mb: {workspace_mb} holds no row; one takes {unit / 2**20:.2f} MiB")
+        return [(start, min(start + limit, rows)) for start in range(0, rows, limit)]
+    ends = cu_seqlens.tolist()
+    longest = max((b - a for a, b in itertools.pairwise(ends)), default=0)
+    if longest > limit:
+        raise ValueError(
+            f"workspace_mb: {workspace_mb} holds {limit} rows, but a sequence of {longest} rows must stay whole for this loss; "
+            f"pass workspace_mb >= {triton.cdiv(longest * unit, 2**20)}"
+        )
+    cuts = [0]
+    for end, following in zip(ends[1:], [*ends[2:], None], strict=False):
+        if following is None or following - cuts[-1] > limit:
+            cuts.append(end)
+    return [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
+
+
+class Sums:
+    """The gradients of hidden, weight and bias, filled in chunk by chunk; those not wanted are None.
+
+    The weight's accumulates in float32, in `weight_grad` (V, H) where given. float16 keeps its hidden gradient in float32 until the
+    upstream gradient, which may carry a loss scale, is known.
+    """
+
+    def __init__(self, head: Head, wanted: tuple[bool, bool, bool], weight_grad: Tensor | None = None):
+        (rows, width), vocab, device = head.hidden.shape, head.weight.shape[0], head.hidden.device
+        kept = torch.float32 if head.hidden.dtype == torch.float16 else head.hidden.dtype
+        self.dhidden = torch.zeros((rows, width), dtype=kept, device=device) if wanted[0] else None
+        self.given = weight_grad
+        self.dweight, self.dbias = None, torch.zeros(vocab, device=device) if wanted[2] else None
+        self.add = weight_grad is not None and weight_grad.shape[1] == width  # else hidden and weight are padded copies
+        if wanted[1]:
+            self.dweight = weight_grad if self.add else torch.empty((vocab, width), dtype=torch.float32, device=device)
+
+    def chunk(self, start: int, stop: int) -> Gradients:
+        """Where rows [start, stop) put theirs; to be taken once per chunk, in order."""
+        out = Gradients(None if self.dhidden is None else self.dhidden[start:stop], self.dweight, self.dbias, self.add)
+        self.add = True
+        return out
+
+    def results(self, width: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of hidden, weight (None when it went to weight_grad) and bias, cut to the caller's width."""
+        dhidden = None if self.dhidden is None else self.dhidden[:, :width].contiguous()
+        dweight = self.dweight
+        if dweight is not None and not self.add:  # no chunk at all
+            dweight.zero_()
+        if self.given is not None and dweight is not None:
+            if dweight is not self.given:
+                self.given += dweight[:, :width]
+            return dhidden, None, self.dbias
+        return dhidden, None if dweight is None else dweight[:, :width].contiguous(), self.dbias

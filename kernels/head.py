@@ -1,0 +1,347 @@
+"""The language-model head: one product of T x H x V, with the softmax done on its fp32 accumulators.
+
+T rows (a chunk of them), H hidden size, V vocabulary, P parts of PART vocabulary columns each.
+
+x = hidden @ weight.T + bias;  z = softcap * tanh(x / softcap) / temperature  (x / temperature without a softcap)
+lse = log sum_v exp(z_v);  logp = z_target - lse;  entropy = lse - sum_v p_v z_v,  p = exp(z - lse)
+
+`logits_kernel` leaves per row and part the peak m, s = sum exp(z - m), u = sum exp(z - m) * (z - m), the target's z, and, where a gradient
+will follow (head_grad.py), exp(z - m) in the inputs' dtype: an exponential scaled by its part's peak keeps the RELATIVE error of p at the
+dtype's rounding, where a bf16 logit of 16 would be off by up to 1/16. `row_stats_kernel` joins the parts. A target outside [0, V) is never
+read: its log-prob is NaN.
+
+Bytes beside the product, 16-bit inputs: T V 2 written when a gradient will follow, T V / PART * 24 for the parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from actial_fast.kernels import common
+
+KIND = {"logits_kernel": "matrix", "row_stats_kernel": "small"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Launch configuration of a product: block sizes of its rows, columns and inner dimension, the column parts that its accumulators are
+    finished in, warps, pipeline stages, and whether blocks travel by TMA."""
+
+    m: int
+    n: int
+    k: int
+    parts: int
+    warps: int
+    stages: int
+    tma: bool
+
+
+# by compute capability; chosen by registers, shared memory and instruction mix at compile time (bench/resources.py)
+HALF_TILES = {
+    8: Tile(128, 128, 64, parts=1, warps=8, stages=3, tma=False),
+    9: Tile(128, 256, 64, parts=2, warps=8, stages=3, tma=True),
+    10: Tile(128, 128, 64, parts=1, warps=8, stages=4, tma=True),
+}
+FLOAT_TILE = Tile(64, 64, 32, parts=1, warps=4, stages=3, tma=False)
+
+
+def tile_for(dtype: torch.dtype) -> Tile:
+    """The launch configuration of the products for inputs of this dtype on the current device."""
+    return FLOAT_TILE if dtype == torch.float32 else HALF_TILES[min(common.capability()[0], 10)]
+
+
+@triton.jit
+def logits_kernel(
+    # inputs
+    hidden,  # (T, H), blocks (BLOCK_M, BLOCK_K); this, weight and scaled are descriptors with TMA, else pointers
+    weight,  # (V, H), blocks (BLOCK_N, BLOCK_K)
+    bias,  # (V,) or None
+    inverse_temperature,  # (T,) float32, or a number
+    targets,  # (T,) int64
+    # outputs
+    scaled,  # (T, V), blocks (BLOCK_M, PART): exp(z - peak); or None
+    peak,  # (P, T) float32
+    total,  # (P, T) float32
+    moment,  # (P, T) float32
+    chosen,  # (T,) float32: the target's z
+    # sizes
+    rows,
+    vocab,
+    width,
+    hidden_stride,
+    weight_stride,
+    scaled_stride,
+    softcap,
+    # constants
+    HAS_CAP: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr,
+    STORE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles = tiles_m * tl.cdiv(vocab, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        # rows run fastest: the chunk of hidden states stays in L2 while the weights stream by once
+        m0 = (tile % tiles_m) * BLOCK_M
+        n0 = (tile // tiles_m) * BLOCK_N
+        x = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k0 in tl.range(0, width, BLOCK_K):
+            a = load_block(hidden, m0, k0, rows, width, hidden_stride, TMA, BLOCK_M, BLOCK_K)
+            b = load_block(weight, n0, k0, vocab, width, weight_stride, TMA, BLOCK_N, BLOCK_K)
+            x = tl.dot(a, b.T, x, input_precision=PRECISION)
+        for part in tl.static_range(PARTS):
+            _softmax_part(
+                column_part(x, part, PARTS),
+                m0,
+                n0 + part * (BLOCK_N // PARTS),
+                bias,
+                inverse_temperature,
+                targets,
+                scaled,
+                peak,
+                total,
+                moment,
+                chosen,
+                rows,
+                vocab,
+                scaled_stride,
+                softcap,
+                HAS_CAP,
+                ROW_TEMPERATURE,
+                STORE,
+                TMA,
+                BLOCK_M,
+                BLOCK_N // PARTS,
+            )
+
+
+@triton.jit
+def load_block(x, r0, c0, rows, columns, stride, TMA: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A block of a matrix, zeros outside of it: x is a descriptor with TMA, else a pointer."""
+    if TMA:
+        return x.load([r0, c0])
+    else:
+        r = r0 + tl.arange(0, BLOCK_R)
+        c = c0 + tl.arange(0, BLOCK_C)
+        mask = (r[:, None] < rows) & (c[None, :] < columns)
+        return tl.load(x + r.to(tl.int64)[:, None] * stride + c[None, :], mask, 0.0)
+
+
+@triton.jit
+def store_block(x, value, r0, c0, rows, columns, stride, TMA: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Stores a block of a matrix, nothing outside of it: x is a descriptor with TMA, else a pointer."""
+    if TMA:
+        x.store([r0, c0], value)
+    else:
+        r = r0 + tl.arange(0, BLOCK_R)
+        c = c0 + tl.arange(0, BLOCK_C)
+        mask = (r[:, None] < rows) & (c[None, :] < columns)
+        tl.store(x + r.to(tl.int64)[:, None] * stride + c[None, :], value, mask)
+
+
+@triton.jit
+def column_part(x, part: tl.constexpr, PARTS: tl.constexpr):
+    """The part-th of PARTS (1 or 2) column blocks of accumulators; two where the whole and its exponential outgrow the registers."""
+    if PARTS == 1:
+        return x
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+        return left if part == 0 else right
+
+
+@triton.jit
+def _softmax_part(
+    x,
+    m0,
+    n0,
+    bias,
+    inverse_temperature,
+    targets,
+    scaled,
+    peak,
+    total,
+    moment,
+    chosen,
+    rows,
+    vocab,
+    scaled_stride,
+    softcap,
+    HAS_CAP: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr,
+    STORE: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """The softmax of PART columns of BLOCK_M rows, from their fp32 products x."""
+    row = m0 + tl.arange(0, BLOCK_M)
+    column = n0 + tl.arange(0, PART)
+    if bias is not None:
+        x += tl.load(bias + column, column < vocab, 0.0).to(tl.float32)[None, :]
+    if HAS_CAP:
+        x = softcap * tanh(x * (1.0 / softcap))
+    if ROW_TEMPERATURE:
+        z = x * tl.load(inverse_temperature + row, row < rows, 1.0)[:, None]
+    else:
+        z = x * inverse_temperature
+    z = tl.where(column[None, :] < vocab, z, float("-inf"))
+    target = tl.load(targets + row, row < rows, -1).to(tl.int32)
+    here = (target >= n0) & (target < tl.minimum(n0 + PART, vocab))
+    if tl.max(here.to(tl.int32), 0) > 0:
+        z_target = tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
+        tl.store(chosen + row, z_target, here)
+    m, e, s, u = common.softmax_tile(z, 1)
+    at = (n0 // PART).to(tl.int64) * rows + row
+    inside = (row < rows) & (n0 < vocab)
+    tl.store(peak + at, m, inside)
+    tl.store(total + at, s, inside)
+    tl.store(moment + at, u, inside)
+    if STORE:
+        value = e.to(scaled.dtype if TMA else scaled.dtype.element_ty)
+        store_block(scaled, value, m0, n0, rows, vocab, scaled_stride, TMA, BLOCK_M, PART)
+
+
+@triton.jit
+def tanh(x):
+    e = tl.exp(-2.0 * tl.abs(x))
+    return tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
+
+
+@triton.jit
+def row_stats_kernel(peak, total, moment, chosen, lse, logp, entropy, rows, parts, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Joins the parts of each row: (P, T) partial softmaxes -> lse, logp, entropy (T,)."""
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m = tl.full((BLOCK_P, BLOCK_R), float("-inf"), tl.float32)
+    s = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
+    u = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
+    for p0 in range(0, parts, BLOCK_P):
+        part = p0 + tl.arange(0, BLOCK_P)
+        at = part.to(tl.int64)[:, None] * rows + row[None, :]
+        mask = (part[:, None] < parts) & (row[None, :] < rows)
+        m2 = tl.load(peak + at, mask, float("-inf"))
+        s2 = tl.load(total + at, mask, 0.0)
+        u2 = tl.load(moment + at, mask, 0.0)
+        m, s, u = common.softmax_merge(m, s, u, m2, s2, u2)
+    m, s, u = common.softmax_join(m, s, u, 0)
+    log_total = tl.log(s)
+    z = tl.load(chosen + row, row < rows, 0.0)
+    # centred on the peak first: exact for a dominant target, whose log-prob is -log(s)
+    tl.store(logp + row, tl.minimum((z - m) - log_total, 0.0, propagate_nan=tl.PropagateNan.ALL), row < rows)
+    tl.store(lse + row, m + log_total, row < rows)
+    tl.store(entropy + row, tl.maximum(log_total - u / s, 0.0, propagate_nan=tl.PropagateNan.ALL), row < rows)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The checked arguments of an op that starts from hidden states.
+
+    hidden (T, H), weight (V, H), bias (V,) or None of one dtype, float32, bfloat16 or float16; targets (T,) int64; inverse_temperature a
+    number or (T,) float32; softcap a number or None. Rows of hidden and weight start at multiples of 16 bytes.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor | None
+    inverse_temperature: float | Tensor
+    softcap: float | None
+
+    @property
+    def precision(self) -> str:
+        """How fp32 operands are multiplied: PyTorch's own switch decides."""
+        return "tf32" if self.hidden.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+    def rows(self, start: int, stop: int) -> Head:
+        """Rows [start, stop) of it."""
+        inverse = self.inverse_temperature
+        inverse = inverse[start:stop] if isinstance(inverse, Tensor) else inverse
+        return replace(self, hidden=self.hidden[start:stop], targets=self.targets[start:stop], inverse_temperature=inverse)
+
+
+def make_head(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float | Tensor, softcap: float | None
+) -> Head:
+    """The arguments of an op as its kernels take them. Rows that do not start at multiples of 16 bytes are copied, padded with zeros."""
+    if not (_is_aligned(hidden) and _is_aligned(weight)):
+        missing = -hidden.shape[1] % (16 // hidden.element_size())
+        hidden, weight = pad(hidden, (0, missing)).contiguous(), pad(weight, (0, missing)).contiguous()
+    return Head(hidden, weight, targets, bias, 1.0 / temperature, softcap)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(1) == 1
+
+
+class Parts(NamedTuple):
+    """What `logits_kernel` leaves of T rows: peak, total and moment (P, T), the target's z (T,), and exp(z - peak) (T, V) or None."""
+
+    peak: Tensor
+    total: Tensor
+    moment: Tensor
+    chosen: Tensor
+    scaled: Tensor | None
+
+
+def forward(head: Head, scaled: Tensor | None) -> tuple[Parts, Tensor, Tensor, Tensor]:
+    """One product: the parts, and lse, logp, entropy (T,) float32 each. `scaled` (>= T, V), where given, receives exp(z - peak)."""
+    (rows, width), vocab = head.hidden.shape, head.weight.shape[0]
+    tile, device = tile_for(head.hidden.dtype), head.hidden.device
+    part = tile.n // tile.parts
+    parts = triton.cdiv(vocab, part)
+    peak, total, moment = torch.empty((3, parts, rows), dtype=torch.float32, device=device)
+    chosen = torch.full((rows,), torch.nan, device=device)
+    lse, logp, entropy = torch.empty((3, rows), dtype=torch.float32, device=device)
+    tiles = triton.cdiv(rows, tile.m) * triton.cdiv(vocab, tile.n)
+    row_temperature = isinstance(head.inverse_temperature, Tensor)
+    logits_kernel[(min(tiles, common.sm_count()),)](
+        hidden=block_argument(head.hidden, tile.m, tile.k, tile.tma),
+        weight=block_argument(head.weight, tile.n, tile.k, tile.tma),
+        bias=head.bias,
+        inverse_temperature=head.inverse_temperature if row_temperature else float(head.inverse_temperature),
+        targets=head.targets,
+        scaled=None if scaled is None else block_argument(scaled[:rows], tile.m, part, tile.tma),
+        peak=peak,
+        total=total,
+        moment=moment,
+        chosen=chosen,
+        rows=rows,
+        vocab=vocab,
+        width=width,
+        hidden_stride=head.hidden.stride(0),
+        weight_stride=head.weight.stride(0),
+        scaled_stride=0 if scaled is None else scaled.stride(0),
+        softcap=float(head.softcap or 0.0),
+        HAS_CAP=head.softcap is not None,
+        ROW_TEMPERATURE=row_temperature,
+        STORE=scaled is not None,
+        PRECISION=head.precision,
+        TMA=tile.tma,
+        PARTS=tile.parts,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    row_stats_kernel[(triton.cdiv(rows, 16),)](
+        peak, total, moment, chosen, lse, logp, entropy, rows, parts, BLOCK_R=16, BLOCK_P=64, num_warps=4
+    )
+    return Parts(peak, total, moment, chosen, None if scaled is None else scaled[:rows]), lse, logp, entropy
+
+
+def block_argument(x: Tensor, rows: int, columns: int, tma: bool) -> TensorDescriptor | Tensor:
+    """What `load_block` and `store_block` take for a matrix with blocks of (rows, columns)."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns]) if tma else x

@@ -1,0 +1,139 @@
+"""The losses that know their coefficients before the head runs: GRPO's family and cross-entropy, with their gradients in one pass.
+
+Per chunk of rows: one product for the logits' softmax (head.py), the loss's gradients by log-prob and entropy on (C,) vectors, then one
+product each for the gradients of hidden and weight (head_grad.py). 3 products of T x H x V, 2 with a frozen head, 1 without gradients;
+nothing of size (T, V) outlives its chunk. The gradients wait for the backward, which only scales them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from actial_fast.kernels import head_grad
+from actial_fast.kernels.chunks import Sums, cut
+from actial_fast.kernels.head import Head, forward, make_head
+from actial_fast.kernels.linear_logprob import workspace
+from actial_fast.kernels.objective import grpo_rows
+from actial_fast.kernels.scale import scale_
+
+LOSS = 1  # its place among the statistics
+Coefficients = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor | None, Tensor]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One loss. `coefficients` turns log-probs and entropies of rows [start, stop) into the loss's gradients by them and (programs, *)
+    partial statistics, the loss in column LOSS. compact: rows without a gradient are possible and leave the gradients' products."""
+
+    head: Head
+    coefficients: Coefficients
+    compact: bool
+    workspace_mb: float
+    cu_seqlens: Tensor | None
+    weight_grad: Tensor | None
+
+
+class FusedLoss(torch.autograd.Function):
+    """hidden, weight and bias come a second time beside the `Head` made of them, for autograd to see."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wanted = ctx.needs_input_grad[:3]
+        wanted = (wanted[0], wanted[1] or call.weight_grad is not None, wanted[2]) if any(wanted) else wanted
+        head, sums, statistics = call.head, Sums(call.head, wanted, call.weight_grad), []
+        logp, entropy = torch.empty((2, len(hidden)), dtype=torch.float32, device=hidden.device)
+        chunks = cut(head, any(wanted), call.workspace_mb, call.cu_seqlens)
+        scaled = workspace(head, chunks) if any(wanted) else None
+        for start, stop in chunks:
+            rows = head.rows(start, stop)
+            parts, lse, logp[start:stop], entropy[start:stop] = forward(rows, scaled)
+            g_logp, g_entropy, partial = call.coefficients(logp[start:stop], entropy[start:stop], start, stop)
+            statistics.append(partial)
+            if any(wanted):
+                head_grad.backward(rows, parts, lse, entropy[start:stop], g_logp, g_entropy, sums.chunk(start, stop), call.compact)
+        ctx.gradients, ctx.dtypes = sums.results(hidden.shape[1]), (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.weight_grad_given = call.weight_grad is not None
+        stats = torch.cat(statistics).sum(0)
+        loss = stats[LOSS].clone()
+        ctx.mark_non_differentiable(stats, logp, entropy)
+        return loss, stats, logp, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of this loss were computed once and are gone: call the loss again for another backward")
+        gradients, ctx.gradients = ctx.gradients, None
+        if ctx.weight_grad_given:
+            torch._assert_async(upstream == 1, "with weight_grad the loss must be backpropagated as it is: scale token_weight instead")
+        return *(None if x is None else scale_(x, upstream).to(d) for x, d in zip(gradients, ctx.dtypes, strict=True)), None
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    spec: Any,
+    *,
+    token_weight: Tensor,
+    cu_seqlens: Tensor | None,
+    sampler_logp: Tensor | None,
+    policy_mask: Tensor | None,
+    entropy_weight: Tensor | None,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    weight_grad: Tensor | None,
+    skip_zero_rows: bool,
+    workspace_mb: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `ops.linear_grpo_loss`, which has checked the arguments: loss (), statistics (len(STATS),), logp and entropy (T,), all float32.
+
+    cu_seqlens (S + 1,) on the CPU where the loss needs whole sequences, else None.
+    """
+    vectors = {"token_weight": token_weight, "sampler_logp": sampler_logp, "policy_mask": policy_mask, "entropy_weight": entropy_weight}
+
+    def coefficients(logp: Tensor, entropy: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        rows, sequences = slice(start, stop), None
+        if cu_seqlens is not None:
+            within = cu_seqlens[(cu_seqlens >= start) & (cu_seqlens <= stop)] - start
+            sequences = within.to(logp.device, non_blocking=True)
+        part = {name: None if x is None else x[rows] for name, x in vectors.items()}
+        old, ref = (None if x is None else x[rows] for x in (old_logp, ref_logp))
+        g_logp, g_entropy, partial = grpo_rows(logp, entropy, advantages[rows], old, ref, spec, cu_seqlens=sequences, **part)
+        return g_logp, g_entropy if spec.entropy_coef else None, partial
+
+    head = make_head(hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), temperature, softcap)
+    call = Call(head, coefficients, skip_zero_rows, workspace_mb, cu_seqlens, weight_grad)
+    return FusedLoss.apply(hidden, weight, bias, call)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weight: Tensor,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    weight_grad: Tensor | None,
+    workspace_mb: float,
+) -> Tensor:
+    """See `ops.linear_cross_entropy`, which has checked the arguments: -sum token_weight * logp, () float32."""
+
+    def coefficients(logp: Tensor, entropy: Tensor, start: int, stop: int) -> tuple[Tensor, None, Tensor]:
+        weights = token_weight[start:stop].float()
+        loss = -torch.where(weights != 0, weights * logp, 0.0).sum()
+        return -weights, None, torch.stack([torch.zeros_like(loss), loss])[None]
+
+    head = make_head(hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), 1.0, softcap)
+    return FusedLoss.apply(hidden, weight, bias, Call(head, coefficients, False, workspace_mb, None, weight_grad))[0]

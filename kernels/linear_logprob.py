@@ -1,0 +1,66 @@
+"""Log-probabilities and entropies from hidden states and the language-model head, without keeping any (T, V).
+
+The forward is one product of T x H x V (head.py). The backward computes the logits again, chunk by chunk, and then the gradients of hidden
+and weight (head_grad.py): 4 products in all, 3 with a frozen head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from actial_fast.kernels import head_grad
+from actial_fast.kernels.chunks import Sums, cut, stride_of
+from actial_fast.kernels.head import Head, forward, make_head
+
+
+class LinearLogprob(torch.autograd.Function):
+    """hidden, weight and bias come a second time beside the `Head` made of them, for autograd to see."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, workspace_mb: float) -> tuple[Tensor, Tensor]:
+        logp, entropy = torch.empty((2, len(hidden)), dtype=torch.float32, device=hidden.device)
+        for start, stop in cut(head, False, workspace_mb):
+            _, _, logp[start:stop], entropy[start:stop] = forward(head.rows(start, stop), None)
+        ctx.set_materialize_grads(False)
+        ctx.head, ctx.workspace_mb, ctx.sizes = head, workspace_mb, (hidden.shape[1], weight.dtype)
+        return logp, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        head, (width, dtype) = ctx.head, ctx.sizes
+        g_logp = torch.zeros(len(head.hidden), device=head.hidden.device) if g_logp is None else g_logp.contiguous()
+        g_entropy = None if g_entropy is None else g_entropy.contiguous()
+        sums, chunks = Sums(head, ctx.needs_input_grad[:3]), cut(head, True, ctx.workspace_mb)
+        scaled = workspace(head, chunks)
+        for start, stop in chunks:
+            rows = head.rows(start, stop)
+            parts, lse, _, entropy = forward(rows, scaled)
+            g = None if g_entropy is None else g_entropy[start:stop]
+            head_grad.backward(rows, parts, lse, entropy, g_logp[start:stop], g, sums.chunk(start, stop), compact=False)
+        return *(None if x is None else x.to(dtype) for x in sums.results(width)), None, None
+
+
+def workspace(head: Head, chunks: list[tuple[int, int]]) -> Tensor:
+    """Room for the scaled exponentials, and then the logits' gradient, of the largest chunk: (C, V) with aligned rows."""
+    vocab, rows = head.weight.shape[0], max((stop - start for start, stop in chunks), default=0)
+    return torch.empty((rows, stride_of(vocab)), dtype=head.hidden.dtype, device=head.hidden.device)[:, :vocab]
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    workspace_mb: float,
+) -> tuple[Tensor, Tensor]:
+    """See `ops.linear_logprob`, which has checked the arguments. A target outside [0, V) has a NaN log-prob. Returns two (T,) float32."""
+    head = make_head(hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), temperature, softcap)
+    return LinearLogprob.apply(hidden, weight, bias, head, workspace_mb)

@@ -1,0 +1,350 @@
+"""Log-prob, entropy and the GRPO loss from logits that somebody already holds, forward and backward.
+
+T rows, V vocabulary. With z = logits / temperature, m = max z, s = sum_v exp(z_v - m):
+
+forward    logp = (z_target - m) - log s;  entropy = log s - sum_v p_v (z_v - m);  p = exp((z - m) - log s)
+backward   dlogits_v = (g_logp ([v = target] - p_v) - g_entropy p_v (log p_v + entropy)) / temperature
+
+m and log s are kept apart: their sum would lose log s where logits are large. Everything is fp32 from the load on; a row is one program.
+
+`logprob_kernel` reads the logits once, `gradient_kernel` reads and writes them once. `grpo_logits_kernel` is both with the loss between: it
+reads a row, forms loss and coefficients, and goes back over the row from its end, which is still in the L2 cache. Rows whose coefficients
+are both 0 (masked, clipped, no advantage) get a gradient of 0 without being read.
+Bytes: T V (1 + 2) elements from HBM, of which the loss in one launch saves up to T V.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from actial_fast.kernels import common
+from actial_fast.kernels.objective import grpo_rows
+from actial_fast.kernels.objective_math import STATS, arguments, token_objective
+from actial_fast.kernels.scale import scale_
+
+KIND = {"logprob_kernel": "memory", "gradient_kernel": "memory", "grpo_logits_kernel": "memory"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Launch configuration: warps a row and how many 16-byte loads each thread has in flight."""
+
+    warps: int
+    loads: int
+
+    def block(self, dtype: torch.dtype) -> dict[str, int]:
+        vector = 16 // dtype.itemsize
+        return {"THREADS": self.warps * 32, "LOADS": self.loads, "VECTOR": vector, "num_warps": self.warps}
+
+
+SWEEP = Launch(warps=8, loads=4)  # one pass over a row: several rows share a multiprocessor
+TWO_SWEEPS = Launch(warps=32, loads=4)  # a row a multiprocessor: all rows in flight fit into the L2 cache until they are read again
+
+
+@triton.jit
+def _row_softmax(row, vocab, inverse, THREADS: tl.constexpr, LOADS: tl.constexpr, VECTOR: tl.constexpr):
+    """m, log s and entropy of one row, from a pointer to it. Threads keep sums of their own, so that nothing waits before the row's end."""
+    m = tl.full((THREADS,), float("-inf"), tl.float32)
+    s = tl.zeros((THREADS,), tl.float32)
+    u = tl.zeros((THREADS,), tl.float32)
+    for first in range(0, vocab, THREADS * LOADS * VECTOR):
+        column = first + tl.arange(0, THREADS * LOADS * VECTOR)
+        z = tl.load(row + column, column < vocab, float("-inf")).to(tl.float32) * inverse
+        # the columns that one thread has loaded, side by side: no data moves
+        z = tl.reshape(tl.permute(tl.reshape(z, (LOADS, THREADS, VECTOR)), (1, 0, 2)), (THREADS, LOADS * VECTOR))
+        m, s, u = common.online_softmax_step(m, s, u, z, 1)
+    m, s, u = tl.reduce((m, s, u), 0, common.softmax_merge)
+    log_s = tl.log(s)
+    entropy = log_s - u / s
+    return m, log_s, tl.where(entropy < 0, 0.0, entropy)
+
+
+@triton.jit
+def _target_logp(row, target, vocab, inverse, m, log_s):
+    """The target's log-prob; NaN, and no read, where the target is not in the vocabulary."""
+    valid = (target >= 0) & (target < vocab)
+    z = tl.load(row + target, valid, float("nan")).to(tl.float32) * inverse
+    logp = (z - m) - log_s
+    return tl.where(logp > 0, 0.0, logp)
+
+
+@triton.jit
+def _row_gradient(row, out, vocab, inverse, m, log_s, entropy, target, a, b, BLOCK: tl.constexpr):
+    """Writes one row of dlogits to `out`, which may be `row`, from the row's end to its start. a, b: d loss / d logp and d entropy."""
+    tiles = tl.cdiv(vocab, BLOCK)
+    if (a == 0) & (b == 0):
+        for tile in range(0, tiles):
+            column = tile * BLOCK + tl.arange(0, BLOCK)
+            tl.store(out + column, tl.zeros((BLOCK,), out.dtype.element_ty), column < vocab)
+    else:
+        for back in range(0, tiles):
+            column = (tiles - 1 - back) * BLOCK + tl.arange(0, BLOCK)
+            z = tl.load(row + column, column < vocab, float("-inf")).to(tl.float32) * inverse
+            log_p = (z - m) - log_s
+            p = tl.exp(log_p)
+            dz = tl.where(column == target, a, 0.0) - tl.where(p > 0, p * (a + b * (log_p + entropy)), 0.0)
+            tl.store(out + column, (dz * inverse).to(out.dtype.element_ty), column < vocab)
+
+
+@triton.jit
+def logprob_kernel(
+    logits,  # (T, V), row stride `stride`
+    targets,  # (T,) int64
+    temperature,  # (T,) float32, or a number
+    logp,  # (T,) float32, out
+    entropy,  # (T,) float32, out
+    peak,  # (T,) float32, out: m
+    log_total,  # (T,) float32, out: log s
+    vocab,
+    stride,
+    ROW_TEMPERATURE: tl.constexpr,
+    THREADS: tl.constexpr,
+    LOADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    inverse = 1.0 / (tl.load(temperature + t) if ROW_TEMPERATURE else temperature)
+    row = logits + t * stride
+    m, log_s, h = _row_softmax(row, vocab, inverse, THREADS, LOADS, VECTOR)
+    tl.store(logp + t, _target_logp(row, tl.load(targets + t), vocab, inverse, m, log_s))
+    tl.store(entropy + t, h)
+    tl.store(peak + t, m)
+    tl.store(log_total + t, log_s)
+
+
+@triton.jit
+def gradient_kernel(
+    logits,  # (T, V), row stride `stride`
+    targets,  # (T,) int64
+    temperature,  # (T,) float32, or a number
+    entropy,  # (T,) float32
+    peak,  # (T,) float32
+    log_total,  # (T,) float32
+    g_logp,  # (T,) float
+    g_entropy,  # (T,) float
+    factor,  # scalar that multiplies both, or None
+    out,  # (T, V), row stride `out_stride`; may be logits
+    vocab,
+    stride,
+    out_stride,
+    ROW_TEMPERATURE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    inverse = 1.0 / (tl.load(temperature + t) if ROW_TEMPERATURE else temperature)
+    a = tl.load(g_logp + t).to(tl.float32)
+    b = tl.load(g_entropy + t).to(tl.float32)
+    if factor is not None:
+        f = tl.load(factor).to(tl.float32)
+        a *= f
+        b *= f
+    m, log_s, h = tl.load(peak + t), tl.load(log_total + t), tl.load(entropy + t)
+    _row_gradient(logits + t * stride, out + t * out_stride, vocab, inverse, m, log_s, h, tl.load(targets + t), a, b, BLOCK)
+
+
+@triton.jit
+def grpo_logits_kernel(
+    logits,  # (T, V), row stride `stride`
+    targets,  # (T,) int64
+    temperature,  # (T,) float32, or a number
+    rows,
+    numbers,
+    logp,  # (T,) float32, out
+    entropy,  # (T,) float32, out
+    stats,  # (T, STATS) float32, out
+    out,  # (T, V), row stride `out_stride`: dlogits; may be logits; None: no gradient is wanted
+    vocab,
+    stride,
+    out_stride,
+    OPTIONS: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr,
+    THREADS: tl.constexpr,
+    LOADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    inverse = 1.0 / (tl.load(temperature + t) if ROW_TEMPERATURE else temperature)
+    row = logits + t * stride
+    target = tl.load(targets + t)
+    m, log_s, h = _row_softmax(row, vocab, inverse, THREADS, LOADS, VECTOR)
+    x = _target_logp(row, target, vocab, inverse, m, log_s)
+    tl.store(logp + t, x)
+    tl.store(entropy + t, h)
+    a, b, row_stats = token_objective(x, h, rows, numbers, t, t >= 0, OPTIONS)
+    for i in tl.static_range(STATS):
+        tl.store(stats + t * STATS + i, row_stats[i])
+    if out is not None:
+        tl.debug_barrier()  # `out` may be `row`, whose target every thread has read
+        _row_gradient(row, out + t * out_stride, vocab, inverse, m, log_s, h, target, a, b, THREADS * LOADS * VECTOR)
+
+
+def logprob_from_logits(
+    logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, inplace_backward: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target and entropy of each row, both (T,) float32 and differentiable: one launch forward, one backward.
+
+    logits (T, V) bf16, fp16 or fp32 whose rows are contiguous; targets (T,) int64, NaN where outside of [0, V); temperature a number
+    or (T,). inplace_backward: the backward writes the gradient over the logits, which nothing else may read then.
+    """
+    return _LogProb.apply(logits, targets, _temperature(temperature), inplace_backward)
+
+
+def grpo_loss_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    spec: Any,
+    *,
+    token_weight: Tensor,
+    cu_seqlens: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
+    policy_mask: Tensor | None = None,
+    entropy_weight: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.grpo_terms` of the logits' log-probs: loss, statistics, logp and entropy, of which the loss is differentiable.
+
+    logits (T, V) bf16, fp16 or fp32 whose rows are contiguous, targets (T,) int64; the others as for `objective.grpo_rows`. inplace: the
+    gradient is written over the logits. Where rows do not depend on each other, one launch does loss and gradient, which the backward
+    multiplies by the upstream gradient unless that is 1. Where they do, and in fp16, whose small gradients would be lost before a loss
+    scaler's factor reaches them, the backward forms the gradient.
+    """
+    rows = dict(
+        advantages=advantages,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        token_weight=token_weight,
+        sampler_logp=sampler_logp,
+        policy_mask=policy_mask,
+        entropy_weight=entropy_weight,
+    )
+    wanted = torch.is_grad_enabled() and logits.requires_grad
+    if spec.needs_sequences(sampler_logp is not None) or (wanted and logits.dtype == torch.float16):
+        return _LateLoss.apply(logits, targets, _temperature(temperature), inplace, spec, rows | {"cu_seqlens": cu_seqlens})
+    return _EarlyLoss.apply(logits, targets, _temperature(temperature), inplace, spec, rows, wanted)
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, temperature, inplace):
+        logp, entropy, peak, log_total = _logprob(logits, targets, temperature)
+        ctx.save_for_backward(logits, targets, entropy, peak, log_total)
+        ctx.temperature, ctx.inplace = temperature, inplace
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, g_logp, g_entropy):
+        return _gradient(*ctx.saved_tensors, ctx.temperature, g_logp, g_entropy, None, ctx.inplace), None, None, None
+
+
+class _LateLoss(torch.autograd.Function):
+    """The gradient of the logits in the backward, from the coefficients that the forward has found."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, temperature, inplace, spec, rows):
+        logp, entropy, peak, log_total = _logprob(logits, targets, temperature)
+        g_logp, g_entropy, partial = grpo_rows(logp, entropy, spec=spec, **rows)
+        ctx.save_for_backward(logits, targets, entropy, peak, log_total)
+        ctx.temperature, ctx.inplace, ctx.coefficients = temperature, inplace, (g_logp, g_entropy)
+        return _results(ctx, partial, logp, entropy)
+
+    @staticmethod
+    def backward(ctx, g_loss, *_):
+        return _gradient(*ctx.saved_tensors, ctx.temperature, *ctx.coefficients, g_loss, ctx.inplace), *[None] * 5
+
+
+class _EarlyLoss(torch.autograd.Function):
+    """Loss and gradient of the logits in one launch."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, temperature, inplace, spec, rows, wanted):
+        logp, entropy = (torch.empty(len(logits), device=logits.device, dtype=torch.float32) for _ in range(2))
+        stats = torch.empty(len(logits), STATS.value, device=logits.device, dtype=torch.float32)
+        out = (logits if inplace else torch.empty(logits.shape, device=logits.device, dtype=logits.dtype)) if wanted else None
+        rows, numbers, options = arguments(spec, **rows)
+        grpo_logits_kernel[(len(logits),)](
+            logits=logits,
+            targets=targets,
+            temperature=temperature,
+            rows=rows,
+            numbers=numbers,
+            logp=logp,
+            entropy=entropy,
+            stats=stats,
+            out=out,
+            vocab=logits.shape[1],
+            stride=logits.stride(0),
+            out_stride=0 if out is None else out.stride(0),
+            OPTIONS=options,
+            ROW_TEMPERATURE=isinstance(temperature, Tensor),
+            **(TWO_SWEEPS if wanted else SWEEP).block(logits.dtype),
+        )
+        if wanted:
+            torch.autograd.graph.increment_version(out)
+            ctx.save_for_backward(out)
+        return _results(ctx, stats, logp, entropy)
+
+    @staticmethod
+    def backward(ctx, g_loss, *_):
+        return scale_(*ctx.saved_tensors, g_loss), *[None] * 6
+
+
+def _results(ctx, partial: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, ...]:
+    stats = partial.sum(0)
+    ctx.mark_non_differentiable(stats, logp, entropy)
+    return stats[1].clone(), stats, logp, entropy
+
+
+def _logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> tuple[Tensor, ...]:
+    assert logits.stride(1) == 1 or logits.shape[1] == 1, "rows must be contiguous"
+    out = tuple(torch.empty(len(logits), device=logits.device, dtype=torch.float32) for _ in range(4))
+    logprob_kernel[(len(logits),)](
+        logits,
+        targets,
+        temperature,
+        *out,
+        vocab=logits.shape[1],
+        stride=logits.stride(0),
+        ROW_TEMPERATURE=isinstance(temperature, Tensor),
+        **SWEEP.block(logits.dtype),
+    )
+    return out
+
+
+def _gradient(logits, targets, entropy, peak, log_total, temperature, g_logp, g_entropy, factor, inplace: bool) -> Tensor:
+    out = logits.detach() if inplace else torch.empty(logits.shape, device=logits.device, dtype=logits.dtype)
+    block = SWEEP.block(logits.dtype)
+    gradient_kernel[(len(logits),)](
+        logits=logits,
+        targets=targets,
+        temperature=temperature,
+        entropy=entropy,
+        peak=peak,
+        log_total=log_total,
+        g_logp=g_logp.contiguous(),
+        g_entropy=g_entropy.contiguous(),
+        factor=factor,
+        out=out,
+        vocab=logits.shape[1],
+        stride=logits.stride(0),
+        out_stride=out.stride(0),
+        ROW_TEMPERATURE=isinstance(temperature, Tensor),
+        BLOCK=block["THREADS"] * block["LOADS"] * block["VECTOR"],
+        num_warps=block["num_warps"],
+    )
+    if inplace:
+        torch.autograd.graph.increment_version(logits)
+    return out
+
+
+def _temperature(temperature: float | Tensor) -> float | Tensor:
+    return temperature.detach().to(torch.float32).contiguous() if isinstance(temperature, Tensor) else float(temperature)
