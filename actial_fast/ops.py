@@ -113,7 +113,7 @@ def linear_grpo_loss(
     weight_grad = checks.weight_grad(weight_grad, weight)
     temperature = checks.temperature(temperature, hidden)
     scaling = {"bias": bias, "temperature": temperature, "softcap": softcap, "workspace_mb": workspace_mb}
-    if spec.top_entropy < 1 and policy_mask is None:
+    if spec.top_entropy < 1 and policy_mask is None and len(targets):
         with torch.no_grad():
             entropy = linear_logprob(hidden, weight, targets, **scaling)[1]
         rows["policy_mask"] = reference.high_entropy(entropy, rows["token_weight"], spec.top_entropy)
@@ -208,7 +208,7 @@ def grpo_loss_from_logits(
     rows = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy_weight": entropy_weight}
     rows = checks.grpo_rows(logits, advantages, spec, token_weight, cu_seqlens, policy_mask, **rows)
     temperature = checks.temperature(temperature, logits)
-    if spec.top_entropy < 1 and policy_mask is None:
+    if spec.top_entropy < 1 and policy_mask is None and len(targets):
         with torch.no_grad():
             entropy = logprob_from_logits(logits, targets, temperature=temperature)[1]
         rows["policy_mask"] = reference.high_entropy(entropy, rows["token_weight"], spec.top_entropy)

@@ -124,11 +124,13 @@ def token_weights(
 
 def high_entropy(entropy: Tensor, token_weight: Tensor, share: float) -> Tensor:
     """The `share` of the unmasked rows with the highest entropy: (T,) and (T,) -> (T,) bool."""
+    if len(entropy) == 0:
+        return torch.zeros_like(entropy, dtype=torch.bool)
     counted = token_weight != 0
     ranked = torch.where(counted, entropy, -torch.inf).sort().values  # masked rows first
     n = counted.sum()
     position = len(entropy) - n + (1 - share) * (n - 1).clamp(min=0)  # linear interpolation between ranks, as torch.quantile
-    low, high = (ranked[x.long().clamp(0, max(len(entropy) - 1, 0))] for x in (position.floor(), position.ceil()))
+    low, high = (ranked.take(x.long().clamp(0, len(entropy) - 1)) for x in (position.floor(), position.ceil()))  # indexing would sync
     threshold = torch.lerp(low, high, (position - position.floor()).to(ranked.dtype))
     return counted & (entropy >= torch.where(low == high, low, threshold))
 

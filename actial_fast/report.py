@@ -30,6 +30,7 @@ GRPO_CHARTS = (  # title, metrics drawn in one chart, whether they are shares on
     ("Finished replies", ("finished",), True),
     ("Clip fraction", ("clip_fraction",), False),
     ("Probability ratio", ("ratio", "ratio_max"), False),
+    ("Importance weight", ("importance",), False),
     ("Policy loss", ("loss",), False),
 )
 ALL_CHARTS = (

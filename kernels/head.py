@@ -221,8 +221,8 @@ def tanh(x):
 
 
 @triton.jit
-def row_stats_kernel(peak, total, moment, chosen, lse, logp, entropy, rows, parts, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Joins the parts of each row: (P, T) partial softmaxes -> lse, logp, entropy (T,)."""
+def row_stats_kernel(peak, total, moment, chosen, top, log_total, logp, entropy, rows, parts, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Joins the parts of each row: (P, T) partial softmaxes -> top = max z, log_total = lse - top, logp, entropy (T,)."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m = tl.full((BLOCK_P, BLOCK_R), float("-inf"), tl.float32)
     s = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
@@ -236,12 +236,14 @@ def row_stats_kernel(peak, total, moment, chosen, lse, logp, entropy, rows, part
         u2 = tl.load(moment + at, mask, 0.0)
         m, s, u = common.softmax_merge(m, s, u, m2, s2, u2)
     m, s, u = common.softmax_join(m, s, u, 0)
-    log_total = tl.log(s)
+    log_s = tl.log(s)
     z = tl.load(chosen + row, row < rows, 0.0)
     # centred on the peak first: exact for a dominant target, whose log-prob is -log(s)
-    tl.store(logp + row, tl.minimum((z - m) - log_total, 0.0, propagate_nan=tl.PropagateNan.ALL), row < rows)
-    tl.store(lse + row, m + log_total, row < rows)
-    tl.store(entropy + row, tl.maximum(log_total - u / s, 0.0, propagate_nan=tl.PropagateNan.ALL), row < rows)
+    tl.store(logp + row, tl.minimum((z - m) - log_s, 0.0, propagate_nan=tl.PropagateNan.ALL), row < rows)
+    # not their sum: at logits of -1e4 a float32 lse has lost three digits of p
+    tl.store(top + row, m, row < rows)
+    tl.store(log_total + row, log_s, row < rows)
+    tl.store(entropy + row, tl.maximum(log_s - u / s, 0.0, propagate_nan=tl.PropagateNan.ALL), row < rows)
 
 
 @dataclass(frozen=True)
@@ -285,25 +287,26 @@ def _is_aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(1) == 1
 
 
-class Parts(NamedTuple):
-    """What `logits_kernel` leaves of T rows: peak, total and moment (P, T), the target's z (T,), and exp(z - peak) (T, V) or None."""
+class Softmax(NamedTuple):
+    """What the gradient of T rows needs: each part's peak (P, T); the row's own, log of its sum of exp(z - top) and the target's z (T,),
+    all float32; and exp(z - peak) (T, V) of the inputs' dtype, or None."""
 
     peak: Tensor
-    total: Tensor
-    moment: Tensor
+    top: Tensor
+    log_total: Tensor
     chosen: Tensor
     scaled: Tensor | None
 
 
-def forward(head: Head, scaled: Tensor | None) -> tuple[Parts, Tensor, Tensor, Tensor]:
-    """One product: the parts, and lse, logp, entropy (T,) float32 each. `scaled` (>= T, V), where given, receives exp(z - peak)."""
+def forward(head: Head, scaled: Tensor | None) -> tuple[Softmax, Tensor, Tensor]:
+    """One product: the softmax in parts, and logp and entropy (T,) float32. `scaled` (>= T, V), where given, receives exp(z - peak)."""
     (rows, width), vocab = head.hidden.shape, head.weight.shape[0]
     tile, device = tile_for(head.hidden.dtype), head.hidden.device
     part = tile.n // tile.parts
     parts = triton.cdiv(vocab, part)
     peak, total, moment = torch.empty((3, parts, rows), dtype=torch.float32, device=device)
     chosen = torch.full((rows,), torch.nan, device=device)
-    lse, logp, entropy = torch.empty((3, rows), dtype=torch.float32, device=device)
+    top, log_total, logp, entropy = torch.empty((4, rows), dtype=torch.float32, device=device)
     tiles = triton.cdiv(rows, tile.m) * triton.cdiv(vocab, tile.n)
     row_temperature = isinstance(head.inverse_temperature, Tensor)
     logits_kernel[(min(tiles, common.sm_count()),)](
@@ -337,9 +340,9 @@ def forward(head: Head, scaled: Tensor | None) -> tuple[Parts, Tensor, Tensor, T
         num_stages=tile.stages,
     )
     row_stats_kernel[(triton.cdiv(rows, 16),)](
-        peak, total, moment, chosen, lse, logp, entropy, rows, parts, BLOCK_R=16, BLOCK_P=64, num_warps=4
+        peak, total, moment, chosen, top, log_total, logp, entropy, rows, parts, BLOCK_R=16, BLOCK_P=64, num_warps=4
     )
-    return Parts(peak, total, moment, chosen, None if scaled is None else scaled[:rows]), lse, logp, entropy
+    return Softmax(peak, top, log_total, chosen, None if scaled is None else scaled[:rows]), logp, entropy
 
 
 def block_argument(x: Tensor, rows: int, columns: int, tma: bool) -> TensorDescriptor | Tensor:

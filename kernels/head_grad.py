@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from actial_fast.kernels import common
-from actial_fast.kernels.head import Head, Parts, block_argument, column_part, load_block, store_block, tile_for
+from actial_fast.kernels.head import Head, Softmax, block_argument, column_part, load_block, store_block, tile_for
 from actial_fast.kernels.rows import combine_kernel, compact_kernel, gather_kernel
 
 KIND = {"dlogits_kernel": "memory", "dhidden_kernel": "matrix", "dweight_kernel": "matrix"}
@@ -35,7 +35,8 @@ def dlogits_kernel(
     scaled,  # (T, V): exp(z - peak), overwritten with dx * scale of the active rows, in order
     peak,  # (P, T) float32
     chosen,  # (T,) float32
-    lse,  # (T,) float32
+    top,  # (T,) float32
+    log_total,  # (T,) float32
     entropy,  # (T,) float32
     targets,  # (T,) int64
     g_logp,  # (T,) float32
@@ -74,7 +75,7 @@ def dlogits_kernel(
         if ROW_TEMPERATURE:
             inverse = tl.load(inverse_temperature + row, present, 1.0)
         m = tl.load(peak + part.to(tl.int64) * rows + row, present, 0.0)
-        offset = m - tl.load(lse + row, present, 0.0)
+        offset = (m - tl.load(top + row, present, 0.0)) - tl.load(log_total + row, present, 0.0)
         a = tl.load(g_logp + row, present, 0.0) * inverse
         is_target = column[None, :] == tl.load(targets + row, present, -1).to(tl.int32)[:, None]
         # what belongs to a row stays out of the element's way: this kernel is to wait for memory alone
@@ -211,12 +212,10 @@ class Gradients:
     add: bool
 
 
-def backward(
-    head: Head, parts: Parts, lse: Tensor, entropy: Tensor, g_logp: Tensor, g_entropy: Tensor | None, out: Gradients, compact: bool
-) -> None:
+def backward(head: Head, parts: Softmax, entropy: Tensor, g_logp: Tensor, g_entropy: Tensor | None, out: Gradients, compact: bool) -> None:
     """The gradients of sum(g_logp * logp + g_entropy * entropy) of one chunk, one product each; consumes parts.scaled.
 
-    lse, entropy, g_logp (T,) float32, g_entropy too or None for 0. compact: rows whose coefficients are 0 leave the products; else cuBLAS
+    entropy, g_logp (T,) float32, g_entropy too or None for 0. compact: rows whose coefficients are 0 leave the products; else cuBLAS
     does all of them.
     """
     (rows, width), vocab = head.hidden.shape, head.weight.shape[0]
@@ -234,7 +233,8 @@ def backward(
         scaled=scaled,
         peak=parts.peak,
         chosen=parts.chosen,
-        lse=lse,
+        top=parts.top,
+        log_total=parts.log_total,
         entropy=entropy,
         targets=head.targets,
         g_logp=g_logp,

@@ -52,11 +52,11 @@ class FusedLoss(torch.autograd.Function):
         scaled = workspace(head, chunks) if any(wanted) else None
         for start, stop in chunks:
             rows = head.rows(start, stop)
-            parts, lse, logp[start:stop], entropy[start:stop] = forward(rows, scaled)
+            parts, logp[start:stop], entropy[start:stop] = forward(rows, scaled)
             g_logp, g_entropy, partial = call.coefficients(logp[start:stop], entropy[start:stop], start, stop)
             statistics.append(partial)
             if any(wanted):
-                head_grad.backward(rows, parts, lse, entropy[start:stop], g_logp, g_entropy, sums.chunk(start, stop), call.compact)
+                head_grad.backward(rows, parts, entropy[start:stop], g_logp, g_entropy, sums.chunk(start, stop), call.compact)
         ctx.gradients, ctx.dtypes = sums.results(hidden.shape[1]), (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.weight_grad_given = call.weight_grad is not None
         stats = torch.cat(statistics).sum(0)

@@ -24,7 +24,7 @@ class LinearLogprob(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, workspace_mb: float) -> tuple[Tensor, Tensor]:
         logp, entropy = torch.empty((2, len(hidden)), dtype=torch.float32, device=hidden.device)
         for start, stop in cut(head, False, workspace_mb):
-            _, _, logp[start:stop], entropy[start:stop] = forward(head.rows(start, stop), None)
+            _, logp[start:stop], entropy[start:stop] = forward(head.rows(start, stop), None)
         ctx.set_materialize_grads(False)
         ctx.head, ctx.workspace_mb, ctx.sizes = head, workspace_mb, (hidden.shape[1], weight.dtype)
         return logp, entropy
@@ -39,9 +39,9 @@ class LinearLogprob(torch.autograd.Function):
         scaled = workspace(head, chunks)
         for start, stop in chunks:
             rows = head.rows(start, stop)
-            parts, lse, _, entropy = forward(rows, scaled)
+            parts, _, entropy = forward(rows, scaled)
             g = None if g_entropy is None else g_entropy[start:stop]
-            head_grad.backward(rows, parts, lse, entropy, g_logp[start:stop], g, sums.chunk(start, stop), compact=False)
+            head_grad.backward(rows, parts, entropy, g_logp[start:stop], g, sums.chunk(start, stop), compact=False)
         return *(None if x is None else x.to(dtype) for x in sums.results(width)), None, None
 
 

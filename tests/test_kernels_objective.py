@@ -105,7 +105,7 @@ SPECS = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     spec=SPECS,
     lengths=st.lists(st.sampled_from((0, 1, 2, 3, 17, 129, 260)), min_size=1, max_size=5),

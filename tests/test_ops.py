@@ -193,8 +193,9 @@ def test_micro_batches_add_up():
 @DTYPES
 def test_no_rows_give_a_zero_loss_that_backpropagates(dtype):
     case = case_of(T=0, dtype=dtype)
-    for spec, old in ((GRPOSpec(), True), (GRPOSpec(), False)):
-        got = call(case, spec, old=old)
+    sequences = {"cu_seqlens": torch.tensor([0])}
+    for spec, old in ((GRPOSpec(), True), (GRPOSpec(), False), (GRPOSpec(top_entropy=0.5), True), (GRPOSpec.named("gspo"), True)):
+        got = call(case, spec, old=old, **sequences)
         assert got.loss == 0 and torch.equal(got.stats, torch.zeros(len(ops.STATS)))
         assert got.dhidden.shape == case.hidden.shape and torch.equal(got.dweight, torch.zeros_like(case.weight))
     loss = ops.linear_cross_entropy(case.hidden, case.weight, case.targets, case.token_weight)
