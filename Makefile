@@ -1,10 +1,12 @@
 # make quickstart   the whole job on a CPU: data, SFT, GRPO, evaluation, report (about 8 minutes after installation)
 # make test         all CPU tests; make test-slow adds the three full quickstart seeds; make lint: ruff
+# make gpu          on one GPU, 8 minutes: build, GPU tests, memcheck, errors, microbenchmarks; GPU_PYTHON=python3 runs that Python as it is
+# make bench        times the ops (CPU paths without a GPU) and compares with this machine's baseline; make bench-data: making the data
 PYTHON ?= python3
 VENV ?= .venv
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-slow bench lint
+.PHONY: quickstart test test-slow gpu bench bench-data lint
 quickstart: $(VENV)/installed
 	$(VENV)/bin/actial quickstart
 
@@ -14,7 +16,15 @@ test: $(VENV)/installed lint
 test-slow: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m slow -s
 
+# with GPU_PYTHON nothing is installed or fetched: it brings torch, triton, numpy, pillow, pybind11, pytest, hypothesis, pytest-benchmark
+gpu: $(if $(GPU_PYTHON),,$(VENV)/installed)
+	$(or $(GPU_PYTHON),$(VENV)/bin/python) -m bench.gate
+
 bench: $(VENV)/installed
+	$(VENV)/bin/python -m bench.ops
+	$(VENV)/bin/python -m bench.compare
+
+bench-data: $(VENV)/installed
 	$(VENV)/bin/python -m bench.data
 
 lint: $(VENV)/installed
@@ -26,5 +36,5 @@ $(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel pybind11
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,dev]'
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,dev,bench]'
 	touch $@

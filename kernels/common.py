@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+FAR = tl.constexpr(-200.0)  # exp of it is 0 in float32, and its product with a sum does not overflow: parts masked with the lowest float
 MAX_LOG_RATIO = 20.0  # as in the reference: exp of more says nothing more and overflows float32 at 88
 
 
@@ -35,8 +36,8 @@ def softmax_tile(z, axis: tl.constexpr):
 def softmax_merge(m, s, u, m2, s2, u2):
     """The (m, s, u) of two parts of a row together, elementwise."""
     peak = tl.maximum(m, m2)
-    a = tl.where(m == float("-inf"), 0.0, m - peak)
-    b = tl.where(m2 == float("-inf"), 0.0, m2 - peak)
+    a = tl.where(m == float("-inf"), 0.0, tl.maximum(m - peak, FAR))
+    b = tl.where(m2 == float("-inf"), 0.0, tl.maximum(m2 - peak, FAR))
     scale_a, scale_b = tl.exp(a), tl.exp(b)  # an empty part has s = u = 0
     return peak, scale_a * s + scale_b * s2, scale_a * (u + a * s) + scale_b * (u2 + b * s2)
 
@@ -45,7 +46,7 @@ def softmax_merge(m, s, u, m2, s2, u2):
 def softmax_join(m, s, u, axis: tl.constexpr):
     """The (m, s, u) of many parts of a row as one, along `axis`."""
     peak = tl.max(m, axis)
-    shift = tl.where(m == float("-inf"), 0.0, m - tl.expand_dims(peak, axis))
+    shift = tl.where(m == float("-inf"), 0.0, tl.maximum(m - tl.expand_dims(peak, axis), FAR))
     scale = tl.exp(shift)
     return peak, tl.sum(scale * s, axis), tl.sum(scale * (u + shift * s), axis)
 

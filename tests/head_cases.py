@@ -71,3 +71,10 @@ def assert_agrees(got: dict, torchs: dict, want: dict, dtype: torch.dtype, floor
         ours, theirs = error(got[name], want[name]), error(torchs[name], want[name])
         allowed = 2 * theirs + (FLOOR[dtype] if floor is None else floor)
         assert ours <= allowed, f"{name}: off by {ours:.2e}, torch in {dtype} by {theirs:.2e}"
+
+
+def difference(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest difference in units of the largest entry; infinite when anything is not finite or everything is 0 on one side only."""
+    if got.shape != want.shape or not got.isfinite().all():
+        return math.inf
+    return float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))

@@ -21,6 +21,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from actial_fast import ops, reference
 from actial_fast.spec import NAMED, GRPOSpec
 from bench.accuracy import as_if_on_a_gpu
+from tests.head_cases import difference
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo")
@@ -261,13 +262,6 @@ def ours(case, o: Options, loss_of) -> SimpleNamespace:
     return SimpleNamespace(loss=loss.detach(), dhidden=dhidden, dweight=dweight, stats=dict(zip(ops.STATS, stats.tolist(), strict=True)))
 
 
-def difference(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Largest difference in units of the largest entry; infinite when anything is not finite or everything is 0 on one side only."""
-    if got.shape != want.shape or not got.isfinite().all():
-        return math.inf
-    return float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
-
-
 def assert_same(case, o: Options, loss_of, tolerance: float, head=log_softmax_head) -> None:
     want, got = theirs(case, o, head), ours(case, o, loss_of)
     assert got.loss.item() == pytest.approx(want.loss.item(), rel=tolerance, abs=tolerance / 10), o  # its terms are of size 1 and cancel
@@ -369,3 +363,26 @@ def test_the_batch_crosses_both_clips_and_the_importance_range(level):
         ratio = ratio if mode.startswith("sequence") else ratio[case.mask]
         low, high = IMPORTANCE_RANGE
         assert (ratio < low).any() and (ratio > high).any() and ((ratio >= low) & (ratio <= high)).any()
+
+
+def broken(change):
+    """The fused loss with its gradients changed and its values kept."""
+
+    def loss_of(hidden, weight, *args, **kwargs):
+        out = ops.linear_grpo_loss(hidden, weight, *args, **kwargs)
+        loss = out.loss.detach() + change(out.loss - out.loss.detach())
+        return loss + 0 * (hidden.sum() + weight.sum()), out.stats
+
+    return loss_of
+
+
+@pytest.mark.parametrize("loss_type", NAMED.keys() - {"gspo"})
+@pytest.mark.parametrize(
+    "change", [lambda x: 0 * x, lambda x: 1.01 * x, lambda x: -x], ids=["zeroed", "scaled by 1.01", "of the other sign"]
+)
+def test_a_wrong_gradient_fails_the_comparison_with_trl(loss_type, change):
+    for level in ("token", "sequence"):
+        o = Options(loss_type, level, beta=0.04)
+        assert_same(make(), o, ops.linear_grpo_loss, tolerance=1e-6)
+        with pytest.raises(AssertionError, match="dhidden"):
+            assert_same(make(), o, broken(change), tolerance=1e-6)

@@ -1,0 +1,118 @@
+"""The GPU gate, `make gpu`: build, GPU tests, memcheck, table of errors, microbenchmarks; 8 minutes, no network, nothing installed.
+
+    python -m bench.gate [--minutes 8] [--cpu]
+
+Every step runs, whatever became of the one before it; the last lines tell each one's outcome and seconds, and the exit code is 1 when
+one failed. The microbenchmarks get the time that is left. Results go to bench/results/<gpu>/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.timing import CUDA, commit, slug, today
+
+ROOT = Path(__file__).parent.parent
+BENCH_SECONDS, LAST_SECONDS = 150, 40  # what the microbenchmarks keep for themselves; what the last case needs to finish
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command; `most` bounds its seconds, None = all that is left. `absent`: why it cannot run here."""
+
+    name: str
+    command: list[str]
+    most: float | None = None
+    absent: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    budget: Callable[[float], list[str]] = lambda seconds: []  # arguments that tell it its time
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the steps and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gate", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--minutes", type=float, default=8, help="for everything together (default: 8)")
+    parser.add_argument("--cpu", action="store_true", help="the same steps on a machine without a GPU, to try the gate itself")
+    args = parser.parse_args(argv)
+    if not CUDA and not args.cpu:
+        parser.error("torch sees no CUDA device; make test runs the CPU tests, make bench the CPU benchmarks")
+    return run(steps(), 60 * args.minutes)
+
+
+def steps() -> list[Step]:
+    """What the gate does, in order."""
+    python, results = sys.executable, ROOT / "bench" / "results" / slug()
+    tests = sorted((ROOT / "tests").glob("test_kernels_*.py"))
+    tests += [x for x in sorted((ROOT / "tests").glob("test_*.py")) if x not in tests and re.search(r"mark\.gpu\b", x.read_text())]
+    workers = ["-n", str(min(8, len(os.sched_getaffinity(0))))] if importlib.util.find_spec("xdist") else []
+    sanitizer = shutil.which("compute-sanitizer")
+    accuracy = str(results / f"accuracy-{today()}-{commit()}.json")
+    return [
+        Step("build", [python, "setup.py", "-q", "build_ext", "--inplace"]),
+        Step("tests", [python, "-m", "pytest", "-q", *workers, "-m", "not slow", *(str(x.relative_to(ROOT)) for x in tests)], most=210),
+        Step(
+            "memcheck",
+            [sanitizer or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", python, "-m", "bench.memcheck"],
+            most=60,
+            absent=None if sanitizer else "compute-sanitizer is not on the PATH",
+            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        ),
+        Step(
+            "accuracy",
+            [python, "-m", "bench.accuracy", "--json", accuracy],
+            most=45,
+            absent=None if (ROOT / "bench" / "accuracy.py").exists() else "no bench/accuracy.py",
+        ),
+        Step("microbenchmarks", [python, "-m", "bench.ops"], budget=lambda s: ["--budget-seconds", f"{max(1, s - LAST_SECONDS):.0f}"]),
+    ]
+
+
+def run(todo: list[Step], seconds: float) -> int:
+    """The steps one after another; returns 1 when one failed or ran out of time."""
+    (ROOT / "bench" / "results" / slug()).mkdir(parents=True, exist_ok=True)
+    deadline, told, failed = time.monotonic() + seconds, [], False
+    for step in todo:
+        last = step is todo[-1]
+        left = deadline - time.monotonic() - (0 if last else BENCH_SECONDS)
+        allowed = left if step.most is None else min(left, step.most)
+        outcome, took = step.absent or "", 0.0
+        if not outcome and allowed <= 0:
+            outcome, failed = "FAILED: no time was left", True
+        if not outcome:
+            print(f"== {step.name}: {' '.join(step.command)}", flush=True)
+            began = time.monotonic()
+            code = _call(step, allowed)
+            took = time.monotonic() - began
+            outcome = "passed" if code == 0 else f"FAILED: {'ran out of time' if code is None else f'exit code {code}'}"
+            failed = failed or code != 0
+        told.append(f"{step.name:<16}  {took:6.0f} s  {outcome if not step.absent else f'not run: {step.absent}'}")
+    print("== make gpu", *told, sep="\n", flush=True)
+    return int(failed)
+
+
+def _call(step: Step, seconds: float) -> int | None:
+    """The exit code; None when it had to be ended, with everything it had started."""
+    command, environment = [*step.command, *step.budget(seconds)], os.environ | step.environment
+    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as process:
+        try:
+            return process.wait(seconds)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                return None
+            raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())
