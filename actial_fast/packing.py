@@ -71,6 +71,16 @@ class Batch:
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Consecutive segments of rows. cu (segments + 1,) int32 on the rows' device, from 0; lengths the same on the host, all positive
+    (those of a vision tower on CUDA are not known there: empty); longest the largest of them."""
+
+    cu: Tensor
+    lengths: tuple[int, ...]
+    longest: int
+
+
 def mrope_positions(ids: np.ndarray, grids: Many[tuple[int, int, int]], image_token: int, merge: int) -> np.ndarray:
     """M-RoPE positions of one sequence: (L,) ids and per-image grids in patches -> (3, L) int64.
 
