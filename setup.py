@@ -7,7 +7,14 @@ from setuptools import setup
 
 setup(
     ext_modules=[
-        Pybind11Extension("actial_fast._C", sorted(glob("csrc/*.cpp")), include_dirs=["csrc"], cxx_std=17, extra_compile_args=["-O3"])
+        Pybind11Extension(
+            "actial_fast._C",
+            sorted(glob("csrc/*.cpp")),
+            depends=sorted(glob("csrc/*.h")),
+            include_dirs=["csrc"],
+            cxx_std=17,
+            extra_compile_args=["-O3", "-ffp-contract=off"],  # costs are to be those of the Python twin to the last bit
+        )
     ],
     cmdclass={"build_ext": build_ext},
 )

@@ -5,13 +5,18 @@ AVAILABLE says whether the extension is in use; WHY_NOT says why it is not and w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+
+from actial_fast.layout import Layout, Part, image_index, layout_numpy
+from actial_fast.planning import Capacity, Costs, Plan, plan_python
 
 try:
     from actial_fast import _C
 except ImportError as error:
     _C = None
-    WHY_NOT = f"the C++ extension could not be imported ({error}); images are cut into patches by numpy, about 3x slower"
+    WHY_NOT = f"the C++ extension could not be imported ({error}); numpy cuts the images, about 3x slower, and Python plans the batches"
 else:
     WHY_NOT = ""
 AVAILABLE = _C is not None
@@ -42,3 +47,49 @@ def patchify_numpy(image: np.ndarray, patch: int, merge: int, frames: int, scale
     value = value.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]  # (gh/m, gw/m, m, m, C, 1, p, p)
     value = np.broadcast_to(value, (*value.shape[:5], frames, patch, patch))
     return np.ascontiguousarray(value).reshape(-1, 3 * frames * patch * patch)
+
+
+def plan(
+    prefix_tokens: np.ndarray,
+    suffix_tokens: np.ndarray,
+    suffix_offsets: np.ndarray,
+    patches: np.ndarray,
+    *,
+    capacity: Capacity,
+    costs: Costs,
+    ranks: int = 1,
+    seed: int = 0,
+    names: Sequence[str] | None = None,
+) -> Plan:
+    """Micro-batches per rank for n groups of one prefix and any number of suffixes: ranks balanced by cost, micro-batches packed by both
+    capacities, those of a rank by falling cost.
+
+    prefix_tokens, patches (n,) int; suffix_tokens: all suffixes' lengths, group g's from suffix_offsets[g] to suffix_offsets[g + 1] - 1,
+    suffix_offsets (n + 1,); a group without suffixes is a plain sequence. A group that does not fit is cut into adjacent micro-batches of
+    its rank, prefix and patches counted in each. The seed only breaks ties between groups of equal size. names: what to call a group in
+    messages (default: "row g"). Raises ValueError naming the row when a prefix with one suffix, or its images, exceed a capacity or a
+    length is below 1.
+    """
+    groups = [np.ascontiguousarray(x, np.int64) for x in (prefix_tokens, suffix_tokens, suffix_offsets, patches)]
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed: expected 0 to 2**64 - 1, got {seed}")
+    if _C is not None:
+        limits = (capacity.tokens, capacity.patches)
+        coefficients = (costs.linear, costs.quadratic, costs.vision, costs.constant)
+        per_rank, pieces, offsets = _C.plan(*groups, limits, coefficients, ranks, seed, names)
+    else:
+        per_rank, pieces, offsets = plan_python(*groups, capacity, costs, ranks, seed, names)
+    return Plan(ranks, per_rank, pieces, offsets, costs)
+
+
+def layout(parts: Sequence[Part], *, image_token: int, merge: int) -> Layout:
+    """Every index of one packed micro-batch, from the groups' shares that a plan put into it.
+
+    image_token: the placeholder's id; merge: patches along a side of a merged token. Raises ValueError naming the row when it has no
+    tokens, when its images and its placeholder tokens disagree, when an image's tokens are not adjacent, or when a suffix holds one.
+    """
+    images, keys = image_index(parts, merge)
+    if _C is None:
+        return Layout(**layout_numpy(parts, images, image_token), images=keys)
+    given = [(p.name, p.ids, p.trained, p.positions, p.suffixes, tuple(images[key] for key in p.images), p.sample) for p in parts]
+    return Layout(**_C.layout(given, image_token), images=keys)

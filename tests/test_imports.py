@@ -15,22 +15,22 @@ MODULES = {
 }
 # Lower rooms never import from higher ones; modules on one floor may import each other.
 FLOORS = [
-    {"spec", "native", "style", "chart", "statistics"},
+    {"spec", "native", "planning", "layout", "style", "chart", "statistics"},
     {"reference", "chunked", "chunked_kl", "chunked_logits"},
     {"checks", "ops", "metrics", "doctor"},
     {"packing", "rewards", "data"},
-    {"attention"},
+    {"attention", "images", "packed_ops"},
     {"config", "recipe", "processor", "cards", "report"},
     {"model", "tiny"},
     {"dist", "rollout"},
-    {"checkpoint", "evaluate", "training"},
+    {"checkpoint", "evaluate", "training", "rounds"},
     {"sft", "grpo"},
     {"quickstart"},
     {"cli"},
 ]
-TRANSFORMERS = {"model", "attention", "tiny", "processor", "rollout.embedded", "cli"}  # cli only quiets its progress bars
+TRANSFORMERS = {"model", "attention", "images", "tiny", "processor", "rollout.embedded", "cli"}  # cli only quiets its progress bars
 LOOPS = {"sft", "grpo"}
-DOORS = {"ops", "attention"}  # what sends CUDA tensors to the kernels, each its own
+DOORS = {"ops", "attention", "images", "packed_ops"}  # what sends CUDA tensors to the kernels, each its own
 
 
 KERNELS = sorted((PACKAGE.parent / "kernels").glob("*.py"))
