@@ -24,14 +24,15 @@ from PIL import Image
 
 from actial_fast import checkpoint, ops
 from actial_fast.data.stream import Example
-from actial_fast.dist import World, clip_gradients, is_sharded, reduce_gradients, shard, world
+from actial_fast.dist import World, clip_gradients, reduce_gradients, shard, world
 from actial_fast.evaluate import evaluate
 from actial_fast.model import Policy, load_reference
-from actial_fast.packing import Sequence, collate, micro_batches
-from actial_fast.processor import Processor, in_step
+from actial_fast.packing import Sequence
+from actial_fast.processor import Processor
 from actial_fast.recipe import GRPORecipe
 from actial_fast.rewards import score
 from actial_fast.rollout.embedded import generate
+from actial_fast.rounds import rounds
 from actial_fast.training import (
     Stopped,
     begin,
@@ -88,7 +89,7 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
     policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
     reference = None
     if recipe.loss.beta > 0 and not policy.adapted:
-        reference = load_reference(recipe.model, where.device)
+        reference = load_reference(recipe.model, where.device, packed=recipe.packing == "packed")
         reference = shard(reference, where) if recipe.dist.fsdp else reference
     total = recipe.steps
     with open_log(recipe, start, total, where) as log, graceful_stop() as asked:
@@ -186,17 +187,15 @@ def _forward_only(policy: Policy, processor: Processor, sequences: list[Sequence
     was_training = policy.training
     policy.eval()
     out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(sequences)
-    for members in _rounds([len(s) for s in sequences], recipe.micro_batch, policy, where):
-        chosen, idle = in_step([sequences[k] for k in members], processor, is_sharded(policy))
-        batch = collate(chosen, processor.pad).to(policy.device)
+    for each in rounds(sequences, recipe, policy, processor, where):
         logp = policy(
-            {**batch.model_inputs(), "use_cache": False},
-            lambda o, head, b=batch: ops.linear_logprob(
-                o.last_hidden_state.flatten(0, 1)[b.loss_rows], head, b.targets, temperature=recipe.sampling.temperature
+            each.batch,
+            lambda hidden, head, b=each.batch: ops.linear_logprob(
+                hidden, head, b.targets, temperature=recipe.sampling.temperature, return_entropy=False
             )[0],
         )
-        sizes = [int(sequences[k].trained.sum()) for k in members]
-        for k, part in zip(members, logp[: len(logp) - idle].cpu().split(sizes), strict=True):
+        sizes = [int(sequences[k].trained[1:].sum()) for k in each.members]
+        for k, part in zip(each.members, logp[: len(logp) - each.idle].cpu().split(sizes), strict=True):
             out[k] = part.numpy()
     policy.train(was_training)
     return out
@@ -213,10 +212,8 @@ def _accumulate(policy: Policy, processor: Processor, samples: list[Sample], rec
     if recipe.skip_zero_variance and spec.beta == 0 and spec.entropy_coef == 0 and spec.top_entropy == 1:
         samples = [s for s in samples if s.advantage != 0]
     stats = torch.zeros(len(ops.STATS), device=where.device)
-    for members in _rounds([len(s.sequence) for s in samples], recipe.micro_batch, policy, where):
-        chosen = [samples[k] for k in members]
-        sequences, idle = in_step([s.sequence for s in chosen], processor, is_sharded(policy))
-        batch = collate(sequences, processor.pad).to(where.device)
+    for each in rounds([s.sequence for s in samples], recipe, policy, processor, where):
+        chosen, idle = [samples[k] for k in each.members], each.idle
 
         def rows(values: list[np.ndarray], idle: int = idle) -> torch.Tensor:
             return torch.from_numpy(np.concatenate([*values, np.zeros(idle)]).astype(np.float32)).to(where.device)
@@ -237,21 +234,14 @@ def _accumulate(policy: Policy, processor: Processor, samples: list[Sample], rec
             "cu_seqlens": cu_seqlens,
         }
         result = policy(
-            {**batch.model_inputs(), "use_cache": False},
-            lambda out, head, b=batch, a=arguments: ops.linear_grpo_loss(
-                out.last_hidden_state.flatten(0, 1)[b.loss_rows], head, b.targets, spec=spec, temperature=recipe.sampling.temperature, **a
+            each.batch,
+            lambda hidden, head, b=each.batch, a=arguments: ops.linear_grpo_loss(
+                hidden, head, b.targets, spec=spec, temperature=recipe.sampling.temperature, **a
             ),
         )
         result.loss.backward()
         stats += result.stats
     return where.sum(stats).cpu().double().numpy()
-
-
-def _rounds(lengths: list[int], size: int, policy: Policy, where: World) -> list[list[int]]:
-    """Micro-batches of this rank; on sharded ranks padded with empty ones, so that all make the same number of passes."""
-    groups = micro_batches(lengths, size)
-    missing = int(where.max(len(groups))) - len(groups) if is_sharded(policy) else 0
-    return groups + [[]] * missing
 
 
 def _metrics(samples: list[Sample], stats: np.ndarray, recipe: GRPORecipe, where: World, seconds: float) -> dict[str, float]:

@@ -14,6 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from actial_fast.attention import IMPLEMENTATION, use_packed_attention
+from actial_fast.packing import Batch, PackedBatch
 from actial_fast.recipe import ModelConfig
 
 LANGUAGE_MODEL = "model.language_model"
@@ -45,12 +47,35 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, inputs: dict[str, Any], head: Callable[[Any, Tensor], Any]) -> Any:
-        """head(outputs of the trunk, head matrix (V, H)); `outputs.last_hidden_state` is (B, L, H)."""
+    def forward(self, inputs: dict[str, Any] | Batch | PackedBatch, head: Callable[[Any, Tensor], Any]) -> Any:
+        """head(x, head matrix (V, H)), x the hidden states (T, H) of a batch's loss rows, or the trunk's outputs for keyword arguments."""
         base = self.base
         low = self.compute_dtype != torch.float32
         with torch.autocast(self.device.type, self.compute_dtype, enabled=low):
-            return head(base.model(**inputs), base.lm_head.weight)
+            if isinstance(inputs, dict):
+                return head(base.model(**inputs), base.lm_head.weight)
+            if isinstance(inputs, PackedBatch):
+                hidden = self._packed(inputs)
+            else:
+                hidden = base.model(**inputs.model_inputs(), use_cache=False).last_hidden_state.flatten(0, 1)
+            return head(hidden[inputs.loss_rows], base.lm_head.weight)
+
+    def _packed(self, batch: PackedBatch) -> Tensor:
+        """Hidden states (L, H) of a packed batch: each distinct image passes the vision tower once, each shared prefix the layers once."""
+        assert self.base.config._attn_implementation == IMPLEMENTATION, "packed rows would see each other: load with packed=True"
+        trunk = self.base.model
+        embeds = trunk.get_input_embeddings()(batch.input_ids)
+        if batch.pixel_values is not None:
+            features = trunk.visual(batch.pixel_values.to(trunk.visual.dtype), grid_thw=batch.image_grid_thw).pooler_output
+            embeds = embeds.index_copy(0, batch.image_slots, features.to(embeds.dtype)[batch.image_rows])
+        out = trunk.language_model(
+            inputs_embeds=embeds[None],
+            position_ids=batch.position_ids[:, None],
+            attention_mask={"full_attention": None},  # none is built: the attention reads the batch's segments
+            use_cache=False,
+            packed=batch,
+        )
+        return out.last_hidden_state[0]
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by the name they have in this module."""
@@ -62,8 +87,11 @@ class Policy(nn.Module):
         return self.model.disable_adapter()
 
 
-def load_policy(config: ModelConfig, device: torch.device, seed: int) -> Policy:
-    """The policy of a recipe on `device`, in train mode, with what is frozen frozen. ValueError where the recipe does not fit the model."""
+def load_policy(config: ModelConfig, device: torch.device, seed: int, *, packed: bool = False) -> Policy:
+    """The policy of a recipe on `device`, in train mode, with what is frozen frozen; packed: able to take packed batches.
+
+    ValueError where the recipe does not fit the model.
+    """
     if not config.path:
         raise ValueError("model.path: a checkpoint folder or hub name is needed")
     if not Path(config.path).is_dir() and (config.path.count("/") != 1 or config.path.startswith((".", "/", "~"))):
@@ -88,13 +116,15 @@ def load_policy(config: ModelConfig, device: torch.device, seed: int) -> Policy:
     policy = Policy(model.to(device), torch.bfloat16 if device.type == "cuda" else torch.float32)
     if not policy.trained():
         raise ValueError("model.freeze: every parameter is frozen, nothing is left to train")
+    if packed:
+        use_packed_attention(policy.base)
     return policy.train()
 
 
-def load_reference(config: ModelConfig, device: torch.device) -> Policy:
+def load_reference(config: ModelConfig, device: torch.device, *, packed: bool = False) -> Policy:
     """A frozen copy of the starting weights, to measure the KL against (with adapters, switch those off instead)."""
     config = replace(config, dtype=config.frozen_dtype, lora=replace(config.lora, rank=0), freeze=(), gradient_checkpointing=False)
-    return load_policy(config, device, seed=0).requires_grad_(False).eval()
+    return load_policy(config, device, seed=0, packed=packed).requires_grad_(False).eval()
 
 
 def _add_adapters(model: Qwen2_5_VLForConditionalGeneration, config: ModelConfig, seed: int) -> PeftModel:

@@ -1,6 +1,6 @@
-"""Sequences and padded batches: what the model's forward pass takes, built on the host.
+"""Sequences, and the padded or packed batches that the model's forward pass takes, built on the host.
 
-B sequences, L longest length, T rows that carry loss (the positions whose NEXT token is trained), P vision patches, I images.
+B sequences, L longest length (packed: rows), T rows that carry loss (positions whose NEXT token is trained), P vision patches, I images.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 from torch import Tensor
+
+from actial_fast.layout import Part
+from actial_fast.native import layout
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,128 @@ class Segments:
     cu: Tensor
     lengths: tuple[int, ...]
     longest: int
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Sequences without padding in which a shared beginning occurs once: rows are [prefixes with suffixes | their suffixes | plain
+    sequences].
+
+    input_ids (L,) int64; position_ids (3, L) int64, restarting after the prefix for every suffix; segments: each prefix, suffix and plain
+    sequence; prefix_rows, suffix_rows: sizes of the first two blocks; cross_q, cross_k: per group its suffixes' rows within the second
+    block and its prefix; pixel_values (P, D) float32 and image_grid_thw (I, 3) int64 of the distinct images, or None; image_slots,
+    image_rows (M,) int64: rows of image tokens, and the row of the images' merged features that goes there; loss_rows, targets (T,) int64,
+    the row that predicts (a prefix's last row predicts the first token of each of its suffixes) and the token.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Segments
+    prefix_rows: int
+    suffix_rows: int
+    cross_q: Segments
+    cross_k: Segments
+    pixel_values: Tensor | None
+    image_grid_thw: Tensor | None
+    image_slots: Tensor
+    image_rows: Tensor
+    loss_rows: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The batch on `device`, without a sync."""
+
+        def move(value: object) -> object:
+            if isinstance(value, Segments):
+                return replace(value, cu=value.cu.to(device, non_blocking=True))
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return PackedBatch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences that begin alike: the first `prefix` tokens, which hold all images, are computed once. members: indices of sequences; a
+    single one is packed as it is."""
+
+    members: tuple[int, ...]
+    prefix: int
+
+
+def share(sequences: Many[Sequence], image_token: int) -> list[Group]:
+    """Groups of sequences with the same images whose beginnings agree, in order of their first members; each sequence in one group.
+
+    Exact for any sequences; it saves the more, the longer the common beginning. Sequences without images are grouped by their first half.
+    """
+    alike: dict[object, list[int]] = {}
+    for i, s in enumerate(sequences):
+        key = tuple(map(id, s.patches)) if s.patches else s.ids[: len(s) // 2].tobytes()
+        alike.setdefault(key, []).append(i)
+    groups = []
+    for members in alike.values():
+        prefix = min(len(sequences[i]) for i in members) - 1
+        first = sequences[members[0]]
+        for i in members[1:]:
+            other = sequences[i]
+            same = (first.ids[:prefix] == other.ids[:prefix]) & (first.trained[:prefix] == other.trained[:prefix])
+            prefix = prefix if same.all() else int(same.argmin())
+        images_end = int(np.flatnonzero(first.ids == image_token)[-1]) + 1 if first.patches else 1
+        if len(members) > 1 and prefix >= images_end:
+            groups.append(Group(tuple(members), prefix))
+        else:
+            groups += [Group((i,), len(sequences[i])) for i in members]
+    return groups
+
+
+def pack(sequences: Many[Sequence], pieces: Many[tuple[Group, int, int]], image_token: int, merge: int) -> tuple[PackedBatch, list[int]]:
+    """One packed batch from pieces (group, first member, end member), and the sequences in the order of their loss rows.
+
+    Raises ValueError naming the row when images and placeholders disagree, or a suffix holds an image.
+    """
+    parts, order, images = [], [], {}
+    for group, first, end in pieces:
+        members = group.members[first:end]
+        one = sequences[members[0]]
+        single = len(group.members) == 1
+        prefix = len(one) if single else group.prefix
+        parts.append(
+            Part(
+                name=f"sequence {members[0]}",
+                ids=one.ids[:prefix],
+                trained=one.trained[:prefix],
+                positions=one.positions[:, :prefix],
+                suffixes=() if single else tuple((sequences[i].ids[prefix:], sequences[i].trained[prefix:]) for i in members),
+                images=tuple(map(id, one.patches)),
+                grids=one.grids,
+                sample=len(order),
+            )
+        )
+        order += members
+        images |= {id(p): (p, g) for p, g in zip(one.patches, one.grids, strict=True)}
+    made = layout(parts, image_token=image_token, merge=merge)
+    chosen = [images[key] for key in made.images]
+    tensor = torch.from_numpy
+    batch = PackedBatch(
+        input_ids=tensor(made.input_ids),
+        position_ids=tensor(made.position_ids),
+        segments=_segments(made.cu),
+        prefix_rows=made.prefix_rows,
+        suffix_rows=made.suffix_rows,
+        cross_q=_segments(made.cross_q),
+        cross_k=_segments(made.cross_k),
+        pixel_values=tensor(np.concatenate([p for p, _ in chosen])) if chosen else None,
+        image_grid_thw=torch.tensor([g for _, g in chosen], dtype=torch.int64) if chosen else None,
+        image_slots=tensor(made.image_slots),
+        image_rows=tensor(made.image_rows),
+        loss_rows=tensor(made.loss_rows),
+        targets=tensor(made.targets),
+    )
+    return batch, [order[i] for i in made.samples]
+
+
+def _segments(cu: np.ndarray) -> Segments:
+    lengths = tuple(np.diff(cu).tolist())
+    return Segments(torch.from_numpy(cu), lengths, max(lengths, default=0))
 
 
 def mrope_positions(ids: np.ndarray, grids: Many[tuple[int, int, int]], image_token: int, merge: int) -> np.ndarray:

@@ -178,8 +178,14 @@ class SFTRecipe:
     """Optimizer steps; 0 = as many as `epochs` needs."""
     batch_size: int = 128
     """Rows per optimizer step, over all ranks."""
+    packing: Literal["packed", "plain"] = "packed"
+    """packed: no padding, shared beginnings and images computed once. plain: padded batches through the unmodified model, the oracle."""
+    pack_tokens: int = 16384
+    """packed: most tokens per forward and backward pass on one rank."""
+    pack_patches: int = 65536
+    """packed: most image patches per forward and backward pass on one rank."""
     micro_batch: int = 4
-    """Rows per forward and backward pass on one rank."""
+    """plain: rows per forward and backward pass on one rank."""
     loss_weighting: Literal["token", "row"] = "token"
     """token: every answer token counts the same. row: every answer counts the same (the share of long answers shrinks)."""
     stop_accuracy: float = 0.0
@@ -189,7 +195,7 @@ class SFTRecipe:
 
     def __post_init__(self):
         _at_least(self, 0, "seed", "epochs", "steps", "stop_accuracy", "stop_steps")
-        _at_least(self, 1, "batch_size", "micro_batch")
+        _at_least(self, 1, "batch_size", "micro_batch", "pack_tokens", "pack_patches")
 
 
 @dataclass(frozen=True)
@@ -249,8 +255,14 @@ class GRPORecipe:
     """Prompts per step, over all ranks."""
     minibatch: int = 256
     """Prompts (with all their replies) per optimizer step; `prompts` must be a multiple of it."""
+    packing: Literal["packed", "plain"] = "packed"
+    """packed: no padding, a group's prompt and images computed once. plain: padded batches through the unmodified model, the oracle."""
+    pack_tokens: int = 16384
+    """packed: most tokens per forward and backward pass on one rank."""
+    pack_patches: int = 65536
+    """packed: most image patches per forward and backward pass on one rank."""
     micro_batch: int = 4
-    """Replies per forward and backward pass on one rank."""
+    """plain: replies per forward and backward pass on one rank."""
     skip_zero_variance: bool = True
     """Leave groups whose rewards are all equal out of the update where their gradient is exactly zero: when `loss.beta` and
     `loss.entropy_coef` are 0 and `loss.top_entropy` is 1."""
@@ -262,6 +274,6 @@ class GRPORecipe:
 
     def __post_init__(self):
         _at_least(self, 0, "seed", "log_rollouts")
-        _at_least(self, 1, "steps", "prompts", "minibatch", "micro_batch")
+        _at_least(self, 1, "steps", "prompts", "minibatch", "micro_batch", "pack_tokens", "pack_patches")
         if not self.rewards:
             raise ValueError("rewards: at least one is needed, for example [{name: accuracy}]")

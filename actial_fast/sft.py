@@ -14,12 +14,13 @@ import numpy as np
 import torch
 
 from actial_fast import checkpoint, ops
-from actial_fast.dist import World, clip_gradients, is_sharded, reduce_gradients, world
+from actial_fast.dist import World, clip_gradients, reduce_gradients, world
 from actial_fast.evaluate import evaluate
 from actial_fast.model import Policy
-from actial_fast.packing import Sequence, collate, micro_batches
-from actial_fast.processor import Processor, in_step
+from actial_fast.packing import Sequence
+from actial_fast.processor import Processor
 from actial_fast.recipe import SFTRecipe
+from actial_fast.rounds import rounds
 from actial_fast.training import (
     Stopped,
     begin,
@@ -95,21 +96,11 @@ def _accumulate(policy: Policy, processor: Processor, sequences: list[Sequence],
     """Gradients of the global batch's loss, from this rank's sequences; returns the global loss and count of answer tokens."""
     lengths = np.array([s.trained[1:].sum() for s in sequences], np.int64)
     counts = where.sum(torch.tensor([lengths.sum(), len(sequences)], dtype=torch.float64, device=where.device)).tolist()
-    groups = micro_batches([len(s) for s in sequences], recipe.micro_batch)
-    rounds = int(where.max(len(groups))) if is_sharded(policy) else len(groups)
     total = torch.zeros((), device=where.device)
-    for i in range(rounds):
-        members = [sequences[k] for k in groups[i]] if i < len(groups) else []
-        weights = _token_weights(members, recipe.loss_weighting, counts)
-        members, idle = in_step(members, processor, is_sharded(policy))
-        batch = collate(members, processor.pad).to(where.device)
-        token_weight = torch.from_numpy(np.append(weights, np.zeros(idle, np.float32))).to(where.device)
-        loss = policy(
-            {**batch.model_inputs(), "use_cache": False},
-            lambda out, head, b=batch, w=token_weight: ops.linear_cross_entropy(
-                out.last_hidden_state.flatten(0, 1)[b.loss_rows], head, b.targets, w
-            ),
-        )
+    for each in rounds(sequences, recipe, policy, processor, where):
+        weights = _token_weights([sequences[k] for k in each.members], recipe.loss_weighting, counts)
+        token_weight = torch.from_numpy(np.append(weights, np.zeros(each.idle, np.float32))).to(where.device)
+        loss = policy(each.batch, lambda hidden, head, b=each.batch, w=token_weight: ops.linear_cross_entropy(hidden, head, b.targets, w))
         loss.backward()
         total += loss.detach()
     return where.sum(total).item(), int(counts[0])

@@ -88,7 +88,7 @@ def open_stage(recipe: SFTRecipe | GRPORecipe, start: int, where: World, encode:
     folder, model, data = stage_folder(recipe), recipe.model, recipe.data
     torch.manual_seed(recipe.seed)
     resumed = replace(model, path=str(checkpoint.path_of(folder, start) / "model")) if start and not model.lora.rank else model
-    policy = load_policy(resumed, where.device, recipe.seed)
+    policy = load_policy(resumed, where.device, recipe.seed, packed=recipe.packing == "packed")
     policy = shard(policy, where) if recipe.dist.fsdp else policy
     limits = {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels, "max_prompt": data.max_prompt_tokens}
     processor = Processor.load(model.path, **limits)

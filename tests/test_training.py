@@ -98,7 +98,7 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: fl
 
 def test_sft_gradient_is_that_of_transformers_own_loss(sft_recipe, lab):
     """One global batch, cut into micro-batches, against the mean over answer tokens of Hugging Face's loss, row by row."""
-    policy = load_policy(sft_recipe.model, ALONE.device, 0)
+    policy = load_policy(sft_recipe.model, ALONE.device, 0, packed=True)
     processor = Processor.load(str(lab.model))
     sequences = [processor.encode(e) for e in Stream(sft_recipe.data.sources, seed=0).next_batch(5)]
     loss, tokens = sft._accumulate(policy, processor, sequences, sft_recipe, ALONE)
@@ -128,7 +128,7 @@ def test_sft_gradient_does_not_depend_on_micro_batches(sft_recipe, lab, weightin
     sequences = [processor.encode(example("q" * (3 + i), "A" * (1 + 5 * i), seed=i)) for i in range(4)]
     found = []
     for size in (1, 3, 4):
-        policy = load_policy(sft_recipe.model, ALONE.device, 0)
+        policy = load_policy(sft_recipe.model, ALONE.device, 0, packed=True)
         recipe = replace(sft_recipe, micro_batch=size, loss_weighting=weighting)
         loss, _ = sft._accumulate(policy, processor, sequences, recipe, ALONE)
         found.append((loss, {n: p.grad.clone() for n, p in policy.trained().items() if p.grad is not None}))
@@ -198,8 +198,8 @@ def test_importance_correction_weighs_by_the_samplers_probability(grpo_recipe, l
 def _moved(recipe, lab):
     """A policy away from its reference, so that the KL has a gradient, and samples of one mini-batch with a group of advantage 0."""
     processor = Processor.load(str(lab.model))
-    policy = load_policy(recipe.model, ALONE.device, 0)
-    reference = load_policy(recipe.model, ALONE.device, 0).eval()
+    policy = load_policy(recipe.model, ALONE.device, 0, packed=True)
+    reference = load_policy(recipe.model, ALONE.device, 0, packed=True).eval()
     samples = grpo._sample(policy, processor, Stream(recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4), recipe)
     samples = [replace(s, minibatch=0, advantage=0.0 if i < 4 else s.advantage) for i, s in enumerate(samples)]
     samples = grpo._log_probs(policy, reference, processor, samples, recipe, ALONE)
@@ -222,8 +222,8 @@ def _gradients(policy, processor, samples, recipe, size, skip):
 
 
 def test_old_logprobs_only_after_the_first_minibatch_and_equal_the_samplers(grpo_recipe, lab):
-    policy, processor = load_policy(grpo_recipe.model, ALONE.device, 0), Processor.load(str(lab.model))
-    reference = load_policy(grpo_recipe.model, ALONE.device, 0).eval()
+    policy, processor = load_policy(grpo_recipe.model, ALONE.device, 0, packed=True), Processor.load(str(lab.model))
+    reference = load_policy(grpo_recipe.model, ALONE.device, 0, packed=True).eval()
     examples = Stream(grpo_recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4)
     samples = grpo._sample(policy, processor, examples, grpo_recipe)
     samples = grpo._log_probs(policy, reference, processor, samples, grpo_recipe, ALONE)

@@ -1,0 +1,180 @@
+"""Packed passes against the plain ones: the same losses, gradients and log-probs, with prompts and images computed once."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from actial_fast import grpo, ops
+from actial_fast.data.row import Row, Turn
+from actial_fast.data.stream import Example
+from actial_fast.dist import World
+from actial_fast.model import load_policy
+from actial_fast.packing import Sequence, pack, share
+from actial_fast.processor import Processor
+from actial_fast.recipe import GRPORecipe, ModelConfig
+from actial_fast.rounds import rounds
+from actial_fast.spec import GRPOSpec
+
+ALONE = World(0, 1, torch.device("cpu"))
+IMAGE = "<image>"
+
+
+@pytest.fixture(scope="module")
+def processor(lab) -> Processor:
+    return Processor.load(str(lab.model), min_pixels=28 * 28, max_pixels=28 * 28 * 40)
+
+
+def prompt(processor: Processor, images: int, text: str, seed: int) -> Sequence:
+    """A prompt with images of different sizes."""
+    rng = np.random.default_rng(seed)
+    sizes = [(28 * int(rng.integers(1, 6)), 28 * int(rng.integers(1, 6))) for _ in range(images)]
+    pixels = tuple(rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in sizes)
+    row = Row(turns=(Turn("user", IMAGE * images + text), Turn("assistant", "-")), where="test")
+    return processor.encode_prompt(Example(row=row, pixels=pixels, position=0))
+
+
+def samples_of(processor: Processor, plan: list[tuple[int, int]], seed: int = 0) -> list[grpo.Sample]:
+    """Samples of prompts with (images, replies) each, replies of 1 to 12 tokens, off policy."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for p, (images, replies) in enumerate(plan):
+        start = prompt(processor, images, f"which side? {'now ' * (p % 3)}", seed + p)
+        start = replace(start, trained=np.zeros(len(start), bool))
+        for _ in range(replies):
+            ids = rng.integers(5, 60, int(rng.integers(1, 13)))
+            old, ref = (rng.normal(-4, 0.3, len(ids)).astype(np.float32) for _ in range(2))
+            out.append(
+                grpo.Sample(
+                    sequence=start.extended(ids),
+                    text="",
+                    sampled=old,
+                    rewards=np.zeros(1, np.float32),
+                    reward=0.0,
+                    advantage=float(rng.normal()),
+                    minibatch=1,
+                    finished=True,
+                    old=old,
+                    ref=ref,
+                )
+            )
+    return out
+
+
+def recipe_of(lab, **changes) -> GRPORecipe:
+    return replace(GRPORecipe(model=ModelConfig(path=str(lab.model)), loss=GRPOSpec(beta=0.05, clip_low=0.5, clip_high=0.5)), **changes)
+
+
+def loaded(lab, packed: bool, **changes):
+    """A policy with weights away from their small start, so that attention matters."""
+    policy = load_policy(ModelConfig(path=str(lab.model), **changes), ALONE.device, 0, packed=packed)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=g)
+    return policy
+
+
+def run(lab, processor, samples, packed: bool, **changes):
+    """Statistics, gradients by name, and log-probs in eval mode."""
+    model = changes.pop("model", {})
+    recipe = recipe_of(lab, packing="packed" if packed else "plain", micro_batch=1, **changes)
+    policy = loaded(lab, packed, **model)
+    logp = grpo._forward_only(policy, processor, [s.sequence for s in samples], recipe, ALONE)
+    stats = grpo._accumulate(policy, processor, samples, recipe, ALONE)
+    return stats, {name: p.grad for name, p in policy.trained().items() if p.grad is not None}, logp
+
+
+def assert_same(got, want):
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-6)
+    assert got[1].keys() == want[1].keys() and want[1]
+    for name, gradient in want[1].items():
+        # biases of keys move the softmax nowhere: their gradient is rounding, and the largest of a layer's gives the scale
+        assert (got[1][name] - gradient).abs().max() <= 1e-5 * max(gradient.abs().max().item(), 1e-2), name
+    for a, b in zip(got[2], want[2], strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+CASES = {
+    "uneven groups": ([(2, 4), (1, 3), (2, 2)], {}),
+    "one sample each": ([(2, 1), (1, 1)], {}),
+    "text only among images": ([(0, 3), (2, 3), (0, 1)], {}),
+    "ten images": ([(10, 3), (1, 2)], {}),
+    "a group split over micro-batches": ([(2, 6), (1, 2)], {"pack_tokens": 90}),
+    "frozen tower": ([(2, 3), (1, 2)], {"model": {"freeze": ("model.visual",)}}),
+    "gradient checkpointing": ([(2, 3), (0, 2)], {"model": {"gradient_checkpointing": True}}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_packed_equals_one_sample_at_a_time(name, lab, processor):
+    plan, changes = CASES[name]
+    samples = samples_of(processor, plan)
+    if "pack_tokens" in changes:
+        recipe = recipe_of(lab, pack_tokens=changes["pack_tokens"])
+        cut = list(rounds([s.sequence for s in samples], recipe, loaded(lab, True), processor, ALONE))
+        assert len(cut) > 1 and sum(0 in r.members or 5 in r.members for r in cut) > 1, "the first group was not split"
+    assert_same(run(lab, processor, samples, True, **changes), run(lab, processor, samples, False, **changes))
+
+
+def test_a_wrong_prompt_fails_the_comparison(lab, processor):
+    """Packed against plain would pass emptily if the images did not matter."""
+    samples = samples_of(processor, [(2, 3)])
+    other = [replace(s, sequence=replace(s.sequence, patches=tuple(p[::-1].copy() for p in s.sequence.patches))) for s in samples]
+    with pytest.raises(AssertionError):
+        assert_same(run(lab, processor, other, True), run(lab, processor, samples, False))
+
+
+def test_samples_never_see_each_other(lab, processor):
+    samples = samples_of(processor, [(2, 4), (1, 2)])
+    policy, recipe = loaded(lab, True), recipe_of(lab)
+    before = grpo._forward_only(policy, processor, [s.sequence for s in samples], recipe, ALONE)
+    changed = [s.sequence for s in samples]
+    ids = changed[1].ids.copy()
+    ids[-len(samples[1]) :] = ids[-len(samples[1]) :][::-1] % 50 + 7
+    changed[1] = replace(changed[1], ids=ids)
+    after = grpo._forward_only(policy, processor, changed, recipe, ALONE)
+    for i, (a, b) in enumerate(zip(before, after, strict=True)):
+        assert np.array_equal(a, b) == (i != 1)
+
+
+def test_prompts_and_images_are_computed_once(lab, processor, monkeypatch):
+    samples = samples_of(processor, [(2, 5), (1, 4)])
+    policy, recipe = loaded(lab, True), recipe_of(lab)
+    towers, rows = [], []
+    tower, trunk = policy.base.model.visual, policy.base.model.language_model
+    tower.register_forward_pre_hook(lambda m, args, kwargs: towers.append(len(kwargs["grid_thw"])), with_kwargs=True)
+    trunk.register_forward_pre_hook(lambda m, args, kwargs: rows.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True)
+    grpo._accumulate(policy, processor, samples, recipe, ALONE)
+    prompts = {id(s.sequence.patches[0]): len(s.sequence) - len(s) for s in samples}
+    least = sum(prompts.values()) + sum(map(len, samples))
+    assert towers == [3] and len(rows) == 1
+    assert least - sum(map(len, samples)) // 2 <= rows[0] <= least, "shared beginnings of replies may save a few more"
+
+
+def test_share_keeps_every_sequence_and_its_tokens(processor):
+    samples = samples_of(processor, [(2, 4), (0, 3), (1, 1)], seed=3)
+    sequences = [s.sequence for s in samples]
+    groups = share(sequences, processor.image_token)
+    assert sorted(i for g in groups for i in g.members) == list(range(len(sequences)))
+    batch, order = pack(sequences, [(g, 0, len(g.members)) for g in groups], processor.image_token, processor.image_processor.merge_size)
+    ends = np.cumsum([0, *(int(sequences[i].trained[1:].sum()) for i in order)])
+    for i, (a, b) in zip(order, itertools.pairwise(ends), strict=True):
+        assert np.array_equal(batch.targets[a:b].numpy(), sequences[i].ids[1:][sequences[i].trained[1:]])
+    assert not torch.isin(batch.targets, processor.image_token).any() and len(batch.loss_rows) == ends[-1]
+
+
+def test_too_long_a_sequence_is_named_before_any_model_work(lab, processor):
+    samples = samples_of(processor, [(2, 2)])
+    with pytest.raises(ValueError, match="sequence 0"):
+        next(rounds([s.sequence for s in samples], recipe_of(lab, pack_tokens=10), loaded(lab, True), processor, ALONE))
+
+
+def test_a_model_that_is_not_prepared_refuses_packed_rows(lab, processor):
+    samples = samples_of(processor, [(1, 2)])
+    policy = loaded(lab, False)
+    each = next(rounds([s.sequence for s in samples], recipe_of(lab), policy, processor, ALONE))
+    with pytest.raises(AssertionError, match="see each other"):
+        policy(each.batch, lambda hidden, head: ops.linear_logprob(hidden, head, each.batch.targets))
