@@ -92,11 +92,11 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments,
         return result[0], result[1]
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[1::-1], dtype=torch.promote_types(q.dtype, torch.float32))
     share = q.shape[1] // k.shape[1]
-    for n, rows, columns in _calls(queries.lengths, keys.lengths, share == 1):
+    for n, rows, columns in _calls(queries.lengths, keys.lengths):
         batch = _batched(q[rows], n, share), _shared(k[columns], n, share), _shared(v[columns], n, share)
         part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*batch, 0.0, causal, scale=scale)
-        out[rows] = _unbatched(part, share)
-        lse[:, rows] = part_lse.flatten(0, 1) if share > 1 else part_lse.transpose(0, 1).flatten(1)
+        out[rows] = _unbatched(part, n)
+        lse[:, rows] = part_lse.unflatten(0, (n, -1)).permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
     return out, lse
 
 
@@ -119,15 +119,15 @@ def _backward(
         return torch.ops.aten._flash_attention_backward(grad, q, k, v, out, lse, *sizes, 0.0, causal, no_state, no_state, scale=scale)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     share = q.shape[1] // k.shape[1]
-    for n, rows, columns in _calls(queries.lengths, keys.lengths, share == 1):
+    for n, rows, columns in _calls(queries.lengths, keys.lengths):
         batch = _batched(grad[rows], n, share), _batched(q[rows], n, share), _shared(k[columns], n, share), _shared(v[columns], n, share)
-        mine = lse[:, rows].unflatten(0, (-1, share)) if share > 1 else lse[:, rows].unflatten(1, (n, -1)).transpose(0, 1)
+        mine = lse[:, rows].unflatten(1, (n, -1)).unflatten(0, (-1, share)).permute(2, 0, 1, 3).flatten(0, 1)
         results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *batch, _batched(out[rows], n, share), mine, 0.0, causal, scale=scale
         )
-        dq[rows] = _unbatched(results[0], share)
+        dq[rows] = _unbatched(results[0], n)
         for total, part in zip((dk, dv), results[1:], strict=True):
-            total[columns] = part.sum(1).transpose(0, 1) if share > 1 else _unbatched(part, share)
+            total[columns] = _unbatched(part.sum(1, keepdim=True), n)
     return dq, dk, dv
 
 
@@ -143,13 +143,13 @@ def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
 
 
 @lru_cache(maxsize=8)  # a model's layers ask for the same two or three
-def _calls(queries: tuple[int, ...], keys: tuple[int, ...], together: bool) -> list[tuple[int, slice | Tensor, slice | Tensor]]:
-    """The calls of the CPU op that cover all segments: (number of segments, their query rows, their key rows). With `together`, all
-    segments of equal lengths share one call; their rows are a slice where they adjoin."""
+def _calls(queries: tuple[int, ...], keys: tuple[int, ...]) -> list[tuple[int, slice | Tensor, slice | Tensor]]:
+    """The calls of the CPU op that cover all segments: (number of segments, their query rows, their key rows). Segments of equal lengths
+    share one call; their rows are a slice where they adjoin."""
     starts = [list(itertools.accumulate(lengths, initial=0)) for lengths in (queries, keys)]
     alike: dict[Any, list[int]] = {}
     for i, lengths in enumerate(zip(queries, keys, strict=True)):
-        alike.setdefault(lengths if together else i, []).append(i)
+        alike.setdefault(lengths, []).append(i)
     return [(len(found), _rows(found, starts[0]), _rows(found, starts[1])) for found in alike.values()]
 
 
@@ -160,17 +160,18 @@ def _rows(found: list[int], starts: list[int]) -> slice | Tensor:
 
 
 def _batched(x: Tensor, n: int, share: int) -> Tensor:
-    """(n * rows, H, D) -> (n, H, rows, D), or where `share` query heads share a KV head (n is 1) -> (K, share, rows, D)."""
-    return x.unflatten(1, (-1, share)).permute(1, 2, 0, 3) if share > 1 else x.unflatten(0, (n, -1)).transpose(1, 2)
+    """(n * rows, H, D) -> (n * K, share, rows, D): `share` query heads beside the KV head that they share. A view for n = 1."""
+    return x.unflatten(0, (n, -1)).unflatten(2, (-1, share)).permute(0, 2, 3, 1, 4).flatten(0, 1)
 
 
 def _shared(x: Tensor, n: int, share: int) -> Tensor:
-    """Keys or values as `_batched` has queries, without a copy: heads of the same KV head see the same memory."""
-    return x.transpose(0, 1)[:, None].expand(-1, share, -1, -1) if share > 1 else _batched(x, n, share)
+    """Keys or values (n * rows, K, D) as `_batched` has queries: heads of the same KV head see the same memory."""
+    return x.unflatten(0, (n, -1)).transpose(1, 2).flatten(0, 1)[:, None].expand(-1, share, -1, -1)
 
 
-def _unbatched(x: Tensor, share: int) -> Tensor:
-    return x.permute(2, 0, 1, 3).flatten(1, 2) if share > 1 else x.transpose(1, 2).flatten(0, 1)
+def _unbatched(x: Tensor, n: int) -> Tensor:
+    """(n * K, share, rows, D) -> (n * rows, K * share, D)."""
+    return x.unflatten(0, (n, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:

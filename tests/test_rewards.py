@@ -140,6 +140,6 @@ def test_own_reward(tmp_path, monkeypatch):
 @pytest.mark.parametrize("piece", ["<think>", "<", "<think>a</think>", " ", "<answer>", "</answer", "<think>\n<answer>"])
 def test_hostile_text_takes_linear_time(piece):
     response = "<think>" + piece * (400_000 // len(piece))
-    start = time.perf_counter()
+    start = time.process_time()
     assert score([response], [ROW]).sum() == 0
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
