@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from actial_fast.attention import IMPLEMENTATION, use_packed_attention
+from actial_fast.packed_ops import embed
 from actial_fast.packing import Batch, PackedBatch
 from actial_fast.recipe import ModelConfig
 
@@ -64,10 +65,10 @@ class Policy(nn.Module):
         """Hidden states (L, H) of a packed batch: each distinct image passes the vision tower once, each shared prefix the layers once."""
         assert self.base.config._attn_implementation == IMPLEMENTATION, "packed rows would see each other: load with packed=True"
         trunk = self.base.model
-        embeds = trunk.get_input_embeddings()(batch.input_ids)
+        features = None
         if batch.pixel_values is not None:
             features = trunk.visual(batch.pixel_values.to(trunk.visual.dtype), grid_thw=batch.image_grid_thw).pooler_output
-            embeds = embeds.index_copy(0, batch.image_slots, features.to(embeds.dtype)[batch.image_rows])
+        embeds = embed(batch.input_ids, trunk.get_input_embeddings().weight, features, batch.image_slots, batch.image_rows)
         out = trunk.language_model(
             inputs_embeds=embeds[None],
             position_ids=batch.position_ids[:, None],

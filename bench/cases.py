@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actial_fast.kernels import advantages, linear_grpo, linear_kl, linear_logprob, logits, merge, token_kl
+from actial_fast.kernels import advantages, embedding, linear_grpo, linear_kl, linear_logprob, logits, merge, patchify, token_kl
 from actial_fast.spec import AdvantageSpec, GRPOSpec
 
 T, H, V = 8192, 3584, 152064  # rows that carry loss, hidden size, vocabulary
@@ -159,6 +159,29 @@ def merges() -> Iterator[Case]:
         yield Case("merge_", "", name, lambda out=out, lse=lse: merge.merge_(out, lse, out, lse))
 
 
+def patchifies() -> Iterator[Case]:
+    def call(dtype: torch.dtype, patch: int) -> None:
+        images, tokens = 16, 16 * 320
+        pixels, table = meta(tokens * 3 * (2 * patch) ** 2, dtype=torch.uint8), meta(3, images, dtype=torch.int64)
+        sizes = {"patch": patch, "merge": 2, "frames": 2, "scale": (0.1, 0.2, 0.3), "shift": (0.1, 0.2, 0.3)}
+        patchify.patchify(pixels, table, tokens, **sizes, dtype=dtype)
+
+    for name, dtype in DTYPES.items():
+        yield Case("patchify", "patch 14", name, lambda dtype=dtype: call(dtype, 14))
+    yield Case("patchify", "patch 16", "bf16", lambda: call(torch.bfloat16, 16))
+
+
+def embeds() -> Iterator[Case]:
+    def call(dtype: torch.dtype, features: torch.dtype) -> None:
+        index, image = meta(T, dtype=torch.int64), meta(T // 2, dtype=torch.int64)
+        inputs = index, meta(V, H, dtype=dtype), meta(T // 2, H, dtype=features, grad=True), image, image
+        embedding.embed(*inputs).backward(meta(T, H, dtype=dtype))
+
+    for name, dtype in DTYPES.items():
+        yield Case("embed", "", name, lambda dtype=dtype: call(dtype, dtype))
+    yield Case("embed", "features in bf16", "fp32", lambda: call(torch.float32, torch.bfloat16))
+
+
 CASES: list[Case] = [
     *linear_logprobs(),
     *linear_grpo_losses(),
@@ -168,4 +191,6 @@ CASES: list[Case] = [
     *token_kls(),
     *group_advantages(),
     *merges(),
+    *patchifies(),
+    *embeds(),
 ]

@@ -19,7 +19,7 @@ FLOORS = [
     {"reference", "chunked", "chunked_kl", "chunked_logits"},
     {"checks", "ops", "metrics", "doctor"},
     {"packing", "rewards", "data"},
-    {"attention", "images", "packed_ops"},
+    {"attention", "images", "features", "packed_ops"},
     {"config", "recipe", "processor", "cards", "report"},
     {"model", "tiny"},
     {"dist", "rollout"},
@@ -28,9 +28,9 @@ FLOORS = [
     {"quickstart"},
     {"cli"},
 ]
-TRANSFORMERS = {"model", "attention", "images", "tiny", "processor", "rollout.embedded", "cli"}  # cli only quiets its progress bars
+TRANSFORMERS = {"model", "attention", "tiny", "processor", "rollout.embedded", "cli"}  # cli only quiets its progress bars
 LOOPS = {"sft", "grpo"}
-DOORS = {"ops", "attention", "images", "packed_ops"}  # what sends CUDA tensors to the kernels, each its own
+DOORS = {"ops", "attention", "packed_ops"}  # what sends CUDA tensors to the kernels, each its own
 
 
 KERNELS = sorted((PACKAGE.parent / "kernels").glob("*.py"))
