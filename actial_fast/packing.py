@@ -5,6 +5,8 @@ B sequences, L longest length (packed: rows), T rows that carry loss (positions 
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, fields, replace
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from actial_fast.layout import Part
+from actial_fast.layout import mrope_positions as layout_positions
 from actial_fast.native import layout
 
 
@@ -207,28 +210,17 @@ def _segments(cu: np.ndarray) -> Segments:
 
 
 def mrope_positions(ids: np.ndarray, grids: Many[tuple[int, int, int]], image_token: int, merge: int) -> np.ndarray:
-    """M-RoPE positions of one sequence: (L,) ids and per-image grids in patches -> (3, L) int64.
+    """M-RoPE positions of one sequence: (L,) ids and per-image grids in patches -> (3, L) int64; see `layout.mrope_positions`.
 
-    Text counts up in all three rows; an image's tokens share one time and carry their row and column; what follows continues after the
-    image's longer side. As transformers' Qwen2.5-VL `get_rope_index`, without its walk over every token. The number of image tokens
-    and the grids must agree (AssertionError: the tokens were expanded from the grids).
+    The number of image tokens and the grids must agree (AssertionError: the tokens were expanded from the grids).
     """
-    out = np.empty((3, len(ids)), np.int64)
-    starts = np.flatnonzero(ids == image_token)
-    at, position = 0, 0
-    for frames, rows, cols in grids:
-        h, w = rows // merge, cols // merge
-        first = int(starts[np.searchsorted(starts, at)])
-        length = frames * h * w
-        assert (ids[first : first + length] == image_token).all(), "image tokens and grids disagree"
-        out[:, at:first] = position + np.arange(first - at)
-        position += first - at
-        out[:, first : first + length] = position + np.indices((frames, h, w)).reshape(3, -1)
-        position += max(h, w)
-        at = first + length
-    assert np.searchsorted(starts, at) == len(starts), "more image tokens than grids"
-    out[:, at:] = position + np.arange(len(ids) - at)
-    return out
+    tokens, merged = np.flatnonzero(ids == image_token), [(f, rows // merge, cols // merge) for f, rows, cols in grids]
+    counts = [math.prod(grid) for grid in merged]
+    assert sum(counts) == len(tokens), f"{len(tokens)} image tokens, but grids of {sum(counts)}"
+    starts = [int(tokens[n]) for n in itertools.accumulate(counts[:-1], initial=0)] if counts else []
+    for start, count in zip(starts, counts, strict=True):
+        assert (ids[start : start + count] == image_token).all(), "image tokens and grids disagree"
+    return layout_positions(len(ids), starts, merged)
 
 
 def collate(sequences: Many[Sequence], pad: int, *, left: bool = False) -> Batch:

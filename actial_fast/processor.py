@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from actial_fast.data.row import IMAGE_TAG, BadRow, Row, Turn
 from actial_fast.data.stream import Example
+from actial_fast.images import ImageSettings
 from actial_fast.native import patchify
 from actial_fast.packing import Sequence, mrope_positions
 
@@ -144,25 +144,17 @@ class Processor:
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    @functools.cached_property
+    def images(self) -> ImageSettings:
+        return ImageSettings.of(self.image_processor)
+
     def _patches(self, pixels: np.ndarray, row: Row) -> tuple[np.ndarray, tuple[int, int, int]]:
         """Resize as the image processor would, then cut: (H, W, 3) uint8 -> patches and their grid."""
-        settings = self.image_processor
-        patch, merge, size = settings.patch_size, settings.merge_size, settings.size
-        try:
-            height, width = smart_resize(*pixels.shape[:2], patch * merge, size["shortest_edge"], size["longest_edge"])
-        except ValueError as error:
-            raise BadRow(row.where, str(error)) from None
-        if (height, width) != pixels.shape[:2]:
-            pixels = np.asarray(Image.fromarray(pixels).resize((width, height), settings.resample))
-        patches = patchify(
-            pixels,
-            patch=patch,
-            merge=merge,
-            frames=settings.temporal_patch_size,
-            mean=np.asarray(settings.image_mean),
-            std=np.asarray(settings.image_std),
-        )
-        return patches, (1, height // patch, width // patch)
+        settings = self.images
+        pixels = settings.fit(pixels, row.where)
+        mean, std = np.asarray(settings.mean), np.asarray(settings.std)
+        patches = patchify(pixels, patch=settings.patch, merge=settings.merge, frames=settings.frames, mean=mean, std=std)
+        return patches, (1, pixels.shape[0] // settings.patch, pixels.shape[1] // settings.patch)
 
 
 def dummy(processor: Processor) -> Sequence:

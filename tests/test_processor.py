@@ -65,10 +65,12 @@ def test_positions_equal_get_rope_index(processor, lab, example, sizes):
 
 def test_positions_insist_on_matching_grids():
     ids = np.array([1, 9, 9, 2])
-    with pytest.raises(AssertionError, match="more image tokens than grids"):
+    with pytest.raises(AssertionError, match="2 image tokens, but grids of 0"):
         mrope_positions(ids, [], image_token=9, merge=2)
-    with pytest.raises(AssertionError, match="disagree"):
+    with pytest.raises(AssertionError, match="2 image tokens, but grids of 4"):
         mrope_positions(ids, [(1, 4, 4)], image_token=9, merge=2)
+    with pytest.raises(AssertionError, match="disagree"):
+        mrope_positions(np.array([9, 1, 9]), [(1, 2, 4)], image_token=9, merge=2)
 
 
 def test_only_answers_are_trained(processor, example):
