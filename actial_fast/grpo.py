@@ -76,6 +76,9 @@ def train(recipe: GRPORecipe) -> Path:
     """
     if recipe.prompts % recipe.minibatch:
         raise ValueError(f"minibatch: prompts ({recipe.prompts}) must be a multiple of it, got {recipe.minibatch}")
+    longest = recipe.data.max_prompt_tokens + recipe.sampling.max_new_tokens
+    if recipe.packing == "packed" and recipe.pack_tokens < longest:
+        raise ValueError(f"pack_tokens: a prompt and its reply may have {longest} tokens and must fit, got {recipe.pack_tokens}")
     with world() as where:
         return _train(recipe, where)
 

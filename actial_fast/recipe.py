@@ -180,7 +180,7 @@ class SFTRecipe:
     """Rows per optimizer step, over all ranks."""
     packing: Literal["packed", "plain"] = "packed"
     """packed: no padding, shared beginnings and images computed once. plain: padded batches through the unmodified model, the oracle."""
-    pack_tokens: int = 16384
+    pack_tokens: int = 24576
     """packed: most tokens per forward and backward pass on one rank."""
     pack_patches: int = 65536
     """packed: most image patches per forward and backward pass on one rank."""
@@ -257,7 +257,7 @@ class GRPORecipe:
     """Prompts (with all their replies) per optimizer step; `prompts` must be a multiple of it."""
     packing: Literal["packed", "plain"] = "packed"
     """packed: no padding, a group's prompt and images computed once. plain: padded batches through the unmodified model, the oracle."""
-    pack_tokens: int = 16384
+    pack_tokens: int = 24576
     """packed: most tokens per forward and backward pass on one rank."""
     pack_patches: int = 65536
     """packed: most image patches per forward and backward pass on one rank."""

@@ -178,3 +178,8 @@ def test_a_model_that_is_not_prepared_refuses_packed_rows(lab, processor):
     each = next(rounds([s.sequence for s in samples], recipe_of(lab), policy, processor, ALONE))
     with pytest.raises(AssertionError, match="see each other"):
         policy(each.batch, lambda hidden, head: ops.linear_logprob(hidden, head, each.batch.targets))
+
+
+def test_a_limit_that_the_longest_reply_would_break_is_refused_before_sampling(lab):
+    with pytest.raises(ValueError, match="pack_tokens: a prompt and its reply may have"):
+        grpo.train(recipe_of(lab, pack_tokens=16384))
