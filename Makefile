@@ -1,5 +1,5 @@
 # make quickstart   the whole job on a CPU: data, SFT, GRPO, evaluation, report (about 8 minutes after installation)
-# make test         all CPU tests; make test-slow adds the three full quickstart seeds; make lint: ruff
+# make test         all CPU tests, always the same (HYPOTHESIS_RANDOM=1: new examples); make test-slow adds the three full quickstart seeds; make lint: ruff
 # make gpu          on one GPU, 8 minutes: build, GPU tests, memcheck, errors, microbenchmarks; GPU_PYTHON=python3 runs that Python as it is
 # make bench        times the ops (CPU paths without a GPU) and compares with this machine's baseline; make bench-data: making the data
 PYTHON ?= python3

@@ -10,12 +10,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():  # before any kernel is imported: without a GPU they run in Triton's interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from actial_fast.data.row import Row, Turn
 from actial_fast.data.stream import Example
+
+# the same examples on every run, so that whoever changes nothing sees nothing fail; HYPOTHESIS_RANDOM=1 draws new ones
+settings.register_profile("repeatable", derandomize=not os.environ.get("HYPOTHESIS_RANDOM"))
+settings.load_profile("repeatable")
 
 # a GPU machine may come with a Python that lacks the peers (make gpu GPU_PYTHON=...): what is compared with them cannot run there
 collect_ignore = [] if importlib.util.find_spec("trl") else ["test_trl.py"]

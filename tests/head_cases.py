@@ -56,19 +56,25 @@ def doubled(case: SimpleNamespace) -> SimpleNamespace:
     return out
 
 
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Largest difference, in units of the oracle's largest entry; infinite for NaN or another shape."""
+def error(got: torch.Tensor, want: torch.Tensor, least: float = 1e-12) -> float:
+    """Largest difference, in units of the oracle's largest entry, or of `least`; infinite for NaN or another shape."""
     got, want = got.detach(), want.detach().double()
     if got.shape != want.shape or not got.isfinite().all():
         return math.inf
-    return float((got.double() - want).abs().max() / want.abs().max().clamp(min=1e-12)) if want.numel() else 0.0
+    return float((got.double() - want).abs().max() / want.abs().max().clamp(min=least)) if want.numel() else 0.0
 
 
-def assert_agrees(got: dict, torchs: dict, want: dict, dtype: torch.dtype, floor: float | None = None) -> None:
-    """Every entry of `got` against the oracle `want`, by the rule; torchs: what torch's autograd gives in the same dtype."""
+def assert_agrees(
+    got: dict, torchs: dict, want: dict, dtype: torch.dtype, floor: float | None = None, terms: dict[str, float] | None = None
+) -> None:
+    """Every entry of `got` against the oracle `want`, by the rule; torchs: what torch's autograd gives in the same dtype.
+
+    terms: for a sum whose terms may cancel, the sum of their magnitudes, in which rounding is measured.
+    """
     assert got.keys() == want.keys()
     for name in want:
-        ours, theirs = error(got[name], want[name]), error(torchs[name], want[name])
+        least = (terms or {}).get(name, 1e-12)
+        ours, theirs = error(got[name], want[name], least), error(torchs[name], want[name], least)
         allowed = 2 * theirs + (FLOOR[dtype] if floor is None else floor)
         assert ours <= allowed, f"{name}: off by {ours:.2e}, torch in {dtype} by {theirs:.2e}"
 

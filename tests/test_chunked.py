@@ -34,10 +34,11 @@ def agrees(case, spec, *, workspace_mb=SMALL, skip_zero_rows=None, **changes) ->
     got = grpo(ops.linear_grpo_loss, case, spec, workspace_mb=workspace_mb, skip_zero_rows=skip_zero_rows, **changes)
     want, torchs = (grpo(reference.linear_grpo_loss, c, spec, **changes) for c in (doubled(case), case))
     assert got["stats"][0] == want["stats"][0], "tokens"
-    assert_agrees(got, torchs, want, dtype, floor=1e-6 if dtype == torch.float64 else None)  # statistics are float32 always
+    terms = {"loss": float((case.token_weight * case.advantages).abs().sum())}
+    assert_agrees(got, torchs, want, dtype, floor=1e-6 if dtype == torch.float64 else None, terms=terms)  # statistics are float32 always
     if dtype == torch.float64:
         del got["stats"], want["stats"]
-        assert_agrees(got, torchs, want, dtype)
+        assert_agrees(got, torchs, want, dtype, terms=terms)
     return got
 
 
