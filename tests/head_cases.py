@@ -73,7 +73,7 @@ def assert_agrees(
     """
     assert got.keys() == want.keys()
     for name in want:
-        least = (terms or {}).get(name, 1e-12)
+        least = max((terms or {}).get(name, 0.0), 1e-12)
         ours, theirs = error(got[name], want[name], least), error(torchs[name], want[name], least)
         allowed = 2 * theirs + (FLOOR[dtype] if floor is None else floor)
         assert ours <= allowed, f"{name}: off by {ours:.2e}, torch in {dtype} by {theirs:.2e}"

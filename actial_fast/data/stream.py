@@ -7,7 +7,6 @@ the position alone, and a checkpoint stores nothing but `stream.position`.
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,20 +18,19 @@ from typing import Any
 import numpy as np
 
 from .mixing import interleave
-from .row import BadRow, Row, decode
+from .row import BadRow, Row
 from .source import Rejects, Source, SourceConfig, open_source
 
-CACHE_BYTES = 256 << 20
 LOOKAHEAD = 32  # rows a Pass reads ahead
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row with its pixels. pixels: one uint8 (H, W, 3) array per image, read-only; position: where in the stream it was drawn;
-    encoded: what the stream's `encode` made of it, None without one."""
+    """A row as it was drawn. position: where in the stream; encoded: what the stream's `encode` made of it, None without one.
+
+    Images stay as the row has them (paths or encoded bytes): `encode` decodes what it needs, into the image store for one."""
 
     row: Row
-    pixels: tuple[np.ndarray, ...]
     position: int
     encoded: Any = None
 
@@ -40,48 +38,9 @@ class Example:
 Encode = Callable[[Example], Any]
 
 
-class _Pixels:
-    """Decoded image files, each decoded once while it stays; the least recently used leave when a new batch starts over the budget."""
-
-    def __init__(self, budget: int):
-        self._budget, self._lock = budget, threading.Lock()
-        self._images: OrderedDict[Path, Future[np.ndarray]] = OrderedDict()
-
-    def get(self, image: Path | bytes, where: str) -> np.ndarray:
-        if not isinstance(image, Path):
-            return decode(image, where)
-        with self._lock:
-            future = self._images.get(image)
-            if mine := future is None:
-                future = self._images[image] = Future()
-            self._images.move_to_end(image)
-        if mine:
-            try:
-                future.set_result(decode(image, where))
-            except BaseException as error:
-                with self._lock:
-                    del self._images[image]  # the file may be there next time
-                future.set_exception(error)
-        try:
-            return future.result()
-        except BadRow as error:
-            raise BadRow(where, error.reason) from None  # the same file, under the name of the row that asks
-
-    def trim(self) -> None:
-        with self._lock:
-            sizes = {path: future.result().nbytes for path, future in self._images.items() if future.done() and not future.exception()}
-            total = sum(sizes.values())
-            for path, size in sizes.items():
-                if total <= self._budget:
-                    break
-                del self._images[path]
-                total -= size
-
-
-def _load(source: Source, index: int, position: int, pixels: _Pixels, encode: Encode | None) -> Example | BadRow:
+def _load(source: Source, index: int, position: int, encode: Encode | None) -> Example | BadRow:
     try:
-        row = source[index]
-        example = Example(row, tuple(pixels.get(image, row.where) for image in row.images), position)
+        example = Example(source[index], position)
         return replace(example, encoded=encode(example)) if encode else example
     except BadRow as error:
         return error
@@ -97,8 +56,9 @@ class Stream:
         on_bad_row: "error" raises BadRow (file, row, reason) from next_batch; "skip" leaves the slot empty, counts it in `rejected` and
             records the row once in `rejects`.
         rejects: a JSON Lines file for skipped rows, or None. With several ranks, one file a rank (x.rank0.jsonl).
-        workers: threads that read and decode ahead, one batch beyond the one handed out; 0 works in the calling thread.
-        encode: called in those threads with each example; what it returns becomes `encoded`, and a BadRow it raises is a bad row.
+        workers: threads that read and encode ahead, one batch beyond the one handed out; 0 works in the calling thread.
+        encode: called in those threads with each example; what it returns becomes `encoded`, and a BadRow it raises (for an image that
+            cannot be decoded, say) makes the row a bad row.
         rank, world: this process and how many share each batch.
 
     Raises ValueError for a source that cannot be opened, bad weights, or an unknown policy.
@@ -123,8 +83,8 @@ class Stream:
         self._sources = [open_source(config) for config in sources]
         self._seed, self._shuffle, self._skip = seed, shuffle, on_bad_row == "skip"
         self._rank, self._world = rank, world
-        self._rejects, self._pixels, self._encode = Rejects(rejects, rank, world), _Pixels(CACHE_BYTES), encode
-        self._pool = ThreadPoolExecutor(workers, "decode") if workers else None
+        self._rejects, self._encode = Rejects(rejects, rank, world), encode
+        self._pool = ThreadPoolExecutor(workers, "stream") if workers else None
         self._ahead: tuple[int, int, list[Future]] | None = None  # position, size, one future per slot of this rank
         self._orders: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._barren = 0  # empty slots since the last good one
@@ -202,11 +162,10 @@ class Stream:
         return batch
 
     def _submit(self, position: int, n: int) -> list[Future]:
-        self._pixels.trim()
         futures = []
         for p in range(position + n * self._rank // self._world, position + n * (self._rank + 1) // self._world):
             k, index = self.locate(p)
-            futures.append(_submit(self._pool, self._sources[k], index, p, self._pixels, self._encode))
+            futures.append(_submit(self._pool, self._sources[k], index, p, self._encode))
         return futures
 
     def _drop_ahead(self) -> None:
@@ -261,15 +220,14 @@ class Pass:
         return len(self._positions)
 
     def __iter__(self) -> Iterator[Example]:
-        pixels, pool = _Pixels(CACHE_BYTES), ThreadPoolExecutor(self._workers, "decode") if self._workers else None
+        pool = ThreadPoolExecutor(self._workers, "stream") if self._workers else None
         places = ((source, index) for source in self._sources for index in range(len(source)))
         todo = islice(enumerate(places), self._positions.start, self._positions.stop, self._positions.step)
         ahead: deque[Future] = deque()
         try:
             while True:
                 for position, (source, index) in islice(todo, (LOOKAHEAD if pool else 1) - len(ahead)):
-                    pixels.trim()
-                    ahead.append(_submit(pool, source, index, position, pixels, self._encode))
+                    ahead.append(_submit(pool, source, index, position, self._encode))
                 if not ahead:
                     return
                 result = ahead.popleft().result()
@@ -285,11 +243,11 @@ class Pass:
                 pool.shutdown(cancel_futures=True)
 
 
-def _submit(pool: ThreadPoolExecutor | None, source: Source, index: int, position: int, pixels: _Pixels, encode: Encode | None) -> Future:
+def _submit(pool: ThreadPoolExecutor | None, source: Source, index: int, position: int, encode: Encode | None) -> Future:
     if pool:
-        return pool.submit(_load, source, index, position, pixels, encode)
+        return pool.submit(_load, source, index, position, encode)
     future: Future = Future()
-    future.set_result(_load(source, index, position, pixels, encode))
+    future.set_result(_load(source, index, position, encode))
     return future
 
 
