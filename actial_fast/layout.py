@@ -33,17 +33,24 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """One packed micro-batch of L rows, T of them with loss, G groups with suffixes, K segments, S samples and M image tokens; int64
+    """One packed micro-batch of L rows, T of them with loss, G groups with suffix rows, K segments, S samples and M image tokens; int64
     arrays unless said.
 
-    Rows: [prefixes of parts with suffixes | suffixes, in the same order | parts without suffixes]. input_ids (L,); position_ids (3, L),
-    which restart after the prefix for every suffix; cu (K + 1,) int32, where each prefix, suffix and plain sequence begins and ends;
-    cross_q (G + 1,) int32, a group's suffix rows counted from the first suffix row, cross_k (G + 1,) int32, its prefix rows; prefix_rows
-    and suffix_rows, the sizes of the first two blocks. image_slots (M,): rows of image tokens; image_rows (M,): the row that goes
-    there of the merged features of `images`, distinct image keys in order of appearance. loss_rows, targets, owner (T,): the row that
-    predicts, the token, the sample, by sample and then by position; samples (S,): their numbers in this order; cu_loss (S + 1,): where
-    their loss rows begin and end. A sample's loss rows are those it would have alone: a suffix's first token is predicted by the
-    prefix's last row, and targets in a prefix count once for every suffix.
+    Row i's hidden state predicts token i + 1, a prefix's last row the first token of each of its suffixes. So the last token of a suffix
+    or of a plain sequence (a part without suffixes) is only a target and has no row: n tokens of a suffix make n - 1 rows, none and no
+    segment for n = 1; L tokens of a plain sequence make L - 1, but it keeps its last row when that is its only one or an image's. A
+    prefix with suffixes keeps all of its rows. Rows: [prefixes of parts whose suffixes have rows | these suffixes, in the same order |
+    the other parts: plain sequences and prefixes all of whose suffixes have one token], each block in the order of the parts. No segment
+    is empty.
+
+    input_ids (L,); position_ids (3, L), which restart after the prefix for every suffix; cu (K + 1,) int32, where each prefix, suffix
+    and plain sequence begins and ends; cross_q (G + 1,) int32, a group's suffix rows counted from the first suffix row, cross_k (G + 1,)
+    int32, its prefix rows; prefix_rows and suffix_rows, the sizes of the first two blocks. image_slots (M,): rows of image tokens,
+    ascending; image_rows (M,): the row that goes there of the merged features of `images`, distinct image keys in order of appearance.
+    loss_rows, targets, owner (T,): the row that predicts, the token, the sample, by sample and then by position; samples (S,): their
+    numbers in this order, first those of parts in the first two blocks, then those of the others, each in the order of the parts and in a
+    part by number; cu_loss (S + 1,): where their loss rows begin and end. A sample's loss rows are those it would have alone; targets in
+    a prefix count once for every suffix.
     """
 
     input_ids: np.ndarray
@@ -88,40 +95,35 @@ def image_index(parts: Sequence[Part], merge: int) -> tuple[dict[Hashable, tuple
 def layout_numpy(parts: Sequence[Part], images: dict[Hashable, tuple[int, ...]], image_token: int) -> dict[str, np.ndarray | int]:
     """The arrays of Layout; arguments as native.layout's, with the image index of its parts."""
     spans = [_check(part, [images[key] for key in part.images], image_token) for part in parts]
-    grouped = [i for i, part in enumerate(parts) if part.suffixes]
-    order = [*grouped, *(i for i, part in enumerate(parts) if not part.suffixes)]
+    suffix_rows = [sum(len(ids) - 1 for ids, _ in part.suffixes) for part in parts]
+    grouped, others = [i for i, rows in enumerate(suffix_rows) if rows], [i for i, rows in enumerate(suffix_rows) if not rows]
+    positions = [_positions(part, span, [images[key][:3] for key in part.images]) for part, span in zip(parts, spans, strict=True)]
 
-    texts = [parts[i].ids for i in grouped] + [ids for i in grouped for ids, _ in parts[i].suffixes]
-    texts += [parts[i].ids for i in order[len(grouped) :]]
-    cu = np.cumsum([0, *map(len, texts)], dtype=np.int64)
-    suffixes = sum(len(parts[i].suffixes) for i in grouped)
-    start = dict(zip(order, [*cu[: len(grouped)], *cu[len(grouped) + suffixes : -1]], strict=True))
-    positions = {i: _positions(parts[i], spans[i], [images[key][:3] for key in parts[i].images]) for i in order}
-    blocks = [positions[i] for i in grouped]
-    samples, losses, at = [], [], len(grouped)
-    for i in grouped:
-        after = positions[i].max() + 1
-        for j, (ids, trained) in enumerate(parts[i].suffixes):
-            blocks.append(np.broadcast_to(after + np.arange(len(ids)), (3, len(ids))))
+    # (part, suffix or None for the prefix) -> tokens that have rows
+    texts = {(i, None): parts[i].ids for i in grouped}
+    texts |= {(i, j): ids[:-1] for i in grouped for j, (ids, _) in enumerate(parts[i].suffixes) if len(ids) > 1}
+    texts |= {(i, None): _prefix(parts[i], image_token) for i in others}
+    cu = np.cumsum([0, *map(len, texts.values())], dtype=np.int64)
+    start = dict(zip(texts, cu.tolist(), strict=False))
+    blocks = [positions[i][:, : len(ids)] if j is None else _after(positions[i], len(ids)) for (i, j), ids in texts.items()]
+
+    samples, losses = [], []
+    for i in [*grouped, *others]:
+        for j, suffix in enumerate(parts[i].suffixes or [(parts[i].ids[:0], parts[i].trained[:0])]):
             samples.append(parts[i].sample + j)
-            losses.append(_losses(parts[i], start[i], ids, trained, cu[at]))
-            at += 1
-    for i in order[len(grouped) :]:
-        blocks.append(positions[i])
-        samples.append(parts[i].sample)
-        losses.append(_losses(parts[i], start[i], parts[i].ids[:0], parts[i].trained[:0], 0))
+            losses.append(_losses(parts[i], start[i, None], *suffix, start.get((i, j), 0)))
     counts = [len(rows) for rows, _ in losses]
-    prefix_rows, suffix_rows = int(cu[len(grouped)]), int(cu[len(grouped) + suffixes] - cu[len(grouped)])
-    per_group = [sum(len(ids) for ids, _ in parts[i].suffixes) for i in grouped]
-    used = [(start[i] + first, images[key]) for i in order for first, key in zip(spans[i], parts[i].images, strict=True)]
+    per_group = [suffix_rows[i] for i in grouped]
+    cross_k = np.cumsum([0, *(len(parts[i].ids) for i in grouped)], dtype=np.int32)
+    used = [(start[i, None] + at, images[key]) for i in [*grouped, *others] for at, key in zip(spans[i], parts[i].images, strict=True)]
     return {
-        "input_ids": _joined(texts),
+        "input_ids": _joined(list(texts.values())),
         "position_ids": np.concatenate([np.empty((3, 0), np.int64), *blocks], axis=1),
         "cu": cu.astype(np.int32),
         "cross_q": np.cumsum([0, *per_group], dtype=np.int32),
-        "cross_k": cu[: len(grouped) + 1].astype(np.int32),
-        "prefix_rows": prefix_rows,
-        "suffix_rows": suffix_rows,
+        "cross_k": cross_k,
+        "prefix_rows": int(cross_k[-1]),
+        "suffix_rows": sum(per_group),
         "image_slots": _joined([row + np.arange(math.prod(image[:3])) for row, image in used]),
         "image_rows": _joined([image[3] + np.arange(math.prod(image[:3])) for _, image in used]),
         "loss_rows": _joined([rows for rows, _ in losses]),
@@ -130,6 +132,17 @@ def layout_numpy(parts: Sequence[Part], images: dict[Hashable, tuple[int, ...]],
         "samples": np.array(samples, np.int64),
         "cu_loss": np.cumsum([0, *counts], dtype=np.int64),
     }
+
+
+def _prefix(part: Part, image_token: int) -> np.ndarray:
+    """The tokens of a prefix that have rows."""
+    whole = part.suffixes or len(part.ids) == 1 or part.ids[-1] == image_token
+    return part.ids if whole else part.ids[:-1]
+
+
+def _after(prefix: np.ndarray, rows: int) -> np.ndarray:
+    """Positions of a suffix's rows behind a prefix with these."""
+    return np.broadcast_to(prefix.max() + 1 + np.arange(rows), (3, rows))
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:

@@ -1,8 +1,9 @@
 // The parts of one micro-batch -> every index that its forward and backward need, on plain buffers.
 //
-// Rows run [prefixes of parts with suffixes | their suffixes, in the same order | parts without suffixes], so that what the suffixes
-// attend to and the suffixes themselves are two contiguous blocks. The hidden state of row i predicts token i + 1; a suffix's first token
-// is predicted by the last row of its prefix. A sample's loss rows are those that it would have alone.
+// The hidden state of row i predicts token i + 1; a suffix's first token is predicted by the last row of its prefix. So the last token of a
+// suffix or of a plain sequence is only a target and has no row, and a suffix of one token no segment. Rows run [prefixes of parts whose
+// suffixes have rows | these suffixes, in the same order | the other parts], so that what the suffixes attend to and the suffixes
+// themselves are two contiguous blocks without an empty segment. A sample's loss rows are those that it would have alone.
 #include "layout.h"
 
 #include <algorithm>
@@ -46,6 +47,19 @@ void check(const Part& part, std::int64_t row, std::int64_t image_token) {
     }
 }
 
+// Of a prefix before suffixes every row predicts. A plain sequence keeps one row, and its image spans whole.
+std::int64_t prefix_rows(const Part& part, std::int64_t image_token) {
+    const Text& text = part.prefix;
+    const bool whole = !part.suffixes.empty() || text.length == 1 || text.ids[text.length - 1] == image_token;
+    return whole ? text.length : text.length - 1;
+}
+
+std::int64_t suffix_rows(const Part& part) {
+    std::int64_t rows = 0;
+    for (const Text& text : part.suffixes) rows += text.length - 1;
+    return rows;
+}
+
 std::int64_t trained_after_first(const Text& text) { return std::count(text.trained + 1, text.trained + text.length, true); }
 
 class Writer {
@@ -57,28 +71,23 @@ class Writer {
 
     // Places a prefix and returns its first row.
     std::int64_t prefix(const Part& part) {
-        const std::int64_t start = place(part.prefix);
+        const std::int64_t rows = prefix_rows(part, image_token_), start = place(part.prefix, rows);
         if (part.positions) {
-            for (int i = 0; i < 3; ++i) std::copy_n(part.positions + i * part.prefix.length, part.prefix.length, position(i, start));
+            for (int i = 0; i < 3; ++i) std::copy_n(part.positions + i * part.prefix.length, rows, position(i, start));
         } else {
-            mrope(part, start);
+            mrope(part, start, rows);
         }
         features(part, start);
         return start;
     }
 
-    void suffix(const Part& part, std::int64_t prefix_start, const Text& text, std::int64_t sample) {
-        const std::int64_t start = place(text), from = after(prefix_start, part.prefix.length);
-        for (int i = 0; i < 3; ++i) count_up(position(i, start), text.length, from);
+    // Places the suffixes of a part, or ends its only sample when it has none.
+    void samples(const Part& part, std::int64_t prefix_start) {
+        std::int64_t sample = part.sample;
+        for (const Text& text : part.suffixes) suffix(part, prefix_start, text, sample++);
+        if (!part.suffixes.empty()) return;
         losses(part.prefix, prefix_start, sample);
-        if (text.trained[0]) loss(prefix_start + part.prefix.length - 1, text.ids[0], sample);
-        losses(text, start, sample);
         end_sample(sample);
-    }
-
-    void plain(const Part& part) {
-        losses(part.prefix, prefix(part), part.sample);
-        end_sample(part.sample);
     }
 
   private:
@@ -88,11 +97,21 @@ class Writer {
         for (std::int64_t i = 0; i < count; ++i) to[i] = from + i;
     }
 
-    std::int64_t place(const Text& text) {
+    void suffix(const Part& part, std::int64_t prefix_start, const Text& text, std::int64_t sample) {
+        const std::int64_t rows = text.length - 1, start = place(text, rows), from = after(prefix_start, part.prefix.length);
+        for (int i = 0; i < 3; ++i) count_up(position(i, start), rows, from);
+        losses(part.prefix, prefix_start, sample);
+        if (text.trained[0]) loss(prefix_start + part.prefix.length - 1, text.ids[0], sample);
+        losses(text, start, sample);
+        end_sample(sample);
+    }
+
+    // A segment of the text's first `rows` tokens, if any; returns its first row.
+    std::int64_t place(const Text& text, std::int64_t rows) {
         const std::int64_t start = row_;
-        std::copy_n(text.ids, text.length, out_.input_ids + start);
-        row_ += text.length;
-        *out_.cu++ = static_cast<std::int32_t>(row_);
+        std::copy_n(text.ids, rows, out_.input_ids + start);
+        row_ += rows;
+        if (rows) *out_.cu++ = static_cast<std::int32_t>(row_);
         return start;
     }
 
@@ -103,7 +122,7 @@ class Writer {
         return most + 1;
     }
 
-    void mrope(const Part& part, std::int64_t start) {
+    void mrope(const Part& part, std::int64_t start, std::int64_t rows) {
         const std::int64_t* ids = part.prefix.ids;
         std::int64_t at = 0, next = 0;
         const auto text_until = [&](std::int64_t end) {
@@ -124,7 +143,7 @@ class Writer {
             }
             next += std::max(image.rows, image.cols);
         }
-        text_until(part.prefix.length);
+        text_until(rows);
     }
 
     void features(const Part& part, std::int64_t start) {
@@ -169,22 +188,23 @@ Sizes measure(const std::vector<Part>& parts, std::int64_t image_token) {
     for (std::size_t p = 0; p < parts.size(); ++p) {
         const Part& part = parts[p];
         check(part, static_cast<std::int64_t>(p), image_token);
-        const std::int64_t suffixes = static_cast<std::int64_t>(part.suffixes.size()), samples = std::max<std::int64_t>(suffixes, 1);
-        sizes.rows += part.prefix.length;
-        sizes.segments += 1 + suffixes;
+        const std::int64_t rows = prefix_rows(part, image_token), after = suffix_rows(part);
+        const std::int64_t samples = std::max<std::int64_t>(static_cast<std::int64_t>(part.suffixes.size()), 1);
+        sizes.rows += rows + after;
+        sizes.suffix_rows += after;
+        if (after) {
+            sizes.prefix_rows += rows;
+            ++sizes.groups;
+        }
+        ++sizes.segments;
         sizes.samples += samples;
         sizes.losses += samples * trained_after_first(part.prefix);
         for (const Image& image : part.images) sizes.image_tokens += image.tokens();
         for (const Text& text : part.suffixes) {
-            sizes.suffix_rows += text.length;
+            sizes.segments += text.length > 1;
             sizes.losses += text.trained[0] + trained_after_first(text);
         }
-        if (suffixes) {
-            sizes.prefix_rows += part.prefix.length;
-            ++sizes.groups;
-        }
     }
-    sizes.rows += sizes.suffix_rows;
     if (sizes.rows > INT32_MAX) throw std::invalid_argument("a micro-batch holds at most 2**31 - 1 tokens; lower the token capacity");
     return sizes;
 }
@@ -195,21 +215,17 @@ void fill(const std::vector<Part>& parts, std::int64_t image_token, const Sizes&
     std::int32_t *cross_q = buffers.cross_q, *cross_k = buffers.cross_k, queries = 0, keys = 0;
     *cross_q++ = *cross_k++ = 0;
     for (std::size_t p = 0; p < parts.size(); ++p) {
-        if (parts[p].suffixes.empty()) continue;
+        const std::int64_t after = suffix_rows(parts[p]);
+        if (!after) continue;
         starts[p] = writer.prefix(parts[p]);
         *cross_k++ = keys += static_cast<std::int32_t>(parts[p].prefix.length);
+        *cross_q++ = queries += static_cast<std::int32_t>(after);
     }
     for (std::size_t p = 0; p < parts.size(); ++p) {
-        if (parts[p].suffixes.empty()) continue;
-        std::int64_t sample = parts[p].sample;
-        for (const Text& text : parts[p].suffixes) {
-            writer.suffix(parts[p], starts[p], text, sample++);
-            queries += static_cast<std::int32_t>(text.length);
-        }
-        *cross_q++ = queries;
+        if (suffix_rows(parts[p])) writer.samples(parts[p], starts[p]);
     }
     for (const Part& part : parts) {
-        if (part.suffixes.empty()) writer.plain(part);
+        if (!suffix_rows(part)) writer.samples(part, writer.prefix(part));
     }
 }
 

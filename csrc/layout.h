@@ -28,6 +28,7 @@ struct Part {
     std::int64_t sample;
 };
 
+// rows: of prefix_rows + suffix_rows of parts whose suffixes have rows (groups of them), and of the other parts. segments: none is empty.
 struct Sizes {
     std::int64_t rows, prefix_rows, suffix_rows, segments, groups, image_tokens, losses, samples;
 };

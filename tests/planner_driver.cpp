@@ -44,7 +44,7 @@ const T* exact(std::vector<std::shared_ptr<void>>& kept, const std::vector<T>& v
 
 actial::Text text(std::vector<std::shared_ptr<void>>& kept, std::int64_t length, std::int64_t image) {
     std::vector<std::int64_t> ids(length, 100);
-    std::fill_n(ids.begin() + (length - image) / 2, image, kImage);
+    std::fill_n(ids.begin() + (length - image + 1) / 2, image, kImage);
     std::unique_ptr<bool[]> flags(new bool[length]);
     for (std::int64_t i = 0; i < length; ++i) flags[i] = i % 3 != 1;
     const std::shared_ptr<bool[]> trained(std::move(flags));
@@ -52,13 +52,13 @@ actial::Text text(std::vector<std::shared_ptr<void>>& kept, std::int64_t length,
     return {exact(kept, ids), trained.get(), length};
 }
 
-// Lays out one micro-batch; a prefix of at least 3 tokens has an image of one row.
+// Lays out one micro-batch; a prefix of 2 or more tokens has an image of one row, between its first and last token or up to its end.
 void lay_out(const Case& given, const actial::Plan& plan, std::int64_t begin, std::int64_t end) {
     std::vector<std::shared_ptr<void>> kept;
     std::vector<actial::Part> parts;
     for (std::int64_t p = begin; p < end; ++p) {
         const actial::Piece& piece = plan.pieces[p];
-        const std::int64_t length = given.prefix[piece.group], image = std::max<std::int64_t>(length - 2, 0);
+        const std::int64_t length = given.prefix[piece.group], image = std::max<std::int64_t>(length - 1 - length % 2, 0);
         actial::Part part{text(kept, length, image), nullptr, {}, {}, given.offsets[piece.group] + piece.first};
         if (image) part.images.push_back({1, 1, image, p});
         for (std::int64_t s = piece.first; s < piece.end; ++s) {

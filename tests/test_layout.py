@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -20,18 +21,19 @@ IMAGE, MERGE = 7, 2
 
 @st.composite
 def token_groups(draw):
-    """Parts of whole groups, numbered in order: prefixes with images between texts, any suffixes, some sharing images."""
+    """Parts of whole groups, numbered in order: prefixes with images between texts, first or last, any suffixes, some sharing images."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     grids, parts, sample = {}, [], 0
     for g in range(draw(st.integers(1, 8))):
         keys = [int(k) for k in rng.integers(0, 6, rng.integers(0, 4))]
         for key in keys:
             grids.setdefault(key, (1, MERGE * int(rng.integers(1, 4)), MERGE * int(rng.integers(1, 4))))
-        pieces = [rng.integers(10, 99, rng.integers(1, 4))]
+        pieces = [rng.integers(10, 99, rng.integers(not keys, 4))]
         for key in keys:
             pieces += [np.full(math.prod(grids[key]) // MERGE**2, IMAGE), rng.integers(10, 99, rng.integers(0, 4))]
         ids = np.concatenate(pieces)
-        suffixes = tuple((rng.integers(10, 99, n), rng.random(n) < 0.7) for n in rng.integers(1, 9, draw(st.integers(0, 4))))
+        longest = draw(st.sampled_from([1, 2, 8]))
+        suffixes = tuple((rng.integers(10, 99, n), rng.random(n) < 0.7) for n in rng.integers(1, longest + 1, draw(st.integers(0, 4))))
         trained = rng.random(len(ids)) < draw(st.sampled_from([0.0, 0.4]))
         parts.append(Part(f"row {g}", ids, trained, None, suffixes, tuple(keys), tuple(grids[key] for key in keys), sample))
         sample += max(len(suffixes), 1)
@@ -67,23 +69,31 @@ def alone(part: Part) -> list[tuple[int, Sequence]]:
     return [(part.sample + j, replace(s, trained=np.concatenate([part.trained, t]))) for j, (s, t) in enumerate(whole)]
 
 
-def unpack(layout: Layout) -> dict[int, np.ndarray]:
-    """The rows of each sample, in order: those of its prefix and of its suffix."""
-    p, s, starts = layout.prefix_rows, layout.suffix_rows, layout.cu[:-1]
-    groups = len(layout.cross_q) - 1
-    rows = []
-    for i, start in enumerate(starts):
-        segment = np.arange(start, layout.cu[i + 1])
-        if start < p:
-            assert layout.cross_k[i] == start and layout.cross_k[i + 1] == layout.cu[i + 1]
-        elif start < p + s:
-            g = np.searchsorted(layout.cross_q, start - p, side="right") - 1
-            assert layout.cu[i + 1] - p <= layout.cross_q[g + 1]
-            rows.append(np.concatenate([np.arange(layout.cross_k[g], layout.cross_k[g + 1]), segment]))
-        else:
-            rows.append(segment)
-    assert layout.cross_k[-1] == p and layout.cross_q[-1] == s and layout.cu[-1] == len(layout.input_ids) and layout.cu[groups] == p
-    return dict(zip(layout.samples.tolist(), rows, strict=True))
+def unpack(layout: Layout, parts) -> dict[int, np.ndarray]:
+    """The rows of each sample, in order: those of its prefix and of its suffix. Walks the segments, each of which must be there."""
+    crossed = [part for part in parts if any(len(ids) > 1 for ids, _ in part.suffixes)]
+    others = [part for part in parts if not any(len(ids) > 1 for ids, _ in part.suffixes)]
+    segments = iter([np.arange(a, b) for a, b in pairwise(layout.cu.tolist())])
+    prefixes, rows = [next(segments) for _ in crossed], {}
+    for part, prefix in zip(crossed, prefixes, strict=True):
+        assert len(prefix) == len(part.ids)
+        for j, (ids, _) in enumerate(part.suffixes):
+            own = next(segments) if len(ids) > 1 else prefix[:0]
+            assert len(own) == len(ids) - 1
+            rows[part.sample + j] = np.concatenate([prefix, own])
+    for part in others:
+        prefix = next(segments)
+        whole = part.suffixes or len(part.ids) == 1 or part.ids[-1] == IMAGE
+        assert len(prefix) == len(part.ids) - (not whole)
+        rows |= {part.sample + j: prefix for j in range(max(len(part.suffixes), 1))}
+    assert next(segments, None) is None and layout.cu[-1] == len(layout.input_ids) and (np.diff(layout.cu) > 0).all()
+
+    own = [sum(len(ids) - 1 for ids, _ in part.suffixes) for part in crossed]
+    assert (layout.prefix_rows, layout.suffix_rows) == (sum(map(len, prefixes)), sum(own))
+    np.testing.assert_array_equal(layout.cross_k, layout.cu[: len(crossed) + 1])
+    np.testing.assert_array_equal(layout.cross_q, np.cumsum([0, *own]))
+    assert list(rows) == layout.samples.tolist()
+    return rows
 
 
 @SETTINGS
@@ -104,23 +114,77 @@ def test_every_sample_comes_back_as_it_would_be_alone(parts, ranks, slack):
     for pieces in (plan.micro_batch(r, i) for r in range(ranks) for i in range(plan.per_rank)):
         cut = [replace(parts[g], suffixes=parts[g].suffixes[a:b], sample=parts[g].sample + a) for g, a, b in pieces]
         layout = lay(cut)
-        assert (layout.position_ids >= 0).all() and len(layout.input_ids) <= tokens
+        assert len(layout.input_ids) <= tokens
         features = {int(slot): int(row) for slot, row in zip(layout.image_slots, layout.image_rows, strict=True)}
-        assert sorted(features) == np.flatnonzero(layout.input_ids == IMAGE).tolist()
+        assert layout.image_slots.tolist() == np.flatnonzero(layout.input_ids == IMAGE).tolist()
         origin = [(key, t) for key in layout.images for t in range(tokens_of(parts, key))]
         owner_of_part = {number: part for part in cut for number, _ in alone(part)}
-        for index, (number, rows) in enumerate(unpack(layout).items()):
+        for index, (number, rows) in enumerate(unpack(layout, cut).items()):
             found[number] += 1
             sequence = wanted[number]
-            np.testing.assert_array_equal(layout.input_ids[rows], sequence.ids)
-            np.testing.assert_array_equal(layout.position_ids[:, rows], sequence.positions)
-            expected, of = collate([sequence], pad=0), slice(*layout.cu_loss[index : index + 2])
+            np.testing.assert_array_equal(layout.input_ids[rows], sequence.ids[: len(rows)])
+            np.testing.assert_array_equal(layout.position_ids[:, rows], sequence.positions[:, : len(rows)])
+            expected, of = collate([sequence], pad=0, store=None), slice(*layout.cu_loss[index : index + 2])
             np.testing.assert_array_equal(layout.loss_rows[of], rows[expected.loss_rows.numpy()])
             np.testing.assert_array_equal(layout.targets[of], expected.targets.numpy())
             assert (layout.owner[of] == number).all()
             seen = [origin[features[int(row)]] for row in rows if layout.input_ids[row] == IMAGE]
             assert seen == [(key, t) for key in owner_of_part[number].images for t in range(tokens_of(parts, key))]
     assert found == Counter(dict.fromkeys(wanted, 1))
+
+
+@SETTINGS
+@given(token_groups())
+def test_every_token_comes_back_from_rows_and_targets(parts):
+    parts = [replace(p, trained=p.trained | True, suffixes=tuple((ids, t | True) for ids, t in p.suffixes)) for p in parts]
+    layout, wanted = lay(parts), {number: sequence for part in parts for number, sequence in alone(part)}
+    for number, (begin, end) in zip(layout.samples.tolist(), pairwise(layout.cu_loss), strict=True):
+        rows, ids = layout.loss_rows[begin:end], wanted.pop(number).ids
+        np.testing.assert_array_equal(layout.targets[begin:end], ids[1:])
+        np.testing.assert_array_equal(layout.input_ids[rows], ids[:-1])
+    assert not wanted
+
+
+def test_tokens_that_predict_nothing_have_no_row():
+    """Every shape in one micro-batch, row by row."""
+
+    def text(first: int, length: int) -> np.ndarray:
+        return np.arange(first, first + length)
+
+    def group(name, ids, lengths, sample, **images) -> Part:
+        suffixes = tuple((text(10 * (sample + j), n), np.ones(n, bool)) for j, n in enumerate(lengths))
+        return Part(name, np.array(ids), np.ones(len(ids), bool), None, suffixes, sample=sample, **images)
+
+    image = {"images": ("a",), "grids": ((1, 2, 4),)}
+    parts = [
+        group("plain", [501, 502, 503], [], 1),
+        group("all of one token", [511, 512], [1, 1], 2),
+        group("some of one token", [521, 522], [3, 1, 2], 4),
+        group("one token", [531], [], 7),
+        group("image last", [541, IMAGE, IMAGE], [], 8, **image),
+        group("image last in a prefix", [551, IMAGE, IMAGE], [2], 9, **image),
+        group("image before the last", [IMAGE, IMAGE, 561], [], 10, **image),
+    ]
+    made = lay(parts)
+    assert made.input_ids.tolist() == [521, 522, 551, 7, 7, 40, 41, 60, 90, 501, 502, 511, 512, 531, 541, 7, 7, 7, 7]
+    assert made.cu.tolist() == [0, 2, 5, 7, 8, 9, 11, 13, 14, 17, 19]
+    assert (made.prefix_rows, made.suffix_rows, made.cross_k.tolist(), made.cross_q.tolist()) == (5, 4, [0, 2, 5], [0, 3, 4])
+    width = [0, 1, 0, 1, 2, 2, 3, 2, 3, 0, 1, 0, 1, 0, 0, 1, 2, 0, 1]
+    assert made.position_ids[2].tolist() == width
+    assert (made.image_slots.tolist(), made.image_rows.tolist()) == ([3, 4, 15, 16, 17, 18], [0, 1] * 3)
+    assert made.samples.tolist() == [4, 5, 6, 9, 1, 2, 3, 7, 8, 10]
+    assert made.cu_loss.tolist() == [0, 4, 6, 9, 13, 15, 17, 19, 19, 21, 23]
+    assert made.loss_rows.tolist() == [0, 1, 5, 6, 0, 1, 0, 1, 7, 2, 3, 4, 8, 9, 10, 11, 12, 11, 12, 14, 15, 17, 18]
+    assert made.targets.tolist() == [522, 40, 41, 42, 522, 50, 522, 60, 61, 7, 7, 90, 91, 502, 503, 512, 20, 512, 30, 7, 7, 7, 561]
+    assert made.owner.tolist() == np.repeat(made.samples, np.diff(made.cu_loss)).tolist()
+    same(made, without_extension(lambda: lay(parts)))
+
+
+@pytest.mark.parametrize("lengths", [(1,), (1, 1, 1)], ids=str)
+def test_without_suffix_rows_there_is_no_cross_attention(lengths):
+    made = lay([Part("row", np.array([1, 2, 3]), np.zeros(3, bool), None, tuple(suffix(*[4] * n) for n in lengths))])
+    assert (made.prefix_rows, made.suffix_rows, made.cross_q.tolist(), made.cross_k.tolist()) == (0, 0, [0], [0])
+    assert (made.cu.tolist(), made.loss_rows.tolist(), made.targets.tolist()) == ([0, 3], [2] * len(lengths), [4] * len(lengths))
 
 
 def tokens_of(parts, key) -> int:
