@@ -91,8 +91,11 @@ def _assign(target: Any, keys: list[str], value: Any, override: str) -> None:
             target = target[key]
 
 
-def from_dict(cls: type, raw: Any, where: str = "") -> Any:
-    """An instance of dataclass `cls` from plain mappings and lists; ValueError names the field at fault and what it takes."""
+def from_dict(cls: type, raw: Any, where: str = "", base: Any = None) -> Any:
+    """An instance of dataclass `cls` from plain mappings and lists; ValueError names the field at fault and what it takes.
+
+    base: an instance that gives the fields which are not in `raw`; None takes their defaults. A part is based on what it would be without.
+    """
     if not isinstance(raw, dict):
         raise ValueError(f"{where or cls.__name__}: expected a mapping of {cls.__name__}'s fields, got {raw!r}")
     hints = _hints(cls)
@@ -100,20 +103,21 @@ def from_dict(cls: type, raw: Any, where: str = "") -> Any:
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
             raise ValueError(f"{_join(where, key)}: unknown key; did you mean {_join(where, near)!r}? Valid: {', '.join(hints)}")
-    values = {key: _convert(hints[key], value, _join(where, key)) for key, value in raw.items()}
-    for field in dataclasses.fields(cls):
-        if field.name not in values and _default(field) is dataclasses.MISSING:
-            raise ValueError(f"{_join(where, field.name)}: missing; {field_docs(cls).get(field.name, 'it has no default')}")
+    without = {field.name: _default(field) if base is None else getattr(base, field.name) for field in dataclasses.fields(cls)}
+    values = {key: _convert(hints[key], value, _join(where, key), without[key]) for key, value in raw.items()}
+    for name, value in without.items():
+        if name not in values and value is dataclasses.MISSING:
+            raise ValueError(f"{_join(where, name)}: missing; {field_docs(cls).get(name, 'it has no default')}")
     try:
-        return cls(**values)
+        return cls(**{**without, **values})
     except ValueError as error:  # what its __post_init__ says about its fields
         raise ValueError(_join(where, error)) from None
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)
+        return from_dict(hint, value, where, base if isinstance(base, hint) else None)
     if origin is Literal:
         if value not in args:
             raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}")
@@ -121,7 +125,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value, where)
+        return _convert(next(a for a in args if a is not type(None)), value, where, base)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where}: expected a list, got {value!r}")
