@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,12 @@ class World:
         if self.mesh is not None:
             dist.all_reduce(tensor)
         return tensor
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sums over all ranks of numbers on the host, in float64; alone, no device is asked."""
+        if self.mesh is None:
+            return [float(value) for value in values]
+        return self.sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
     def max(self, value: float) -> float:
         """The largest `value` over all ranks."""
@@ -140,10 +146,10 @@ def reduce_gradients(parameters: list[nn.Parameter], where: World) -> None:
             grad.copy_(part.view_as(grad))
 
 
-def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
-    """Scale the gradients down to the global norm `limit` (0: leave them); the norm before, over all ranks."""
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Scale the gradients down to the global norm `limit` (0: leave them); the norm before, over all ranks, on the device."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def full_state(policy: Policy, where: World) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import base64
 import contextlib
 import io
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from actial_fast import checkpoint, ops
 from actial_fast.data.stream import Example
@@ -32,7 +34,7 @@ from actial_fast.processor import Processor
 from actial_fast.recipe import GRPORecipe
 from actial_fast.rewards import score
 from actial_fast.rollout.embedded import generate
-from actial_fast.rounds import rounds
+from actial_fast.rounds import Pass, Round, balanced, passes
 from actial_fast.training import (
     Stopped,
     begin,
@@ -104,20 +106,25 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
             examples = stream.next_batch(recipe.prompts)
             samples = _sample(policy, processor, examples, recipe)
             sampled_in = time.perf_counter() - began
-            samples = _log_probs(policy, reference, processor, samples, recipe, where)
-            stats, norms = np.zeros(len(ops.STATS)), []
-            for minibatch in range(recipe.prompts // recipe.minibatch):
-                stats += _accumulate(policy, processor, [s for s in samples if s.minibatch == minibatch], recipe, where)
+            minibatches = [[s for s in samples if s.minibatch == m] for m in range(recipe.prompts // recipe.minibatch)]
+            counts = [where.total([sum(map(len, each)), len(each)]) for each in minibatches]
+            kept = [balanced(_kept(each, recipe), lambda s: s.sequence, recipe, processor, where) for each in minibatches]
+            ahead = _passes(policy, reference, processor, kept, recipe, where)
+            kept = _log_probs(policy, reference, kept, ahead, recipe)
+            stats, norms = torch.zeros(len(ops.STATS), device=where.device), []
+            for minibatch, count, rounds in zip(kept, counts, ahead.updates, strict=True):
+                stats += _accumulate(policy, minibatch, count, rounds, recipe, where)
                 reduce_gradients(parameters_of(policy), where)
                 norms.append(clip_gradients(parameters_of(policy), recipe.optim.clip_norm))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            stats = stats.double().cpu().numpy() / len(norms)  # the first wait for the device
             metrics = _metrics(samples, stats / len(norms), recipe, where, time.perf_counter() - began)
-            if rejected := where.sum(torch.tensor(float(stream.rejected), device=where.device)).item():
+            if rejected := where.total([stream.rejected])[0]:
                 metrics["rejected_rows"] = rejected
-            log.step(step, {**metrics, "lr": rate, "grad_norm": float(np.mean(norms)), "sampling_seconds": sampled_in})
+            log.step(step, {**metrics, "lr": rate, "grad_norm": float(sum(norms)) / len(norms), "sampling_seconds": sampled_in})
             if recipe.log_rollouts and step in (1, (total + 1) // 2, total):
-                log.event("rollouts", _shown(examples, samples, recipe), step)
+                log.event("rollouts", _shown(processor, examples, samples, recipe), step)
             last = step == total
             if recipe.eval.sources and (last or (recipe.eval.every and step % recipe.eval.every == 0)):
                 log.event("eval", evaluate(policy, processor, recipe.eval, where, seed=recipe.seed), step)
@@ -167,59 +174,92 @@ def _sample(policy: Policy, processor: Processor, examples: Many[Example], recip
     ]
 
 
-def _log_probs(
-    policy: Policy, reference: Policy | None, processor: Processor, samples: list[Sample], recipe: GRPORecipe, where: World
-) -> list[Sample]:
-    """The samples with old log-probs where the policy will have moved (after the first mini-batch), and reference ones where beta asks."""
-    late = [i for i, sample in enumerate(samples) if sample.minibatch > 0]
-    if recipe.prompts > recipe.minibatch:
-        old = _forward_only(policy, processor, [samples[i].sequence for i in late], recipe, where)
-        samples = list(samples)
-        for i, logp in zip(late, old, strict=True):
-            samples[i] = replace(samples[i], old=logp)
+@dataclass(frozen=True)
+class Passes:
+    """The rounds of one step, to be run in this order: old log-probs of late mini-batches and the reference's, or None where not needed,
+    then each mini-batch's update."""
+
+    old: Iterator[Round] | None
+    ref: Iterator[Round] | None
+    updates: list[Iterator[Round]]
+
+
+def _passes(
+    policy: Policy, reference: Policy | None, processor: Processor, minibatches: Many[list[Sample]], recipe: GRPORecipe, where: World
+) -> Passes:
+    late = [s.sequence for samples in minibatches[1:] for s in samples]
+    wanted = [Pass(policy, late, trained=False)] if len(minibatches) > 1 else []
     if recipe.loss.beta > 0:
+        wanted.append(Pass(reference or policy, [s.sequence for samples in minibatches for s in samples], trained=False))
+    wanted += [Pass(policy, [s.sequence for s in samples], trained=True) for samples in minibatches]
+    made = passes(wanted, recipe, processor, where)
+    old = made.pop(0) if len(minibatches) > 1 else None
+    ref = made.pop(0) if recipe.loss.beta > 0 else None
+    return Passes(old, ref, made)
+
+
+def _kept(samples: list[Sample], recipe: GRPORecipe) -> list[Sample]:
+    """The samples without those of groups whose gradient is exactly zero."""
+    spec = recipe.loss
+    skips = recipe.skip_zero_variance and spec.beta == 0 and spec.entropy_coef == 0 and spec.top_entropy == 1
+    return [s for s in samples if s.advantage != 0] if skips else samples
+
+
+def _log_probs(
+    policy: Policy, reference: Policy | None, minibatches: Many[list[Sample]], rounds: Passes, recipe: GRPORecipe
+) -> list[list[Sample]]:
+    """The samples with old log-probs where the policy will have moved (after the first mini-batch), and reference ones where beta asks."""
+    first, *others = minibatches
+    if rounds.old is not None:
+        late = [s for samples in others for s in samples]
+        old = iter(_forward_only(policy, [s.sequence for s in late], rounds.old, recipe))
+        others = [[replace(s, old=next(old)) for s in samples] for samples in others]
+    minibatches = [first, *others]
+    if rounds.ref is not None:
         with contextlib.nullcontext() if reference is not None else policy.adapter_off():
-            ref = _forward_only(reference or policy, processor, [s.sequence for s in samples], recipe, where)
-        samples = [replace(sample, ref=logp) for sample, logp in zip(samples, ref, strict=True)]
-    return samples
+            ref = iter(_forward_only(reference or policy, [s.sequence for each in minibatches for s in each], rounds.ref, recipe))
+        minibatches = [[replace(s, ref=next(ref)) for s in samples] for samples in minibatches]
+    return minibatches
 
 
 @torch.no_grad()
-def _forward_only(policy: Policy, processor: Processor, sequences: list[Sequence], recipe: GRPORecipe, where: World) -> list[np.ndarray]:
+def _forward_only(policy: Policy, sequences: list[Sequence], rounds: Iterator[Round], recipe: GRPORecipe) -> list[np.ndarray]:
     """Log-probs of each sequence's trained tokens, (n,) float32 each."""
     was_training = policy.training
     policy.eval()
-    out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(sequences)
-    for each in rounds(sequences, recipe, policy, processor, where):
+    found: list[tuple[list[int], Tensor]] = []
+    for each in rounds:
         logp = policy(
             each.batch,
             lambda hidden, head, b=each.batch: ops.linear_logprob(
                 hidden, head, b.targets, temperature=recipe.sampling.temperature, return_entropy=False
             )[0],
         )
-        sizes = [int(sequences[k].trained[1:].sum()) for k in each.members]
-        for k, part in zip(each.members, logp[: len(logp) - each.idle].cpu().split(sizes), strict=True):
-            out[k] = part.numpy()
+        found.append((each.members, logp[: len(logp) - each.idle]))
     policy.train(was_training)
+    out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(sequences)
+    for members, logp in found:  # only now is the device waited for
+        for k, part in zip(members, logp.cpu().split([int(sequences[k].trained[1:].sum()) for k in members]), strict=True):
+            out[k] = part.numpy()
     return out
 
 
-def _accumulate(policy: Policy, processor: Processor, samples: list[Sample], recipe: GRPORecipe, where: World) -> np.ndarray:
-    """Gradients of one global mini-batch's loss, from this rank's samples; returns the global statistics (len(ops.STATS),).
+def _accumulate(
+    policy: Policy, samples: list[Sample], counts: tuple[float, float], rounds: Iterator[Round], recipe: GRPORecipe, where: World
+) -> Tensor:
+    """Gradients of one global mini-batch's loss, from this rank's samples, which the rounds go over; returns the global statistics
+    (len(ops.STATS),) float32, on the device.
 
-    With loss.top_entropy < 1 the threshold is that of each micro-batch, so the update depends on how these are cut.
+    counts: tokens and replies of the global mini-batch, those that were left out included. With loss.top_entropy < 1 the threshold is that
+    of each micro-batch, so the update depends on how these are cut.
     """
-    spec = recipe.loss
-    counts = torch.tensor([sum(map(len, samples)), len(samples)], dtype=torch.float64, device=where.device)
-    tokens, replies = where.sum(counts).tolist()
-    if recipe.skip_zero_variance and spec.beta == 0 and spec.entropy_coef == 0 and spec.top_entropy == 1:
-        samples = [s for s in samples if s.advantage != 0]
+    spec, (tokens, replies) = recipe.loss, counts
     stats = torch.zeros(len(ops.STATS), device=where.device)
-    for each in rounds([s.sequence for s in samples], recipe, policy, processor, where):
+    for each in rounds:
         chosen, idle = [samples[k] for k in each.members], each.idle
 
-        def rows(values: list[np.ndarray], idle: int = idle) -> torch.Tensor:
-            return torch.from_numpy(np.concatenate([*values, np.zeros(idle)]).astype(np.float32)).to(where.device)
+        def rows(values: list[np.ndarray], idle: int = idle) -> Tensor:
+            return torch.from_numpy(np.concatenate([*values, np.zeros(idle)]).astype(np.float32)).to(where.device, non_blocking=True)
 
         lengths = [*map(len, chosen), *([idle] if idle else [])]
         cu_seqlens = torch.tensor([0, *np.cumsum(lengths)])
@@ -233,7 +273,7 @@ def _accumulate(policy: Policy, processor: Processor, samples: list[Sample], rec
             "old_logp": None if on_policy else rows([s.old for s in chosen]),
             "ref_logp": rows([s.ref for s in chosen]) if spec.beta > 0 else None,
             "sampler_logp": rows([s.sampled for s in chosen]) if recipe.importance_correction else None,
-            "token_weight": token_weight.to(where.device),
+            "token_weight": token_weight.to(where.device, non_blocking=True),
             "cu_seqlens": cu_seqlens,
         }
         result = policy(
@@ -244,7 +284,7 @@ def _accumulate(policy: Policy, processor: Processor, samples: list[Sample], rec
         )
         result.loss.backward()
         stats += result.stats
-    return where.sum(stats).cpu().double().numpy()
+    return where.sum(stats)
 
 
 def _metrics(samples: list[Sample], stats: np.ndarray, recipe: GRPORecipe, where: World, seconds: float) -> dict[str, float]:
@@ -262,9 +302,7 @@ def _metrics(samples: list[Sample], stats: np.ndarray, recipe: GRPORecipe, where
         sum(len({s.reward for s in group}) == 1 for group in groups),
         *(np.nansum([s.rewards[k] for s in samples]) for k in range(len(recipe.rewards))),
     ]
-    count, reward, length, tokens, finished, flat, *parts = where.sum(
-        torch.tensor(local, dtype=torch.float64, device=where.device)
-    ).tolist()
+    count, reward, length, tokens, finished, flat, *parts = where.total(local)
     count = max(count, 1)
     return {
         "loss": named["loss"],
@@ -280,11 +318,11 @@ def _metrics(samples: list[Sample], stats: np.ndarray, recipe: GRPORecipe, where
     }
 
 
-def _shown(examples: list[Example], samples: list[Sample], recipe: GRPORecipe) -> list[dict[str, Any]]:
+def _shown(processor: Processor, examples: list[Example], samples: list[Sample], recipe: GRPORecipe) -> list[dict[str, Any]]:
     """Rollouts for the report: the first replies of the first groups, with their images as small PNGs."""
     shown = []
     for g, example in enumerate(examples[: recipe.log_rollouts]):
-        images = [_thumbnail(pixels) for pixels in example.pixels]
+        images = [_thumbnail(processor.store.pixels(key)) for key in example.encoded.images]
         prompt = "\n".join(turn.content for turn in example.row.prompt if turn.role != "system")
         for sample in samples[g * recipe.sampling.n :][:2]:
             shown.append({"images": images, "prompt": prompt, "response": sample.text, "reward": sample.reward, "truth": example.row.truth})

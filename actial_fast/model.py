@@ -5,21 +5,39 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
 
 from actial_fast.attention import IMPLEMENTATION, use_packed_attention
-from actial_fast.packed_ops import embed
+from actial_fast.packed_ops import PixelBatch, embed, patchify
 from actial_fast.packing import Batch, PackedBatch
 from actial_fast.recipe import ModelConfig
+from actial_fast.vision import VisionArguments, encode_images, vision_arguments
 
 LANGUAGE_MODEL = "model.language_model"
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images as the vision tower takes them: their pixels, and everything that it would otherwise compute from their grids with syncs."""
+
+    pixels: PixelBatch
+    arguments: VisionArguments
+
+    @staticmethod
+    def of(pixels: PixelBatch, config: PreTrainedConfig) -> ImageBatch:
+        """config: the tower's."""
+        return ImageBatch(pixels, vision_arguments(pixels.grids, config, pin=pixels.pixels.is_pinned()))
+
+    def to(self, device: torch.device) -> ImageBatch:
+        """The batch on `device`, without a sync."""
+        return ImageBatch(self.pixels.to(device), self.arguments.to(device))
 
 
 class Policy(nn.Module):
@@ -48,11 +66,20 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, inputs: dict[str, Any] | Batch | PackedBatch, head: Callable[[Any, Tensor], Any]) -> Any:
-        """head(x, head matrix (V, H)), x the hidden states (T, H) of a batch's loss rows, or the trunk's outputs for keyword arguments."""
+    @property
+    def trains_tower(self) -> bool:
+        """True when any weight of the vision tower is trained."""
+        return any(p.requires_grad for p in self.base.model.visual.parameters())
+
+    def forward(self, inputs: dict[str, Any] | Batch | PackedBatch | ImageBatch, head: Callable[[Any, Tensor], Any] | None = None) -> Any:
+        """head(x, head matrix (V, H)), x the hidden states (T, H) of a batch's loss rows, or the trunk's outputs for keyword arguments; of
+        images, without a head, their merged features, one (rows, H) each."""
         base = self.base
         low = self.compute_dtype != torch.float32
         with torch.autocast(self.device.type, self.compute_dtype, enabled=low):
+            if isinstance(inputs, ImageBatch):
+                patches = patchify(inputs.pixels, self.compute_dtype if low else torch.float32)
+                return encode_images(base.model.visual, patches.to(patches.dtype if low else base.model.visual.dtype), inputs.arguments)
             if isinstance(inputs, dict):
                 return head(base.model(**inputs), base.lm_head.weight)
             if isinstance(inputs, PackedBatch):
@@ -62,12 +89,10 @@ class Policy(nn.Module):
             return head(hidden[inputs.loss_rows], base.lm_head.weight)
 
     def _packed(self, batch: PackedBatch) -> Tensor:
-        """Hidden states (L, H) of a packed batch: each distinct image passes the vision tower once, each shared prefix the layers once."""
+        """Hidden states (L, H) of a packed batch, whose shared prefixes pass the layers once."""
         assert self.base.config._attn_implementation == IMPLEMENTATION, "packed rows would see each other: load with packed=True"
-        trunk = self.base.model
-        features = None
-        if batch.pixel_values is not None:
-            features = trunk.visual(batch.pixel_values.to(trunk.visual.dtype), grid_thw=batch.image_grid_thw).pooler_output
+        assert batch.features is not None or not batch.images, "the images of a packed batch pass the tower first (features.Features)"
+        trunk, features = self.base.model, batch.features
         embeds = embed(batch.input_ids, trunk.get_input_embeddings().weight, features, batch.image_slots, batch.image_rows)
         out = trunk.language_model(
             inputs_embeds=embeds[None],

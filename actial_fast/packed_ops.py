@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,17 +30,19 @@ class PixelBatch:
 
     pixels (N,) uint8, the images (H, W, 3) behind one another, each from a multiple of 16 bytes on, N a multiple of 16; table (3, I)
     int64: first merged token, first byte, merged tokens in a row of the image; grids: per image (frames, rows, columns) in patches;
-    tokens: merged tokens of all images.
+    tokens: merged tokens of all images; settings: of the store they come from.
     """
 
     pixels: Tensor
     table: Tensor
     grids: tuple[tuple[int, int, int], ...]
     tokens: int
+    settings: ImageSettings
 
     def to(self, device: torch.device) -> PixelBatch:
         """The batch on `device`, without waiting for the copy when it is pinned."""
-        return PixelBatch(*(x.to(device, non_blocking=True) for x in (self.pixels, self.table)), self.grids, self.tokens)
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("pixels", "table")}
+        return replace(self, **moved)
 
 
 def collect(store: ImageStore, keys: Iterable[str], *, pin: bool = False) -> PixelBatch:
@@ -55,17 +57,18 @@ def collect(store: ImageStore, keys: Iterable[str], *, pin: bool = False) -> Pix
     for image, start in zip(images, starts, strict=False):
         flat[start : start + image.nbytes] = image.reshape(-1)
     table = torch.from_numpy(np.array([tokens[:-1], starts[:-1], [columns // merge for _, _, columns in grids]], np.int64))
-    return PixelBatch(pixels, table.pin_memory() if pin else table, grids, int(tokens[-1]))
+    return PixelBatch(pixels, table.pin_memory() if pin else table, grids, int(tokens[-1]), store.settings)
 
 
-def patchify(batch: PixelBatch, settings: ImageSettings, dtype: torch.dtype = torch.float32) -> Tensor:
+def patchify(batch: PixelBatch, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normalised patches (P, 3 * frames * patch**2) of all images, in the order and with the values of Qwen2-VL's image processor.
 
-    Rows run over images, then (rows / merge, columns / merge, merge, merge); a row over (channel, frame, y, x). settings: those of the
-    store the batch was collected from; dtype fp32, fp16 or bf16. One launch on CUDA. ValueError for another dtype.
+    Rows run over images, then (rows / merge, columns / merge, merge, merge); a row over (channel, frame, y, x). dtype fp32, fp16 or bf16.
+    One launch on CUDA. ValueError for another dtype.
     """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
+    settings = batch.settings
     patch, merge, frames = settings.patch, settings.merge, settings.frames
     mean, std = np.array(settings.mean), np.array(settings.std)
     if _on_gpu(batch.pixels):

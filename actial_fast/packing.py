@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +18,10 @@ from torch import Tensor
 from actial_fast.layout import Part
 from actial_fast.layout import mrope_positions as layout_positions
 from actial_fast.native import layout
+from actial_fast.packed_ops import PixelBatch, collect, patchify
+
+if TYPE_CHECKING:
+    from actial_fast.images import ImageStore
 
 
 @dataclass(frozen=True)
@@ -24,17 +29,22 @@ class Sequence:
     """One tokenised conversation with its images.
 
     ids (L,) int64; trained (L,) bool, True where the token is a target; positions (3, L) int64, M-RoPE's time, height and width rows;
-    patches: per image (patches, 3 * frames * p * p) float32; grids: per image (frames, rows, columns) in patches.
+    images: per image its key in an ImageStore, equal for equal images; grids: per image (frames, rows, columns) in patches.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     positions: np.ndarray
-    patches: tuple[np.ndarray, ...] = ()
+    images: tuple[str, ...] = ()
     grids: tuple[tuple[int, int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def patches(self) -> int:
+        """Patches of its images that differ."""
+        return sum(math.prod(grid) for grid in dict(zip(self.images, self.grids, strict=True)).values())
 
     def extended(self, ids: np.ndarray) -> Sequence:
         """The sequence with trained text tokens `ids` (n,) appended: a prompt with a sampled reply."""
@@ -52,15 +62,16 @@ class Sequence:
 class Batch:
     """Padded sequences as the model takes them, and the rows whose loss is wanted.
 
-    input_ids, attention_mask (B, L) int64; position_ids (3, B, L) int64; pixel_values (P, D) float32 and image_grid_thw (I, 3) int64, or
-    None without images; loss_rows (T,) int64, indices into the flattened (B * L) hidden states; targets (T,) int64, the token each of
-    them predicts; owner (T,) int64, the sequence each belongs to. Rows are ordered by sequence, then by position.
+    input_ids, attention_mask (B, L) int64; position_ids (3, B, L) int64; pixels of the I images in order, each as often as it occurs, and
+    image_grid_thw (I, 3) int64, or None without images; loss_rows (T,) int64, indices into the flattened (B * L) hidden states; targets
+    (T,) int64, the token each of them predicts; owner (T,) int64, the sequence each belongs to. Rows are ordered by sequence, then by
+    position.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor
-    pixel_values: Tensor | None
+    pixels: PixelBatch | None
     image_grid_thw: Tensor | None
     loss_rows: Tensor
     targets: Tensor
@@ -68,13 +79,12 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in moved.items()})
+        return _moved(self, device)
 
     def model_inputs(self) -> dict[str, Tensor | None]:
-        """Keyword arguments of the model's forward pass."""
-        names = ("input_ids", "attention_mask", "position_ids", "pixel_values", "image_grid_thw")
-        return {name: getattr(self, name) for name in names}
+        """Keyword arguments of the model's forward pass, pixel_values (P, D) float32 among them."""
+        names = ("input_ids", "attention_mask", "position_ids", "image_grid_thw")
+        return {name: getattr(self, name) for name in names} | {"pixel_values": None if self.pixels is None else patchify(self.pixels)}
 
 
 @dataclass(frozen=True)
@@ -89,14 +99,16 @@ class Segments:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Sequences without padding in which a shared beginning occurs once: rows are [prefixes with suffixes | their suffixes | plain
-    sequences].
+    """Sequences without padding in which a shared beginning occurs once: rows are [prefixes whose suffixes have rows | these suffixes |
+    plain sequences, and prefixes whose suffixes have none]. The last token of a suffix or plain sequence is a target only and has no row
+    (but where it is a plain sequence's only one, or an image's), so that a suffix of one token has none.
 
     input_ids (L,) int64; position_ids (3, L) int64, restarting after the prefix for every suffix; segments: each prefix, suffix and plain
-    sequence; prefix_rows, suffix_rows: sizes of the first two blocks; cross_q, cross_k: per group its suffixes' rows within the second
-    block and its prefix; pixel_values (P, D) float32 and image_grid_thw (I, 3) int64 of the distinct images, or None; image_slots,
-    image_rows (M,) int64: rows of image tokens, and the row of the images' merged features that goes there; loss_rows, targets (T,) int64,
-    the row that predicts (a prefix's last row predicts the first token of each of its suffixes) and the token.
+    sequence that has rows; prefix_rows, suffix_rows: sizes of the first two blocks; cross_q, cross_k: per group with suffix rows, these
+    within the second block, and its prefix; images: keys of the distinct images; image_slots, image_rows (M,) int64: rows of image tokens,
+    and the row of the images' merged features, one behind the other, that goes there; loss_rows, targets (T,) int64, the row that predicts
+    (a prefix's last row predicts the first token of each of its suffixes) and the token; features (F, H): what image_rows counts in, None
+    without images and until the vision tower has run.
     """
 
     input_ids: Tensor
@@ -106,22 +118,25 @@ class PackedBatch:
     suffix_rows: int
     cross_q: Segments
     cross_k: Segments
-    pixel_values: Tensor | None
-    image_grid_thw: Tensor | None
+    images: tuple[str, ...]
     image_slots: Tensor
     image_rows: Tensor
     loss_rows: Tensor
     targets: Tensor
+    features: Tensor | None = None
 
     def to(self, device: torch.device) -> PackedBatch:
         """The batch on `device`, without a sync."""
+        return _moved(self, device)
 
-        def move(value: object) -> object:
-            if isinstance(value, Segments):
-                return replace(value, cu=value.cu.to(device, non_blocking=True))
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-        return PackedBatch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+def _moved(value: Any, device: torch.device) -> Any:
+    """A tensor, or a dataclass with all the tensors in it, on `device`; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if is_dataclass(value):
+        return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+    return value
 
 
 @dataclass(frozen=True)
@@ -136,11 +151,12 @@ class Group:
 def share(sequences: Many[Sequence], image_token: int) -> list[Group]:
     """Groups of sequences with the same images whose beginnings agree, in order of their first members; each sequence in one group.
 
-    Exact for any sequences; it saves the more, the longer the common beginning. Sequences without images are grouped by their first half.
+    Exact for any sequences; it saves the more, the longer the common beginning. Sequences without images are grouped by what comes before
+    the first trained token.
     """
     alike: dict[object, list[int]] = {}
     for i, s in enumerate(sequences):
-        key = tuple(map(id, s.patches)) if s.patches else s.ids[: len(s) // 2].tobytes()
+        key = s.images or s.ids[: int(s.trained.argmax())].tobytes()
         alike.setdefault(key, []).append(i)
     groups = []
     for members in alike.values():
@@ -150,7 +166,7 @@ def share(sequences: Many[Sequence], image_token: int) -> list[Group]:
             other = sequences[i]
             same = (first.ids[:prefix] == other.ids[:prefix]) & (first.trained[:prefix] == other.trained[:prefix])
             prefix = prefix if same.all() else int(same.argmin())
-        images_end = int(np.flatnonzero(first.ids == image_token)[-1]) + 1 if first.patches else 1
+        images_end = int(np.flatnonzero(first.ids == image_token)[-1]) + 1 if first.images else 1
         if len(members) > 1 and prefix >= images_end:
             groups.append(Group(tuple(members), prefix))
         else:
@@ -163,7 +179,7 @@ def pack(sequences: Many[Sequence], pieces: Many[tuple[Group, int, int]], image_
 
     Raises ValueError naming the row when images and placeholders disagree, or a suffix holds an image.
     """
-    parts, order, images = [], [], {}
+    parts, order = [], []
     for group, first, end in pieces:
         members = group.members[first:end]
         one = sequences[members[0]]
@@ -176,15 +192,13 @@ def pack(sequences: Many[Sequence], pieces: Many[tuple[Group, int, int]], image_
                 trained=one.trained[:prefix],
                 positions=one.positions[:, :prefix],
                 suffixes=() if single else tuple((sequences[i].ids[prefix:], sequences[i].trained[prefix:]) for i in members),
-                images=tuple(map(id, one.patches)),
+                images=one.images,
                 grids=one.grids,
                 sample=len(order),
             )
         )
         order += members
-        images |= {id(p): (p, g) for p, g in zip(one.patches, one.grids, strict=True)}
     made = layout(parts, image_token=image_token, merge=merge)
-    chosen = [images[key] for key in made.images]
     tensor = torch.from_numpy
     batch = PackedBatch(
         input_ids=tensor(made.input_ids),
@@ -194,8 +208,7 @@ def pack(sequences: Many[Sequence], pieces: Many[tuple[Group, int, int]], image_
         suffix_rows=made.suffix_rows,
         cross_q=_segments(made.cross_q),
         cross_k=_segments(made.cross_k),
-        pixel_values=tensor(np.concatenate([p for p, _ in chosen])) if chosen else None,
-        image_grid_thw=torch.tensor([g for _, g in chosen], dtype=torch.int64) if chosen else None,
+        images=made.images,
         image_slots=tensor(made.image_slots),
         image_rows=tensor(made.image_rows),
         loss_rows=tensor(made.loss_rows),
@@ -223,8 +236,8 @@ def mrope_positions(ids: np.ndarray, grids: Many[tuple[int, int, int]], image_to
     return layout_positions(len(ids), starts, merged)
 
 
-def collate(sequences: Many[Sequence], pad: int, *, left: bool = False) -> Batch:
-    """One padded batch of at least one sequence, padded with token `pad` on the right, or on the left for sampling."""
+def collate(sequences: Many[Sequence], pad: int, store: ImageStore, *, left: bool = False) -> Batch:
+    """At least one sequence, padded with token `pad` on the right, or on the left for sampling. store: has their images."""
     shape = (len(sequences), max(map(len, sequences)))
     ids, mask = np.full(shape, pad, np.int64), np.zeros(shape, np.int64)
     positions = np.zeros((3, *shape), np.int64)
@@ -237,13 +250,13 @@ def collate(sequences: Many[Sequence], pad: int, *, left: bool = False) -> Batch
         loss_rows.append(b * shape[1] + start + wanted)
         targets.append(sequence.ids[1:][wanted])
         owner.append(np.full(len(wanted), b))
-    patches = [p for s in sequences for p in s.patches]
+    images = [key for s in sequences for key in s.images]
     grids = [g for s in sequences for g in s.grids]
     return Batch(
         input_ids=torch.from_numpy(ids),
         attention_mask=torch.from_numpy(mask),
         position_ids=torch.from_numpy(positions),
-        pixel_values=torch.from_numpy(np.concatenate(patches)) if patches else None,
+        pixels=collect(store, images) if images else None,
         image_grid_thw=torch.tensor(grids, dtype=torch.int64) if grids else None,
         loss_rows=torch.from_numpy(np.concatenate(loss_rows).astype(np.int64)),
         targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),

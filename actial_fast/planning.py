@@ -39,12 +39,17 @@ class Costs:
 
     Pairs: Lp**2 / 2 of a prefix, n**2 / 2 + n * Lp of a suffix after it. The defaults are forward FLOPs of Qwen2.5-VL-7B in units of one
     token through the decoder's weights, 2 * 6.53e9: 4 * 3584 * 28 a pair and 2 * 6.4e8 a patch through a tower that trains with it.
+    `python -m bench.costs` measures them.
     """
 
     linear: float = 1.0
+    """Cost of a token through the decoder's weights; the unit of the others when it is 1."""
     quadratic: float = 3.1e-5
+    """Cost of a pair of tokens of which one attends to the other, over all layers."""
     vision: float = 0.098
+    """Cost of an image patch through the vision tower."""
     constant: float = 0.0
+    """Cost of a forward and backward pass however little is in it."""
 
     def __post_init__(self):
         for name, value in vars(self).items():

@@ -7,6 +7,7 @@ itself is not used: it wants a video processor and with it torchvision, which th
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from actial_fast.data.row import IMAGE_TAG, BadRow, Row, Turn
 from actial_fast.data.stream import Example
-from actial_fast.images import ImageSettings
-from actial_fast.native import patchify
+from actial_fast.images import ImageSettings, ImageStore
 from actial_fast.packing import Sequence, mrope_positions
 
 IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -29,25 +29,35 @@ VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video
 class Processor:
     """Tokenizer and image processor of one checkpoint.
 
-    max_prompt: prompts with more tokens are a row-level error.
+    store: where images go, decoded and resized once; max_prompt: prompts with more tokens are a row-level error.
     """
 
     tokenizer: PreTrainedTokenizerBase
     image_processor: Qwen2VLImageProcessorPil
+    store: ImageStore
     max_prompt: int = 16000
 
     @staticmethod
-    def load(path: str, *, min_pixels: int = 0, max_pixels: int = 0, max_prompt: int = 16000) -> Processor:
-        """From a checkpoint folder or hub name; the pixel limits replace the checkpoint's where they are not 0."""
+    def load(path: str, *, min_pixels: int = 0, max_pixels: int = 0, max_prompt: int = 16000, image_cache: str = "") -> Processor:
+        """From a checkpoint folder or hub name; the pixel limits replace the checkpoint's where they are not 0.
+
+        image_cache: folder of the ImageStore, empty for its default.
+        """
         images = Qwen2VLImageProcessorPil.from_pretrained(path)
         size = dict(images.size)
         images.size = {"shortest_edge": min_pixels or size["shortest_edge"], "longest_edge": max_pixels or size["longest_edge"]}
-        return Processor(AutoTokenizer.from_pretrained(path), images, max_prompt)
+        store = ImageStore(ImageSettings.of(images), Path(image_cache) if image_cache else None)
+        return Processor(AutoTokenizer.from_pretrained(path), images, store, max_prompt)
 
     def save(self, folder: Path) -> None:
         """Into a checkpoint folder, where AutoTokenizer and the Qwen2-VL image processors of plain transformers find it."""
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+
+    @property
+    def merge(self) -> int:
+        """Patches along a side of a merged image token."""
+        return self.store.settings.merge
 
     @functools.cached_property
     def image_token(self) -> int:
@@ -93,16 +103,15 @@ class Processor:
             ids, trained = self._tokenised(turns)
         except ValueError as error:
             raise BadRow(row.where, str(error)) from None
-        images = [self._patches(pixels, row) for pixels in example.pixels[: sum(t.content.count(IMAGE_TAG) for t in turns)]]
-        merged = self.image_processor.merge_size**2
+        shown = row.images[: sum(t.content.count(IMAGE_TAG) for t in turns)]
+        images = tuple(self.store.put(image, row.where) for image in shown)
+        grids = tuple(map(self.store.grid, images))
         repeats = np.ones(len(ids), np.int64)
-        repeats[ids == self.image_token] = [t * h * w // merged for _, (t, h, w) in images]
+        repeats[ids == self.image_token] = [math.prod(grid) // self.merge**2 for grid in grids]
         ids, trained = np.repeat(ids, repeats), np.repeat(trained, repeats)
         if (prompt := int((~trained).sum())) > self.max_prompt:
             raise BadRow(row.where, f"prompt of {prompt} tokens, over max_prompt_tokens={self.max_prompt}; use fewer or smaller images")
-        grids = tuple(grid for _, grid in images)
-        positions = mrope_positions(ids, grids, self.image_token, self.image_processor.merge_size)
-        return Sequence(ids, trained, positions, tuple(p for p, _ in images), grids)
+        return Sequence(ids, trained, mrope_positions(ids, grids, self.image_token, self.merge), images, grids)
 
     @functools.cached_property
     def _tokenised(self) -> Callable[[tuple[Turn, ...]], tuple[np.ndarray, np.ndarray]]:
@@ -144,32 +153,10 @@ class Processor:
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    @functools.cached_property
-    def images(self) -> ImageSettings:
-        return ImageSettings.of(self.image_processor)
 
-    def _patches(self, pixels: np.ndarray, row: Row) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Resize as the image processor would, then cut: (H, W, 3) uint8 -> patches and their grid."""
-        settings = self.images
-        pixels = settings.fit(pixels, row.where)
-        mean, std = np.asarray(settings.mean), np.asarray(settings.std)
-        patches = patchify(pixels, patch=settings.patch, merge=settings.merge, frames=settings.frames, mean=mean, std=std)
-        return patches, (1, pixels.shape[0] // settings.patch, pixels.shape[1] // settings.patch)
-
-
-def dummy(processor: Processor) -> Sequence:
-    """A shortest sequence with one image and something to predict."""
-    side = processor.image_processor.patch_size * processor.image_processor.merge_size
-    row = Row(turns=(Turn("user", IMAGE_TAG), Turn("assistant", "-")), where="dummy")
-    return processor.encode(Example(row=row, pixels=(np.zeros((side, side, 3), np.uint8),), position=-1))
-
-
-def in_step(sequences: list[Sequence], processor: Processor, sharded: bool) -> tuple[list[Sequence], int]:
-    """A micro-batch that sharded ranks can run together, and how many loss rows at its end count for nothing.
-
-    Every rank must run the sharded vision tower equally often, so a micro-batch without images, or without anything, gets a dummy one.
-    """
-    if not sharded or any(s.patches for s in sequences):
-        return sequences, 0
-    idle = dummy(processor)
-    return [*sequences, idle], int(idle.trained[1:].sum())
+def dummy(processor: Processor, *, image: bool = True) -> Sequence:
+    """A shortest sequence with something to predict, and with one image or none."""
+    side = processor.store.settings.patch * processor.merge
+    turns = (Turn("user", IMAGE_TAG if image else "-"), Turn("assistant", "-"))
+    row = Row(turns=turns, images=(np.zeros((side, side, 3), np.uint8),) * image, where="dummy")
+    return processor.encode(Example(row=row, position=-1))

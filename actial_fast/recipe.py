@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from actial_fast.data.source import SourceConfig
+from actial_fast.planning import Costs
 from actial_fast.rewards import RewardConfig
 from actial_fast.spec import AdvantageSpec, GRPOSpec
 
@@ -142,6 +143,10 @@ class DataConfig:
     """Threads that read and decode ahead of the step."""
     max_prompt_tokens: int = 16000
     """A longer prompt is a row-level error (nothing is ever cut inside an image)."""
+    together: bool = True
+    """Draw rows together that stand next to each other in their file and show the same images, so that these are computed once."""
+    image_cache: str = ""
+    """Folder of decoded and resized images, 3 bytes a pixel, kept for later runs; empty = ~/.cache/actial_fast/images."""
 
     def __post_init__(self):
         _at_least(self, 0, "workers")
@@ -184,6 +189,8 @@ class SFTRecipe:
     """packed: most tokens per forward and backward pass on one rank."""
     pack_patches: int = 65536
     """packed: most image patches per forward and backward pass on one rank."""
+    costs: Costs = Costs()
+    """packed: what a pass costs, by which the ranks' shares are balanced; `python -m bench.costs` measures it."""
     micro_batch: int = 4
     """plain: rows per forward and backward pass on one rank."""
     loss_weighting: Literal["token", "row"] = "token"
@@ -231,8 +238,8 @@ class GRPORecipe:
     """Seed of shuffling and of sampling."""
     model: ModelConfig = ModelConfig()
     """Starting weights; they are also the reference when `loss.beta` is above 0."""
-    data: DataConfig = DataConfig()
-    """Prompts."""
+    data: DataConfig = DataConfig(together=False)
+    """Prompts; questions about the same images need not come together here, since each is sampled `sampling.n` times anyway."""
     sampling: SamplingConfig = SamplingConfig()
     """Replies."""
     rewards: tuple[RewardConfig, ...] = (RewardConfig("format", 0.5), RewardConfig("accuracy", 0.5))
@@ -261,6 +268,8 @@ class GRPORecipe:
     """packed: most tokens per forward and backward pass on one rank."""
     pack_patches: int = 65536
     """packed: most image patches per forward and backward pass on one rank."""
+    costs: Costs = Costs()
+    """packed: what a pass costs, by which the ranks' shares are balanced; `python -m bench.costs` measures it."""
     micro_batch: int = 4
     """plain: replies per forward and backward pass on one rank."""
     skip_zero_variance: bool = True

@@ -1,8 +1,8 @@
 """Supervised fine-tuning, in reading order.
 
-Simplified against a general trainer: one objective (next-token loss on the assistant's turns), one optimizer, plain padded batches,
-no callbacks. A step draws a GLOBAL batch of rows, every rank takes its share, and every loss term is divided by the global count before
-backward, so the gradient does not depend on the number of ranks or micro-batches.
+Simplified against a general trainer: one objective (next-token loss on the assistant's turns), one optimizer, no callbacks.
+A step draws a GLOBAL batch of rows, every rank takes its share, and every loss term is divided by the global count before backward, so the
+gradient does not depend on the number of ranks or micro-batches.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from actial_fast import checkpoint, ops
 from actial_fast.dist import World, clip_gradients, reduce_gradients, world
@@ -20,7 +21,7 @@ from actial_fast.model import Policy
 from actial_fast.packing import Sequence
 from actial_fast.processor import Processor
 from actial_fast.recipe import SFTRecipe
-from actial_fast.rounds import rounds
+from actial_fast.rounds import Pass, balanced, passes
 from actial_fast.training import (
     Stopped,
     begin,
@@ -55,13 +56,14 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
             began = time.perf_counter()
             rate = set_learning_rate(optimizer, recipe.optim, step, total)
             sequences = [example.encoded for example in stream.next_batch(recipe.batch_size)]
+            sequences = balanced(sequences, lambda s: s, recipe, processor, where)
             loss, answer_tokens = _accumulate(policy, processor, sequences, recipe, where)
             reduce_gradients(parameters_of(policy), where)
             norm = clip_gradients(parameters_of(policy), recipe.optim.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            counts = torch.tensor([sum(map(len, sequences)), stream.rejected], dtype=torch.float64, device=where.device)
-            tokens, rejected = where.sum(counts).tolist()
+            tokens, rejected = where.total([sum(map(len, sequences)), stream.rejected])
+            loss, norm = float(loss), float(norm)  # the first wait for the device
             seconds = time.perf_counter() - began
             log.step(
                 step,
@@ -92,18 +94,19 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
     return folder / "final" / "model"
 
 
-def _accumulate(policy: Policy, processor: Processor, sequences: list[Sequence], recipe: SFTRecipe, where: World) -> tuple[float, int]:
-    """Gradients of the global batch's loss, from this rank's sequences; returns the global loss and count of answer tokens."""
+def _accumulate(policy: Policy, processor: Processor, sequences: list[Sequence], recipe: SFTRecipe, where: World) -> tuple[Tensor, int]:
+    """Gradients of the global batch's loss, from this rank's sequences; returns the global loss, on the device, and answer tokens."""
     lengths = np.array([s.trained[1:].sum() for s in sequences], np.int64)
-    counts = where.sum(torch.tensor([lengths.sum(), len(sequences)], dtype=torch.float64, device=where.device)).tolist()
+    counts = where.total([lengths.sum(), len(sequences)])
     total = torch.zeros((), device=where.device)
-    for each in rounds(sequences, recipe, policy, processor, where):
+    (rounds,) = passes([Pass(policy, sequences, trained=True)], recipe, processor, where)
+    for each in rounds:
         weights = _token_weights([sequences[k] for k in each.members], recipe.loss_weighting, counts)
-        token_weight = torch.from_numpy(np.append(weights, np.zeros(each.idle, np.float32))).to(where.device)
+        token_weight = torch.from_numpy(np.append(weights, np.zeros(each.idle, np.float32))).to(where.device, non_blocking=True)
         loss = policy(each.batch, lambda hidden, head, b=each.batch, w=token_weight: ops.linear_cross_entropy(hidden, head, b.targets, w))
         loss.backward()
         total += loss.detach()
-    return where.sum(total).item(), int(counts[0])
+    return where.sum(total), int(counts[0])
 
 
 def _token_weights(members: list[Sequence], weighting: str, counts: list[float]) -> np.ndarray:

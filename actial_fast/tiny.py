@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from actial_fast.processor import VISION_TOKENS, Processor
+from actial_fast.processor import VISION_TOKENS
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS)
 CHAT_TEMPLATE = (
@@ -93,7 +93,8 @@ def create(folder: Path, texts: Iterable[str], config: TinyConfig, seed: int) ->
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
-    Processor(tokenizer, images).save(folder)
+    tokenizer.save_pretrained(folder)
+    images.save_pretrained(folder)
 
 
 def build_tokenizer(texts: Iterable[str], phrases: int) -> PreTrainedTokenizerFast:

@@ -28,7 +28,7 @@ from actial_fast.packing import Sequence
 from actial_fast.processor import Processor
 from actial_fast.recipe import GRPORecipe, OptimConfig, SFTRecipe
 
-MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "dist.")  # keys that a resumed run may set anew
+MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "data.image_cache", "dist.")  # keys that a resumed run may set anew
 
 
 class Stopped(SystemExit):
@@ -91,11 +91,12 @@ def open_stage(recipe: SFTRecipe | GRPORecipe, start: int, where: World, encode:
     policy = load_policy(resumed, where.device, recipe.seed, packed=recipe.packing == "packed")
     policy = shard(policy, where) if recipe.dist.fsdp else policy
     limits = {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels, "max_prompt": data.max_prompt_tokens}
-    processor = Processor.load(model.path, **limits)
+    processor = Processor.load(model.path, **limits, image_cache=data.image_cache)
     optimizer = build_optimizer(policy, recipe.optim)
     stream = Stream(
         data.sources,
         seed=recipe.seed,
+        together=data.together,
         on_bad_row=data.on_bad_row,
         rejects=folder / "rejects.jsonl",
         workers=data.workers,

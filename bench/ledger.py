@@ -25,7 +25,6 @@ A pass without gradients adds the forward terms. All weights are taken to be tra
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import math
@@ -34,7 +33,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -43,7 +41,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from actial_fast import grpo
-from actial_fast import processor as processing
 from actial_fast.config import load_recipe
 from actial_fast.grpo import Sample
 from actial_fast.model import load_reference
@@ -142,7 +139,7 @@ class Work:
 def work_of(samples: list[Sample], n: int) -> Work:
     """The least rows, pairs and images of the samples, of which each n share a prompt."""
     rows = pairs = 0
-    images: dict[bytes, tuple[int, int, int]] = {}
+    images: dict[str, tuple[int, int, int]] = {}
     for start in range(0, len(samples), n):
         group = [s.sequence for s in samples[start : start + n]]
         shortest = min(map(len, group)) - 1  # a last token is no input
@@ -151,7 +148,7 @@ def work_of(samples: list[Sample], n: int) -> Work:
         rest = [len(s) - 1 - common for s in group]
         rows += common + sum(rest)
         pairs += common * (common + 1) // 2 + sum(r * common + r * (r + 1) // 2 for r in rest)
-        images |= {p.tobytes(): grid for s in group[:1] for p, grid in zip(s.patches, s.grids, strict=True)}
+        images |= zip(group[0].images, group[0].grids, strict=True)
     return Work(rows, pairs, sum(map(len, samples)), sum(len(s.sequence) for s in samples), tuple(images.values()))
 
 
@@ -203,14 +200,14 @@ class Step:
 
 def narrow_step(args: argparse.Namespace, side: str, folder: str) -> Step:
     """The update of bench.update."""
-    case = make_case(args.prompts, args.n, args.mean)
+    case = make_case(args.prompts, args.n, args.mean, folder)
     made = build({"packed": "ours"}.get(side, side), case, args.their_batch, folder)
     made.prepare()
     work = work_of(case.samples, case.n)
     return Step((made.model,), made.accumulate, (work,), minimum(made.model, work, backward=True))
 
 
-def recipe_step(args: argparse.Namespace, side: str) -> Step:
+def recipe_step(args: argparse.Namespace, side: str, folder: str) -> Step:
     """The first step of a recipe's GRPO stage: log-probs and gradients of samples drawn from its starting weights."""
     recipe = load_recipe(args.recipe, args.overrides)
     recipe = _resolved(recipe).grpo if recipe.kind == "quickstart" else recipe
@@ -220,31 +217,33 @@ def recipe_step(args: argparse.Namespace, side: str) -> Step:
         raise ValueError(
             f"{args.recipe}: the ledger's minimum is that of a step that trains all weights; unset model.freeze and model.lora"
         )
-    recipe = replace(recipe, packing=side, data=replace(recipe.data, workers=0))
+    recipe = replace(recipe, packing=side, data=replace(recipe.data, workers=0, image_cache=folder))
     stage = open_stage(recipe, 0, WHERE, Processor.encode_prompt)
     policy, processor = stage.policy, stage.processor
-    with mock.patch.object(processing, "patchify", wraps=processing.patchify) as prepared:
-        examples = stage.stream.next_batch(recipe.prompts)
+    examples = stage.stream.next_batch(recipe.prompts)
     stage.stream.close()
     samples = grpo._sample(policy, processor, examples, recipe)
     reference = load_reference(recipe.model, WHERE.device, packed=side == "packed") if recipe.loss.beta > 0 else None
 
-    def run() -> None:
-        ready = grpo._log_probs(policy, reference, processor, samples, recipe, WHERE)
-        for minibatch in range(recipe.prompts // recipe.minibatch):
-            grpo._accumulate(policy, processor, [s for s in ready if s.minibatch == minibatch], recipe, WHERE)
+    minibatches = [[s for s in samples if s.minibatch == m] for m in range(recipe.prompts // recipe.minibatch)]
+    counts = [(sum(map(len, each)), len(each)) for each in minibatches]
 
-    n, spec = recipe.sampling.n, recipe.loss
-    skips = recipe.skip_zero_variance and spec.beta == 0 and spec.entropy_coef == 0 and spec.top_entropy == 1
-    groups = [samples[i : i + n] for i in range(0, len(samples), n)]
-    updated = [g for g in groups if not skips or any(s.advantage for s in g)]
-    passes = [(updated, True)]
-    passes += [([g for g in groups if g[0].minibatch], False)] if recipe.prompts > recipe.minibatch else []
-    passes += [(groups, False)] if reference else []
-    works = tuple(work_of([s for g in chosen for s in g], n) for chosen, _ in passes)
-    minima = [minimum(policy.base, work, backward=grad) for work, (_, grad) in zip(works, passes, strict=True)]
+    def run() -> None:
+        kept = [grpo._kept(each, recipe) for each in minibatches]
+        ahead = grpo._passes(policy, reference, processor, kept, recipe, WHERE)
+        ready = grpo._log_probs(policy, reference, kept, ahead, recipe)
+        for each, count, rounds in zip(ready, counts, ahead.updates, strict=True):
+            grpo._accumulate(policy, each, count, rounds, recipe, WHERE)
+
+    kept = [grpo._kept(each, recipe) for each in minibatches]
+    works = [(each, True) for each in kept]
+    works += [([s for each in kept[1:] for s in each], False)] if len(kept) > 1 else []
+    works += [([s for each in kept for s in each], False)] if reference else []
+    passes = [(work_of(chosen, recipe.sampling.n), grad) for chosen, grad in works]
+    minima = [minimum(policy.base, work, backward=grad) for work, grad in passes]
+    works = tuple(work for work, _ in passes)
     models = (policy.base, *((reference.base,) if reference else ()))
-    return Step(models, run, works, {part: sum(m[part] for m in minima) for part in PARTS}, prepared.call_count)
+    return Step(models, run, works, {part: sum(m[part] for m in minima) for part in PARTS}, processor.store.decodes)
 
 
 def counted(step: Step) -> dict[str, Any]:
@@ -307,8 +306,8 @@ def main(argv: list[str] | None = None) -> None:
     shape = f"{args.prompts} prompts x {args.n} completions of mean {args.mean:g}"
     result = {"schema": 1, "machine": machine(), "what": args.recipe or f"narrow, {shape}", "overrides": args.overrides, "sides": {}}
     for side in args.sides:
-        with tempfile.TemporaryDirectory() if args.narrow else contextlib.nullcontext() as folder:
-            result["sides"][side] = counted(narrow_step(args, side, folder) if args.narrow else recipe_step(args, side))
+        with tempfile.TemporaryDirectory() as folder:
+            result["sides"][side] = counted((narrow_step if args.narrow else recipe_step)(args, side, folder))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(told(result))

@@ -42,14 +42,17 @@ from actial_fast import grpo
 from actial_fast.attention import use_packed_attention
 from actial_fast.dist import World
 from actial_fast.grpo import Sample
+from actial_fast.images import ImageSettings, ImageStore
 from actial_fast.model import Policy
+from actial_fast.packed_ops import collect, patchify
 from actial_fast.packing import Sequence, mrope_positions
 from actial_fast.recipe import GRPORecipe
 from actial_fast.spec import GRPOSpec
 from actial_fast.tiny import build_tokenizer
 from bench.timing import machine
 
-VOCABULARY, HIDDEN, PATCH_SIZE = 8192, 128, 3 * 2 * 14 * 14
+VOCABULARY, HIDDEN = 8192, 128
+SETTINGS = ImageSettings(14, 2, 2, 1, 10**9, 3, mean=(0.5,) * 3, std=(0.3,) * 3)
 LEARNING_RATE, CLIP_NORM = 1e-5, 1.0
 LOSS_AGREES, GRADIENT_AGREES = 1e-4, 1e-3
 WHERE = World(0, 1, torch.device("cpu"))
@@ -57,9 +60,10 @@ WHERE = World(0, 1, torch.device("cpu"))
 
 @dataclass(frozen=True)
 class Case:
-    """What both sides update on. samples: n of each prompt in turn."""
+    """What both sides update on. samples: n of each prompt in turn; store: has their images."""
 
     tokenizer: PreTrainedTokenizerFast
+    store: ImageStore
     samples: list[Sample]
     prompts: int
     n: int
@@ -73,27 +77,27 @@ class Case:
         return [len(s.sequence) - len(s) for s in self.samples]
 
 
-def make_case(prompts: int, n: int, mean: float, seed: int = 0) -> Case:
-    """Prompts with two images of about 320 merged tokens each, their patches shared among n completions of `mean` tokens."""
+def make_case(prompts: int, n: int, mean: float, folder: str, seed: int = 0) -> Case:
+    """Prompts with two images of about 320 merged tokens each (noise, kept in a store in `folder`) and n completions of `mean` tokens."""
     tokenizer, rng = build_tokenizer(["text"], 10), np.random.default_rng(seed)
     start, pad, end = _ids(tokenizer, "vision_start", "image_pad", "vision_end")
-    samples = []
+    store, samples = ImageStore(SETTINGS, Path(folder)), []
     for _ in range(prompts):
-        pieces, grids, patches = [_text(rng, 60)], [], []
+        pieces, grids, images = [_text(rng, 60)], [], []
         for _ in range(2):
             grid = (1, 2 * int(rng.integers(16, 20)), 2 * int(rng.integers(16, 20)))
             grids.append(grid)
-            patches.append(rng.standard_normal((math.prod(grid), PATCH_SIZE), np.float32))
+            images.append(store.put(rng.integers(0, 256, (14 * grid[1], 14 * grid[2], 3), dtype=np.uint8)))
             pieces += [np.array([start]), np.full(math.prod(grid) // 4, pad), np.array([end])]
         ids = np.concatenate([*pieces, _text(rng, int(rng.integers(60, 140)))]).astype(np.int64)
-        prompt = Sequence(ids, np.zeros(len(ids), bool), mrope_positions(ids, grids, pad, 2), tuple(patches), tuple(grids))
+        prompt = Sequence(ids, np.zeros(len(ids), bool), mrope_positions(ids, grids, pad, 2), tuple(images), tuple(grids))
         lengths = rng.lognormal(math.log(mean) - 0.32, 0.8, n).clip(40, 1000).astype(int)
         advantages = rng.standard_normal(n)
         for length, advantage in zip(lengths, advantages - advantages.mean(), strict=True):
             reply = prompt.extended(_text(rng, length))
             nothing = np.zeros(length, np.float32)
             samples.append(Sample(reply, "", nothing, nothing[:1], 0.0, float(advantage), 0, True))
-    return Case(tokenizer, samples, prompts, n)
+    return Case(tokenizer, store, samples, prompts, n)
 
 
 def _text(rng: np.random.Generator, length: int) -> np.ndarray:
@@ -162,10 +166,12 @@ def our_side(case: Case, packing: str, micro_batch: int) -> Side:
     policy = Policy(model, torch.float32)
     recipe = GRPORecipe(packing=packing, micro_batch=micro_batch, loss=GRPOSpec(beta=0.0), prompts=case.prompts, minibatch=case.prompts)
     (image,) = _ids(case.tokenizer, "image_pad")
-    processor = SimpleNamespace(image_token=image, pad=case.tokenizer.pad_token_id, image_processor=SimpleNamespace(merge_size=2))
+    processor = SimpleNamespace(image_token=image, pad=case.tokenizer.pad_token_id, merge=2, store=case.store)
 
     def accumulate() -> float:
-        stats = grpo._accumulate(policy, processor, case.samples, recipe, WHERE)
+        (rounds,) = grpo._passes(policy, None, processor, [case.samples], recipe, WHERE).updates
+        counts = sum(map(len, case.samples)), len(case)
+        stats = grpo._accumulate(policy, case.samples, counts, rounds, recipe, WHERE).tolist()
         return float(dict(zip(grpo.ops.STATS, stats, strict=True))["loss"])
 
     about = (
@@ -226,7 +232,7 @@ def _trl_inputs(case: Case) -> dict[str, Any]:
         "completion_mask": mask[:, longest:],
         "advantages": torch.tensor([s.advantage for s in case.samples]),
         "num_items_in_batch": mask[:, longest:].sum(),
-        "pixel_values": torch.from_numpy(np.concatenate([p for s in sequences for p in s.patches])),
+        "pixel_values": patchify(collect(case.store, [key for s in sequences for key in s.images])),
         "image_grid_thw": torch.tensor([g for s in sequences for g in s.grids]),
         "mm_token_type_ids": (ids == image).long(),
         "num_images": [len(s.grids) for s in sequences],
@@ -292,7 +298,7 @@ _updater: Updater | None = None  # in a worker's process
 def _begin(name: str, prompts: int, n: int, mean: float, their_batch: int, threads: int, folder: str) -> None:
     global _updater
     torch.set_num_threads(threads)
-    _updater = Updater(build(name, make_case(prompts, n, mean), their_batch, folder))
+    _updater = Updater(build(name, make_case(prompts, n, mean, folder), their_batch, folder))
 
 
 def _update() -> dict[str, Any]:
@@ -314,8 +320,9 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """The result as it goes into the JSON."""
     os.environ.update(OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS=str(args.threads))  # of the sides' processes: spinning is no work
     torch.set_num_threads(args.threads)
-    about, case = machine(), make_case(args.prompts, args.n, args.mean)
+    about = machine()
     with tempfile.TemporaryDirectory() as folder:
+        case = make_case(args.prompts, args.n, args.mean, folder)
         workers = [Worker(name, args, folder) for name in ("ours", args.vs)]
         for _ in range(args.rounds):
             for worker in workers:
@@ -341,7 +348,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             "completions": sum(map(len, case.samples)),
             "without_sharing": sum(len(s.sequence) for s in case.samples),
         },
-        "patches": sum(len(p) for s in case.samples[:: case.n] for p in s.sequence.patches),
+        "patches": sum(s.sequence.patches for s in case.samples[:: case.n]),
         **differences,
         "sides": rows,
         "ratio": {key: round(rows[1][key] / rows[0][key], 2) for key in keys},

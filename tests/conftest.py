@@ -1,7 +1,9 @@
 """Shared data for the tests: captures rendered once, questions built from them, a tiny model that fits their texts."""
 
 import importlib.util
+import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 
 if not torch.cuda.is_available():  # before any kernel is imported: without a GPU they run in Triton's interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -52,6 +55,20 @@ def lab(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(root=root, captures=captures, questions=questions, spatial=spatial, model=model)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def image_cache(tmp_path_factory) -> Iterator[None]:
+    """Images of tests stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 @pytest.fixture
 def example():
     """A function that makes an Example: example("<image>question", "answer", sizes=[(h, w), ...])."""
@@ -59,7 +76,7 @@ def example():
     def make(question: str, answer: str = "", sizes=(), truth: str = "", seed: int = 0) -> Example:
         rng = np.random.default_rng(seed)
         turns = (Turn("user", question), *((Turn("assistant", answer),) if answer else ()))
-        pixels = tuple(rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes)
-        return Example(Row(turns=turns, images=tuple(b"" for _ in sizes), truth=truth, where=f"test:{seed}"), pixels, seed)
+        images = tuple(png(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes)
+        return Example(Row(turns=turns, images=images, truth=truth, where=f"test:{seed}"), seed)
 
     return make

@@ -1,7 +1,7 @@
 """Packed batches through unmodified transformers models: equal to one sample at a time, and to sdpa where nothing is packed."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils.generic import is_flash_attention_requested
 
 from actial_fast.attention import IMPLEMENTATION, use_packed_attention
+from actial_fast.images import ImageSettings, ImageStore
 from actial_fast.model import Policy
 from actial_fast.packing import Sequence, mrope_positions
 from actial_fast.rollout.embedded import generate
@@ -215,11 +216,16 @@ def test_the_vision_tower_is_unchanged_and_has_no_loop_over_windows(name):
 
 @cpu
 @pytest.mark.parametrize("name", MODELS)
-def test_without_a_packed_batch_the_model_does_what_sdpa_does(name):
+def test_without_a_packed_batch_the_model_does_what_sdpa_does(name, tmp_path):
     model = build(name)
+    vision, rng = model.config.vision_config, np.random.default_rng(0)
+    size = vision.patch_size
+    settings = ImageSettings(size, 2, vision.temporal_patch_size, 1, 10**9, 3, mean=(0.5,) * 3, std=(0.3,) * 3)
+    store = ImageStore(settings, tmp_path)
     prompts = [prompt(1, 9, GRIDS[1:]), prompt(2, 6), prompt(3, 7)]
-    prompts = [Sequence(p.ids, p.trained, p.positions, tuple(patches(model, [g]).numpy() for g in p.grids), p.grids) for p in prompts]
-    processor = SimpleNamespace(pad=0, stop_tokens=(7,), banned_tokens=(60, 61, 62, 63))
+    keys = [store.put(rng.integers(0, 256, (h * size, w * size, 3), dtype=np.uint8)) for _, h, w in GRIDS[1:]]
+    prompts[0] = replace(prompts[0], images=tuple(keys))
+    processor = SimpleNamespace(pad=0, stop_tokens=(7,), banned_tokens=(60, 61, 62, 63), store=store)
     policy = Policy(model, torch.float32)
 
     def sample():

@@ -62,7 +62,7 @@ def test_pixels_and_grid_are_the_image_processors(store, size):
     key = store.put(encoded(size))
     theirs = PROCESSOR(images=[picture(size)], return_tensors="np", input_data_format="channels_last")
     assert store.grid(key) == tuple(theirs["image_grid_thw"][0])
-    ours = packed_ops.patchify(packed_ops.collect(store, [key]), SETTINGS)
+    ours = packed_ops.patchify(packed_ops.collect(store, [key]))
     np.testing.assert_allclose(ours.numpy(), theirs["pixel_values"], atol=2e-6)
 
 
@@ -289,11 +289,11 @@ def test_unknown_key(store):
 # patches
 
 
-def patches(batch, settings, dtype=torch.float32, on_kernel=True) -> torch.Tensor:
+def patches(batch, dtype=torch.float32, on_kernel=True) -> torch.Tensor:
     batch = batch.to(DEVICE if on_kernel else "cpu")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(packed_ops, "_on_gpu", lambda x: on_kernel)
-        return packed_ops.patchify(batch, settings, dtype).cpu()
+        return packed_ops.patchify(batch, dtype).cpu()
 
 
 @pytest.mark.parametrize(("patch", "merge", "frames"), [(14, 2, 2), (16, 2, 2), (14, 2, 1), (7, 1, 3), (4, 3, 1)], ids=str)
@@ -313,13 +313,13 @@ def test_kernel_equals_the_cpu_path(tmp_path, patch, merge, frames):
         ]
     )
     for on_kernel in (True, False):
-        np.testing.assert_allclose(patches(batch, settings, on_kernel=on_kernel).numpy(), want, atol=1e-6)
+        np.testing.assert_allclose(patches(batch, on_kernel=on_kernel).numpy(), want, atol=1e-6)
     for dtype in (torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])):
-        got = patches(batch, settings, dtype)
+        got = patches(batch, dtype)
         assert got.dtype == dtype
         exact = torch.from_numpy(want).double()
         assert ((got.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + 2e-6).all()
-    assert torch.equal(patches(batch, settings, torch.bfloat16, on_kernel=False), torch.from_numpy(want).bfloat16())
+    assert torch.equal(patches(batch, torch.bfloat16, on_kernel=False), torch.from_numpy(want).bfloat16())
 
 
 def test_kernel_equals_transformers(store):
@@ -328,7 +328,7 @@ def test_kernel_equals_transformers(store):
     theirs = PROCESSOR(images=theirs, return_tensors="np", input_data_format="channels_last")
     batch = packed_ops.collect(store, keys)
     assert batch.grids == tuple(map(tuple, theirs["image_grid_thw"].tolist()))
-    got = patches(batch, SETTINGS)
+    got = patches(batch)
     assert got.shape == theirs["pixel_values"].shape
     assert np.abs(got.numpy() - theirs["pixel_values"]).max() < 2e-6 < 1 / 255
 
@@ -339,7 +339,7 @@ def test_many_images(tmp_path):
     store = ImageStore(settings, tmp_path)
     keys = [store.put(picture((4, 4 + 4 * i), i)) for i in range(2)]
     batch = packed_ops.collect(store, [keys[0]] * kernel.SEARCH.value + [keys[1]])
-    assert torch.equal(patches(batch, settings), patches(batch, settings, on_kernel=False))
+    assert torch.equal(patches(batch), patches(batch, on_kernel=False))
 
 
 def test_every_patch_is_written_and_nothing_beyond(store, monkeypatch):
@@ -359,12 +359,12 @@ def test_every_patch_is_written_and_nothing_beyond(store, monkeypatch):
 def test_no_images(store):
     batch = packed_ops.collect(store, [])
     for on_kernel in (True, False):
-        assert patches(batch, SETTINGS, on_kernel=on_kernel).shape == (0, 1176)
+        assert patches(batch, on_kernel=on_kernel).shape == (0, 1176)
 
 
 def test_other_dtypes_are_refused(store):
     with pytest.raises(ValueError, match=r"dtype: expected float32, float16 or bfloat16, got torch\.float64"):
-        packed_ops.patchify(packed_ops.collect(store, []), SETTINGS, torch.float64)
+        packed_ops.patchify(packed_ops.collect(store, []), torch.float64)
 
 
 # features

@@ -18,17 +18,17 @@ FLOORS = [
     {"spec", "native", "planning", "layout", "style", "chart", "statistics"},
     {"reference", "chunked", "chunked_kl", "chunked_logits"},
     {"checks", "ops", "metrics", "doctor"},
-    {"packing", "rewards", "data"},
-    {"attention", "images", "features", "packed_ops"},
+    {"packing", "packed_ops", "images", "rewards", "data"},
+    {"attention", "features", "vision"},
     {"config", "recipe", "processor", "cards", "report"},
     {"model", "tiny"},
-    {"dist", "rollout"},
+    {"dist", "balance", "rollout"},
     {"checkpoint", "evaluate", "training", "rounds"},
     {"sft", "grpo"},
     {"quickstart"},
     {"cli"},
 ]
-TRANSFORMERS = {"model", "attention", "tiny", "processor", "rollout.embedded", "cli"}  # cli only quiets its progress bars
+TRANSFORMERS = {"model", "attention", "vision", "tiny", "processor", "rollout.embedded", "cli"}  # cli only quiets its progress bars
 LOOPS = {"sft", "grpo"}
 DOORS = {"ops", "attention", "packed_ops"}  # what sends CUDA tensors to the kernels, each its own
 

@@ -7,8 +7,9 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from actial_fast import native
-from actial_fast.data.row import BadRow, Row, Turn
+from actial_fast.data.row import BadRow, Row, Turn, decode
 from actial_fast.data.stream import Example
+from actial_fast.packed_ops import collect, patchify
 from actial_fast.packing import collate, micro_batches, mrope_positions
 from actial_fast.processor import Processor, dummy
 
@@ -26,12 +27,12 @@ def test_the_extension_is_built():
 
 @pytest.mark.parametrize("size", [(28, 28), (56, 28), (84, 140), (300, 200), (33, 500)], ids=str)
 def test_patches_equal_transformers(processor, example, size):
-    sequence = processor.encode_prompt(example("<image>?", sizes=[size]))
-    theirs = processor.image_processor(
-        images=[example("<image>?", sizes=[size]).pixels[0]], return_tensors="np", input_data_format="channels_last"
-    )
+    row = example("<image>?", sizes=[size])
+    sequence = processor.encode_prompt(row)
+    theirs = processor.image_processor(images=[decode(row.row.images[0], "")], return_tensors="np", input_data_format="channels_last")
     assert sequence.grids == (tuple(theirs["image_grid_thw"][0]),)
-    np.testing.assert_allclose(sequence.patches[0], theirs["pixel_values"], atol=2e-6)
+    patches = patchify(collect(processor.store, sequence.images))
+    np.testing.assert_allclose(patches.numpy(), theirs["pixel_values"], atol=2e-6)
 
 
 @pytest.mark.parametrize(("patch", "merge", "frames", "height", "width"), [(14, 2, 2, 56, 84), (16, 2, 1, 32, 96), (4, 1, 3, 8, 12)])
@@ -81,7 +82,7 @@ def test_only_answers_are_trained(processor, example):
 
 def test_every_answer_of_a_conversation_is_trained(processor):
     turns = (Turn("system", "s"), Turn("user", "q1"), Turn("assistant", "a1"), Turn("user", "q2"), Turn("assistant", "a2"))
-    sequence = processor.encode(Example(Row(turns=turns), (), 0))
+    sequence = processor.encode(Example(Row(turns=turns), 0))
     assert processor.tokenizer.decode(sequence.ids[sequence.trained]) == "a1<|im_end|>a2<|im_end|>"
     assert processor.decode(sequence.ids).startswith("system\ns")
 
@@ -123,7 +124,7 @@ def test_saved_and_loaded_is_the_same(processor, tmp_path, example):
     row = example("<image>Which side is it?", "B", sizes=[(90, 130)])
     again = Processor.load(str(tmp_path))
     ours, theirs = processor.encode(row), again.encode(row)
-    assert np.array_equal(ours.ids, theirs.ids) and np.array_equal(ours.patches[0], theirs.patches[0])
+    assert np.array_equal(ours.ids, theirs.ids) and ours.images == theirs.images
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == processor.tokenizer.chat_template
     assert Qwen2VLImageProcessorPil.from_pretrained(tmp_path).size == processor.image_processor.size
 
@@ -132,12 +133,12 @@ def test_saved_and_loaded_is_the_same(processor, tmp_path, example):
 def test_collate_points_at_the_states_that_predict(processor, example, left):
     rows = [example("a longer question " * 3, "B"), example("<image>q", "C", sizes=[(28, 56)])]
     sequences = [processor.encode(row) for row in rows]
-    batch = collate(sequences, processor.pad, left=left)
+    batch = collate(sequences, processor.pad, processor.store, left=left)
     ahead = batch.input_ids.flatten()[batch.loss_rows + 1]
     assert torch.equal(ahead, batch.targets)
     assert batch.owner.bincount().tolist() == [int(s.trained.sum()) for s in sequences]
     assert batch.attention_mask.sum(1).tolist() == [len(s) for s in sequences]
-    assert batch.pixel_values.shape[0] == batch.image_grid_thw.prod(1).sum()
+    assert batch.model_inputs()["pixel_values"].shape[0] == batch.image_grid_thw.prod(1).sum()
 
 
 def test_micro_batches_hold_everything_once():
@@ -147,4 +148,5 @@ def test_micro_batches_hold_everything_once():
 
 
 def test_dummy_has_an_image_and_a_target(processor):
-    assert len(dummy(processor).patches) == 1 and dummy(processor).trained.any()
+    assert len(dummy(processor).images) == 1 and dummy(processor).trained.any()
+    assert not dummy(processor, image=False).images and dummy(processor, image=False).trained.any()

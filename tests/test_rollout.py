@@ -33,7 +33,7 @@ KEYS = [(0, 1), (0, 2), (0, 3)]
 
 
 def trainer_logprobs(policy, processor, prompt, reply):
-    batch = collate([prompt.extended(reply.ids)], processor.pad)
+    batch = collate([prompt.extended(reply.ids)], processor.pad, processor.store)
     with torch.no_grad():
         return policy(
             {**batch.model_inputs(), "use_cache": False},
@@ -52,8 +52,8 @@ def test_logprobs_are_the_trainers(setup, prompts):
 def test_greedy_equals_transformers_generate(setup, prompts):
     policy, processor = setup
     for prompt, (reply,) in zip(prompts, generate(policy, processor, prompts, 1, temperature=0, max_new_tokens=16), strict=True):
-        batch = collate([prompt], processor.pad)
-        images = {"pixel_values": batch.pixel_values, "image_grid_thw": batch.image_grid_thw} if prompt.patches else {}
+        batch = collate([prompt], processor.pad, processor.store)
+        images = {name: batch.model_inputs()[name] for name in ("pixel_values", "image_grid_thw")} if prompt.images else {}
         theirs = policy.base.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,

@@ -10,15 +10,13 @@ import torch
 from actial_fast import grpo, ops
 from actial_fast.data.row import Row, Turn
 from actial_fast.data.stream import Example
-from actial_fast.dist import World
 from actial_fast.model import load_policy
 from actial_fast.packing import Sequence, pack, share
 from actial_fast.processor import Processor
 from actial_fast.recipe import GRPORecipe, ModelConfig
-from actial_fast.rounds import rounds
 from actial_fast.spec import GRPOSpec
+from tests.loops import ALONE, accumulate, log_probs, rounds
 
-ALONE = World(0, 1, torch.device("cpu"))
 IMAGE = "<image>"
 
 
@@ -32,8 +30,8 @@ def prompt(processor: Processor, images: int, text: str, seed: int) -> Sequence:
     rng = np.random.default_rng(seed)
     sizes = [(28 * int(rng.integers(1, 6)), 28 * int(rng.integers(1, 6))) for _ in range(images)]
     pixels = tuple(rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in sizes)
-    row = Row(turns=(Turn("user", IMAGE * images + text), Turn("assistant", "-")), where="test")
-    return processor.encode_prompt(Example(row=row, pixels=pixels, position=0))
+    row = Row(turns=(Turn("user", IMAGE * images + text), Turn("assistant", "-")), images=pixels, where="test")
+    return processor.encode_prompt(Example(row=row, position=0))
 
 
 def samples_of(processor: Processor, plan: list[tuple[int, int]], seed: int = 0) -> list[grpo.Sample]:
@@ -82,8 +80,8 @@ def run(lab, processor, samples, packed: bool, **changes):
     model = changes.pop("model", {})
     recipe = recipe_of(lab, packing="packed" if packed else "plain", micro_batch=1, **changes)
     policy = loaded(lab, packed, **model)
-    logp = grpo._forward_only(policy, processor, [s.sequence for s in samples], recipe, ALONE)
-    stats = grpo._accumulate(policy, processor, samples, recipe, ALONE)
+    logp = log_probs(policy, processor, [s.sequence for s in samples], recipe)
+    stats = accumulate(policy, processor, samples, recipe).numpy()
     return stats, {name: p.grad for name, p in policy.trained().items() if p.grad is not None}, logp
 
 
@@ -114,7 +112,7 @@ def test_packed_equals_one_sample_at_a_time(name, lab, processor):
     samples = samples_of(processor, plan)
     if "pack_tokens" in changes:
         recipe = recipe_of(lab, pack_tokens=changes["pack_tokens"])
-        cut = list(rounds([s.sequence for s in samples], recipe, loaded(lab, True), processor, ALONE))
+        cut = rounds([s.sequence for s in samples], recipe, loaded(lab, True), processor)
         assert len(cut) > 1 and sum(0 in r.members or 5 in r.members for r in cut) > 1, "the first group was not split"
     assert_same(run(lab, processor, samples, True, **changes), run(lab, processor, samples, False, **changes))
 
@@ -122,7 +120,8 @@ def test_packed_equals_one_sample_at_a_time(name, lab, processor):
 def test_a_wrong_prompt_fails_the_comparison(lab, processor):
     """Packed against plain would pass emptily if the images did not matter."""
     samples = samples_of(processor, [(2, 3)])
-    other = [replace(s, sequence=replace(s.sequence, patches=tuple(p[::-1].copy() for p in s.sequence.patches))) for s in samples]
+    flipped = {key: processor.store.put(processor.store.pixels(key)[::-1].copy()) for key in samples[0].sequence.images}
+    other = [replace(s, sequence=replace(s.sequence, images=tuple(flipped.values()))) for s in samples]
     with pytest.raises(AssertionError):
         assert_same(run(lab, processor, other, True), run(lab, processor, samples, False))
 
@@ -130,12 +129,12 @@ def test_a_wrong_prompt_fails_the_comparison(lab, processor):
 def test_samples_never_see_each_other(lab, processor):
     samples = samples_of(processor, [(2, 4), (1, 2)])
     policy, recipe = loaded(lab, True), recipe_of(lab)
-    before = grpo._forward_only(policy, processor, [s.sequence for s in samples], recipe, ALONE)
+    before = log_probs(policy, processor, [s.sequence for s in samples], recipe)
     changed = [s.sequence for s in samples]
     ids = changed[1].ids.copy()
     ids[-len(samples[1]) :] = ids[-len(samples[1]) :][::-1] % 50 + 7
     changed[1] = replace(changed[1], ids=ids)
-    after = grpo._forward_only(policy, processor, changed, recipe, ALONE)
+    after = log_probs(policy, processor, changed, recipe)
     for i, (a, b) in enumerate(zip(before, after, strict=True)):
         assert np.array_equal(a, b) == (i != 1)
 
@@ -147,8 +146,8 @@ def test_prompts_and_images_are_computed_once(lab, processor, monkeypatch):
     tower, trunk = policy.base.model.visual, policy.base.model.language_model
     tower.register_forward_pre_hook(lambda m, args, kwargs: towers.append(len(kwargs["grid_thw"])), with_kwargs=True)
     trunk.register_forward_pre_hook(lambda m, args, kwargs: rows.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True)
-    grpo._accumulate(policy, processor, samples, recipe, ALONE)
-    prompts = {id(s.sequence.patches[0]): len(s.sequence) - len(s) for s in samples}
+    accumulate(policy, processor, samples, recipe)
+    prompts = {s.sequence.images[0]: len(s.sequence) - len(s) for s in samples}
     least = sum(prompts.values()) + sum(map(len, samples))
     assert towers == [3] and len(rows) == 1
     assert least - sum(map(len, samples)) // 2 <= rows[0] <= least, "shared beginnings of replies may save a few more"
@@ -169,13 +168,13 @@ def test_share_keeps_every_sequence_and_its_tokens(processor):
 def test_too_long_a_sequence_is_named_before_any_model_work(lab, processor):
     samples = samples_of(processor, [(2, 2)])
     with pytest.raises(ValueError, match="sequence 0"):
-        next(rounds([s.sequence for s in samples], recipe_of(lab, pack_tokens=10), loaded(lab, True), processor, ALONE))
+        rounds([s.sequence for s in samples], recipe_of(lab, pack_tokens=10), loaded(lab, True), processor)
 
 
 def test_a_model_that_is_not_prepared_refuses_packed_rows(lab, processor):
     samples = samples_of(processor, [(1, 2)])
     policy = loaded(lab, False)
-    each = next(rounds([s.sequence for s in samples], recipe_of(lab), policy, processor, ALONE))
+    (each,) = rounds([s.sequence for s in samples], recipe_of(lab), policy, processor)
     with pytest.raises(AssertionError, match="see each other"):
         policy(each.batch, lambda hidden, head: ops.linear_logprob(hidden, head, each.batch.targets))
 

@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from actial_fast.data import viewpoint
 from actial_fast.data.jsonl import JsonRecords
 from actial_fast.data.row import BadRow, Row, Turn, decode
 from actial_fast.data.sat import options_line
-from actial_fast.data.source import Rejects, SourceConfig, open_source, scan
+from actial_fast.data.source import Rejects, SourceConfig, open_source, runs, scan
 from actial_fast.data.table import Table
 
 
@@ -391,6 +392,78 @@ def test_opening_errors_say_what_to_do(tmp_path):
     ):
         with pytest.raises(ValueError, match=problem):
             open_source(config)
+
+
+# --- runs of rows with the same images
+
+
+def starts(path: Path, **config) -> list[int]:
+    return runs(open_source(SourceConfig(str(path), **config))).tolist()
+
+
+def test_runs_of_our_rows(tmp_path):
+    pairs = [["a.png", "b.png"]] * 3 + [["b.png", "a.png"]] + [["a.png"]] * 2 + [[], []] + [["a.png"]]
+    records = [row(images=images, kind=str(i % 3)) for i, images in enumerate(pairs)]
+    path = write_lines(tmp_path / "r.jsonl", records)
+    assert starts(path) == [0, 3, 4, 6, 7, 8, 9]
+    assert starts(path, limit=2) == [0, 2] and starts(path, limit=5) == [0, 3, 4, 5]
+    assert starts(path, kinds=("0", "2")) == [0, 2, 3, 4, 5, 6]  # rows 0 2 | 3 | 5 | 6 | 8: without the row between them, neighbours
+
+
+def test_the_questions_about_a_viewpoint_pair_are_a_run(tmp_path):
+    sides = {"ego_translation": "left", "object_translation": "right", "ego_rotation": "right"}
+    pairs = [{"object": "car/1", "pair": names, **sides} for names in (["a.png", "b.png"], ["b.png", "c.png"], ["c.png", "b.png"])]
+    records = [each.to_json(tmp_path) for pair in pairs for each in viewpoint.rows(pair, tmp_path / "car" / "1", seed=0)]
+    path = write_lines(tmp_path / "train.jsonl", records)
+    assert starts(path) == [0, 3, 6, 9]
+    assert starts(path, kinds=("ego_translation", "ego_rotation")) == [0, 2, 4, 6] and starts(path, limit=7) == [0, 3, 6, 7]
+
+
+def test_a_row_that_cannot_be_read_is_a_run_of_its_own(tmp_path):
+    same = row(images=["a.png"])
+    bad = ["{", "[1]", "3", row(images=5), row(images="a.png"), row(images=None)]
+    records = [same, same, *[one for each in bad for one in (each, each)], same, same]
+    path = write_lines(tmp_path / "r.jsonl", records)
+    assert starts(path, format="jsonl") == [0, *range(2, 15), 16]
+    share = write_lines(tmp_path / "s.jsonl", [one for one in records if not (isinstance(one, dict) and one["images"] == "a.png")])
+    assert starts(share, format="sharegpt") == [0, *range(2, 13), 14]
+
+
+@pytest.mark.parametrize("name", ["s.json", "s.jsonl"])
+def test_runs_of_sharegpt(tmp_path, name):
+    said = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
+    images = [{"image": "a.png"}, {"images": ["a.png"]}, {"images": "a.png"}, {"images": ["b.png"]}, {}, {"images": []}, {"image": "b.png"}]
+    records = [{"conversations": said, **each} for each in images]
+    (tmp_path / name).write_text(json.dumps(records) if name == "s.json" else "\n".join(map(json.dumps, records)))
+    assert starts(tmp_path / name) == [0, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("form", ["list", "dict", "bytes"])
+def test_runs_of_embedded_images(tmp_path, form):
+    """Rows 254 to 257 lie on both sides of a border between batches (table.BATCH)."""
+
+    def images(value: int, size: int = 100):
+        data = bytes([value]) * size
+        return {"list": [data, data], "dict": [{"bytes": data, "path": None}], "bytes": data}[form]
+
+    rows = [sat(0, image_bytes=images(i % 250)) for i in range(300)]
+    for i in (255, 256, 257):
+        rows[i] = sat(0, image_bytes=images(4))  # as row 254
+    rows[7], rows[8] = (sat(0, image_bytes=images(7, size)) for size in (100, 101))
+    rows[10], rows[11] = (sat(0, image_bytes=None) for _ in range(2))
+    path = parquet(tmp_path / "s.parquet", rows)
+    assert starts(path) == [i for i in range(301) if i not in (255, 256, 257)]
+
+
+def test_runs_of_tables(tmp_path):
+    cells = [[None], [None], [], [], [{"bytes": b"x", "path": None}]] + [[{"bytes": b"y", "path": "y.png"}]] * 2
+    assert starts(parquet(tmp_path / "s.parquet", [sat(i, image_bytes=cell) for i, cell in enumerate(cells)])) == [0, 1, 2, 3, 4, 5, 7]
+    assert starts(parquet(tmp_path / "v.parquet", [verl(i // 2) for i in range(5)])) == [0, 2, 4, 5]
+    without = [{key: value for key, value in verl(0).items() if key != "images"}] * 3
+    assert starts(parquet(tmp_path / "w.parquet", without)) == [0, 1, 2, 3]
+    named = parquet(tmp_path / "n.parquet", [sat(i, image_bytes=[f"{i // 3}.png"]) for i in range(7)])
+    assert starts(named) == [0, 3, 6, 7]
+    assert starts(parquet(tmp_path / "t.parquet", [{"question": "q", "correct_answer": "a"}] * 2), format="sat") == [0, 1, 2]
 
 
 # --- bad images, scanning, rejects

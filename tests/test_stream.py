@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from actial_fast.data import stream as stream_module
 from actial_fast.data.mixing import interleave
-from actial_fast.data.row import BadRow
+from actial_fast.data.row import BadRow, decode
 from actial_fast.data.source import SourceConfig
-from actial_fast.data.stream import Pass, Stream
+from actial_fast.data.stream import Example, Pass, Stream
+from actial_fast.images import ImageSettings, ImageStore
 
 WINDOW = 1000
 
@@ -149,58 +150,155 @@ def test_ranks_share_a_batch(tmp_path_factory, world, n):
         assert {stream.position for stream in ranks} == {alone.position}
 
 
-# --- pixels
+# --- rows with the same images stay together
+
+
+def asked(folder: Path, name: str, questions: list[int], **config) -> SourceConfig:
+    """A source with questions[i] rows in a row about the image pair i; 0: one row without images. Ids are name<pair>.<number>."""
+    with open(folder / f"{name}.jsonl", "w") as file:
+        for pair, count in enumerate(questions):
+            images = [f"{pair}a.png", f"{pair}b.png"] if count else []
+            messages = [{"role": "user", "content": "<image>" * len(images) + "?"}, {"role": "assistant", "content": "B"}]
+            for number in range(max(count, 1)):
+                record = {"id": f"{name}{pair}.{number}", "messages": messages, "images": images, "truth": "B"}
+                file.write(json.dumps(record) + "\n")
+    return SourceConfig(str(folder / f"{name}.jsonl"), **config)
+
+
+def drawn_by_units(units: list[list[list[int]]], weights: list[float], seed: int, count: int) -> list[tuple[int, int]]:
+    """The oracle: (source, row) of the first `count` draws. Each epoch of a source permutes its units, which are lists of rows."""
+    pattern, _, _ = interleave(weights)
+    epochs, waiting, out = [0] * len(units), [[] for _ in units], []
+    for position in range(count):
+        k = int(pattern[position % len(pattern)])
+        if not waiting[k]:
+            order = np.random.default_rng([seed, k, epochs[k]]).permutation(len(units[k]))
+            waiting[k] = [row for unit in order for row in units[k][unit]]
+            epochs[k] += 1
+        out.append((k, waiting[k].pop(0)))
+    return out
+
+
+@given(
+    sources=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=12), min_size=1, max_size=3),
+    seed=st.integers(0, 9),
+    together=st.booleans(),
+)
+@settings(deadline=None, max_examples=40)
+def test_what_is_permuted(tmp_path_factory, sources, seed, together):
+    """Runs of rows with the same images, or single rows: files of pairs with several questions, with one, and of text, by three weights."""
+    folder, weights = tmp_path_factory.mktemp("runs"), [3, 1, 2][: len(sources)]
+    configs = [asked(folder, f"s{k}_", questions, weight=weights[k]) for k, questions in enumerate(sources)]
+    stream = Stream(configs, seed=seed, together=together, workers=0)
+    units = []
+    for questions in sources:
+        rows = iter(range(sum(max(count, 1) for count in questions)))
+        runs = [[next(rows) for _ in range(max(count, 1))] for count in questions]
+        units.append(runs if together else [[row] for run in runs for row in run])
+    count = 2 * stream.epoch_length + 5
+    places = [stream.locate(p) for p in range(count)]
+    assert places == drawn_by_units(units, weights, seed, count)
+    assert len(set(places[: stream.epoch_length])) == sum(stream.sizes) > len(set(places[: stream.epoch_length - 1]))
+    assert [stream.locate(p) for p in reversed(range(count))] == places[::-1]  # whatever was asked before
+    assert stream.epoch_length == Stream(configs, seed=seed, together=not together, workers=0).epoch_length
+
+
+def test_rows_without_shared_images_are_permuted_as_ever(tmp_path):
+    for config in (make(tmp_path, "a", 60), asked(tmp_path, "b", [1, 0, 0, 1] * 15)):
+        stream = Stream([config], seed=7, workers=0)
+        permuted = [int(row) for epoch in range(3) for row in np.random.default_rng([7, 0, epoch]).permutation(60)]
+        assert [stream.locate(p)[1] for p in range(180)] == permuted
+    stream = Stream([asked(tmp_path, "c", [3] * 20)], seed=7, shuffle=False, workers=0)
+    assert [stream.locate(p)[1] for p in range(90)] == [*range(60), *range(30)]
+
+
+def test_runs_over_ranks_and_resumed(tmp_path):
+    configs = [asked(tmp_path, "a", [3] * 20 + [1, 0, 2], weight=3), asked(tmp_path, "b", [2, 1, 1, 5], weight=1)]
+    alone = Stream(configs, seed=1, workers=0)
+    straight = [ids(alone.next_batch(14)) for _ in range(8)]
+    ranks = [Stream(configs, seed=1, rank=r, world=3, workers=0) for r in range(3)]
+    assert [[name for stream in ranks for name in ids(stream.next_batch(14))] for _ in range(8)] == straight
+    for step in (5, 2):
+        resumed = Stream(configs, seed=1)
+        resumed.seek(14 * step)
+        assert [ids(resumed.next_batch(14)) for _ in range(3)] == straight[step : step + 3]
+        resumed.close()
+
+
+@pytest.mark.parametrize("batch", [12, 32])
+def test_neighbours_in_a_batch_share_their_images(tmp_path, batch):
+    """Three questions a pair: two of three neighbours share, and a batch shows as few pairs as its borders allow."""
+    config = asked(tmp_path, "a", [3] * 200)
+    for together in (True, False):
+        stream = Stream([config], seed=0, together=together, workers=0)
+        shown = [[example.row.images for example in stream.next_batch(batch)] for _ in range(600 // batch)]
+        shared = sum(one == other for images in shown for one, other in pairwise(images))
+        part = shared / sum(len(images) - 1 for images in shown)
+        pairs = max(len(set(images)) for images in shown)
+        if together:
+            assert part >= 0.64 and pairs <= -(-batch // 3) + 1
+        else:
+            assert part <= 0.05 and pairs > 0.8 * batch
+
+
+# --- encode
+
+
+def pixels(example: Example) -> tuple[np.ndarray, ...]:
+    """The images of a row, decoded: an `encode` that finds bad images."""
+    return tuple(decode(image, example.row.where) for image in example.row.images)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_pixels(tmp_path, workers):
-    stream = Stream([make(tmp_path, "a", 20)], seed=0, workers=workers)
+def test_encode_gets_the_row_with_its_images_still_encoded(tmp_path, workers):
+    threads = set()
+
+    def encode(example: Example):
+        threads.add(threading.current_thread().name)
+        assert example.encoded is None
+        return example.position, example.row.images, pixels(example)
+
+    stream = Stream([make(tmp_path, "a", 20)], seed=0, workers=workers, encode=encode)
     for example in stream.next_batch(20) + stream.next_batch(20):
-        number = int(example.row.id[1:])
-        assert [p.shape for p in example.pixels] == [(4, 5, 3)] * 2 and all(p.dtype == np.uint8 for p in example.pixels)
-        assert [int(p[0, 0, 0]) for p in example.pixels] == [number % 8, (number + 1) % 8]
-        with pytest.raises(ValueError, match="read-only"):
-            example.pixels[0][0, 0, 0] = 1
+        number, (position, images, decoded) = int(example.row.id[1:]), example.encoded
+        assert position == example.position and images == example.row.images
+        assert images == (tmp_path / f"{number % 8}.png", tmp_path / f"{(number + 1) % 8}.png")
+        assert [int(p[0, 0, 0]) for p in decoded] == [number % 8, (number + 1) % 8]
     stream.close()
+    assert threads and all(name.startswith("stream") == (workers > 0) for name in threads)
 
 
-@pytest.mark.parametrize("budget", [0, 1 << 20])
-def test_an_image_is_decoded_once_a_batch(tmp_path, monkeypatch, budget):
-    config, decoded, lock = make(tmp_path, "a", 64), Counter(), threading.Lock()
-    decode = stream_module.decode
-
-    def counting(image, where):
-        with lock:
-            decoded[image] += 1
-        return decode(image, where)
-
-    monkeypatch.setattr(stream_module, "decode", counting)
-    monkeypatch.setattr(stream_module, "CACHE_BYTES", budget)
-    stream = Stream([config], seed=0, workers=4)
-    stream.next_batch(64)
+@pytest.mark.parametrize("workers", [0, 3])
+def test_the_stream_decodes_nothing(tmp_path, workers):
+    """Whether an image is any good is for `encode` to find out: without one, rows whose image is not there are rows like others."""
+    config = make(tmp_path, "a", 10, bad=(2, 3))
+    stream = Stream([config], seed=0, workers=workers)
+    drawn = stream.next_batch(10)
     stream.close()
-    assert len(decoded) == 8 and max(decoded.values()) <= (1 if budget else 2)  # 2: the batch handed out and the one read ahead
-    decoded.clear()
-    assert len(list(Pass(config, workers=4))) == 64 and len(decoded) == 8
-    if budget:
-        assert max(decoded.values()) == 1
+    assert len(drawn) == len(list(Pass(config, workers=workers))) == 10 and all(example.encoded is None for example in drawn)
 
 
-def test_the_cache_gives_memory_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(stream_module, "CACHE_BYTES", 200)  # three of these images
-    stream = Stream([make(tmp_path, "a", 8)], seed=0, workers=0)
-    for _ in range(4):
-        stream.next_batch(2)
-        stream._pixels.trim()
-        assert 0 < len(stream._pixels._images) <= 3
+def test_rows_that_share_an_image_decode_it_once_and_each_reports_it(tmp_path):
+    store = ImageStore(ImageSettings(14, 2, 2, 56 * 56, 56 * 56, 3, (0.5,) * 3, (0.5,) * 3), tmp_path / "store")
+    stream = Stream(
+        [make(tmp_path, "a", 64, bad=(3, 4, 60))],
+        seed=0,
+        on_bad_row="skip",
+        rejects=tmp_path / "r.jsonl",
+        workers=4,
+        encode=lambda example: tuple(store.put(image, example.row.where) for image in example.row.images),
+    )
+    drawn = stream.next_batch(64)
     stream.close()
+    assert len(drawn) == 61 and len({example.encoded for example in drawn}) == 8 and store.decodes == 8
+    assert {json.loads(line)["where"].rsplit(":")[-1] for line in (tmp_path / "r.jsonl").read_text().splitlines()} == {"4", "5", "61"}
 
 
 # --- bad rows
 
 
 def test_a_bad_row_is_an_error_that_names_it(tmp_path):
-    stream = Stream([make(tmp_path, "a", 20, bad=(13,))], seed=0, shuffle=False)
+    stream = Stream([make(tmp_path, "a", 20, bad=(13,))], seed=0, shuffle=False, encode=pixels)
     assert len(stream.next_batch(10)) == 10
     for _ in range(2):  # the position stays: the stream does not step over a row that nobody has seen
         with pytest.raises(BadRow, match=r"a\.jsonl:14: image .*gone\.png does not exist"):
@@ -213,7 +311,7 @@ def test_a_bad_row_is_an_error_that_names_it(tmp_path):
 def test_skipping_leaves_the_slot_empty_and_keeps_the_record(tmp_path, world):
     config, rejects = make(tmp_path, "a", 20, bad=(3, 13)), tmp_path / "rejects.jsonl"
     clean = Stream([make(tmp_path, "b", 20)], seed=0)
-    streams = [Stream([config], seed=0, on_bad_row="skip", rejects=rejects, rank=r, world=world) for r in range(world)]
+    streams = [Stream([config], seed=0, on_bad_row="skip", rejects=rejects, rank=r, world=world, encode=pixels) for r in range(world)]
     for _ in range(6):
         parts = [stream.next_batch(10) for stream in streams]
         want = {e.position: e.row.id[1:] for e in clean.next_batch(10) if e.row.id not in ("b3", "b13")}
@@ -230,24 +328,27 @@ def test_skipping_leaves_the_slot_empty_and_keeps_the_record(tmp_path, world):
     assert len(list(tmp_path.glob("rejects*.jsonl"))) <= world and (world > 1) != rejects.exists()
 
 
-def test_a_shared_bad_image_is_reported_for_each_row(tmp_path, monkeypatch):
-    decode = stream_module.decode
+def test_a_bad_row_of_encode_keeps_its_name_and_order(tmp_path):
+    def slow_to_fail(example: Example):  # so that the rows after it are done before
+        time.sleep(0.1 * any(image.name == "gone.png" for image in example.row.images))
+        return pixels(example)
 
-    def slow(image, where):  # so that the other rows wait for the verdict on the same file
-        time.sleep(0.1 * (image.name == "gone.png"))
-        return decode(image, where)
-
-    monkeypatch.setattr(stream_module, "decode", slow)
-    stream = Stream(
-        [make(tmp_path, "a", 6, bad=(1, 2, 4))], seed=0, on_bad_row="skip", rejects=tmp_path / "r.jsonl", shuffle=False, workers=6
-    )
+    config = make(tmp_path, "a", 6, bad=(1, 2, 4))
+    stream = Stream([config], seed=0, on_bad_row="skip", rejects=tmp_path / "r.jsonl", shuffle=False, workers=6, encode=slow_to_fail)
     assert ids(stream.next_batch(6)) == ["a0", "a3", "a5"]
     stream.close()
     assert [json.loads(line)["where"].rsplit(":")[-1] for line in (tmp_path / "r.jsonl").read_text().splitlines()] == ["2", "3", "5"]
 
 
+def test_other_errors_of_encode_are_not_bad_rows(tmp_path):
+    stream = Stream([make(tmp_path, "a", 6)], seed=0, on_bad_row="skip", encode=lambda example: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stream.next_batch(2)
+    stream.close()
+
+
 def test_an_image_that_is_mended_is_used_again(tmp_path):
-    stream = Stream([make(tmp_path, "a", 4, bad=(0, 1, 2, 3))], seed=0, on_bad_row="skip", workers=0)
+    stream = Stream([make(tmp_path, "a", 4, bad=(0, 1, 2, 3))], seed=0, on_bad_row="skip", workers=0, encode=pixels)
     assert stream.next_batch(2) == []
     Image.new("RGB", (5, 4)).save(tmp_path / "gone.png")
     assert len(stream.next_batch(4)) == 4
@@ -255,7 +356,7 @@ def test_an_image_that_is_mended_is_used_again(tmp_path):
 
 
 def test_a_source_without_a_good_row_ends_the_run(tmp_path):
-    stream = Stream([make(tmp_path, "a", 5, bad=(0, 1, 2, 3, 4))], seed=0, on_bad_row="skip")
+    stream = Stream([make(tmp_path, "a", 5, bad=(0, 1, 2, 3, 4))], seed=0, on_bad_row="skip", encode=pixels)
     with pytest.raises(ValueError, match="no usable row in 10 draws"):
         for _ in range(10):
             stream.next_batch(2)
@@ -263,7 +364,7 @@ def test_a_source_without_a_good_row_ends_the_run(tmp_path):
 
 
 def test_few_good_rows_do_not_end_the_run(tmp_path):
-    stream = Stream([make(tmp_path, "a", 5, bad=(0, 1, 3, 4))], seed=0, on_bad_row="skip")
+    stream = Stream([make(tmp_path, "a", 5, bad=(0, 1, 3, 4))], seed=0, on_bad_row="skip", encode=pixels)
     assert [len(stream.next_batch(5)) for _ in range(6)] == [1] * 6 and stream.rejected == 24
     stream.close()
 
@@ -295,8 +396,8 @@ def test_pass_visits_each_row_once_in_order(tmp_path, workers):
 def test_pass_meets_bad_rows(tmp_path):
     config = make(tmp_path, "a", 50, bad=(7, 40))
     with pytest.raises(BadRow, match=r"a\.jsonl:8"):
-        list(Pass(config))
-    skipping = Pass(config, on_bad_row="skip", rejects=tmp_path / "r.jsonl")
+        list(Pass(config, encode=pixels))
+    skipping = Pass(config, on_bad_row="skip", rejects=tmp_path / "r.jsonl", encode=pixels)
     assert len(list(skipping)) == 48 and skipping.rejected == 2 and len((tmp_path / "r.jsonl").read_text().splitlines()) == 2
 
 

@@ -21,9 +21,9 @@ from actial_fast.config import to_yaml
 from actial_fast.data.row import BadRow, Row, Turn
 from actial_fast.data.source import SourceConfig
 from actial_fast.data.stream import Stream
-from actial_fast.dist import World
 from actial_fast.metrics import read_events, read_metrics
 from actial_fast.model import load_policy
+from actial_fast.packed_ops import collect, patchify
 from actial_fast.processor import Processor
 from actial_fast.recipe import (
     DataConfig,
@@ -40,8 +40,7 @@ from actial_fast.recipe import (
 from actial_fast.rewards import RewardConfig
 from actial_fast.spec import GRPOSpec
 from actial_fast.training import build_optimizer
-
-ALONE = World(0, 1, torch.device("cpu"))
+from tests.loops import ALONE, accumulate, log_probs
 
 
 @pytest.fixture
@@ -110,13 +109,13 @@ def test_sft_gradient_is_that_of_transformers_own_loss(sft_recipe, lab):
             input_ids=ids,
             labels=torch.where(torch.from_numpy(s.trained)[None], ids, -100),
             mm_token_type_ids=(ids == processor.image_token).int(),
-            pixel_values=torch.from_numpy(np.concatenate(s.patches)),
+            pixel_values=patchify(collect(processor.store, s.images)),
             image_grid_thw=torch.tensor(s.grids),
         )
         part = out.loss * int(s.trained.sum()) / tokens
         part.backward()
         total += part.item()
-    assert loss == pytest.approx(total, rel=1e-5)
+    assert loss.item() == pytest.approx(total, rel=1e-5)
     for name, parameter in theirs.named_parameters():
         ours = policy.model.get_parameter(name).grad
         assert torch.allclose(ours, parameter.grad, atol=1e-6, rtol=1e-4), name
@@ -131,7 +130,7 @@ def test_sft_gradient_does_not_depend_on_micro_batches(sft_recipe, lab, weightin
         policy = load_policy(sft_recipe.model, ALONE.device, 0, packed=True)
         recipe = replace(sft_recipe, micro_batch=size, loss_weighting=weighting)
         loss, _ = sft._accumulate(policy, processor, sequences, recipe, ALONE)
-        found.append((loss, {n: p.grad.clone() for n, p in policy.trained().items() if p.grad is not None}))
+        found.append((loss.item(), {n: p.grad.clone() for n, p in policy.trained().items() if p.grad is not None}))
     for loss, grads in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-6)
         assert_same(grads, found[0][1], atol=1e-6)
@@ -187,7 +186,7 @@ def test_importance_correction_weighs_by_the_samplers_probability(grpo_recipe, l
     corrected = _gradients(policy, processor, twice, recipe, 16, True)
     plain = _gradients(policy, processor, twice, replace(recipe, importance_correction=False), 16, True)
     assert_same(corrected, {name: 2 * g for name, g in plain.items()}, atol=1e-5)
-    stats = grpo._accumulate(policy, processor, twice, recipe, ALONE)
+    stats = accumulate(policy, processor, twice, recipe).double().numpy()
     named = dict(zip(grpo.ops.STATS, stats, strict=True))
     metrics = grpo._metrics(twice, stats, recipe, ALONE, 1.0)
     assert metrics["importance"] == pytest.approx(2, rel=1e-4) and metrics["ratio"] == 1 and metrics["loss"] == named["loss"]
@@ -202,7 +201,8 @@ def _moved(recipe, lab):
     reference = load_policy(recipe.model, ALONE.device, 0, packed=True).eval()
     samples = grpo._sample(policy, processor, Stream(recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4), recipe)
     samples = [replace(s, minibatch=0, advantage=0.0 if i < 4 else s.advantage) for i, s in enumerate(samples)]
-    samples = grpo._log_probs(policy, reference, processor, samples, recipe, ALONE)
+    ahead = grpo._passes(policy, reference, processor, [samples], recipe, ALONE)
+    (samples,) = grpo._log_probs(policy, reference, [samples], ahead, recipe)
     assert any(s.advantage for s in samples)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -212,12 +212,12 @@ def _moved(recipe, lab):
 
 
 def _now(policy, processor, samples, recipe):
-    return grpo._forward_only(policy, processor, [s.sequence for s in samples], recipe, ALONE)
+    return log_probs(policy, processor, [s.sequence for s in samples], recipe)
 
 
 def _gradients(policy, processor, samples, recipe, size, skip):
     policy.zero_grad(set_to_none=True)
-    grpo._accumulate(policy, processor, samples, replace(recipe, micro_batch=size, skip_zero_variance=skip), ALONE)
+    accumulate(policy, processor, samples, replace(recipe, micro_batch=size, skip_zero_variance=skip))
     return {name: p.grad.clone() for name, p in policy.trained().items()}
 
 
@@ -226,7 +226,9 @@ def test_old_logprobs_only_after_the_first_minibatch_and_equal_the_samplers(grpo
     reference = load_policy(grpo_recipe.model, ALONE.device, 0, packed=True).eval()
     examples = Stream(grpo_recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4)
     samples = grpo._sample(policy, processor, examples, grpo_recipe)
-    samples = grpo._log_probs(policy, reference, processor, samples, grpo_recipe, ALONE)
+    minibatches = [[s for s in samples if s.minibatch == m] for m in range(2)]
+    ahead = grpo._passes(policy, reference, processor, minibatches, grpo_recipe, ALONE)
+    samples = [s for each in grpo._log_probs(policy, reference, minibatches, ahead, grpo_recipe) for s in each]
     assert {s.minibatch: s.old is not None for s in samples} == {0: False, 1: True}
     for s in samples:
         np.testing.assert_allclose(s.ref, s.sampled, atol=2e-5)

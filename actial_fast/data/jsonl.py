@@ -132,3 +132,9 @@ class JsonlSource:
         """The question type of row `index`, without checking the rest of it; BadRow when it is not JSON."""
         record = self._records[index]
         return str(record.get("kind", "")) if isinstance(record, dict) else ""
+
+    def images(self, index: int) -> tuple[str, ...]:
+        """The image paths of row `index` as they are written, () when it has no list of them; BadRow when it is not JSON."""
+        record = self._records[index]
+        images = record.get("images") if isinstance(record, dict) else None
+        return tuple(str(image) for image in images) if isinstance(images, list) else ()

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_uppercase
 
+import pyarrow as pa
+
 from .row import IMAGE_TAG, BadRow, Row, Turn
 from .table import Table
 
@@ -82,3 +84,7 @@ class SatSource:
     def kind(self, index: int) -> str:
         """The question type of row `index`."""
         return str(self._table.value(index, "question_type") or "") if self._typed else ""
+
+    def images(self, index: int) -> tuple[pa.Scalar, ...]:
+        """The images of row `index` as Table.cell has them."""
+        return self._table.cell(index, self._images) if self._images else ()

@@ -35,10 +35,7 @@ class ShareGptSource:
         if media := [key for key in ("videos", "audios") if record.get(key)]:
             raise BadRow(where, f"has {media[0]}; only images are supported")
         turns = _turns(record, where)
-        images = record.get("images", record.get("image")) or []
-        images = [images] if isinstance(images, str) else images
-        if not (isinstance(images, list) and all(isinstance(image, str) for image in images)):
-            raise BadRow(where, "images is neither a path nor a list of paths")
+        images = _images(record, where)
         answer = next((turn.content for turn in reversed(turns) if turn.role == "assistant"), "")
         return Row(
             turns=turns,
@@ -53,6 +50,19 @@ class ShareGptSource:
         """The question type of row `index`; BadRow when it is not JSON."""
         record = self._records[index]
         return _kind(record) if isinstance(record, dict) else ""
+
+    def images(self, index: int) -> tuple[str, ...]:
+        """The image paths of row `index` as they are written; BadRow when it is not JSON or they are no paths."""
+        record = self._records[index]
+        return _images(record, self._records.where(index)) if isinstance(record, dict) else ()
+
+
+def _images(record: dict, where: str) -> tuple[str, ...]:
+    images = record.get("images", record.get("image")) or []
+    images = [images] if isinstance(images, str) else images
+    if not (isinstance(images, list) and all(isinstance(image, str) for image in images)):
+        raise BadRow(where, "images is neither a path nor a list of paths")
+    return tuple(images)
 
 
 def _kind(record: dict) -> str:

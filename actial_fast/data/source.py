@@ -1,7 +1,7 @@
 """Opening a data source by its format, and checking it as a whole.
 
-A source is anything with `__len__()`, `__getitem__(i) -> Row` (BadRow for a malformed row) and `kind(i) -> str`; images stay encoded until
-row.decode. One file per format: jsonl, sharegpt, sat, verl.
+A source is anything with `__len__()`, `__getitem__(i) -> Row` (BadRow for a malformed row), `kind(i) -> str` and `images(i) -> tuple`;
+images stay encoded until row.decode. One file per format: jsonl, sharegpt, sat, verl.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -61,6 +61,12 @@ class Source(Protocol):
         """The question type of row `index`, read as cheaply as the format allows."""
         ...
 
+    def images(self, index: int) -> tuple[Any, ...]:
+        """What tells the images of row `index` from those of its neighbours, read as cheaply as the format allows.
+
+        Equal to another row's only if both have the same images in the same order; () when the row has none or it cannot be told."""
+        ...
+
 
 @dataclass(frozen=True)
 class View:
@@ -78,6 +84,9 @@ class View:
 
     def kind(self, index: int) -> str:
         return self.source.kind(int(self.indices[index]))
+
+    def images(self, index: int) -> tuple[Any, ...]:
+        return self.source.images(int(self.indices[index]))
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -157,6 +166,23 @@ def _of_kinds(source: Source, kinds: tuple[str, ...], path: Path) -> np.ndarray:
             f"data source {path}: no row of kind {', '.join(missing)}; it has {', '.join(f'{k!r}' for k in sorted(seen)) or 'no kinds'}"
         )
     return np.array(keep, np.int64)
+
+
+def runs(source: Source) -> np.ndarray:
+    """Where each run of rows with the same images begins, and at last the number of rows: int64 (runs + 1,), ascending from 0.
+
+    A run is as many adjacent rows as have equal, known images; a row without images, or one that cannot be read, is a run of its own.
+    """
+    starts, last = [], ()
+    for index in range(len(source)):
+        try:
+            images = source.images(index)
+        except BadRow:
+            images = ()
+        if not images or images != last:
+            starts.append(index)
+        last = images
+    return np.array([*starts, len(source)], np.int64)
 
 
 @dataclass(frozen=True)

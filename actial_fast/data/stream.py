@@ -1,8 +1,9 @@
 """An endless stream over a mixture of sources whose whole state is one integer.
 
 Position p of the mixture belongs to a fixed (source, row): the source from a periodic pattern that keeps every source within one draw of
-its exact share, the row from a permutation drawn from (seed, source, epoch). So shuffling, resuming and sharding by rank are functions of
-the position alone, and a checkpoint stores nothing but `stream.position`.
+its exact share, the row from a permutation drawn from (seed, source, epoch). Runs of adjacent rows with the same images are permuted as
+one, so that a batch has the questions about an image together and the image once. So shuffling, resuming and sharding by rank are functions
+of the position alone, and a checkpoint stores nothing but `stream.position`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 
 from .mixing import interleave
 from .row import BadRow, Row
-from .source import Rejects, Source, SourceConfig, open_source
+from .source import Rejects, Source, SourceConfig, open_source, runs
 
 LOOKAHEAD = 32  # rows a Pass reads ahead
 
@@ -53,6 +54,10 @@ class Stream:
         sources: what to mix, by weight.
         seed: of the shuffles; the same seed gives the same stream on every machine and for any number of ranks.
         shuffle: a new permutation of each source every epoch; False keeps the file's order.
+        together: shuffle runs of adjacent rows with the same images (source.runs), keeping the rows of a run adjacent and in order, instead
+            of single rows; for that, every row's images are looked up once when the stream is made. The border of a batch, or of a rank's
+            share of it, may cut a run, and in a mixture rows of other sources may lie between its rows. Without shared images, and with
+            False, single rows are permuted. A position means another row when seed, shuffle or together is another.
         on_bad_row: "error" raises BadRow (file, row, reason) from next_batch; "skip" leaves the slot empty, counts it in `rejected` and
             records the row once in `rejects`.
         rejects: a JSON Lines file for skipped rows, or None. With several ranks, one file a rank (x.rank0.jsonl).
@@ -70,6 +75,7 @@ class Stream:
         *,
         seed: int,
         shuffle: bool = True,
+        together: bool = True,
         on_bad_row: str = "error",
         rejects: Path | None = None,
         workers: int = 2,
@@ -82,6 +88,8 @@ class Stream:
         self._pattern, self._before, self._counts = interleave([config.weight for config in sources])
         self._sources = [open_source(config) for config in sources]
         self._seed, self._shuffle, self._skip = seed, shuffle, on_bad_row == "skip"
+        if shuffle:
+            self._runs = [runs(source) if together else np.arange(len(source) + 1) for source in self._sources]
         self._rank, self._world = rank, world
         self._rejects, self._encode = Rejects(rejects, rank, world), encode
         self._pool = ThreadPoolExecutor(workers, "stream") if workers else None
@@ -120,7 +128,7 @@ class Stream:
 
     def _order(self, k: int, epoch: int) -> np.ndarray:
         if (k, epoch) not in self._orders:
-            self._orders[k, epoch] = np.random.default_rng([self._seed, k, epoch]).permutation(len(self._sources[k]))
+            self._orders[k, epoch] = _shuffled(self._runs[k], np.random.default_rng([self._seed, k, epoch]))
             if len(self._orders) > 2 * len(self._sources):  # the epochs at either side of a batch
                 self._orders.popitem(last=False)
         return self._orders[k, epoch]
@@ -249,6 +257,14 @@ def _submit(pool: ThreadPoolExecutor | None, source: Source, index: int, positio
     future: Future = Future()
     future.set_result(_load(source, index, position, encode))
     return future
+
+
+def _shuffled(starts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The rows 0, 1, ... in an order in which the runs are permuted and each keeps its own. starts: int64 (runs + 1,), as from runs()."""
+    order = rng.permutation(len(starts) - 1)
+    lengths = np.diff(starts)[order]
+    places = np.cumsum(lengths) - lengths  # at which each run begins
+    return np.repeat(starts[order] - places, lengths) + np.arange(starts[-1])
 
 
 def _check_policy(on_bad_row: str) -> None:

@@ -60,6 +60,16 @@ class Table:
         batch, at = self._place(index)
         return batch.column(column)[at].as_py()
 
+    def cell(self, index: int, column: str) -> tuple[pa.Scalar, ...]:
+        """One value of row `index`, left in its place: () when it is null, an empty list or a list with a null.
+
+        Two are equal when all in them is (of {"bytes", "path"}, both); bytes are read for that only when they are equally long.
+        """
+        batch, at = self._place(index)
+        cell = batch.column(column)[at]
+        usable = cell.is_valid and (not isinstance(cell, pa.ListScalar) or (len(cell.values) and not cell.values.null_count))
+        return (cell,) if usable else ()
+
     def where(self, index: int) -> str:
         """`file:row`, counted from 1."""
         return f"{self.path}:{index + 1}"

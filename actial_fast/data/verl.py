@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+
 from .row import BadRow, Row, Turn
 from .table import Table
 
@@ -49,3 +51,7 @@ class VerlSource:
     def kind(self, index: int) -> str:
         """data_source and ability of row `index`, joined by a slash when it has both."""
         return "/".join(str(value) for name in self._kinds if (value := self._table.value(index, name)))
+
+    def images(self, index: int) -> tuple[pa.Scalar, ...]:
+        """The images of row `index` as Table.cell has them."""
+        return self._table.cell(index, "images") if "images" in self._table.column_names else ()

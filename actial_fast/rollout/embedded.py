@@ -70,7 +70,7 @@ def _decode(
     policy: Policy, processor: Processor, prompts: list[Sequence], n: int, uniforms: Tensor | None, temperature: float, limit: int
 ) -> list[Reply]:
     device = policy.device
-    batch = collate(prompts, processor.pad, left=True).to(device)
+    batch = collate(prompts, processor.pad, processor.store, left=True).to(device)
     stop = torch.tensor(processor.stop_tokens, device=device)
     banned = torch.tensor(processor.banned_tokens, device=device)
     cache = DynamicCache(config=policy.base.config.get_text_config())

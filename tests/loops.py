@@ -1,0 +1,35 @@
+"""What the tests of the loops and of their passes call: one pass over sequences, or one mini-batch's gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actial_fast import grpo
+from actial_fast.dist import World
+from actial_fast.grpo import Sample
+from actial_fast.model import Policy
+from actial_fast.packing import Sequence
+from actial_fast.processor import Processor
+from actial_fast.recipe import GRPORecipe
+from actial_fast.rounds import Pass, Round, passes
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def rounds(sequences: list[Sequence], recipe: GRPORecipe, policy: Policy, processor: Processor, *, trained: bool = False) -> list[Round]:
+    """The rounds of one pass; what they hold of the tower's is not to be used."""
+    return list(passes([Pass(policy, sequences, trained)], recipe, processor, ALONE)[0])
+
+
+def log_probs(policy: Policy, processor: Processor, sequences: list[Sequence], recipe: GRPORecipe) -> list[np.ndarray]:
+    """Of each sequence's trained tokens, in eval mode."""
+    return grpo._forward_only(policy, sequences, passes([Pass(policy, sequences, False)], recipe, processor, ALONE)[0], recipe)
+
+
+def accumulate(policy: Policy, processor: Processor, samples: list[Sample], recipe: GRPORecipe) -> Tensor:
+    """Gradients of all samples as one mini-batch, and its statistics. Their old and reference log-probs are taken as they are."""
+    kept = grpo._kept(samples, recipe)
+    (each,) = passes([Pass(policy, [s.sequence for s in kept], True)], recipe, processor, ALONE)
+    return grpo._accumulate(policy, kept, (sum(map(len, samples)), len(samples)), each, recipe, ALONE)
