@@ -93,7 +93,7 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
     stage = open_stage(recipe, start, where, Processor.encode_prompt)
     policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
     reference = None
-    if recipe.loss.beta > 0 and not policy.adapted:
+    if (recipe.loss.beta > 0 or not recipe.skip_reference) and not policy.adapted:
         reference = load_reference(recipe.model, where.device, packed=recipe.packing == "packed")
         reference = shard(reference, where) if recipe.dist.fsdp else reference
     total = recipe.steps
@@ -176,8 +176,8 @@ def _sample(policy: Policy, processor: Processor, examples: Many[Example], recip
 
 @dataclass(frozen=True)
 class Passes:
-    """The rounds of one step, to be run in this order: old log-probs of late mini-batches and the reference's, or None where not needed,
-    then each mini-batch's update."""
+    """The rounds of one step, to be run in this order: old log-probs of mini-batches that need them and the reference's, or None where none
+    does, then each mini-batch's update."""
 
     old: Iterator[Round] | None
     ref: Iterator[Round] | None
@@ -187,15 +187,21 @@ class Passes:
 def _passes(
     policy: Policy, reference: Policy | None, processor: Processor, minibatches: Many[list[Sample]], recipe: GRPORecipe, where: World
 ) -> Passes:
-    late = [s.sequence for samples in minibatches[1:] for s in samples]
-    wanted = [Pass(policy, late, trained=False)] if len(minibatches) > 1 else []
-    if recipe.loss.beta > 0:
+    late = minibatches[_on_policy(recipe) :]
+    needs_ref = recipe.loss.beta > 0 or not recipe.skip_reference
+    wanted = [Pass(policy, [s.sequence for samples in late for s in samples], trained=False)] if late else []
+    if needs_ref:
         wanted.append(Pass(reference or policy, [s.sequence for samples in minibatches for s in samples], trained=False))
     wanted += [Pass(policy, [s.sequence for s in samples], trained=True) for samples in minibatches]
     made = passes(wanted, recipe, processor, where)
-    old = made.pop(0) if len(minibatches) > 1 else None
-    ref = made.pop(0) if recipe.loss.beta > 0 else None
+    old = made.pop(0) if late else None
+    ref = made.pop(0) if needs_ref else None
     return Passes(old, ref, made)
+
+
+def _on_policy(recipe: GRPORecipe) -> int:
+    """How many mini-batches, the first ones, have the policy's own log-probs for old ones."""
+    return 1 if recipe.skip_old_logp else 0
 
 
 def _kept(samples: list[Sample], recipe: GRPORecipe) -> list[Sample]:
@@ -209,12 +215,11 @@ def _log_probs(
     policy: Policy, reference: Policy | None, minibatches: Many[list[Sample]], rounds: Passes, recipe: GRPORecipe
 ) -> list[list[Sample]]:
     """The samples with old log-probs where the policy will have moved (after the first mini-batch), and reference ones where beta asks."""
-    first, *others = minibatches
+    minibatches = list(minibatches)
     if rounds.old is not None:
-        late = [s for samples in others for s in samples]
-        old = iter(_forward_only(policy, [s.sequence for s in late], rounds.old, recipe))
-        others = [[replace(s, old=next(old)) for s in samples] for samples in others]
-    minibatches = [first, *others]
+        late = minibatches[_on_policy(recipe) :]
+        old = iter(_forward_only(policy, [s.sequence for samples in late for s in samples], rounds.old, recipe))
+        minibatches[_on_policy(recipe) :] = [[replace(s, old=next(old)) for s in samples] for samples in late]
     if rounds.ref is not None:
         with contextlib.nullcontext() if reference is not None else policy.adapter_off():
             ref = iter(_forward_only(reference or policy, [s.sequence for each in minibatches for s in each], rounds.ref, recipe))
@@ -271,7 +276,7 @@ def _accumulate(
         arguments = {
             "advantages": rows([np.full(len(s), s.advantage) for s in chosen]),
             "old_logp": None if on_policy else rows([s.old for s in chosen]),
-            "ref_logp": rows([s.ref for s in chosen]) if spec.beta > 0 else None,
+            "ref_logp": rows([s.ref for s in chosen]) if all(s.ref is not None for s in chosen) else None,
             "sampler_logp": rows([s.sampled for s in chosen]) if recipe.importance_correction else None,
             "token_weight": token_weight.to(where.device, non_blocking=True),
             "cu_seqlens": cu_seqlens,

@@ -275,6 +275,10 @@ class GRPORecipe:
     skip_zero_variance: bool = True
     """Leave groups whose rewards are all equal out of the update where their gradient is exactly zero: when `loss.beta` and
     `loss.entropy_coef` are 0 and `loss.top_entropy` is 1."""
+    skip_old_logp: bool = True
+    """Take the policy's own log-probs for the old ones of a step's first mini-batch, which is exact, instead of computing them before."""
+    skip_reference: bool = True
+    """Do without the reference where `loss.beta` is 0; false logs the KL all the same."""
     importance_correction: bool = False
     """Weight the policy term by policy / sampler probability (bounds in `loss`), for a sampler that computes other log-probs than the
     trainer does."""

@@ -62,7 +62,7 @@ class VisionArguments:
         """Keyword arguments of a tower's forward pass, `grid_thw` among them (on the host, where nobody reads it).
 
         flash: the tower's attention takes all segments in one call. Others (sdpa, eager) take them one by one and read their bounds on the
-        host, which then stay there. To call a model's `get_image_features` instead, put "image_" before every name but grid_thw.
+        host, which then stay there.
         """
         given = {"grid_thw": torch.tensor(self.grids), "position_ids": self.position_ids, **_bounds(self.frames, "seqlen", flash)}
         if self.windows is not None:

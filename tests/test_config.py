@@ -42,6 +42,14 @@ def test_defaults_are_those_of_the_dataclass(write):
     assert load_recipe(write("kind: grpo\n")) == GRPORecipe()
 
 
+def test_a_part_given_in_part_keeps_the_rest_of_its_place(write):
+    """The defaults of a GRPO stage's optimizer, data and checkpoints are not those of their classes."""
+    recipe = load_recipe(write("kind: grpo\noptim: {lr: 1e-5}\ndata: {workers: 1}\nsave: {keep: 3}\n"), ["optim.eps=1e-6"])
+    usual = GRPORecipe()
+    assert recipe.optim == dataclasses.replace(usual.optim, lr=1e-5, eps=1e-6) and recipe.optim.warmup_steps == 0
+    assert recipe.data == dataclasses.replace(usual.data, workers=1) and recipe.save == dataclasses.replace(usual.save, keep=3)
+
+
 def test_nested_values_lists_and_numbers(write):
     recipe = load_recipe(
         write("kind: grpo\noptim: {lr: 1e-6, betas: [0.9, 1]}\nrewards: [{name: accuracy, weight: 2}]\nmodel: {freeze: [model.visual]}\n")

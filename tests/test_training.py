@@ -236,6 +236,30 @@ def test_old_logprobs_only_after_the_first_minibatch_and_equal_the_samplers(grpo
             np.testing.assert_allclose(s.old, s.sampled, atol=2e-5)
 
 
+@pytest.mark.parametrize("switch", ["skip_old_logp", "skip_reference"])
+def test_what_is_skipped_does_not_change_the_update(switch, grpo_recipe, lab):
+    policy, processor = load_policy(grpo_recipe.model, ALONE.device, 0, packed=True), Processor.load(str(lab.model))
+    reference = load_policy(grpo_recipe.model, ALONE.device, 0, packed=True).eval()
+    with torch.no_grad():
+        reference.base.lm_head.weight.mul_(1.1)
+    examples = Stream(grpo_recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4)
+    samples = grpo._sample(policy, processor, examples, grpo_recipe)
+    found = []
+    for value in (True, False):
+        recipe = replace(grpo_recipe, loss=GRPOSpec(beta=0.0), skip_zero_variance=False, **{switch: value})
+        ahead = grpo._passes(policy, reference, processor, [samples], recipe, ALONE)
+        (ready,) = grpo._log_probs(policy, reference, [samples], ahead, recipe)
+        assert all((s.old if switch == "skip_old_logp" else s.ref) is None for s in ready) == value
+        policy.zero_grad(set_to_none=True)
+        stats = grpo._accumulate(policy, ready, (sum(map(len, samples)), len(samples)), ahead.updates[0], recipe, ALONE)
+        found.append(
+            ({name: p.grad.clone() for name, p in policy.trained().items()}, dict(zip(grpo.ops.STATS, stats.tolist(), strict=True)))
+        )
+    assert_same(found[0][0], found[1][0], atol=1e-6)
+    assert max(g.abs().max() for g in found[0][0].values()) > 1e-4
+    assert found[0][1]["kl"] == 0 and (found[1][1]["kl"] != 0) == (switch == "skip_reference"), "the KL is logged where it is asked for"
+
+
 # ---- the loops learn, stop, resume
 
 
