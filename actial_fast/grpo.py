@@ -53,7 +53,8 @@ class Sample:
 
     sequence: prompt and reply, the reply's n tokens trained; sampled (n,) float32, the sampler's log-probs; rewards (k,) float32, one a
     reward function; reward: their weighted sum; minibatch: which optimizer step it belongs to; finished: False where the length limit cut
-    it; old, ref (n,) float32: log-probs under the policy before the update and under the reference, or None where not needed.
+    it; old, ref (n,) float32, on the device: log-probs under the policy before the update and under the reference, or None where not
+    needed.
     """
 
     sequence: Sequence
@@ -64,8 +65,8 @@ class Sample:
     advantage: float
     minibatch: int
     finished: bool
-    old: np.ndarray | None = None
-    ref: np.ndarray | None = None
+    old: Tensor | None = None
+    ref: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sampled)
@@ -228,11 +229,11 @@ def _log_probs(
 
 
 @torch.no_grad()
-def _forward_only(policy: Policy, sequences: list[Sequence], rounds: Iterator[Round], recipe: GRPORecipe) -> list[np.ndarray]:
-    """Log-probs of each sequence's trained tokens, (n,) float32 each."""
+def _forward_only(policy: Policy, sequences: list[Sequence], rounds: Iterator[Round], recipe: GRPORecipe) -> list[Tensor]:
+    """Log-probs of each sequence's trained tokens, (n,) float32 each, on the device."""
     was_training = policy.training
     policy.eval()
-    found: list[tuple[list[int], Tensor]] = []
+    out: list[Tensor] = [torch.empty(0)] * len(sequences)
     for each in rounds:
         logp = policy(
             each.batch,
@@ -240,12 +241,10 @@ def _forward_only(policy: Policy, sequences: list[Sequence], rounds: Iterator[Ro
                 hidden, head, b.targets, temperature=recipe.sampling.temperature, return_entropy=False
             )[0],
         )
-        found.append((each.members, logp[: len(logp) - each.idle]))
+        sizes = [int(sequences[k].trained[1:].sum()) for k in each.members]
+        for k, part in zip(each.members, logp.split([*sizes, each.idle]), strict=False):
+            out[k] = part
     policy.train(was_training)
-    out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(sequences)
-    for members, logp in found:  # only now is the device waited for
-        for k, part in zip(members, logp.cpu().split([int(sequences[k].trained[1:].sum()) for k in members]), strict=True):
-            out[k] = part.numpy()
     return out
 
 
@@ -266,6 +265,9 @@ def _accumulate(
         def rows(values: list[np.ndarray], idle: int = idle) -> Tensor:
             return torch.from_numpy(np.concatenate([*values, np.zeros(idle)]).astype(np.float32)).to(where.device, non_blocking=True)
 
+        def joined(values: list[Tensor], idle: int = idle) -> Tensor:
+            return torch.cat([*values, torch.zeros(idle, device=where.device)])
+
         lengths = [*map(len, chosen), *([idle] if idle else [])]
         cu_seqlens = torch.tensor([0, *np.cumsum(lengths)])
         mask = torch.arange(sum(lengths)) < sum(lengths) - idle
@@ -275,8 +277,8 @@ def _accumulate(
         on_policy = not any(s.old is not None for s in chosen)
         arguments = {
             "advantages": rows([np.full(len(s), s.advantage) for s in chosen]),
-            "old_logp": None if on_policy else rows([s.old for s in chosen]),
-            "ref_logp": rows([s.ref for s in chosen]) if all(s.ref is not None for s in chosen) else None,
+            "old_logp": None if on_policy else joined([s.old for s in chosen]),
+            "ref_logp": joined([s.ref for s in chosen]) if all(s.ref is not None for s in chosen) else None,
             "sampler_logp": rows([s.sampled for s in chosen]) if recipe.importance_correction else None,
             "token_weight": token_weight.to(where.device, non_blocking=True),
             "cu_seqlens": cu_seqlens,

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ import torch
 
 from actial_fast import grpo, ops
 from actial_fast.data.row import Row, Turn
-from actial_fast.data.stream import Example
+from actial_fast.data.source import SourceConfig
+from actial_fast.data.stream import Example, Stream
 from actial_fast.model import load_policy
 from actial_fast.packing import Sequence, pack, share
 from actial_fast.processor import Processor
 from actial_fast.recipe import GRPORecipe, ModelConfig
+from actial_fast.rounds import _in_step
 from actial_fast.spec import GRPOSpec
 from tests.loops import ALONE, accumulate, log_probs, rounds
 
@@ -54,8 +57,8 @@ def samples_of(processor: Processor, plan: list[tuple[int, int]], seed: int = 0)
                     advantage=float(rng.normal()),
                     minibatch=1,
                     finished=True,
-                    old=old,
-                    ref=ref,
+                    old=torch.from_numpy(old),
+                    ref=torch.from_numpy(ref),
                 )
             )
     return out
@@ -182,3 +185,69 @@ def test_a_model_that_is_not_prepared_refuses_packed_rows(lab, processor):
 def test_a_limit_that_the_longest_reply_would_break_is_refused_before_sampling(lab):
     with pytest.raises(ValueError, match="pack_tokens: a prompt and its reply may have"):
         grpo.train(recipe_of(lab, pack_tokens=16384))
+
+
+def watched_tower(policy) -> list[int]:
+    """How many images each call of the policy's tower has, as they come."""
+    calls: list[int] = []
+    policy.base.model.visual.register_forward_pre_hook(lambda m, args, kwargs: calls.append(len(kwargs["grid_thw"])), with_kwargs=True)
+    return calls
+
+
+def test_images_of_a_group_that_is_split_pass_the_tower_once(lab, processor):
+    samples = samples_of(processor, [(2, 6), (1, 2)])
+    policy, recipe = loaded(lab, True), recipe_of(lab, pack_tokens=90)
+    assert len(rounds([s.sequence for s in samples], recipe, loaded(lab, True), processor)) > 2
+    calls = watched_tower(policy)
+    accumulate(policy, processor, samples, recipe)
+    assert sum(calls) == 3
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_a_frozen_tower_runs_once_for_all_passes_of_a_step(frozen, lab, processor):
+    samples = [replace(s, minibatch=i % 2) for i, s in enumerate(samples_of(processor, [(2, 4), (1, 4)]))]
+    changes = {"freeze": ("model.visual",)} if frozen else {}
+    policy, reference = loaded(lab, True, **changes), loaded(lab, True).requires_grad_(False)
+    recipe = recipe_of(lab, prompts=2, minibatch=1)
+    calls, others = watched_tower(policy), watched_tower(reference)
+    minibatches = [[s for s in samples if s.minibatch == m] for m in range(2)]
+    ahead = grpo._passes(policy, reference, processor, minibatches, recipe, ALONE)
+    ready = grpo._log_probs(policy, reference, minibatches, ahead, recipe)
+    for each, found in zip(ready, ahead.updates, strict=True):
+        grpo._accumulate(policy, each, (sum(map(len, each)), len(each)), found, recipe, ALONE)
+    # trained: the old pass of the second mini-batch, and each mini-batch's update, see all three images; the reference has its own tower
+    assert (sum(calls), sum(others)) == ((3, 0) if frozen else (9, 3))
+
+
+def test_an_image_is_decoded_once_a_run(lab, tmp_path):
+    processor = Processor.load(str(lab.model), image_cache=str(tmp_path))
+    examples = Stream([SourceConfig(str(lab.questions / "train.jsonl"))], seed=0, workers=0, encode=processor.encode).next_batch(30)
+    distinct = {key for example in examples for key in example.encoded.images}
+    assert processor.store.decodes == len(distinct) < processor.store.hits
+    again = Processor.load(str(lab.model), image_cache=str(tmp_path))
+    for example in examples:
+        assert again.encode(example).images == example.encoded.images
+    assert again.store.decodes == 0, "a later run finds them"
+
+
+def test_questions_of_a_pair_share_it(lab, processor):
+    stream = Stream([SourceConfig(str(lab.questions / "train.jsonl"))], seed=0, workers=0, encode=processor.encode)
+    sequences = [example.encoded for example in stream.next_batch(24)]
+    groups = share(sequences, processor.image_token)
+    assert len(groups) == len({s.images for s in sequences}) <= 12 and max(len(g.members) for g in groups) == 3
+    (each,) = rounds(sequences, recipe_of(lab), loaded(lab, True), processor, trained=True)
+    assert len(each.batch.input_ids) < 0.8 * sum(map(len, sequences))
+
+
+def test_idle_images_put_ranks_in_step():
+    """Every rank calls the tower, and ends the call, at the same micro-batches as the others."""
+    ranks = [[["a"], ["a", "b"], []], [[], ["c"], ["c"]], [["d", "e"], ["d"], ["e"]]]
+    ends = [[1, 1, -1], [-1, 2, -1], [2, -1, -1]]
+    for images, mine in zip(ranks, ends, strict=True):
+        world = SimpleNamespace(gather=lambda told, mine=mine: [*ends] if told == [mine] else pytest.fail(f"{told} is not {mine}"))
+        used, first, last = _in_step(images, world), {}, {}
+        for k, keys in enumerate(used):
+            assert len(set(keys)) == len(keys) and [key for key in keys if isinstance(key, str)] == images[k]
+            for key in keys:
+                last[first.setdefault(key, k)] = k
+        assert last == {0: 2, 1: 2}

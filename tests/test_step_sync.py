@@ -1,0 +1,103 @@
+"""From planning to the optimizer, a packed step never makes the host wait: on a fake GPU, and on a real one where there is."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from actial_fast import grpo, sft
+from actial_fast.dist import World, clip_gradients
+from actial_fast.model import Policy, load_policy
+from actial_fast.processor import Processor
+from actial_fast.recipe import LoRAConfig, ModelConfig, SFTRecipe
+from actial_fast.spec import GRPOSpec
+from actial_fast.training import parameters_of
+from tests.no_sync import HostSync, fake_cuda, put
+from tests.test_rounds import recipe_of, samples_of
+
+FULL = {"full": {}, "checkpointing": {"gradient_checkpointing": True}}
+MODELS = {**FULL, "frozen tower": {"freeze": ("model.visual",)}, "adapters": {"lora": LoRAConfig(rank=4)}}
+
+
+@pytest.fixture(scope="module")
+def processor(lab) -> Processor:
+    return Processor.load(str(lab.model), min_pixels=28 * 28, max_pixels=28 * 28 * 40)
+
+
+def policy_on(lab, move, *, changes=None) -> Policy:
+    """In bf16 where it computes, packed; move: puts a module on the device."""
+    policy = load_policy(ModelConfig(path=str(lab.model), **(changes or {})), torch.device("cpu"), 0, packed=True)
+    policy.compute_dtype = torch.bfloat16
+    move(policy)
+    return policy
+
+
+def grpo_step(lab, processor, where: World, move, changes) -> Policy:
+    """Two mini-batches: old log-probs for the second, reference ones for both, two optimizer steps."""
+    policy = policy_on(lab, move, changes=changes)
+    reference = None if policy.adapted else policy_on(lab, move).requires_grad_(False)
+    optimizer = torch.optim.AdamW(parameters_of(policy), fused=True)
+    recipe = recipe_of(lab, prompts=2, minibatch=1, pack_tokens=90, importance_correction=True, loss=GRPOSpec(beta=0.05))
+    samples = [replace(s, old=None, ref=None) for s in samples_of(processor, [(2, 5), (0, 2), (1, 3)])]
+    minibatches = [samples[:5], samples[5:]]
+    ahead = grpo._passes(policy, reference, processor, minibatches, recipe, where)
+    ready = grpo._log_probs(policy, reference, minibatches, ahead, recipe)
+    stats = torch.zeros(len(grpo.ops.STATS), device=where.device)
+    for each, rounds in zip(ready, ahead.updates, strict=True):
+        stats += grpo._accumulate(policy, each, (sum(map(len, each)), len(each)), rounds, recipe, where)
+        clip_gradients(parameters_of(policy), 1.0)
+        optimizer.step()
+        if rounds is not ahead.updates[-1]:
+            optimizer.zero_grad(set_to_none=True)
+    return policy
+
+
+def sft_step(lab, processor, where: World, move, changes) -> Policy:
+    policy = policy_on(lab, move, changes=changes)
+    optimizer = torch.optim.AdamW(parameters_of(policy), fused=True)
+    sequences = [s.sequence for s in samples_of(processor, [(2, 3), (0, 2), (1, 1)])]
+    sft._accumulate(policy, processor, sequences, SFTRecipe(pack_tokens=150), where)
+    clip_gradients(parameters_of(policy), 1.0)
+    optimizer.step()
+    return policy
+
+
+STEPS = {"sft": sft_step, "grpo": grpo_step}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_never_waits(step, model, lab, processor):
+    with fake_cuda() as device:
+        policy = STEPS[step](lab, processor, World(0, 1, device), lambda module: put(module, device), MODELS[model])
+    missing = [name for name, p in policy.trained().items() if p.grad is None]
+    assert not missing and all(p.is_cuda for p in policy.parameters())
+
+
+def test_a_step_that_reads_its_loss_is_caught(lab, processor, monkeypatch):
+    plain = sft.ops.linear_cross_entropy
+    monkeypatch.setattr(sft.ops, "linear_cross_entropy", lambda *a: plain(*a) * float(plain(*a)))
+    with pytest.raises(HostSync), fake_cuda() as device:
+        sft_step(lab, processor, World(0, 1, device), lambda module: put(module, device), {})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_never_waits_on_a_real_gpu(step, model, lab, processor):
+    device = torch.device("cuda", 0)
+
+    def run() -> None:
+        STEPS[step](lab, processor, World(0, 1, device), move, MODELS[model])
+
+    def move(module: torch.nn.Module) -> None:
+        torch.cuda.set_sync_debug_mode("default")  # weights come from the disk: that is no part of a step
+        module.to(device)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+
+    try:
+        run()  # kernels are compiled in the first one
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
