@@ -120,7 +120,7 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             stats = stats.double().cpu().numpy() / len(norms)  # the first wait for the device
-            metrics = _metrics(samples, stats / len(norms), recipe, where, time.perf_counter() - began)
+            metrics = _metrics(samples, stats, recipe, where, time.perf_counter() - began)
             if rejected := where.total([stream.rejected])[0]:
                 metrics["rejected_rows"] = rejected
             log.step(step, {**metrics, "lr": rate, "grad_norm": float(sum(norms)) / len(norms), "sampling_seconds": sampled_in})

@@ -236,6 +236,19 @@ def test_old_logprobs_only_after_the_first_minibatch_and_equal_the_samplers(grpo
             np.testing.assert_allclose(s.old, s.sampled, atol=2e-5)
 
 
+@pytest.mark.parametrize("minibatch", [1, 2, 4])
+def test_a_steps_metrics_are_means_over_its_minibatches(minibatch, grpo_recipe, monkeypatch):
+    stats = torch.arange(1.0, len(grpo.ops.STATS) + 1)
+    monkeypatch.setattr(grpo, "_accumulate", lambda policy, samples, counts, rounds, recipe, where: stats.clone())
+    recipe = replace(grpo_recipe, minibatch=minibatch, steps=1, loss=GRPOSpec(beta=0.0), save=SaveConfig(every=0, tensorboard=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "clip_gradients", lambda parameters, limit: torch.tensor(2.0))
+        grpo.train(recipe)
+    (step,) = [m for m in read_metrics(Path(recipe.run)) if m["stage"] == "grpo"]
+    named = dict(zip(grpo.ops.STATS, stats.tolist(), strict=True))
+    assert step["loss"] == named["loss"] and step["grad_norm"] == 2 and step["kl"] == named["kl"] / named["tokens"]
+
+
 @pytest.mark.parametrize("switch", ["skip_old_logp", "skip_reference"])
 def test_what_is_skipped_does_not_change_the_update(switch, grpo_recipe, lab):
     policy, processor = load_policy(grpo_recipe.model, ALONE.device, 0, packed=True), Processor.load(str(lab.model))
