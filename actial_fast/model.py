@@ -125,10 +125,11 @@ def load_policy(config: ModelConfig, device: torch.device, seed: int, *, packed:
     lora = config.lora.rank > 0
     dtype = getattr(torch, config.frozen_dtype if lora else config.dtype)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.path, dtype=dtype, attn_implementation=config.attention)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora:
         model = _add_adapters(model, config, seed)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()  # only reentrant checkpoints need it, and a frozen tower would run backward
     for prefix in config.freeze:
         names = [n for n, _ in model.named_parameters() if n.removeprefix("base_model.model.").startswith(prefix)]
         if not names:

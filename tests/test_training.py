@@ -407,6 +407,19 @@ def test_frozen_parts_stay(sft_recipe, lab):
     assert any(n.startswith("visual") for n in before)
 
 
+@pytest.mark.parametrize("lora", [0, 4], ids=["frozen", "adapters"])
+def test_checkpointing_sends_no_gradient_into_a_frozen_tower(lora, sft_recipe):
+    model = replace(sft_recipe.model, gradient_checkpointing=True, lora=LoRAConfig(rank=lora), freeze=() if lora else ("model.visual",))
+    policy = load_policy(model, ALONE.device, 0)
+    features = []
+    policy.base.model.visual.register_forward_hook(lambda module, args, out: features.append(out.pooler_output))
+    processor = Processor.load(model.path)
+    sequences = [processor.encode(e) for e in Stream(sft_recipe.data.sources, seed=0).next_batch(2)]
+    sft._accumulate(policy, processor, sequences, replace(sft_recipe, packing="plain"), ALONE)
+    assert features and not any(x.requires_grad for x in features)
+    assert all(p.grad is not None for p in policy.trained().values())
+
+
 def test_freezing_what_is_not_there_is_an_error(sft_recipe):
     with pytest.raises(ValueError, match=r"model.freeze: no parameter starts with 'visual'; the model has lm_head"):
         sft.train(replace(sft_recipe, model=replace(sft_recipe.model, freeze=("visual",))))
