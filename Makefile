@@ -1,12 +1,13 @@
 # make quickstart   the whole job on a CPU: data, SFT, GRPO, evaluation, report (about 8 minutes after installation)
-# make test         all CPU tests, always the same (HYPOTHESIS_RANDOM=1: new examples); make test-slow adds the three full quickstart seeds; make lint: ruff
-# make gpu          on one GPU, 8 minutes: build, GPU tests, memcheck, errors, microbenchmarks; GPU_PYTHON=python3 runs that Python as it is
+# make test         all CPU tests, always the same (HYPOTHESIS_RANDOM=1: new examples); make test-slow adds the three full quickstart seeds; make lint: ruff, mypy
+# make gpu          on one GPU, 12 minutes: build, GPU tests, memcheck, errors, microbenchmarks, one 7B step; GPU_PYTHON=python3: that Python, as it is
+# make docs         the pages, into build/site; make package: wheel and sdist built, installed and tried in clean environments (about 2 minutes)
 # make bench        times the ops (CPU paths without a GPU) and compares with this machine's baseline; make bench-data: making the data
 PYTHON ?= python3
 VENV ?= .venv
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-slow gpu bench bench-data lint
+.PHONY: quickstart test test-slow docs package gpu bench bench-data lint
 quickstart: $(VENV)/installed
 	$(VENV)/bin/actial quickstart
 

@@ -149,29 +149,41 @@ class Group:
 
 
 def share(sequences: Many[Sequence], image_token: int) -> list[Group]:
-    """Groups of sequences with the same images whose beginnings agree, in order of their first members; each sequence in one group.
+    """Groups of sequences with the same images whose beginnings agree, ordered by their first members; each sequence in one group.
 
-    Exact for any sequences; it saves the more, the longer the common beginning. Sequences without images are grouped by what comes before
-    the first trained token.
+    Exact for any sequences; it saves the more, the longer the common beginning. Sequences that part early and go on in common, such as
+    replies to several questions about the same images, are grouped by question where that takes fewer rows. Sequences without images are
+    grouped by what comes before the first trained token.
     """
     alike: dict[object, list[int]] = {}
     for i, s in enumerate(sequences):
-        key = s.images or s.ids[: int(s.trained.argmax())].tobytes()
-        alike.setdefault(key, []).append(i)
-    groups = []
-    for members in alike.values():
-        prefix = min(len(sequences[i]) for i in members) - 1
-        first = sequences[members[0]]
-        for i in members[1:]:
-            other = sequences[i]
-            same = (first.ids[:prefix] == other.ids[:prefix]) & (first.trained[:prefix] == other.trained[:prefix])
-            prefix = prefix if same.all() else int(same.argmin())
-        images_end = int(np.flatnonzero(first.ids == image_token)[-1]) + 1 if first.images else 1
-        if len(members) > 1 and prefix >= images_end:
-            groups.append(Group(tuple(members), prefix))
-        else:
-            groups += [Group((i,), len(sequences[i])) for i in members]
-    return groups
+        alike.setdefault(s.images or s.ids[: int(s.trained.argmax())].tobytes(), []).append(i)
+    groups = [group for members in alike.values() for group in _grouped(members, sequences, image_token)]
+    return sorted(groups, key=lambda group: group.members[0])
+
+
+def _grouped(members: list[int], sequences: Many[Sequence], image_token: int) -> list[Group]:
+    """Sequences with the same images in one group, or apart by the first token in which they differ: whatever takes fewer rows."""
+    first, *others = (sequences[i] for i in members)
+    if not others:
+        return [Group(tuple(members), len(first))]
+    prefix = min(len(sequences[i]) for i in members) - 1
+    for other in others:
+        same = (first.ids[:prefix] == other.ids[:prefix]) & (first.trained[:prefix] == other.trained[:prefix])
+        prefix = prefix if same.all() else int(same.argmin())
+    apart: dict[tuple, list[int]] = {}
+    for i in members:
+        apart.setdefault((sequences[i].ids[prefix], sequences[i].trained[prefix]), []).append(i)
+    parts = [[i] for i in members] if len(apart) == 1 else list(apart.values())
+    groups = [group for part in parts for group in _grouped(part, sequences, image_token)]
+    images_end = int(np.flatnonzero(first.ids == image_token)[-1]) + 1 if first.images else 1
+    together = Group(tuple(members), prefix)
+    return [together] if prefix >= images_end and _rows([together], sequences) <= _rows(groups, sequences) else groups
+
+
+def _rows(groups: list[Group], sequences: Many[Sequence]) -> int:
+    """Rows of the groups: every prefix once, and every member's rest but for its last token."""
+    return sum(sum(len(sequences[i]) - 1 for i in g.members) - (len(g.members) - 1) * g.prefix for g in groups)
 
 
 def pack(sequences: Many[Sequence], pieces: Many[tuple[Group, int, int]], image_token: int, merge: int) -> tuple[PackedBatch, list[int]]:

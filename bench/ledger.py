@@ -1,31 +1,25 @@
 """The work of one GRPO step: executed FLOPs, tower calls, image preparations and padding, beside the least that the step needs.
 
     python -m bench.ledger --recipe recipes/quickstart.yaml [run=... key=value ...] [--sides packed plain trl] [--json FILE]
-    python -m bench.ledger --narrow [--prompts 1 --n 16 --mean 300] [--sides packed plain trl] [--json FILE]
+    python -m bench.ledger --narrow | --shape 7b [--lora 64] [--prompts 1 --n 16 --mean 300] [--sides packed plain trl] [--json FILE]
 
-With --recipe a real step is drawn and sampled from the stage's starting weights (those of a quickstart must be there); old and reference
-log-probs are counted where the recipe asks for them. With --narrow it is the update of `bench.update`. TRL is counted at beta 0.
+With --recipe a real step is drawn, sampled once for all sides from the stage's starting weights (those of a quickstart must be there);
+old and reference log-probs are counted where the recipe asks for them. With --narrow it is the update of `bench.update`; with --shape 7b
+its prompts go through the widths of Qwen2.5-VL-7B, the depth cut to 2 language layers and 2 vision blocks, one with full attention.
+--lora: adapters of that rank on the language model in the place of its weights, the tower frozen.
 
 Executed FLOPs are counted at the dispatcher, operator by operator, during the real step on the CPU: products by PyTorch's own formulas,
-attention by `attention_forward` and `attention_backward` below; everything else (norms, activations, softmax, optimizer) is left out.
-Vision and language model are told apart by hooks; the rest, forward and backward together, is the head.
+attention by `attention_forward` and `attention_backward` below; everything else (norms, activations, softmax, optimizer) is left out. At
+the 7B's widths the step runs as it is, but for its products, which give zeros at once. Vision and language model are told apart by hooks;
+the rest, forward and backward together, is the head. The minimum is that of `bench.minimum`.
 
-The minimum, with d the width of all query heads, W the weights of a part's linear layers, U distinct images, T predicted tokens:
-
-    vision forward    2 W patches + 2 W_merger merged + 4 d (pairs within the windows or images of each layer)       over the U images
-    language forward  2 W rows + 4 d layers pairs
-        rows   of each group its longest common beginning once, c, and of each member i what follows, r_i, but its last token: it
-               predicts nothing. pairs  c (c + 1) / 2 + sum of r_i c + r_i (r_i + 1) / 2
-    backward          4 W per row (2 W for the patch embedding, whose input has no gradient); 10 d pairs: flash attention's five products
-    head              2 T hidden vocabulary forward, as much again for each of its two gradients
-
-A pass without gradients adds the forward terms. All weights are taken to be trained.
+TRL does what the recipe asks by its own code, the reference pass included. It prepares images when it generates and is handed their patches
+here, so its image preparations are not counted.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import tempfile
@@ -36,23 +30,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from actial_fast import grpo
 from actial_fast.config import load_recipe
 from actial_fast.grpo import Sample
-from actial_fast.model import load_reference
+from actial_fast.model import Policy, _add_adapters, load_policy, load_reference
 from actial_fast.processor import Processor
 from actial_fast.quickstart import _resolved
-from actial_fast.recipe import GRPORecipe
+from actial_fast.recipe import GRPORecipe, LoRAConfig, ModelConfig
 from actial_fast.training import open_stage
+from bench.minimum import PARTS, Work, images_once, minimum, work_of
+from bench.shapes import SHAPES
 from bench.timing import machine
-from bench.update import WHERE, build, make_case
+from bench.update import WHERE, Case, config_of, make_case, narrow_model, our_side, trl_side
 
-PARTS = ("vision_forward", "vision_backward", "language_forward", "language_backward", "head")
-MERGE, PATCH = 2, 14
+ABOUT = {"narrow": "narrow", "7b": "Qwen2.5-VL-7B's widths, 2 language layers, 2 vision blocks of which 1 has full attention"}
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, **_: Any) -> int:
@@ -79,18 +77,19 @@ FORMULAS = {
 
 class Count(TorchDispatchMode):
     """Counts while it is active. flops: per part; tower_calls, images: of the vision tower; rows: through the language model, padding
-    included."""
+    included. compute: False to have zeros for the products and attention instead of computing them."""
 
-    def __init__(self, *models: nn.Module):
+    def __init__(self, *models: nn.Module, compute: bool = True):
         super().__init__()
         self.flops, self.tower_calls, self.images, self.rows = dict.fromkeys(PARTS, 0), 0, 0, 0
-        self._part = "head"
+        self._part, self._compute = "head", compute
         self._handles = [handle for model in models for handle in self._watch(model.model)]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if (formula := FORMULAS.get(func._overloadpacket)) is not None:
-            self.flops[self._part] += formula(*args, **(kwargs or {}), out_val=out)
+        kwargs, formula = kwargs or {}, FORMULAS.get(func._overloadpacket)
+        out = func(*args, **kwargs) if formula is None or self._compute else _zeros(func, args, kwargs)
+        if formula is not None:
+            self.flops[self._part] += formula(*args, **kwargs, out_val=out)
         return out
 
     def __exit__(self, *error):
@@ -125,107 +124,123 @@ class Count(TorchDispatchMode):
         yield trunk.language_model.register_forward_hook(left("language_backward", "last_hidden_state"))
 
 
-@dataclass(frozen=True)
-class Work:
-    """What samples, in groups of n, need at the least. images: distinct ones' grids; tokens: what a path that shares nothing sees."""
+def _zeros(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What an operator gives for factors of zeros, as shaped on the meta device."""
+    if (out := kwargs.get("out")) is not None:
+        return out if out is args[0] else out.zero_()  # addmm in place adds nothing
 
-    rows: int
-    pairs: int
-    predicted: int
-    tokens: int
-    images: tuple[tuple[int, int, int], ...]
+    meta = tree_map_only(Tensor, lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), (args, kwargs))
+    return tree_map_only(Tensor, _untouched, func(*meta[0], **meta[1]))
 
 
-def work_of(samples: list[Sample], n: int) -> Work:
-    """The least rows, pairs and images of the samples, of which each n share a prompt."""
-    rows = pairs = 0
-    images: dict[str, tuple[int, int, int]] = {}
-    for start in range(0, len(samples), n):
-        group = [s.sequence for s in samples[start : start + n]]
-        shortest = min(map(len, group)) - 1  # a last token is no input
-        same = np.all([s.ids[:shortest] == group[0].ids[:shortest] for s in group], axis=0)
-        common = shortest if same.all() else int(same.argmin())
-        rest = [len(s) - 1 - common for s in group]
-        rows += common + sum(rest)
-        pairs += common * (common + 1) // 2 + sum(r * common + r * (r + 1) // 2 for r in rest)
-        images |= zip(group[0].images, group[0].grids, strict=True)
-    return Work(rows, pairs, sum(map(len, samples)), sum(len(s.sequence) for s in samples), tuple(images.values()))
-
-
-def minimum(model: nn.Module, work: Work, *, backward: bool) -> dict[str, int]:
-    """FLOPs per part, by the formulas above."""
-    tower, text = model.model.visual, model.model.language_model
-    vision, language = tower.config, text.config
-    patches = sum(map(math.prod, work.images))
-    embed, blocks = tower.patch_embed.proj.weight.numel(), _weights(tower.blocks)
-    linear = blocks * patches + _weights(tower.merger) * (patches // MERGE**2)
-    full = sum(t * (h * w) ** 2 for t, h, w in work.images)
-    windows = sum(size**2 for grid in work.images for size in window_sizes(grid, vision.window_size // PATCH))
-    layers = len(set(vision.fullatt_block_indexes) & set(range(vision.depth)))
-    seen = vision.hidden_size * (layers * full + (vision.depth - layers) * windows)
-    weights = _weights(text) * work.rows
-    heads = language.num_attention_heads * (language.hidden_size // language.num_attention_heads)
-    attended = heads * language.num_hidden_layers * work.pairs
-    head = 2 * work.predicted * model.lm_head.weight.numel()
-    return {
-        "vision_forward": 2 * (embed * patches + linear) + 4 * seen,
-        "vision_backward": (2 * embed * patches + 4 * linear + 10 * seen) * backward,
-        "language_forward": 2 * weights + 4 * attended,
-        "language_backward": (4 * weights + 10 * attended) * backward,
-        "head": head * (3 if backward else 1),
-    }
-
-
-def window_sizes(grid: tuple[int, int, int], side: int) -> list[int]:
-    """Patches in each attention window of an image (frames, rows, columns): squares of `side` patches, cut off at its edges."""
-    frames, *sides = grid
-    high, wide = ([min(side, length - at) for at in range(0, length, side)] for length in sides)
-    return [a * b for a, b in itertools.product(high, wide)] * frames
-
-
-def _weights(module: nn.Module) -> int:
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+def _untouched(like: Tensor) -> Tensor:
+    """Zeros on the CPU, shaped as `like`, in memory that is not taken before somebody writes to it (torch.zeros writes)."""
+    flat = torch.from_numpy(np.zeros(like.untyped_storage().nbytes(), np.uint8)).view(like.dtype)
+    return flat.as_strided(like.shape, like.stride())
 
 
 @dataclass(frozen=True)
 class Step:
-    """One side's step, ready to run. needed: the minimum over its passes; prepared: image preparations while the step was drawn."""
+    """One side's step, ready to run. works: of its passes; needed: the minimum over them; prepared: image preparations so far,
+    None where they are not counted; compute: as of Count."""
 
     models: tuple[nn.Module, ...]
     run: Callable[[], object]
-    works: tuple[Work, ...]
+    works: list[Work]
     needed: dict[str, int]
-    prepared: int | None = None
+    prepared: Callable[[], int | None] = lambda: None
+    compute: bool = True
 
 
-def narrow_step(args: argparse.Namespace, side: str, folder: str) -> Step:
-    """The update of bench.update."""
+def shape_steps(args: argparse.Namespace, folder: str) -> Callable[[str], Step]:
+    """The update of bench.update at the narrow or the 7B's widths, by the name of the side."""
     case = make_case(args.prompts, args.n, args.mean, folder)
-    made = build({"packed": "ours"}.get(side, side), case, args.their_batch, folder)
-    made.prepare()
     work = work_of(case.samples, case.n)
-    return Step((made.model,), made.accumulate, (work,), minimum(made.model, work, backward=True))
+
+    def step(side: str) -> Step:
+        model = _with_adapters(narrow_model(case.tokenizer) if args.shape == "narrow" else _wide_model(case.tokenizer), args.lora)
+        made = trl_side(model, case, args.their_batch, folder) if side == "trl" else our_side(model, case, side, args.their_batch)
+        made.prepare()
+        needed = minimum(_base(model), work, backward=True)
+        return Step((_base(model),), made.accumulate, [work], needed, compute=args.shape == "narrow")
+
+    return step
 
 
-def recipe_step(args: argparse.Namespace, side: str, folder: str) -> Step:
-    """The first step of a recipe's GRPO stage: log-probs and gradients of samples drawn from its starting weights."""
+def _wide_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
+    """A model of the 7B's widths, all weights 0."""
+    with torch.device("meta"):
+        text, vision = SHAPES["7b"].text | {"num_hidden_layers": 2}, SHAPES["7b"].vision | {"depth": 2, "fullatt_block_indexes": [1]}
+        model = Qwen2_5_VLForConditionalGeneration(config_of(tokenizer, text, vision))
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(_untouched(parameter)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, _untouched(buffer))
+    return model.train()
+
+
+def _with_adapters(model: Qwen2_5_VLForConditionalGeneration, rank: int) -> Qwen2_5_VLForConditionalGeneration | PeftModel:
+    return _add_adapters(model, ModelConfig(lora=LoRAConfig(rank=rank)), seed=0) if rank else model
+
+
+def _base(model: Qwen2_5_VLForConditionalGeneration | PeftModel) -> Qwen2_5_VLForConditionalGeneration:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def recipe_steps(args: argparse.Namespace, folder: str) -> Callable[[str], Step]:
+    """The first step of a recipe's GRPO stage, by the name of the side: log-probs and gradients of samples drawn from its starting weights.
+
+    ValueError for a recipe without such a stage, and for TRL where one optimizer step has not all samples in whole micro-batches.
+    """
     recipe = load_recipe(args.recipe, args.overrides)
     recipe = _resolved(recipe).grpo if recipe.kind == "quickstart" else recipe
     if not isinstance(recipe, GRPORecipe):
         raise ValueError(f"{args.recipe}: a recipe of kind {recipe.kind}; the ledger counts a GRPO step, so give a grpo or quickstart one")
-    if recipe.model.freeze or recipe.model.lora.rank:
-        raise ValueError(
-            f"{args.recipe}: the ledger's minimum is that of a step that trains all weights; unset model.freeze and model.lora"
-        )
-    recipe = replace(recipe, packing=side, data=replace(recipe.data, workers=0, image_cache=folder))
-    stage = open_stage(recipe, 0, WHERE, Processor.encode_prompt)
-    policy, processor = stage.policy, stage.processor
-    examples = stage.stream.next_batch(recipe.prompts)
+    stage = open_stage(replace(recipe, data=replace(recipe.data, workers=0, image_cache=folder)), 0, WHERE, Processor.encode_prompt)
+    processor, examples = stage.processor, stage.stream.next_batch(recipe.prompts)
     stage.stream.close()
-    samples = grpo._sample(policy, processor, examples, recipe)
-    reference = load_reference(recipe.model, WHERE.device, packed=side == "packed") if recipe.loss.beta > 0 else None
-
+    samples = grpo._sample(stage.policy, processor, examples, recipe)
     minibatches = [[s for s in samples if s.minibatch == m] for m in range(recipe.prompts // recipe.minibatch)]
+
+    def step(side: str) -> Step:
+        policy = load_policy(recipe.model, WHERE.device, recipe.seed, packed=side == "packed")
+        needed = passes_of(policy, minibatches, recipe)
+        if side != "trl":
+            return _our_step(policy, minibatches, processor, replace(recipe, packing=side), needed)
+        if len(minibatches) > 1 or len(samples) % recipe.micro_batch:
+            raise ValueError(
+                f"--sides: TRL is counted where one optimizer step has all samples in whole micro-batches; got {len(minibatches)} "
+                f"mini-batches, and micro_batch {recipe.micro_batch} of {len(samples)} replies"
+            )
+        case = Case(processor.tokenizer, processor.store, samples, recipe.prompts, recipe.sampling.n)
+        asked = {"beta": recipe.loss.beta, "temperature": recipe.sampling.temperature}
+        made = trl_side(policy.model, case, recipe.micro_batch, folder, **asked)
+        made.prepare()
+        return Step((policy.base, *([made.reference] if made.reference else [])), made.accumulate, *needed)
+
+    return step
+
+
+def passes_of(policy: Policy, minibatches: list[list[Sample]], recipe: GRPORecipe) -> tuple[list[Work], dict[str, int]]:
+    """The passes that a step needs, in order: old log-probs of late mini-batches, reference ones of all, each update; and their minimum."""
+    kept = [grpo._kept(each, recipe) for each in minibatches]
+    wanted = [([s for each in kept[1:] for s in each], {"backward": False})] if len(kept) > 1 else []
+    if recipe.loss.beta > 0:
+        wanted.append(([s for each in kept for s in each], {"backward": False, "adapters": False}))
+    wanted += [(each, {"backward": True}) for each in kept]
+    works = [work_of(samples, recipe.sampling.n) for samples, _ in wanted]
+    works = works if policy.trains_tower else images_once(works)
+    minima = [minimum(policy.base, work, **how) for work, (_, how) in zip(works, wanted, strict=True)]
+    return works, {part: sum(each[part] for each in minima) for part in PARTS}
+
+
+def _our_step(
+    policy: Policy, minibatches: list[list[Sample]], processor: Processor, recipe: GRPORecipe, needed: tuple[list[Work], dict[str, int]]
+) -> Step:
+    reference = None
+    if (recipe.loss.beta > 0 or not recipe.skip_reference) and not policy.adapted:
+        reference = load_reference(recipe.model, WHERE.device, packed=recipe.packing == "packed")
     counts = [(sum(map(len, each)), len(each)) for each in minibatches]
 
     def run() -> None:
@@ -235,23 +250,15 @@ def recipe_step(args: argparse.Namespace, side: str, folder: str) -> Step:
         for each, count, rounds in zip(ready, counts, ahead.updates, strict=True):
             grpo._accumulate(policy, each, count, rounds, recipe, WHERE)
 
-    kept = [grpo._kept(each, recipe) for each in minibatches]
-    works = [(each, True) for each in kept]
-    works += [([s for each in kept[1:] for s in each], False)] if len(kept) > 1 else []
-    works += [([s for each in kept for s in each], False)] if reference else []
-    passes = [(work_of(chosen, recipe.sampling.n), grad) for chosen, grad in works]
-    minima = [minimum(policy.base, work, backward=grad) for work, grad in passes]
-    works = tuple(work for work, _ in passes)
-    models = (policy.base, *((reference.base,) if reference else ()))
-    return Step(models, run, works, {part: sum(m[part] for m in minima) for part in PARTS}, processor.store.decodes)
+    models = policy.base, *([reference.base] if reference else [])
+    return Step(models, run, *needed, prepared=lambda: processor.store.decodes)
 
 
 def counted(step: Step) -> dict[str, Any]:
     """The step run under the counter, beside what it needs."""
-    with Count(*step.models) as count:
+    with Count(*step.models, compute=step.compute) as count:
         step.run()
     total, least = sum(count.flops.values()), sum(step.needed.values())
-    work = step.works[0]
     return {
         "flops": count.flops,
         "minimum": step.needed,
@@ -261,13 +268,14 @@ def counted(step: Step) -> dict[str, Any]:
         "total_ratio": round(total / least, 4),
         "tower_calls": count.tower_calls,
         "tower_images": count.images,
-        "distinct_images": sum(len(w.images) for w in step.works),
-        "images_prepared": step.prepared,
+        "minimum_tower_images": sum(len(w.images) for w in step.works),
+        "distinct_images": len({key for w in step.works for key in w.images}),
+        "images_prepared": step.prepared(),
         "rows": count.rows,
         "minimum_rows": sum(w.rows for w in step.works),
         "rows_without_sharing_or_padding": sum(w.tokens for w in step.works),
         "passes": len(step.works),
-        "predicted_tokens": work.predicted,
+        "predicted_tokens": sum(w.predicted for w in step.works),
     }
 
 
@@ -276,10 +284,11 @@ def told(result: dict[str, Any]) -> str:
     about = result["machine"]
     lines = [f"{result['what']}; {about['date']}, commit {about['commit']}"]
     for name, row in result["sides"].items():
+        prepared = "" if row["images_prepared"] is None else f"; {row['images_prepared']} prepared of {row['distinct_images']} distinct"
         lines.append(
             f"{name:<7} {row['total_flops'] / 1e9:10.2f} GFLOP, {row['total_ratio']:.3f} x the minimum; rows {row['rows']:,} "
             f"(least {row['minimum_rows']:,}); {row['tower_calls']} tower calls, {row['tower_images']} images "
-            f"({row['distinct_images']} distinct)" + ("" if row["images_prepared"] is None else f", {row['images_prepared']} prepared")
+            f"(least {row['minimum_tower_images']}){prepared}"
         )
         lines.append("        " + "  ".join(f"{p} {row['flops'][p] / 1e9:.2f} ({row['ratio'].get(p, 0):.2f} x)" for p in PARTS))
     return "\n".join(lines)
@@ -291,23 +300,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--recipe", help="a recipe of kind grpo or quickstart")
-    what.add_argument("--narrow", action="store_true", help="the narrow model and lengths of bench.update")
+    what.add_argument("--shape", choices=tuple(ABOUT), help="widths of the model that takes the prompts of bench.update")
+    what.add_argument("--narrow", dest="shape", action="store_const", const="narrow", help="short for --shape narrow")
     parser.add_argument("--sides", nargs="+", choices=("packed", "plain", "trl"), default=["packed", "plain"], help="default: packed plain")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the figures to this file")
     for name, value in (("prompts", 1), ("n", 16), ("their-batch", 4)):
-        parser.add_argument(f"--{name}", type=int, default=value, help="--narrow: as in bench.update (default: %(default)s)")
-    parser.add_argument("--mean", type=float, default=300, help="--narrow: as in bench.update (default: %(default)s)")
+        parser.add_argument(f"--{name}", type=int, default=value, help="of a shape: as in bench.update (default: %(default)s)")
+    parser.add_argument("--mean", type=float, default=300, help="of a shape: as in bench.update (default: %(default)s)")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="of a shape: adapters of this rank, a frozen tower")
     args = parser.parse_args(argv)
-    if args.recipe and "trl" in args.sides:
-        parser.error("--sides: TRL is counted with --narrow")
-    if args.narrow and (min(args.prompts, args.n, args.their_batch) < 1 or args.prompts * args.n % args.their_batch):
+    if args.shape and (min(args.prompts, args.n, args.their_batch) < 1 or args.prompts * args.n % args.their_batch):
         parser.error(f"--their-batch: {args.prompts} x {args.n} completions must be a multiple of it, got {args.their_batch}")
 
-    shape = f"{args.prompts} prompts x {args.n} completions of mean {args.mean:g}"
-    result = {"schema": 1, "machine": machine(), "what": args.recipe or f"narrow, {shape}", "overrides": args.overrides, "sides": {}}
-    for side in args.sides:
-        with tempfile.TemporaryDirectory() as folder:
-            result["sides"][side] = counted((narrow_step if args.narrow else recipe_step)(args, side, folder))
+    what = args.recipe
+    if args.shape:
+        adapters = f", adapters of rank {args.lora} on the language model and a frozen tower" if args.lora else ""
+        what = f"{ABOUT[args.shape]}{adapters}; {args.prompts} prompts x {args.n} completions of mean {args.mean:g}"
+    result = {"schema": 2, "machine": machine(), "what": what, "overrides": args.overrides, "sides": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        step = (shape_steps if args.shape else recipe_steps)(args, folder)
+        for side in args.sides:
+            result["sides"][side] = counted(step(side))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(told(result))

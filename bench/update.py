@@ -19,6 +19,7 @@ that others use. Peak memory is the largest resident set of a side's process, ab
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -36,6 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from actial_fast import grpo
@@ -110,57 +112,62 @@ def _ids(tokenizer: PreTrainedTokenizerFast, *names: str) -> list[int]:
 
 def narrow_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     """The narrow Qwen2.5-VL, float32, the same weights for the same seed."""
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 8 * HIDDEN // 3,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.08,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]},
+        "max_position_embeddings": 8192,
+    }
+    vision = {
+        "depth": 4,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 2 * HIDDEN,
+        "num_heads": 4,
+        "out_hidden_size": HIDDEN,
+        "fullatt_block_indexes": [3],
+        "initializer_range": 0.08,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Qwen2_5_VLForConditionalGeneration(config_of(tokenizer, text, vision)).train()
+
+
+def config_of(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any], vision: dict[str, Any]) -> Qwen2_5_VLConfig:
+    """The config of a Qwen2.5-VL of these widths for this tokenizer's special tokens."""
     pad, video, start, end = _ids(tokenizer, "image_pad", "video_pad", "vision_start", "vision_end")
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": VOCABULARY,
-            "hidden_size": HIDDEN,
-            "intermediate_size": 8 * HIDDEN // 3,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "initializer_range": 0.08,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]},
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            "max_position_embeddings": 8192,
-        },
-        vision_config={
-            "depth": 4,
-            "hidden_size": HIDDEN,
-            "intermediate_size": 2 * HIDDEN,
-            "num_heads": 4,
-            "out_hidden_size": HIDDEN,
-            "fullatt_block_indexes": [3],
-            "initializer_range": 0.08,
-        },
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return Qwen2_5_VLConfig(
+        text_config=text | ends,
+        vision_config=vision,
         image_token_id=pad,
         video_token_id=video,
         vision_start_token_id=start,
         vision_end_token_id=end,
-        initializer_range=0.08,
+        initializer_range=text.get("initializer_range", 0.02),
         attn_implementation="sdpa",
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Qwen2_5_VLForConditionalGeneration(config).train()
 
 
 @dataclass(frozen=True)
 class Side:
-    """One way to make the update. prepare: builds its inputs, outside of the clock; accumulate: loss and backward, returns the loss."""
+    """One way to make the update. prepare: builds its inputs, outside of the clock; accumulate: loss and backward, returns the loss.
+    reference: the model it measures the KL against, where it is another."""
 
     name: str
-    model: Qwen2_5_VLForConditionalGeneration
+    model: Qwen2_5_VLForConditionalGeneration | PeftModel
     prepare: Callable[[], None]
     accumulate: Callable[[], float]
     settings: dict[str, Any]
+    reference: Qwen2_5_VLForConditionalGeneration | None = None
 
 
-def our_side(case: Case, packing: str, micro_batch: int) -> Side:
-    """`grpo._accumulate` on the packed or the padded path."""
-    model = narrow_model(case.tokenizer)
+def our_side(model: Qwen2_5_VLForConditionalGeneration | PeftModel, case: Case, packing: str, micro_batch: int) -> Side:
+    """`grpo._accumulate` of a float32 model on the CPU, on the packed or the padded path."""
     if packing == "packed":
         use_packed_attention(model)
     policy = Policy(model, torch.float32)
@@ -180,39 +187,45 @@ def our_side(case: Case, packing: str, micro_batch: int) -> Side:
     return Side("ours" if packing == "packed" else "plain", model, lambda: None, accumulate, about)
 
 
-def trl_side(case: Case, batch: int, folder: str) -> Side:
-    """The installed GRPOTrainer; `batch` completions a micro-batch."""
+def trl_side(model: Qwen2_5_VLForConditionalGeneration | PeftModel, case: Case, batch: int, folder: str, **settings: Any) -> Side:
+    """The installed GRPOTrainer on a model of any dtype and device; `batch` completions a micro-batch, a divisor of the case's.
+
+    settings: further fields of GRPOConfig (default: dapo, temperature 1, float32, no checkpointing). With beta > 0 the trainer makes its
+    reference itself: the weights at the path that the model was loaded from, or the model without its adapters.
+    """
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    model = narrow_model(case.tokenizer)
     steps = len(case) // batch
-    config = GRPOConfig(
-        folder,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=steps,
-        num_generations=case.n,
-        loss_type="dapo",
-        beta=0.0,
-        temperature=1.0,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        report_to=[],
-    )
+    fixed = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "num_generations": case.n}
+    usual = {"loss_type": "dapo", "beta": 0.0, "temperature": 1.0, "bf16": False, "gradient_checkpointing": False}
+    config = GRPOConfig(folder, **fixed, use_cpu=model.device.type == "cpu", report_to=[], **usual | settings)
     rows = Dataset.from_dict({"prompt": ["-"] * case.prompts})
     trainer = GRPOTrainer(model, lambda completions, **_: [0.0] * len(completions), config, rows, processing_class=case.tokenizer)
     trainer.current_gradient_accumulation_steps = steps  # as Trainer's own loop sets it
     inputs: dict[str, Any] = {}
 
+    def generated(_: Any) -> dict[str, Any]:
+        return inputs | ({"ref_per_token_logps": _trl_reference(trainer, inputs, batch)} if trainer.beta else {})
+
     def prepare() -> None:
-        inputs.update(_trl_inputs(case))
-        trainer._generate_and_score_completions = lambda _: dict(inputs)
+        inputs.update({k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in _trl_inputs(case).items()})
+        trainer._generate_and_score_completions = generated
 
     def accumulate() -> float:
         return sum(float(trainer.training_step(model, None, None)) for _ in range(steps))
 
-    return Side("trl", model, prepare, accumulate, {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps})
+    return Side("trl", model, prepare, accumulate, fixed | settings, trainer.ref_model)
+
+
+@torch.no_grad()
+def _trl_reference(trainer: Any, inputs: dict[str, Any], batch: int) -> torch.Tensor:
+    """Log-probs under the trainer's reference, by its own function, called as its `_generate_and_score_completions` calls it."""
+    whole = [torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], dim=1) for x in ("ids", "mask")]
+    images = {k: inputs[k] for k in ("pixel_values", "image_grid_thw", "mm_token_type_ids", "num_images") if k in inputs}
+    with contextlib.nullcontext() if trainer.ref_model is not None else trainer.model.disable_adapter():
+        reference, keep = trainer.ref_model or trainer.model, inputs["completion_ids"].shape[1]
+        return trainer._get_per_token_logps_and_entropies(reference, *whole, keep, batch_size=batch, **images)[0]
 
 
 def _trl_inputs(case: Case) -> dict[str, Any]:
@@ -225,6 +238,8 @@ def _trl_inputs(case: Case) -> dict[str, Any]:
         span = slice(longest - size, longest - size + len(sequence))
         ids[b, span], mask[b, span] = torch.from_numpy(sequence.ids), 1
     (image,) = _ids(case.tokenizer, "image_pad")
+    images, grids = [key for s in sequences for key in s.images], [g for s in sequences for g in s.grids]
+    shown = {"pixel_values": patchify(collect(case.store, images)), "image_grid_thw": torch.tensor(grids)} if images else {}
     return {
         "prompt_ids": ids[:, :longest],
         "prompt_mask": mask[:, :longest],
@@ -232,8 +247,7 @@ def _trl_inputs(case: Case) -> dict[str, Any]:
         "completion_mask": mask[:, longest:],
         "advantages": torch.tensor([s.advantage for s in case.samples]),
         "num_items_in_batch": mask[:, longest:].sum(),
-        "pixel_values": patchify(collect(case.store, [key for s in sequences for key in s.images])),
-        "image_grid_thw": torch.tensor([g for s in sequences for g in s.grids]),
+        **shown,
         "mm_token_type_ids": (ids == image).long(),
         "num_images": [len(s.grids) for s in sequences],
     }
@@ -241,7 +255,10 @@ def _trl_inputs(case: Case) -> dict[str, Any]:
 
 def build(name: str, case: Case, their_batch: int, folder: str) -> Side:
     """The side called ours, plain or trl."""
-    return trl_side(case, their_batch, folder) if name == "trl" else our_side(case, {"ours": "packed"}.get(name, name), their_batch)
+    model = narrow_model(case.tokenizer)
+    if name == "trl":
+        return trl_side(model, case, their_batch, folder)
+    return our_side(model, case, {"ours": "packed"}.get(name, name), their_batch)
 
 
 class Updater:

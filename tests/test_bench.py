@@ -350,24 +350,25 @@ def test_the_markdown_says_who_is_fastest():
 
 def test_every_step_of_the_gate_runs_and_one_failure_fails_it(capfd, monkeypatch, tmp_path):
     monkeypatch.setattr(gate, "ROOT", tmp_path)
-    monkeypatch.setattr(gate, "BENCH_SECONDS", 0)
     run = lambda code: [sys.executable, "-c", code]  # noqa: E731
     todo = [
         gate.Step("bad", run("raise SystemExit(3)")),
         gate.Step("slow", run("import time; time.sleep(60)"), most=1),
         gate.Step("none", ["none"], absent="it is not here"),
         gate.Step("told", run("import sys; print('budget', *sys.argv[1:])"), budget=lambda s: [f"{s:.0f}"]),
+        gate.Step("kept", run("import sys; print('kept', *sys.argv[1:])"), least=10, budget=lambda s: [f"{s:.0f}"]),
+        gate.Step("absent", ["none"], least=1000, absent="nor is this"),
     ]
     assert gate.run(todo, 30) == 1
     out = capfd.readouterr().out
     assert "FAILED: exit code 3" in out and "FAILED: ran out of time" in out and "not run: it is not here" in out
-    assert re.search(r"budget 2\d\n", out) and re.search(r"told +\d+ s  passed", out)
+    assert re.search(r"budget 1\d\n", out) and re.search(r"kept 2\d\n", out) and re.search(r"told +\d+ s  passed", out)
     assert gate.run(todo[2:], 30) == 0
 
 
 def test_the_gate_holds_what_make_gpu_promises():
     names = [step.name for step in gate.steps()]
-    assert names == ["build", "tests", "memcheck", "accuracy", "microbenchmarks"]
+    assert names == ["build", "tests", "memcheck", "accuracy", "microbenchmarks", "one step"]
     tests = gate.steps()[1].command
     assert "tests/test_kernels_linear.py" in tests and all((ROOT / x).exists() for x in tests if x.startswith("tests/"))
     assert gate.steps()[4].budget(300) == ["--budget-seconds", "260"]

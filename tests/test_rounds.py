@@ -168,6 +168,27 @@ def test_share_keeps_every_sequence_and_its_tokens(processor):
     assert not torch.isin(batch.targets, processor.image_token).any() and len(batch.loss_rows) == ends[-1]
 
 
+def test_questions_about_the_same_images_are_apart_where_their_replies_are_many(lab, processor):
+    """One group would have every reply repeat its question; one group a question repeats the images' rows. The tower sees them once."""
+    first = samples_of(processor, [(2, 1)])[0].sequence
+    asked = []
+    for text in ("which side is it, seen from there? ", "how far did it turn? ", "what is that? "):
+        row = Row(turns=(Turn("user", IMAGE * 2 + text * 5), Turn("assistant", "-")), images=(), where="test")
+        keys = iter(first.images)
+        pixels = tuple(processor.store.pixels(key).copy() for key in keys)
+        start = processor.encode_prompt(Example(replace(row, images=pixels), 0))
+        asked.append(replace(start, trained=np.zeros(len(start), bool)))
+    rng = np.random.default_rng(0)
+    for n in (1, 8):
+        sequences = [start.extended(rng.integers(5, 60, 6)) for start in asked for _ in range(n)]
+        groups = share(sequences, processor.image_token)
+        assert sorted(i for g in groups for i in g.members) == list(range(len(sequences)))
+        assert len(groups) == (1 if n == 1 else 3), "n replies"
+        (each,) = rounds(sequences, recipe_of(lab), loaded(lab, True), processor)
+        shared = (len(asked[0].ids) if n > 1 else groups[0].prefix) - 1
+        assert each.batch.images == first.images and len(each.batch.input_ids) < sum(map(len, sequences)) - shared
+
+
 def test_too_long_a_sequence_is_named_before_any_model_work(lab, processor):
     samples = samples_of(processor, [(2, 2)])
     with pytest.raises(ValueError, match="sequence 0"):
