@@ -1,8 +1,10 @@
 """What the door checks: each function returns its arguments as the ops take them, or raises a ValueError that names the argument, what
-was expected, what came, and what to do. On CUDA nothing here waits for the device.
+was expected, what came, and what to do. Values are looked at only where that waits for no device and stops no compiler.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +64,7 @@ def grpo_rows(
     cu_seqlens: Tensor | None,
     policy_mask: Tensor | None,
     **rows: Tensor | None,
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """The arguments of `reference.grpo_terms`, checked and filled in. cu_seqlens stays where rows depend on their sequence."""
     count, device = len(like), like.device
     _cu_seqlens(cu_seqlens, count, device)
@@ -74,13 +76,13 @@ def grpo_rows(
             raise ValueError("token_weight: needed for aggregation='constant'; pass token_weights(spec, cu_seqlens, max_length=...)")
         if spec.aggregation != "token" and cu_seqlens is None:
             raise ValueError(f"cu_seqlens: needed for aggregation={spec.aggregation!r}; pass it, or token_weight (T,)")
-        one = torch.tensor([0, count]) if cu_seqlens is None else cu_seqlens
+        one = torch.arange(2) * count if cu_seqlens is None else cu_seqlens  # [0, T]; tensor() would fix T in a compiled graph
         token_weight = reference.token_weights(spec, one, mask=torch.ones(count, dtype=torch.bool, device=device))
     rows |= {"advantages": advantages, "token_weight": token_weight}
     rows = {name: None if x is None else row(name, x, like) for name, x in rows.items()}
     if spec.beta > 0 and rows["ref_logp"] is None:
         raise ValueError(f"ref_logp: needed for beta={spec.beta}; pass the reference's log-probs (T,) or set beta to 0")
-    if not like.is_cuda and (rows["advantages"].isnan() & (rows["token_weight"] != 0)).any():
+    if _readable(like) and (rows["advantages"].isnan() & (rows["token_weight"] != 0)).any():
         raise ValueError("advantages: NaN in rows that count; give unscorable samples 0 (as group_advantages does) or mask their rows")
     if policy_mask is not None:
         if policy_mask.shape != (count,) or policy_mask.dtype != torch.bool:
@@ -107,7 +109,7 @@ def temperature(x: float | Tensor, like: Tensor) -> float | Tensor:
     lowest = x
     if isinstance(x, Tensor):
         x = row("temperature", x, like)
-        lowest = float(x.min()) if len(like) and not like.is_cuda else 1.0
+        lowest = float(x.min()) if len(like) and _readable(like) else 1.0
     if not lowest > 0:
         raise ValueError(f"temperature: must be > 0, got {lowest}")
     return x
@@ -117,7 +119,7 @@ def _targets(targets: Tensor, like: Tensor, vocabulary: int) -> None:
     if targets.shape != like.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(f"targets: expected ({len(like)},) int64, got {text(targets)}")
     match("targets", targets, "hidden", like, dtype=False)
-    if not targets.is_cuda and len(targets):
+    if _readable(targets) and len(targets):
         low, high = (int(x) for x in targets.aminmax())
         if low < 0 or high >= vocabulary:
             wrong = low if low < 0 else high
@@ -139,7 +141,7 @@ def _cu_seqlens(cu_seqlens: Tensor | None, rows: int, device: torch.device) -> N
     if cu_seqlens.ndim != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens: expected (S + 1,) int32 or int64, got {text(cu_seqlens)}")
     if cu_seqlens.is_cpu:
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != rows or (cu_seqlens.diff() < 0).any():
+        if _readable(cu_seqlens) and (cu_seqlens[0] != 0 or cu_seqlens[-1] != rows or (cu_seqlens.diff() < 0).any()):
             raise ValueError(f"cu_seqlens: must start at 0, never fall and end at T = {rows}, got {cu_seqlens.tolist()}")
     elif cu_seqlens.device != device:
         raise ValueError(f"cu_seqlens: on {cu_seqlens.device}; pass it on the CPU")
@@ -156,6 +158,10 @@ def weight_grad(x: Tensor | None, weight: Tensor) -> Tensor | None:
     if torch.is_grad_enabled() and not weight.requires_grad:
         raise ValueError("weight_grad: weight does not require a gradient, so nothing would be added; leave it out for a frozen head")
     return x
+
+
+def _readable(x: Tensor) -> bool:
+    return not x.is_cuda and not torch.compiler.is_compiling()
 
 
 def _device(name: str, x: Tensor) -> None:

@@ -29,6 +29,8 @@ from actial_fast.spec import GRPOSpec
 
 Terms = Callable[[slice, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """A loss from the log-probs and entropies (C,) of some rows, differentiable in them, and its statistics."""
+Wanted = tuple[bool, bool, bool]
+"""Which of hidden, weight and bias need a gradient."""
 
 
 # ---- public: what the door calls, with checked arguments
@@ -50,6 +52,24 @@ def linear_logprob(
     return _LinearLogprob.apply(hidden, weight, bias, job)
 
 
+def linear_logprob_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    g_logp: Tensor | None,
+    g_entropy: Tensor | None,
+    wanted: Wanted,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    workspace_mb: float,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of hidden, weight and bias, where wanted and in their dtypes, from those of log-probs and entropies (T,)."""
+    chunks, block = _plan(hidden, weight, workspace_mb)
+    return _logprob_gradients(hidden, weight, bias, Job(targets, temperature, softcap, chunks, block), g_logp, g_entropy, wanted)
+
+
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -66,11 +86,13 @@ def linear_grpo_loss(
     weight_grad: Tensor | None,
     skip_zero_rows: bool,
     workspace_mb: float,
+    wanted: Wanted | None = None,
     **named: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """As `ops.linear_grpo_loss`; `named` are the other (T,) arguments of `reference.grpo_terms`.
 
-    cu_seqlens (CPU) only where rows depend on their sequence: chunks are then cut between sequences.
+    cu_seqlens (CPU) only where rows depend on their sequence: chunks are then cut between sequences. With `wanted` autograd is left
+    out: the gradients of hidden, weight and bias follow the results, for an upstream gradient of 1 and as computed (see `Result`).
     """
     chunks, block = _plan(hidden, weight, workspace_mb, cu_seqlens)
     positional = (advantages, old_logp, ref_logp)
@@ -85,7 +107,7 @@ def linear_grpo_loss(
         )
 
     job = Job(targets, temperature, softcap, chunks, block, terms, len(STATS), skip=skip_zero_rows, weight_grad=weight_grad)
-    return _LinearLoss.apply(hidden, weight, bias, job)
+    return _loss(hidden, weight, bias, job, wanted)
 
 
 def linear_cross_entropy(
@@ -98,8 +120,9 @@ def linear_cross_entropy(
     softcap: float | None,
     weight_grad: Tensor | None,
     workspace_mb: float,
-) -> Tensor:
-    """As `ops.linear_cross_entropy`."""
+    wanted: Wanted | None = None,
+) -> Tensor | tuple[Tensor | None, ...]:
+    """As `ops.linear_cross_entropy`; with `wanted` the gradients follow the loss, as in `linear_grpo_loss`."""
     chunks, block = _plan(hidden, weight, workspace_mb)
 
     def terms(rows: slice, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -107,7 +130,8 @@ def linear_cross_entropy(
         return loss, loss.new_zeros(0)
 
     job = Job(targets, 1.0, softcap, chunks, block, terms, entropy=False, weight_grad=weight_grad)
-    return _LinearLoss.apply(hidden, weight, bias, job)[0]
+    loss, _, _, _, *gradients = _loss(hidden, weight, bias, job, wanted)
+    return loss if wanted is None else (loss, *gradients)
 
 
 # ---- hidden states and head
@@ -131,7 +155,7 @@ class Job:
     stats: int = 0
     entropy: bool = True
     skip: bool = True
-    wanted: tuple[bool, bool, bool] = (False, False, False)
+    wanted: Wanted = (False, False, False)
     weight_grad: Tensor | None = None
 
 
@@ -264,6 +288,26 @@ def _plan(hidden: Tensor, weight: Tensor, workspace_mb: float, cu_seqlens: Tenso
     return chunks + [slice(start, end)] * (end > start), block
 
 
+def _loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, wanted: Wanted | None) -> tuple[Tensor | None, ...]:
+    """Loss, statistics, log-probs and entropies: known to autograd, or followed by the gradients that are wanted."""
+    if wanted is None:
+        return _LinearLoss.apply(hidden, weight, bias, job)
+    out = _run(hidden, weight, bias, replace(job, wanted=wanted))
+    return out.loss, out.stats, out.logp, out.entropy, out.dhidden, out.dweight, out.dbias
+
+
+def _logprob_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, g_logp: Tensor | None, g_entropy: Tensor | None, wanted: Wanted
+) -> tuple[Tensor | None, ...]:
+    def upstream(rows: slice, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
+        loss = (logp * (0 if g_logp is None else g_logp[rows])).sum()
+        return loss if entropy is None else loss + (entropy * g_entropy[rows]).sum(), loss.new_zeros(0)
+
+    out = _run(hidden, weight, bias, replace(job, terms=upstream, entropy=g_entropy is not None, wanted=wanted))
+    pairs = zip((out.dhidden, out.dweight, out.dbias), (hidden, weight, bias), strict=True)
+    return tuple(None if g is None else g.to(x.dtype) for g, x in pairs)
+
+
 class _LinearLogprob(torch.autograd.Function):
     """Keeps hidden states and head, and computes the logits again in the backward pass."""
 
@@ -278,16 +322,7 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g_logp, g_entropy):
-        hidden, weight, bias = ctx.saved_tensors
-
-        def upstream(rows: slice, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
-            loss = (logp * (0 if g_logp is None else g_logp[rows])).sum()
-            return loss if entropy is None else loss + (entropy * g_entropy[rows]).sum(), loss.new_zeros(0)
-
-        job = replace(ctx.job, terms=upstream, entropy=g_entropy is not None, wanted=ctx.needs_input_grad[:3])
-        out = _run(hidden, weight, bias, job)
-        pairs = zip((out.dhidden, out.dweight, out.dbias), ctx.saved_tensors, strict=True)
-        return *(None if g is None else g.to(x.dtype) for g, x in pairs), None
+        return *_logprob_gradients(*ctx.saved_tensors, ctx.job, g_logp, g_entropy, ctx.needs_input_grad[:3]), None
 
 
 class _LinearLoss(torch.autograd.Function):

@@ -10,7 +10,7 @@ Products of T x V: 2 forward; backward 2 again and one for each gradient that is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,33 +22,59 @@ class _LinearKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, ref_hidden, ref_weight, temperature, workspace_mb):
         inputs = hidden, weight, ref_hidden, ref_weight
-        kl = hidden.new_empty(hidden.shape[0], dtype=torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32)
-        chunks, block = _plan(*inputs, kl.dtype, workspace_mb)
-        for rows, log_p, log_q, p in _log_probs(*inputs, temperature, chunks, block, kl.dtype):
-            torch.exp(log_p, out=p)
-            kl[rows] = log_p.sub_(log_q).mul_(p).sum(-1).clamp_(min=0)  # below 0 by rounding only
+        kl, _ = linear_kl_forward(*inputs, temperature=temperature, workspace_mb=workspace_mb)
         ctx.save_for_backward(*inputs, kl)
-        ctx.plan = temperature, chunks, block
+        ctx.options = {"temperature": temperature, "workspace_mb": workspace_mb}
         return kl
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         *inputs, kl = ctx.saved_tensors
-        temperature, chunks, block = ctx.plan
-        wanted = ctx.needs_input_grad
-        dtypes = [kl.dtype if i % 2 else x.dtype for i, x in enumerate(inputs)]  # the heads' gradients are sums over chunks
-        grads = [torch.zeros(x.shape, dtype=dtypes[i], device=x.device) if wanted[i] else None for i, x in enumerate(inputs)]
-        for rows, log_p, log_q, p in _log_probs(*inputs, temperature, chunks, block, kl.dtype):
-            factor = (grad[rows] / (temperature[rows] if isinstance(temperature, Tensor) else temperature))[:, None]
-            torch.exp(log_p, out=p)
-            if wanted[0] or wanted[1]:
-                by_logits = log_p.sub_(log_q).sub_(kl[rows, None]).mul_(p).mul_(factor)
-                _add_gradients(by_logits, rows, *inputs[:2], *grads[:2], block)
-            if wanted[2] or wanted[3]:
-                by_logits = log_q.exp_().sub_(p).mul_(factor)
-                _add_gradients(by_logits, rows, *inputs[2:], *grads[2:], block)
-        return *(None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)), None, None
+        return *linear_kl_backward(grad, *inputs, kl, None, ctx.needs_input_grad[:4], **ctx.options), None, None
+
+
+def linear_kl_forward(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, *, temperature: float | Tensor, workspace_mb: float
+) -> tuple[Tensor, None]:
+    """KL (T,), unknown to autograd, and nothing: the backward pass on the CPU needs no statistics of the rows."""
+    inputs = hidden, weight, ref_hidden, ref_weight
+    kl = hidden.new_empty(hidden.shape[0], dtype=torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32)
+    chunks, block = _plan(*inputs, kl.dtype, workspace_mb)
+    for rows, log_p, log_q, p in _log_probs(*inputs, temperature, chunks, block, kl.dtype):
+        torch.exp(log_p, out=p)
+        kl[rows] = log_p.sub_(log_q).mul_(p).sum(-1).clamp_(min=0)  # below 0 by rounding only
+    return kl, None
+
+
+def linear_kl_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    kl: Tensor,
+    stats: None,
+    wanted: Sequence[bool],
+    *,
+    temperature: float | Tensor,
+    workspace_mb: float,
+) -> list[Tensor | None]:
+    """The gradients of sum(grad * KL) by the four inputs, where wanted and in their dtypes."""
+    inputs = hidden, weight, ref_hidden, ref_weight
+    chunks, block = _plan(*inputs, kl.dtype, workspace_mb)
+    dtypes = [kl.dtype if i % 2 else x.dtype for i, x in enumerate(inputs)]  # the heads' gradients are sums over chunks
+    grads = [torch.zeros(x.shape, dtype=dtypes[i], device=x.device) if wanted[i] else None for i, x in enumerate(inputs)]
+    for rows, log_p, log_q, p in _log_probs(*inputs, temperature, chunks, block, kl.dtype):
+        factor = (grad[rows] / (temperature[rows] if isinstance(temperature, Tensor) else temperature))[:, None]
+        torch.exp(log_p, out=p)
+        if wanted[0] or wanted[1]:
+            by_logits = log_p.sub_(log_q).sub_(kl[rows, None]).mul_(p).mul_(factor)
+            _add_gradients(by_logits, rows, *inputs[:2], *grads[:2], block)
+        if wanted[2] or wanted[3]:
+            by_logits = log_q.exp_().sub_(p).mul_(factor)
+            _add_gradients(by_logits, rows, *inputs[2:], *grads[2:], block)
+    return [None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
 
 
 def _add_gradients(

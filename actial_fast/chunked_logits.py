@@ -99,9 +99,7 @@ class _LogitsLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, temperature, inplace):
-        logp, entropy = (torch.empty(len(logits), dtype=compute_dtype(logits), device=logits.device) for _ in range(2))
-        for rows in _logits_chunks(logits):
-            logp[rows], entropy[rows] = _rows(logits, targets, temperature, rows)
+        logp, entropy, *_ = logits_forward(logits, targets, temperature=temperature)
         ctx.save_for_backward(logits, targets)
         ctx.temperature, ctx.inplace = temperature, inplace
         ctx.set_materialize_grads(False)
@@ -112,9 +110,33 @@ class _LogitsLogprob(torch.autograd.Function):
     def backward(ctx, g_logp, g_entropy):
         logits, targets = ctx.saved_tensors
         out = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        for rows in _logits_chunks(logits):
-            out[rows] = _rows(logits, targets, ctx.temperature, rows, g_logp, g_entropy)
+        logits_backward(logits, targets, None, None, None, g_logp, g_entropy, out, temperature=ctx.temperature)
         return out, None, None, None
+
+
+def logits_forward(logits: Tensor, targets: Tensor, *, temperature: float | Tensor) -> tuple[Tensor, Tensor, None, None]:
+    """Log-probs and entropies (T,), unknown to autograd; then nothing, where the kernels leave what their backward pass needs."""
+    logp, entropy = (torch.empty(len(logits), dtype=compute_dtype(logits), device=logits.device) for _ in range(2))
+    for rows in _logits_chunks(logits):
+        logp[rows], entropy[rows] = _rows(logits, targets, temperature, rows)
+    return logp, entropy, None, None
+
+
+def logits_backward(
+    logits: Tensor,
+    targets: Tensor,
+    entropy: Tensor | None,
+    peak: None,
+    log_total: None,
+    g_logp: Tensor | None,
+    g_entropy: Tensor | None,
+    out: Tensor,
+    *,
+    temperature: float | Tensor,
+) -> None:
+    """Writes the gradient of the logits to `out` (T, V), which may be the logits; everything is computed from these again."""
+    for rows in _logits_chunks(logits):
+        out[rows] = _rows(logits, targets, temperature, rows, g_logp, g_entropy)
 
 
 def _rows(

@@ -1,22 +1,22 @@
 """The ops that the loops and other trainers call: arguments are checked here, then CUDA tensors go to the Triton kernels and CPU tensors to
-`chunked`. `reference` is the readable form of the same equations.
+`chunked`. `reference` is the readable form of the same equations. Under torch.compile each op is one node of the graph (`library`).
 
 T rows that carry loss, H hidden size, V vocabulary, S sequences of rows, N rewards, R reward functions. Floating results are float32,
-float64 for float64 inputs (CPU only). What would cost a host sync on CUDA is checked on the CPU only: there an out-of-range target gives
-NaN (nothing is read out of bounds), and NaN advantages or a temperature of 0 show in the loss. Under autocast hidden states, weight and
-bias are cast as F.linear would cast them.
+float64 for float64 inputs (CPU only). What would cost a host sync on CUDA, or a break in a compiled graph, is checked elsewhere only: on
+CUDA an out-of-range target gives NaN (nothing is read out of bounds), and NaN advantages or a temperature of 0 show in the loss. Under
+autocast hidden states, weight and bias are cast as F.linear would cast them.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from actial_fast import checks, chunked, chunked_kl, chunked_logits, reference
+from actial_fast import checks, chunked, chunked_kl, chunked_logits, operators, operators_logits, reference
+from actial_fast.library import implementation
 from actial_fast.reference import STATS, token_weights
 from actial_fast.spec import AdvantageSpec, GRPOSpec
 
@@ -64,7 +64,7 @@ def linear_logprob(
     """
     hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb)
     scaling = {"bias": bias, "temperature": checks.temperature(temperature, hidden), "softcap": softcap}
-    run = _path(hidden, "linear_logprob", chunked.linear_logprob)
+    run = _path(hidden, "linear_logprob", chunked.linear_logprob, operators.linear_logprob)
     logp, entropy = run(hidden, weight, targets, **scaling, workspace_mb=workspace_mb)
     return logp, entropy if return_entropy else None
 
@@ -108,18 +108,19 @@ def linear_grpo_loss(
     with sequences, not the longest one.
     """
     hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb)
-    rows = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy_weight": entropy_weight}
+    rows: dict[str, Any] = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy_weight": entropy_weight}
     rows = checks.grpo_rows(hidden, advantages, spec, token_weight, cu_seqlens, policy_mask, **rows)
     weight_grad = checks.weight_grad(weight_grad, weight)
     temperature = checks.temperature(temperature, hidden)
-    scaling = {"bias": bias, "temperature": temperature, "softcap": softcap, "workspace_mb": workspace_mb}
+    scaling: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap, "workspace_mb": workspace_mb}
     if spec.top_entropy < 1 and policy_mask is None and len(targets):
         with torch.no_grad():
             entropy = linear_logprob(hidden, weight, targets, **scaling)[1]
+        assert entropy is not None
         rows["policy_mask"] = reference.high_entropy(entropy, rows["token_weight"], spec.top_entropy)
     if skip_zero_rows is None:
         skip_zero_rows = spec.beta == 0 and spec.entropy_coef == 0
-    run = _path(hidden, "linear_grpo", chunked.linear_grpo_loss)
+    run = _path(hidden, "linear_grpo", chunked.linear_grpo_loss, operators.linear_grpo_loss)
     return GRPOLoss(*run(hidden, weight, targets, spec=spec, **rows, **scaling, weight_grad=weight_grad, skip_zero_rows=skip_zero_rows))
 
 
@@ -143,7 +144,7 @@ def linear_cross_entropy(
     hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb)
     token_weight = checks.row("token_weight", token_weight, hidden)
     weight_grad = checks.weight_grad(weight_grad, weight)
-    run = _path(hidden, "linear_grpo", chunked.linear_cross_entropy)
+    run = _path(hidden, "linear_grpo", chunked.linear_cross_entropy, operators.linear_cross_entropy)
     return run(hidden, weight, targets, token_weight, bias=bias, softcap=softcap, weight_grad=weight_grad, workspace_mb=workspace_mb)
 
 
@@ -167,7 +168,7 @@ def linear_kl(
         if got != want:
             raise ValueError(f"{name}: expected {want} rows like {name.removeprefix('ref_')}, got {got}")
     checks.match("ref_hidden", ref_hidden, "hidden", hidden)
-    run = _path(hidden, "linear_kl", chunked_kl.linear_kl)
+    run = _path(hidden, "linear_kl", chunked_kl.linear_kl, operators_logits.linear_kl)
     return run(hidden, weight, ref_hidden, ref_weight, temperature=checks.temperature(temperature, hidden), workspace_mb=workspace_mb)
 
 
@@ -180,7 +181,7 @@ def logprob_from_logits(
     second (T, V) exists. ValueError for arguments that do not fit together.
     """
     logits = checks.logits(logits, targets)
-    run = _path(logits, "logits", chunked_logits.logprob_from_logits)
+    run = _path(logits, "logits", chunked_logits.logprob_from_logits, operators_logits.logprob_from_logits)
     return run(logits, targets, temperature=checks.temperature(temperature, logits), inplace_backward=inplace_backward)
 
 
@@ -205,14 +206,14 @@ def grpo_loss_from_logits(
     inplace: the gradient overwrites the logits' memory, during this call or the backward pass; the logits are of no use afterwards.
     """
     logits = checks.logits(logits, targets)
-    rows = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy_weight": entropy_weight}
+    rows: dict[str, Any] = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy_weight": entropy_weight}
     rows = checks.grpo_rows(logits, advantages, spec, token_weight, cu_seqlens, policy_mask, **rows)
     temperature = checks.temperature(temperature, logits)
     if spec.top_entropy < 1 and policy_mask is None and len(targets):
         with torch.no_grad():
             entropy = logprob_from_logits(logits, targets, temperature=temperature)[1]
         rows["policy_mask"] = reference.high_entropy(entropy, rows["token_weight"], spec.top_entropy)
-    run = _path(logits, "logits", chunked_logits.grpo_loss_from_logits)
+    run = _path(logits, "logits", chunked_logits.grpo_loss_from_logits, operators_logits.grpo_loss_from_logits)
     return GRPOLoss(*run(logits, targets, spec=spec, **rows, temperature=temperature, inplace=inplace))
 
 
@@ -233,7 +234,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, spec: AdvantageSpec, *, we
                 f"weights: expected one per column of rewards {tuple(rewards.shape)}, floating point, got {checks.text(weights)}"
             )
         checks.match("weights", weights, "rewards", rewards, dtype=False)
-    return _path(rewards, "advantages", reference.group_advantages)(rewards, groups, spec, weights=weights)
+    run = _path(rewards, "advantages", reference.group_advantages, operators_logits.group_advantages)
+    return run(rewards, groups, spec, weights=weights)
 
 
 def token_kl(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
@@ -248,21 +250,9 @@ def token_kl(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
     checks.match("ref_logp", ref_logp, "logp", logp)
     if kind not in ("k1", "k2", "k3"):
         raise ValueError(f"kind: {kind!r} is not one of k1, k2, k3")
-    return _path(logp, "token_kl", chunked_logits.token_kl)(logp, ref_logp, kind)
+    return _path(logp, "token_kl", chunked_logits.token_kl, operators_logits.token_kl)(logp, ref_logp, kind)
 
 
-def _path(x: Tensor, module: str, cpu: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of that name in kernels/module.py for CUDA tensors, `cpu` on the CPU and for no rows; outside of autocast."""
-    function = cpu
-    if _on_gpu(x) and len(x):  # imported here, so that the CPU needs no Triton
-        function = getattr(importlib.import_module(f"actial_fast.kernels.{module}"), cpu.__name__)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
-            return function(*args, **kwargs)
-
-    return run
-
-
-def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda  # a function of its own, so that tests can send CPU tensors through Triton's interpreter
+def _path(x: Tensor, module: str, cpu: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """What computes: an operator that the compiler leaves whole, or directly the kernels for CUDA tensors or `cpu`."""
+    return compiled if torch.compiler.is_compiling() else implementation(x, module, cpu)

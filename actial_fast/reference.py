@@ -162,6 +162,7 @@ def grpo_terms(
 
     def over_sequence(x: Tensor, mean: bool) -> Tensor:
         """Each row's sequence's sum or mean of x over its counted rows."""
+        assert cu_seqlens is not None and owner is not None, "rows that depend on their sequence come with cu_seqlens"
         sums = x.new_zeros(2, len(cu_seqlens) - 1).index_add(1, owner, torch.stack([torch.where(counted, x, 0), counted.to(x.dtype)]))
         return (sums[0] / sums[1].clamp(min=1) if mean else sums[0])[owner]
 

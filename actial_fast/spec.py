@@ -20,7 +20,7 @@ class AdvantageSpec:
     """Several rewards: weigh and add them and then normalise, or normalise each within its group, weigh and add, and then normalise the
     sums over all rewards of the call (GDPO, arXiv 2601.05242)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _choices(self, baseline=("mean", "leave_one_out"), scale=("std", "batch_std", "none"))
         _choices(self, combine=("sum_then_normalize", "normalize_then_sum"))
         _at_least(self, 0, "epsilon")
@@ -76,7 +76,7 @@ class GRPOSpec:
     """token: mean over all tokens. sequence: mean over sequences of each one's token mean. sequence_sum: mean over sequences of each
     one's token sum. constant: sum over all tokens divided by sequences * max_length."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _choices(self, objective=("clip", "cispo", "sapo", "vespo"), ratio=("token", "sequence"), kl=("k1", "k2", "k3"))
         _choices(self, importance=("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"))
         _choices(self, aggregation=("token", "sequence", "sequence_sum", "constant"))

@@ -23,6 +23,7 @@ from actial_fast.kernels.objective import grpo_rows
 from actial_fast.kernels.scale import scale_
 
 LOSS = 1  # its place among the statistics
+Wanted = tuple[bool, bool, bool]  # which of hidden, weight and bias need a gradient
 Coefficients = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor | None, Tensor]]
 
 
@@ -44,23 +45,9 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wanted = ctx.needs_input_grad[:3]
-        wanted = (wanted[0], wanted[1] or call.weight_grad is not None, wanted[2]) if any(wanted) else wanted
-        head, sums, statistics = call.head, Sums(call.head, wanted, call.weight_grad), []
-        logp, entropy = torch.empty((2, len(hidden)), dtype=torch.float32, device=hidden.device)
-        chunks = cut(head, any(wanted), call.workspace_mb, call.cu_seqlens)
-        scaled = workspace(head, chunks) if any(wanted) else None
-        for start, stop in chunks:
-            rows = head.rows(start, stop)
-            parts, logp[start:stop], entropy[start:stop] = forward(rows, scaled)
-            g_logp, g_entropy, partial = call.coefficients(logp[start:stop], entropy[start:stop], start, stop)
-            statistics.append(partial)
-            if any(wanted):
-                head_grad.backward(rows, parts, entropy[start:stop], g_logp, g_entropy, sums.chunk(start, stop), call.compact)
-        ctx.gradients, ctx.dtypes = sums.results(hidden.shape[1]), (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        loss, stats, logp, entropy, *ctx.gradients = _run(call, hidden.shape[1], ctx.needs_input_grad[:3])
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.weight_grad_given = call.weight_grad is not None
-        stats = torch.cat(statistics).sum(0)
-        loss = stats[LOSS].clone()
         ctx.mark_non_differentiable(stats, logp, entropy)
         return loss, stats, logp, entropy
 
@@ -73,6 +60,24 @@ class FusedLoss(torch.autograd.Function):
         if ctx.weight_grad_given:
             torch._assert_async(upstream == 1, "with weight_grad the loss must be backpropagated as it is: scale token_weight instead")
         return *(None if x is None else scale_(x, upstream).to(d) for x, d in zip(gradients, ctx.dtypes, strict=True)), None
+
+
+def _run(call: Call, width: int, wanted: Wanted) -> tuple[Tensor | None, ...]:
+    """Loss, statistics, log-probs, entropies; then the gradients of hidden, weight and bias, of the caller's width and as computed."""
+    wanted = (wanted[0], wanted[1] or call.weight_grad is not None, wanted[2]) if any(wanted) else wanted
+    head, sums, statistics = call.head, Sums(call.head, wanted, call.weight_grad), []
+    logp, entropy = (torch.empty(len(head.hidden), dtype=torch.float32, device=head.hidden.device) for _ in range(2))
+    chunks = cut(head, any(wanted), call.workspace_mb, call.cu_seqlens)
+    scaled = workspace(head, chunks) if any(wanted) else None
+    for start, stop in chunks:
+        rows = head.rows(start, stop)
+        parts, logp[start:stop], entropy[start:stop] = forward(rows, scaled)
+        g_logp, g_entropy, partial = call.coefficients(logp[start:stop], entropy[start:stop], start, stop)
+        statistics.append(partial)
+        if any(wanted):
+            head_grad.backward(rows, parts, entropy[start:stop], g_logp, g_entropy, sums.chunk(start, stop), call.compact)
+    stats = torch.cat(statistics).sum(0)
+    return stats[LOSS].clone(), stats, logp, entropy, *sums.results(width)
 
 
 def linear_grpo_loss(
@@ -95,10 +100,12 @@ def linear_grpo_loss(
     weight_grad: Tensor | None,
     skip_zero_rows: bool,
     workspace_mb: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted: Wanted | None = None,
+) -> tuple[Tensor | None, ...]:
     """See `ops.linear_grpo_loss`, which has checked the arguments: loss (), statistics (len(STATS),), logp and entropy (T,), all float32.
 
-    cu_seqlens (S + 1,) on the CPU where the loss needs whole sequences, else None.
+    cu_seqlens (S + 1,) on the CPU where the loss needs whole sequences, else None. With `wanted` autograd is left out: the gradients of
+    hidden, weight and bias follow, for an upstream gradient of 1 and as computed (see `Sums`).
     """
     vectors = {"token_weight": token_weight, "sampler_logp": sampler_logp, "policy_mask": policy_mask, "entropy_weight": entropy_weight}
 
@@ -114,7 +121,7 @@ def linear_grpo_loss(
 
     head = make_head(hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), temperature, softcap)
     call = Call(head, coefficients, skip_zero_rows, workspace_mb, cu_seqlens, weight_grad)
-    return FusedLoss.apply(hidden, weight, bias, call)
+    return FusedLoss.apply(hidden, weight, bias, call) if wanted is None else _run(call, hidden.shape[1], wanted)
 
 
 def linear_cross_entropy(
@@ -127,8 +134,9 @@ def linear_cross_entropy(
     softcap: float | None,
     weight_grad: Tensor | None,
     workspace_mb: float,
-) -> Tensor:
-    """See `ops.linear_cross_entropy`, which has checked the arguments: -sum token_weight * logp, () float32."""
+    wanted: Wanted | None = None,
+) -> Tensor | tuple[Tensor | None, ...]:
+    """See `ops.linear_cross_entropy`, which has checked the arguments: -sum token_weight * logp, () float32; `wanted` as above."""
 
     def coefficients(logp: Tensor, entropy: Tensor, start: int, stop: int) -> tuple[Tensor, None, Tensor]:
         weights = token_weight[start:stop].float()
@@ -136,4 +144,8 @@ def linear_cross_entropy(
         return -weights, None, torch.stack([torch.zeros_like(loss), loss])[None]
 
     head = make_head(hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), 1.0, softcap)
-    return FusedLoss.apply(hidden, weight, bias, Call(head, coefficients, False, workspace_mb, None, weight_grad))[0]
+    call = Call(head, coefficients, False, workspace_mb, None, weight_grad)
+    if wanted is None:
+        return FusedLoss.apply(hidden, weight, bias, call)[0]
+    loss, _, _, _, *gradients = _run(call, hidden.shape[1], wanted)
+    return loss, *gradients

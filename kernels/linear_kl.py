@@ -243,18 +243,46 @@ def add_mm_f32(a: Tensor, b: Tensor, out: Tensor) -> None:
 class _LinearKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, ref_hidden, ref_weight, temperature, workspace_mb):
-        inverse = torch.ones(hidden.shape[0], dtype=torch.float64, device=hidden.device).div_(temperature).float()
-        kl, stats = forward(hidden, weight, ref_hidden, ref_weight, inverse, workspace_mb)
-        ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, inverse, kl, stats)
-        ctx.workspace_mb = workspace_mb
+        ctx.options = {"temperature": temperature, "workspace_mb": workspace_mb}
+        kl, stats = linear_kl_forward(hidden, weight, ref_hidden, ref_weight, **ctx.options)
+        ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, kl, stats)
         return kl
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        grads = backward(*ctx.saved_tensors, grad.float().contiguous(), ctx.needs_input_grad[:4], ctx.workspace_mb)
-        dtypes = (x.dtype for x in ctx.saved_tensors[:4])
-        return *(None if x is None else x.to(dtype) for x, dtype in zip(grads, dtypes, strict=True)), None, None
+        return *linear_kl_backward(grad, *ctx.saved_tensors, ctx.needs_input_grad[:4], **ctx.options), None, None
+
+
+def linear_kl_forward(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, *, temperature: float | Tensor, workspace_mb: float
+) -> tuple[Tensor, Tensor]:
+    """KL (T,) and statistics (T, 4) float32, unknown to autograd."""
+    return forward(hidden, weight, ref_hidden, ref_weight, _inverse(temperature, hidden), workspace_mb)
+
+
+def linear_kl_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    kl: Tensor,
+    stats: Tensor,
+    wanted: Sequence[bool],
+    *,
+    temperature: float | Tensor,
+    workspace_mb: float,
+) -> list[Tensor | None]:
+    """The gradients of sum(grad * KL) by the four inputs, where wanted and in their dtypes."""
+    inputs = (hidden, weight, ref_hidden, ref_weight)
+    grads = backward(*inputs, _inverse(temperature, hidden), kl, stats, grad.float().contiguous(), wanted, workspace_mb)
+    return [None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
+
+
+def _inverse(temperature: float | Tensor, like: Tensor) -> Tensor:
+    """1 / temperature of every row of `like`, (T,) float32."""
+    return torch.ones(like.shape[0], dtype=torch.float64, device=like.device).div_(temperature).float()
 
 
 def linear_kl(

@@ -22,7 +22,7 @@ class LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, workspace_mb: float) -> tuple[Tensor, Tensor]:
-        logp, entropy = torch.empty((2, len(hidden)), dtype=torch.float32, device=hidden.device)
+        logp, entropy = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
         for start, stop in cut(head, False, workspace_mb):
             _, logp[start:stop], entropy[start:stop] = forward(head.rows(start, stop), None)
         ctx.set_materialize_grads(False)
@@ -32,17 +32,25 @@ class LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        head, (width, dtype) = ctx.head, ctx.sizes
-        g_logp = torch.zeros(len(head.hidden), device=head.hidden.device) if g_logp is None else g_logp.contiguous()
-        g_entropy = None if g_entropy is None else g_entropy.contiguous()
-        sums, chunks = Sums(head, ctx.needs_input_grad[:3]), cut(head, True, ctx.workspace_mb)
-        scaled = workspace(head, chunks)
-        for start, stop in chunks:
-            rows = head.rows(start, stop)
-            parts, _, entropy = forward(rows, scaled)
-            g = None if g_entropy is None else g_entropy[start:stop]
-            head_grad.backward(rows, parts, entropy, g_logp[start:stop], g, sums.chunk(start, stop), compact=False)
-        return *(None if x is None else x.to(dtype) for x in sums.results(width)), None, None
+        width, dtype = ctx.sizes
+        gradients = _gradients(ctx.head, width, g_logp, g_entropy, ctx.needs_input_grad[:3], ctx.workspace_mb)
+        return *(None if x is None else x.to(dtype) for x in gradients), None, None
+
+
+def _gradients(
+    head: Head, width: int, g_logp: Tensor | None, g_entropy: Tensor | None, wanted: tuple[bool, bool, bool], workspace_mb: float
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those of hidden, weight and bias, of the caller's width, as computed."""
+    g_logp = torch.zeros(len(head.hidden), device=head.hidden.device) if g_logp is None else g_logp.contiguous()
+    g_entropy = None if g_entropy is None else g_entropy.contiguous()
+    sums, chunks = Sums(head, wanted), cut(head, True, workspace_mb)
+    scaled = workspace(head, chunks)
+    for start, stop in chunks:
+        rows = head.rows(start, stop)
+        parts, _, entropy = forward(rows, scaled)
+        g = None if g_entropy is None else g_entropy[start:stop]
+        head_grad.backward(rows, parts, entropy, g_logp[start:stop], g, sums.chunk(start, stop), compact=False)
+    return sums.results(width)
 
 
 def workspace(head: Head, chunks: list[tuple[int, int]]) -> Tensor:
@@ -64,3 +72,22 @@ def linear_logprob(
     """See `ops.linear_logprob`, which has checked the arguments. A target outside [0, V) has a NaN log-prob. Returns two (T,) float32."""
     head = make_head(hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), temperature, softcap)
     return LinearLogprob.apply(hidden, weight, bias, head, workspace_mb)
+
+
+def linear_logprob_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    g_logp: Tensor | None,
+    g_entropy: Tensor | None,
+    wanted: tuple[bool, bool, bool],
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    workspace_mb: float,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of hidden, weight and bias, where wanted and in their dtype, from those of log-probs and entropies (T,)."""
+    head = make_head(hidden, weight, targets, bias, temperature, softcap)
+    gradients = _gradients(head, hidden.shape[1], g_logp, g_entropy, wanted, workspace_mb)
+    return tuple(None if x is None else x.to(weight.dtype) for x in gradients)

@@ -245,7 +245,8 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g_logp, g_entropy):
-        return _gradient(*ctx.saved_tensors, ctx.temperature, g_logp, g_entropy, None, ctx.inplace), None, None, None
+        out = _out(ctx.saved_tensors[0], ctx.inplace)
+        return _gradient(*ctx.saved_tensors, ctx.temperature, g_logp, g_entropy, None, out), None, None, None
 
 
 class _LateLoss(torch.autograd.Function):
@@ -262,7 +263,8 @@ class _LateLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g_loss, *_):
-        return _gradient(*ctx.saved_tensors, ctx.temperature, *ctx.coefficients, g_loss, ctx.inplace), *[None] * 5
+        out = _out(ctx.saved_tensors[0], ctx.inplace)
+        return _gradient(*ctx.saved_tensors, ctx.temperature, *ctx.coefficients, g_loss, out), *[None] * 5
 
 
 class _EarlyLoss(torch.autograd.Function):
@@ -272,7 +274,7 @@ class _EarlyLoss(torch.autograd.Function):
     def forward(ctx, logits, targets, temperature, inplace, spec, rows, wanted):
         logp, entropy = (torch.empty(len(logits), device=logits.device, dtype=torch.float32) for _ in range(2))
         stats = torch.empty(len(logits), STATS.value, device=logits.device, dtype=torch.float32)
-        out = (logits if inplace else torch.empty(logits.shape, device=logits.device, dtype=logits.dtype)) if wanted else None
+        out = _out(logits, inplace) if wanted else None
         rows, numbers, options = arguments(spec, **rows)
         grpo_logits_kernel[(len(logits),)](
             logits=logits,
@@ -324,8 +326,11 @@ def _logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> tu
     return out
 
 
-def _gradient(logits, targets, entropy, peak, log_total, temperature, g_logp, g_entropy, factor, inplace: bool) -> Tensor:
-    out = logits.detach() if inplace else torch.empty(logits.shape, device=logits.device, dtype=logits.dtype)
+def _out(logits: Tensor, inplace: bool) -> Tensor:
+    return logits.detach() if inplace else torch.empty(logits.shape, device=logits.device, dtype=logits.dtype)
+
+
+def _gradient(logits, targets, entropy, peak, log_total, temperature, g_logp, g_entropy, factor, out) -> Tensor:
     block = SWEEP.block(logits.dtype)
     gradient_kernel[(len(logits),)](
         logits=logits,
@@ -345,9 +350,29 @@ def _gradient(logits, targets, entropy, peak, log_total, temperature, g_logp, g_
         BLOCK=block["THREADS"] * block["LOADS"] * block["VECTOR"],
         num_warps=block["num_warps"],
     )
-    if inplace:
-        torch.autograd.graph.increment_version(logits)
+    torch.autograd.graph.increment_version(out)
     return out
+
+
+def logits_forward(logits: Tensor, targets: Tensor, *, temperature: float | Tensor) -> tuple[Tensor, ...]:
+    """logp, entropy, m and log s, all (T,) float32, unknown to autograd."""
+    return _logprob(logits, targets, _temperature(temperature))
+
+
+def logits_backward(
+    logits: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    peak: Tensor,
+    log_total: Tensor,
+    g_logp: Tensor,
+    g_entropy: Tensor,
+    out: Tensor,
+    *,
+    temperature: float | Tensor,
+) -> None:
+    """Writes the gradient of the logits to `out` (T, V), rows contiguous, which may be the logits."""
+    _gradient(logits, targets, entropy, peak, log_total, _temperature(temperature), g_logp, g_entropy, None, out)
 
 
 def _temperature(temperature: float | Tensor) -> float | Tensor:

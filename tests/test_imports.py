@@ -17,11 +17,13 @@ MODULES = {
 FLOORS = [
     {"spec", "native", "planning", "layout", "style", "chart", "statistics"},
     {"reference", "chunked", "chunked_kl", "chunked_logits"},
+    {"library"},
+    {"operators", "operators_logits"},
     {"checks", "ops", "metrics", "doctor"},
     {"packing", "packed_ops", "images", "rewards", "data"},
     {"attention", "features", "vision"},
     {"config", "recipe", "processor", "cards", "report"},
-    {"model", "tiny"},
+    {"model", "tiny", "integrations"},
     {"dist", "balance", "rollout"},
     {"checkpoint", "evaluate", "training", "rounds"},
     {"sft", "grpo"},
@@ -29,8 +31,9 @@ FLOORS = [
     {"cli"},
 ]
 TRANSFORMERS = {"model", "attention", "vision", "tiny", "processor", "rollout.embedded", "cli"}  # cli only quiets its progress bars
+TRAINERS = {"trl", "verl", "liger_kernel"}  # other people's, each in its module of integrations
 LOOPS = {"sft", "grpo"}
-DOORS = {"ops", "attention", "packed_ops"}  # what sends CUDA tensors to the kernels, each its own
+DOORS = {"library", "attention", "packed_ops"}  # what sends CUDA tensors to the kernels, each its own
 
 
 KERNELS = sorted((PACKAGE.parent / "kernels").glob("*.py"))
@@ -89,7 +92,13 @@ def test_nobody_imports_a_loop_bench_or_tests(module):
 @pytest.mark.parametrize("module", CODE)
 def test_transformers_stays_in_its_rooms(module):
     heavy = {name.split(".")[0] for name in imports(module)} & {"transformers", "peft", "tokenizers"}
-    assert not heavy or module in TRANSFORMERS, f"{module} imports {heavy}"
+    assert not heavy or module in TRANSFORMERS or room(module) == "integrations", f"{module} imports {heavy}"
+
+
+@pytest.mark.parametrize("module", CODE)
+def test_other_trainers_stay_in_integrations(module):
+    theirs = {name.split(".")[0] for name in imports(module)} & TRAINERS
+    assert not theirs or room(module) == "integrations", f"{module} imports {theirs}"
 
 
 @pytest.mark.parametrize("module", [m for m in CODE if room(m) == "data"])
@@ -129,7 +138,8 @@ def test_the_cpu_path_never_imports_triton():
 
 
 def test_importing_the_package_pulls_in_nothing_heavy():
-    code = "import sys, actial_fast; print([m for m in ('transformers', 'peft', 'pycolmap', 'datasets', 'matplotlib') if m in sys.modules])"
+    heavy = ("transformers", "peft", "pycolmap", "datasets", "matplotlib", *sorted(TRAINERS))
+    code = f"import sys, actial_fast; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

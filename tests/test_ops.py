@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actial_fast import chunked, chunked_kl, chunked_logits, ops, reference
+from actial_fast import chunked, chunked_kl, chunked_logits, library, ops, reference
 from actial_fast.spec import AdvantageSpec, GRPOSpec
 from tests.head_cases import error, make
 
@@ -603,7 +603,7 @@ def test_the_kernels_take_what_the_door_gives(monkeypatch):
     for name, run in calls.items():
         cpu = with_gradients(run)
         with monkeypatch.context() as patch:
-            patch.setattr(ops, "_on_gpu", lambda x: True)
+            patch.setattr(library, "on_gpu", lambda x: True)
             for module, f in ((chunked, name), (chunked_logits, name), (chunked_kl, name), (reference, name)):
                 if hasattr(module, f):
                     patch.setattr(module, f, unreachable(name))
