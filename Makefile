@@ -17,7 +17,14 @@ test: $(VENV)/installed lint
 test-slow: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m slow -s
 
-# with GPU_PYTHON nothing is installed or fetched: it brings torch, triton, numpy, pillow, pybind11, pytest, hypothesis, pytest-benchmark
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+
+package: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m slow -s tests/test_packaging.py
+
+# with GPU_PYTHON nothing is installed or fetched: it brings torch, triton, numpy, pillow, pybind11, pytest, hypothesis, pytest-benchmark;
+# for the 7B step transformers, peft and what `train` in pyproject.toml needs to read recipes (pyyaml), bitsandbytes and trl where wanted
 gpu: $(if $(GPU_PYTHON),,$(VENV)/installed)
 	$(or $(GPU_PYTHON),$(VENV)/bin/python) -m bench.gate
 
@@ -31,11 +38,14 @@ bench-data: $(VENV)/installed
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 # torch comes first and pinned: an open request would fetch the CUDA build
+# verl asks for an older transformers and for Ray: the functions of it that ours are compared with need neither
 $(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel pybind11
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,dev,bench]'
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-deps verl cloudpickle codetiming omegaconf orjson pyvers tensordict
 	touch $@

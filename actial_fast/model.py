@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
 
 from actial_fast.attention import IMPLEMENTATION, use_packed_attention
+from actial_fast.integrations.liger import apply_liger
 from actial_fast.packed_ops import PixelBatch, embed, patchify
 from actial_fast.packing import Batch, PackedBatch
 from actial_fast.recipe import ModelConfig
@@ -140,6 +142,8 @@ def load_policy(config: ModelConfig, device: torch.device, seed: int, *, packed:
             parameter.requires_grad_(False)
             if not lora:
                 parameter.data = parameter.data.to(getattr(torch, config.frozen_dtype))
+    if _uses_liger(config, device):
+        apply_liger(model)
     policy = Policy(model.to(device), torch.bfloat16 if device.type == "cuda" else torch.float32)
     if not policy.trained():
         raise ValueError("model.freeze: every parameter is frozen, nothing is left to train")
@@ -152,6 +156,14 @@ def load_reference(config: ModelConfig, device: torch.device, *, packed: bool = 
     """A frozen copy of the starting weights, to measure the KL against (with adapters, switch those off instead)."""
     config = replace(config, dtype=config.frozen_dtype, lora=replace(config.lora, rank=0), freeze=(), gradient_checkpointing=False)
     return load_policy(config, device, seed=0, packed=packed).requires_grad_(False).eval()
+
+
+def _uses_liger(config: ModelConfig, device: torch.device) -> bool:
+    installed = importlib.util.find_spec("liger_kernel") is not None
+    if config.liger == "on" and not (installed and device.type == "cuda"):
+        lacks = "liger-kernel is not installed" if not installed else f"this is {device.type}"
+        raise ValueError(f"model.liger: on needs CUDA and liger-kernel, and {lacks}; set it to auto or off")
+    return config.liger != "off" and installed and device.type == "cuda"
 
 
 def _add_adapters(model: Qwen2_5_VLForConditionalGeneration, config: ModelConfig, seed: int) -> PeftModel:

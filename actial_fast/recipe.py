@@ -52,6 +52,8 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention of transformers to use."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Liger's RMSNorm, SwiGLU and rotary kernels in the model, on CUDA; auto = where liger-kernel is installed."""
     min_pixels: int = 0
     """Images with fewer pixels are scaled up to this; 0 = as the checkpoint's image processor says."""
     max_pixels: int = 0

@@ -1,5 +1,6 @@
 """Both loops: what the gradient is, that nothing changes it that should not, and that a killed run goes on as if it had not been."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from actial_fast import checkpoint, grpo, sft
@@ -418,6 +420,18 @@ def test_checkpointing_sends_no_gradient_into_a_frozen_tower(lora, sft_recipe):
     sft._accumulate(policy, processor, sequences, replace(sft_recipe, packing="plain"), ALONE)
     assert features and not any(x.requires_grad for x in features)
     assert all(p.grad is not None for p in policy.trained().values())
+
+
+def test_ligers_layers_are_used_on_cuda_where_they_are_installed(sft_recipe, monkeypatch):
+    with pytest.raises(ValueError, match=r"model.liger: on needs CUDA and liger-kernel, and this is cpu"):
+        load_policy(replace(sft_recipe.model, liger="on"), ALONE.device, 0)
+    monkeypatch.setattr(nn.Module, "to", lambda module, device: module)  # no GPU is needed to see which layers change
+    for choice, installed, expected in (("auto", True, True), ("on", True, True), ("off", True, False), ("auto", False, False)):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, installed=installed: True if installed else None)
+        policy = load_policy(replace(sft_recipe.model, liger=choice), torch.device("cuda"), 0)
+        assert ("forward" in vars(policy.base.model.language_model.norm)) == expected, "an instance's own forward"
+    with pytest.raises(ValueError, match="liger-kernel is not installed"):
+        load_policy(replace(sft_recipe.model, liger="on"), torch.device("cuda"), 0)
 
 
 def test_freezing_what_is_not_there_is_an_error(sft_recipe):

@@ -19,7 +19,8 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from actial_fast import ops, reference
-from actial_fast.spec import NAMED, GRPOSpec
+from actial_fast.integrations import trl_loss
+from actial_fast.spec import GRPOSpec
 from bench.accuracy import as_if_on_a_gpu
 from tests.head_cases import difference
 
@@ -28,6 +29,7 @@ LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo")
 IMPORTANCE = (None, "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 LENGTHS = (1, 7, 3, 9, 4, 6, 8, 2, 5, 7, 6, 9, 3, 8, 5, 1)
 H, V, MAX_LENGTH, TEMPERATURE = 5, 17, 16, 0.9
+CONSTANTS = {name: value for name, value in vars(GRPOSpec()).items() if name.startswith(("sapo", "vespo"))}
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,7 @@ def theirs(case, o: Options, head=log_softmax_head) -> SimpleNamespace:
             use_bias_correction_kl=o.use_bias_correction_kl,
             delta=o.delta,
             steps_per_generation=o.steps_per_generation,
-            **{name: getattr(GRPOSpec(), name) for name in ("sapo_temperature_pos", "sapo_temperature_neg")},
-            **{f"vespo_{a}_{b}": getattr(GRPOSpec(), f"vespo_{a}_{b}") for a in ("k", "lambda") for b in ("pos", "neg")},
+            **CONSTANTS,
         ),
         loss_type=o.loss_type,
         importance_sampling_level=o.importance_sampling_level,
@@ -207,21 +208,10 @@ IMPORTANCE_RANGE = (0.7, 1.4)
 
 
 def spec_of(o: Options) -> GRPOSpec:
-    return GRPOSpec(
-        objective=NAMED[o.loss_type].get("objective", "clip"),
-        aggregation=NAMED[o.loss_type]["aggregation"],
-        ratio=o.importance_sampling_level,
-        clip_low=o.epsilon,
-        clip_high=o.epsilon_high,
-        clip_delta=o.delta,
-        beta=o.beta,
-        kl_bias_correction=o.use_bias_correction_kl,
-        entropy_coef=o.entropy_coef,
-        importance=o.vllm_importance_sampling_mode or "token_truncate",
-        importance_min=IMPORTANCE_RANGE[0],
-        importance_max=IMPORTANCE_RANGE[1],
-        top_entropy=o.top_entropy_quantile,
-    )
+    low, high = IMPORTANCE_RANGE
+    own = {"epsilon_high": o.high, "vllm_importance_sampling_mode": o.vllm_importance_sampling_mode or "token_truncate"}
+    own |= {"vllm_importance_sampling_clip_min": low, "vllm_importance_sampling_clip_max": high}
+    return trl_loss.spec_of(SimpleNamespace(**CONSTANTS | vars(o) | own))
 
 
 def ours(case, o: Options, loss_of) -> SimpleNamespace:
