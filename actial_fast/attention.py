@@ -57,7 +57,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, cau
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, segments, cross, causal, scale):
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, cross: Any, causal: bool, scale: float) -> Tensor:
         out, lse = _forward(q, k, v, segments, segments, causal, scale)
         if cross is not None:
             prefix, suffix = slice(cross.prefix_rows), slice(cross.prefix_rows, cross.prefix_rows + cross.suffix_rows)
@@ -69,7 +69,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         grad, cross = grad.contiguous(), ctx.cross
         dq, dk, dv = _backward(grad, q, k, v, out, lse, ctx.segments, ctx.segments, ctx.causal, ctx.scale)
@@ -291,6 +291,8 @@ def attention_forward(
     if cu_seq_lens_q is None:
         return prompt_once(q, k, v, packed, scaling)[None], None
     lengths = () if query.is_cuda else tuple(cu_seq_lens_q.diff().tolist())
-    segments = Segments(cu_seq_lens_q, lengths, max_length_q if query.is_cuda else max(lengths))
-    causal = module.is_causal if is_causal is None else is_causal
+    longest = max_length_q if query.is_cuda else max(lengths)
+    assert longest is not None, "transformers hands it over with cu_seq_lens_q"
+    segments = Segments(cu_seq_lens_q, lengths, longest)
+    causal = bool(module.is_causal if is_causal is None else is_causal)
     return varlen_attention(q, k, v, segments, causal=causal, scale=scaling)[None], None

@@ -45,6 +45,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     its range, and a malformed override.
     """
     path = Path(path)
+    if not path.exists() and path.parent == Path("recipes"):  # outside of the repository: those that ship
+        path = Path(__file__).parent / path
     try:
         raw = yaml.load(path.read_text(), Loader=_Loader) or {}
     except FileNotFoundError:

@@ -117,13 +117,13 @@ class ImageStore:
         self._sound: set[str] = set()  # keys whose checksum was seen to hold
         self._files: dict[Path, tuple[tuple[int, int], str]] = {}  # of files read: size and time, key
         self._read = self._end = 0  # bytes of the index that were read, bytes of pixels that these tell of
-        self._map = b""
+        self._map: mmap.mmap | bytes = b""
         self.decodes = 0
         """Images this object has decoded and resized."""
         self.hits = 0
         """Images it was given that had been decoded before."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[ImageStore], tuple[Any, ...]]:
         return ImageStore, (self.settings, self._root)
 
     def put(self, image: Path | bytes | Image.Image | np.ndarray, where: str = "") -> str:
@@ -161,6 +161,7 @@ class ImageStore:
     def _content(self, image: Path | bytes | Image.Image | np.ndarray, where: str) -> tuple[bytes | np.ndarray, str]:
         """What is decoded, and its key. A file that has not changed since it was last read is not read again."""
         stamp = None
+        data: bytes | np.ndarray
         if isinstance(image, Path):
             try:
                 status = image.stat()
@@ -182,9 +183,9 @@ class ImageStore:
             data = np.ascontiguousarray(data)
         digest = hashlib.blake2b(digest_size=16, salt=self._salt)
         digest.update(repr(data.shape if isinstance(data, np.ndarray) else "encoded").encode())
-        digest.update(data.reshape(-1) if isinstance(data, np.ndarray) else data)
+        digest.update(data.reshape(-1).data if isinstance(data, np.ndarray) else data)
         key = digest.hexdigest()
-        if stamp:
+        if stamp and isinstance(image, Path):
             self._files[image] = stamp, key
         return data, key
 
@@ -233,7 +234,7 @@ class ImageStore:
         """Pixels first, then their record, so that a record is never ahead of them."""
         with self._mutex, _locked(self.folder / "index") as index:
             self._refresh(index)
-            data = memoryview(np.ascontiguousarray(pixels)).cast("B")
+            data = np.ascontiguousarray(pixels).data.cast("B")
             start = -(-self._end // ALIGN) * ALIGN
             end = start + len(data)
             with _opened(self.folder / "pixels") as file:

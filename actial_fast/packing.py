@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -134,7 +134,7 @@ def _moved(value: Any, device: torch.device) -> Any:
     """A tensor, or a dataclass with all the tensors in it, on `device`; anything else as it is."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
     return value
 
@@ -171,7 +171,7 @@ def _grouped(members: list[int], sequences: Many[Sequence], image_token: int) ->
     for other in others:
         same = (first.ids[:prefix] == other.ids[:prefix]) & (first.trained[:prefix] == other.trained[:prefix])
         prefix = prefix if same.all() else int(same.argmin())
-    apart: dict[tuple, list[int]] = {}
+    apart: dict[tuple[int, bool], list[int]] = {}
     for i in members:
         apart.setdefault((sequences[i].ids[prefix], sequences[i].trained[prefix]), []).append(i)
     parts = [[i] for i in members] if len(apart) == 1 else list(apart.values())
@@ -191,7 +191,8 @@ def pack(sequences: Many[Sequence], pieces: Many[tuple[Group, int, int]], image_
 
     Raises ValueError naming the row when images and placeholders disagree, or a suffix holds an image.
     """
-    parts, order = [], []
+    parts: list[Part] = []
+    order: list[int] = []
     for group, first, end in pieces:
         members = group.members[first:end]
         one = sequences[members[0]]
@@ -220,7 +221,7 @@ def pack(sequences: Many[Sequence], pieces: Many[tuple[Group, int, int]], image_
         suffix_rows=made.suffix_rows,
         cross_q=_segments(made.cross_q),
         cross_k=_segments(made.cross_k),
-        images=made.images,
+        images=cast("tuple[str, ...]", made.images),  # those of the sequences
         image_slots=tensor(made.image_slots),
         image_rows=tensor(made.image_rows),
         loss_rows=tensor(made.loss_rows),

@@ -1,0 +1,155 @@
+"""A hook of mkdocs: puts into the pages every figure and table that can change, from the results files and from the code itself.
+
+A page writes {{ name }}; `TABLES` has the names. Paths are relative to the repository, where mkdocs runs.
+"""
+
+import json
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+RESULTS = Path("bench/results/cpu-2core")
+SOURCES = {
+    "grpo": "[2402.03300](https://arxiv.org/abs/2402.03300)",
+    "bnpo": "TRL's name for a mean over the micro-batch's tokens",
+    "dr_grpo": "[2503.20783](https://arxiv.org/abs/2503.20783)",
+    "dapo": "[2503.14476](https://arxiv.org/abs/2503.14476)",
+    "gspo": "[2507.18071](https://arxiv.org/abs/2507.18071)",
+    "cispo": "[2506.13585](https://arxiv.org/abs/2506.13585)",
+    "sapo": "[2511.20347](https://arxiv.org/abs/2511.20347)",
+    "luspo": "[2602.05261](https://arxiv.org/abs/2602.05261)",
+    "vespo": "[2602.10693](https://arxiv.org/abs/2602.10693)",
+}
+EXAMPLE = {"rows": 4096, "vocab": 152064, "width": 3584, "workspace_mb": 700}
+
+
+def on_page_markdown(markdown: str, **kwargs: object) -> str:
+    """Called by mkdocs for every page. KeyError for a name that no table has."""
+    return re.sub(r"\{\{ (\w+) \}\}", lambda match: TABLES[match[1]](), markdown)
+
+
+def named_losses() -> str:
+    """GRPOSpec.named's combinations, fields with their own values only."""
+    from actial_fast.spec import NAMED, GRPOSpec
+
+    rows = []
+    for name, changes in NAMED.items():
+        told = ", ".join(f"`{field}={value!r}`" for field, value in changes.items())
+        rows.append((f"`{name}`", told, SOURCES[name]))
+    defaults = ", ".join(f"`{f.name}={f.default!r}`" for f in fields(GRPOSpec) if f.default is not MISSING)
+    return f"{table(('name', 'fields', 'source (arXiv)'), rows)}\n\nDefaults: {defaults}."
+
+
+def memory_example() -> str:
+    """Rows of a chunk and number of chunks at EXAMPLE, by the functions that the ops call; meta tensors, so nothing is allocated."""
+    import torch
+
+    from actial_fast.chunked import _plan
+    from actial_fast.kernels.chunks import cut, row_bytes
+    from actial_fast.kernels.head import make_head
+
+    rows, vocab, width, budget = EXAMPLE.values()
+    told = []
+    for name, dtype, cuda in (
+        ("CPU, float32", torch.float32, False),
+        ("CPU, bfloat16 (computed in float32)", torch.bfloat16, False),
+        ("CUDA, bfloat16", torch.bfloat16, True),
+    ):
+        hidden, weight = (torch.empty(n, width, dtype=dtype, device="meta") for n in (rows, vocab))
+        if cuda:
+            head = make_head(hidden, weight, torch.empty(rows, dtype=torch.int64, device="meta"), None, 1.0, None)
+            chunks, unit = cut(head, True, budget), row_bytes(head, True)
+            sizes = [stop - start for start, stop in chunks]
+        else:
+            chunks, _ = _plan(hidden, weight, budget)
+            sizes, unit = [chunk.stop - chunk.start for chunk in chunks], 4 * (3 * vocab + 3 * width)
+        told.append((name, f"{unit:,}", f"{max(sizes)}", f"{len(sizes)}"))
+    return table(("path", "b, bytes a row", "C, rows a chunk", "chunks"), told)
+
+
+def logits_gib() -> str:
+    """(T, V) in float32 at EXAMPLE."""
+    return f"{EXAMPLE['rows'] * EXAMPLE['vocab'] * 4 / 2**30:.2f}"
+
+
+def ledger() -> str:
+    """What the sides of the newest narrow ledger execute."""
+    rows = [
+        (name, f"{side['total_ratio']:.3f} x", f"{side['rows']:,}", f"{side['tower_images']} of {side['distinct_images']} distinct")
+        for name, side in newest("ledger-narrow")["sides"].items()
+    ]
+    return table(("", "FLOPs over the least", "rows through the language model", "images through the tower"), rows)
+
+
+def ledger_about() -> str:
+    """Its case and machine."""
+    found = newest("ledger-narrow")
+    return f"{found['what']}; {machine(found)}"
+
+
+def update() -> str:
+    """Seconds and memory of the newest update beside TRL."""
+    rows = []
+    for side in newest("update")["sides"]:
+        settings = ", ".join(f"{name} {value}" for name, value in side["settings"].items())
+        rows.append((side["side"], f"{side['seconds_median']:.1f}", f"{side['peak_mib']:,.0f}", settings))
+    return table(("", "seconds, median", "peak memory, MiB", "settings"), rows)
+
+
+def update_about() -> str:
+    """Its case and machine."""
+    found = newest("update")
+    case, tokens = found["settings"], found["tokens"]
+    return (
+        f"{case['prompts']} prompts ({tokens['prompts']:,} tokens), {case['n']} completions each ({tokens['completions']:,} tokens), "
+        f"{found['patches']:,} image patches, {case['rounds']} rounds side by side, {case['threads']} threads, losses equal within "
+        f"{found['loss_difference']:.0e}; {machine(found)}"
+    )
+
+
+def loss_memory() -> str:
+    """Peak memory of the newest comparison of the loss's ways to its gradients."""
+    rows = [(side["side"], f"{side['peak_mib']:,.0f}", f"{side['seconds']:.1f}") for side in newest("loss-memory")["sides"]]
+    return table(("", "peak, MiB", "seconds"), rows)
+
+
+def loss_memory_about() -> str:
+    """Its case and machine."""
+    found = newest("loss-memory")
+    case = found["settings"]
+    return (
+        f"T = {case['rows']}, V = {case['vocabulary']}, H = {case['hidden']}, {case['dtype']}, {case['threads']} thread; the gradients "
+        f"are {found['gradients_mib']} MiB of each; equal within {found['difference']:.0e}; {machine(found)}"
+    )
+
+
+def accuracy_about() -> str:
+    """Sizes and versions of the accuracy table."""
+    found = json.loads((RESULTS / "accuracy.json").read_text())
+    sizes = ", ".join(f"{name} = {size}" for name, size in found["sizes"].items())
+    return f"{sizes}; " + ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+
+
+def newest(prefix: str) -> dict:
+    """The results file of that name with the latest date."""
+    return json.loads(sorted(RESULTS.glob(f"{prefix}-*.json"))[-1].read_text())
+
+
+def machine(found: dict) -> str:
+    """Where and when a result was measured."""
+    about = found["machine"]
+    return f"{about['cpu']}, {about['cores']} cores, {about['date']}, commit {about['commit']}"
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows))
+
+
+TABLES = {
+    f.__name__: f
+    for f in (
+        *(named_losses, memory_example, logits_gib, accuracy_about),
+        *(ledger, ledger_about, update, update_about, loss_memory, loss_memory_about),
+    )
+}

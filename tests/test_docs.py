@@ -1,0 +1,206 @@
+"""The pages: they build without a warning and without network, and say what the code does."""
+
+import ast
+import inspect
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import actial_fast
+from actial_fast import chunked
+from actial_fast.kernels import chunks
+from actial_fast.kernels.head import make_head
+from actial_fast.spec import NAMED, AdvantageSpec, GRPOSpec
+from bench.accuracy import markdown
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built pages, every warning an error, every request to the network one too."""
+    folder = tmp_path_factory.mktemp("site")
+    nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **nowhere, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_every_page_is_built_and_filled_in(site):
+    assert {page.stem for page in PAGES} <= {page.stem for page in site.glob("*.html")}
+    for page in PAGES:
+        assert "{{" not in (site / f"{page.stem}.html").read_text().split("<article")[1], page
+
+
+def test_the_reference_has_every_public_name(site):
+    reference = (site / "api.html").read_text()
+    for name in actial_fast.__all__:
+        places = [f'id="{getattr(actial_fast, name).__module__}.{name}"'] if name != "STATS" else []
+        assert any(place in reference for place in [*places, f'id="actial_fast.ops.{name}"']), name
+
+
+def test_every_named_loss_has_a_row_and_every_field_an_equation(site):
+    losses = (site / "losses.html").read_text()
+    for name in NAMED:
+        assert f"<td><code>{name}</code></td>" in losses
+    text = (ROOT / "docs/losses.md").read_text()
+    for field in fields(GRPOSpec):
+        assert field.name in text or field.name.replace("_pos", "").replace("_neg", "") in text, field.name
+
+
+def test_the_numerics_page_shows_what_was_measured():
+    """Its table is a file of results, and that file is the rendering of the raw ones."""
+    results = ROOT / "bench/results/cpu-2core"
+    rows = json.loads((results / "accuracy.json").read_text())["rows"]
+    assert (results / "accuracy.md").read_text().strip() == markdown(rows).strip()
+    assert '--8<-- "bench/results/cpu-2core/accuracy.md"' in (ROOT / "docs/numerics.md").read_text()
+
+
+def prose(page: Path) -> str:
+    """A page without code blocks and inline code."""
+    return re.sub(r"`[^`]*`", "", re.sub(r"```.*?```", "", page.read_text(), flags=re.S))
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.stem)
+def test_no_measured_figure_is_written_by_hand(page):
+    """Those come from results files through docs/tables.py."""
+    unit = r"(s|ms|seconds|minutes|hours|KiB|MiB|GiB|MB|GB|%|x|times|[TG]?FLOPs?|(tokens|images)/s)"
+    assert not [m.group() for m in re.finditer(rf"(?<![\w.])\d[\d.,]*\s*{unit}(?![\w])", prose(page))]
+
+
+# ---- the memory page
+
+MEMORY = (ROOT / "docs/memory.md").read_text()
+SIZES = [
+    (torch.float32, 151, 64, 0.1),
+    (torch.float32, 152064, 3584, 700),
+    (torch.bfloat16, 152064, 3584, 700),
+    (torch.bfloat16, 1031, 64, 3),
+]
+
+
+@pytest.mark.parametrize(("dtype", "V", "H", "budget"), SIZES)
+def test_the_formula_for_the_cpu_is_the_one_that_cuts(dtype, V, H, budget):
+    hidden, weight = (torch.empty(n, H, dtype=dtype, device="meta") for n in (100_000, V))
+    rows = chunked._plan(hidden, weight, budget)[0][0]
+    share = 1 if dtype == torch.float32 else 0.75
+    assert r"b = e \, (3 V + 3 H)" in MEMORY and "the block gets a quarter of \\(W\\)" in MEMORY
+    assert rows.stop - rows.start == math.floor(share * budget * 2**20 / (4 * (3 * V + 3 * H)))
+
+
+@pytest.mark.parametrize(("dtype", "V", "H", "budget"), SIZES)
+def test_the_formula_for_cuda_is_the_one_that_cuts(dtype, V, H, budget):
+    hidden, weight = (torch.empty(n, H, dtype=dtype, device="meta") for n in (100_000, V))
+    head = make_head(hidden, weight, torch.empty(100_000, dtype=torch.int64, device="meta"), None, 1.0, None)
+    e, p = dtype.itemsize, 64 if dtype == torch.float32 else 128
+    without = 12 * math.ceil(V / p) + 64
+    assert r"b = e \, \lceil V \rceil_{64} + H (e + 16) + 12 \, \lceil V / p \rceil + 64" in MEMORY
+    need = e * math.ceil(V / 64) * 64 + H * (e + 16) + without
+    assert (chunks.row_bytes(head, False), chunks.row_bytes(head, True)) == (without, need)
+    fit, (_, stop) = math.floor(budget * 2**20 / need), chunks.cut(head, True, budget)[0]
+    assert stop == fit or (stop < fit and stop % 64 == 0 and fit - stop < 256)
+
+
+# ---- the migration tables
+
+
+def table_rows(page: str) -> list[list[str]]:
+    lines = [line for line in (ROOT / "docs" / page).read_text().splitlines() if line.startswith("| `") and "`GRPOConfig`" not in line]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def names(cell: str) -> list[str]:
+    return re.findall(r"`(\w+)`", cell)
+
+
+@pytest.mark.parametrize("page", ["from-liger.md", "from-trl.md"])
+def test_the_fields_of_ours_that_a_table_names_exist(page):
+    cells = " ".join(row[1] for row in table_rows(page))
+    known = {"GRPOSpec": GRPOSpec, "AdvantageSpec": AdvantageSpec}
+    found = re.findall(r"`(GRPOSpec|AdvantageSpec)\.(\w+)", cells)
+    assert len(found) > 10
+    for owner, name in found:
+        assert name in {f.name for f in fields(known[owner])} | {"named"}, name
+
+
+def test_every_argument_of_liger_has_a_row():
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    told = [name for row in table_rows("from-liger.md") for name in names(row[0])]
+    theirs = [
+        name
+        for function in (LigerFusedLinearGRPOLoss.__init__, LigerFusedLinearGRPOLoss.forward)
+        for name in inspect.signature(function).parameters
+        if name != "self"
+    ]
+    assert sorted(told) == sorted(theirs)
+
+
+def trl_defaults() -> dict:
+    from trl import GRPOConfig
+
+    return {f.name: f.default for f in fields(GRPOConfig) if f.default is not MISSING}
+
+
+def test_every_field_of_trl_that_a_table_names_exists():
+    told = {name for row in table_rows("from-trl.md") for name in names(row[0])}
+    assert len(told) > 20 and told <= set(trl_defaults())
+
+
+def test_a_field_of_trl_sets_the_field_of_ours_beside_it():
+    from actial_fast.integrations.trl_loss import spec_of
+
+    other = {bool: lambda x: not x, float: lambda x: x + 1.5, str: lambda x: {"token": "sequence", "sequence_mask": "token_truncate"}[x]}
+    base = trl_defaults() | {"vllm_importance_sampling_clip_min": 0.0, "delta": 2.0, "epsilon_high": 0.3, "loss_type": "grpo"}
+    before, seen = spec_of(SimpleNamespace(**base)), 0
+    for row in table_rows("from-trl.md"):
+        (name, *more), found = names(row[0]), re.findall(r"`GRPOSpec\.(\w+)`", row[1])
+        if more or len(found) != 1 or row[0] == "`loss_type`":
+            continue
+        value = 0.5 if name == "top_entropy_quantile" else other[type(base[name])](base[name])
+        value = 0.4 if name == "epsilon_high" else value
+        after = spec_of(SimpleNamespace(**base | {name: value}))
+        changed = {f.name for f in fields(GRPOSpec) if getattr(after, f.name) != getattr(before, f.name)}
+        assert changed == set(found), (name, changed)
+        seen += 1
+    assert seen > 12
+
+
+# ---- the code on the pages
+
+BLOCKS = [(page.stem, block) for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)]
+
+
+@pytest.mark.parametrize(("page", "block"), BLOCKS)
+def test_what_a_page_imports_exists(page, block):
+    assert imported(block), page
+
+
+def test_what_the_table_of_imports_names_exists():
+    lines = re.findall(r"`(from actial_fast[\w.]* import [\w, ]+)`", (ROOT / "docs/index.md").read_text())
+    assert len(lines) >= 4 and all(imported(line) for line in lines)
+
+
+def imported(code: str) -> bool:
+    """Whether every name that the code takes from our package is defined there, read from the source: no trainer is imported."""
+    found = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+    for node in found:
+        path = ROOT / Path(*node.module.split("."))
+        source = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+        tree = ast.parse(source.read_text())
+        defined = {x.name for x in tree.body if isinstance(x, (ast.FunctionDef, ast.ClassDef))} | {
+            alias.name for x in ast.walk(tree) if isinstance(x, ast.ImportFrom) for alias in x.names
+        }
+        assert {alias.name for alias in node.names} <= defined, ast.unparse(node)
+    return bool(found)
