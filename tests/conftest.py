@@ -29,6 +29,14 @@ settings.load_profile("repeatable")
 collect_ignore = [] if importlib.util.find_spec("trl") else ["test_trl.py"]
 
 
+LONGEST = ("test_quickstart.py", "test_training.py", "test_step_bench.py", "test_examples.py", "test_packaging.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files with the longest tests first, so that no worker is alone with one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def pytest_report_header() -> str | None:
     return f"not run, trl is not installed: {', '.join(collect_ignore)}" if collect_ignore else None
 
