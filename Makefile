@@ -1,4 +1,4 @@
-# make quickstart   the whole job on a CPU: data, SFT, GRPO, evaluation, report (about 8 minutes after installation)
+# make quickstart   the whole job on a CPU: data, SFT, GRPO, evaluation, report (about 4 minutes after installation)
 # make test         all CPU tests, always the same (HYPOTHESIS_RANDOM=1: new examples); make test-slow adds the three full quickstart seeds; make lint: ruff, mypy
 # make gpu          on one GPU, 12 minutes: build, GPU tests, memcheck, errors, microbenchmarks, one 7B step; GPU_PYTHON=python3: that Python, as it is
 # make docs         the pages, into build/site; make package: wheel and sdist built, installed and tried in clean environments (about 2 minutes)
