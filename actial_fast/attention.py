@@ -38,7 +38,7 @@ def prompt_once(q: Tensor, k: Tensor, v: Tensor, packed: Any, scale: float | Non
 
     q (L, H, D), k and v (L, K, D) of one dtype: fp16 or bf16 on CUDA with D a multiple of 8 up to 256; any floating dtype on the CPU.
     packed: a PackedBatch; of it are read `segments` (all L rows), `prefix_rows` P and `suffix_rows` S (rows [0, P) are the prefixes
-    that have suffixes, [P, P + S) the suffixes), `cross_q` and `cross_k` (a segment per such prefix: its suffixes' rows within S, its own
+    whose suffixes have rows, [P, P + S) these), `cross_q` and `cross_k` (a segment per such prefix: its suffixes' rows within S, its own
     within P; not read when S is 0). scale: of the scores, default D ** -0.5. Returns (L, H, D). No host sync; on the CPU the result
     does not depend on timing. ValueError for arguments that do not fit together, and for fp32 on CUDA, where flash kernels are 16-bit.
     """
