@@ -29,11 +29,11 @@ gpu: $(if $(GPU_PYTHON),,$(VENV)/installed)
 	$(or $(GPU_PYTHON),$(VENV)/bin/python) -m bench.gate
 
 bench: $(VENV)/installed
-	$(VENV)/bin/python -m bench.ops
-	$(VENV)/bin/python -m bench.compare
+	$(VENV)/bin/python -m bench.kernels.ops
+	$(VENV)/bin/python -m bench.harness.compare
 
 bench-data: $(VENV)/installed
-	$(VENV)/bin/python -m bench.data
+	$(VENV)/bin/python -m bench.host.data
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,6 @@
 """Builds the pybind11 extension `actial_fast._C`; metadata lives in pyproject.toml. Needs a C++17 compiler, no CUDA.
 
-Where none is found the package is built without it, with a warning: `actial_fast.native` then says what is slower.
+Where none is found the package is built without it, with a warning: `actial_fast.packing.native` then says what is slower.
 """
 
 import tempfile

@@ -174,7 +174,7 @@ def _version(name: str) -> Check:
 
 def _extension() -> Check:
     try:
-        from actial_fast import native
+        from actial_fast.packing import native
     except Exception as error:  # whatever a half-built extension does on import is this check's finding
         return Check("Core", "C++ extension", "broken", "", f"{type(error).__name__}: {error}; build it with `pip install -e .`")
     if native.AVAILABLE:

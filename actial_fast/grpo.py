@@ -24,18 +24,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from actial_fast import checkpoint, ops
-from actial_fast.data.stream import Example
-from actial_fast.dist import World, clip_gradients, reduce_gradients, shard, world
-from actial_fast.evaluate import evaluate
-from actial_fast.model import Policy, load_reference
-from actial_fast.packing import Sequence
-from actial_fast.processor import Processor
-from actial_fast.recipe import GRPORecipe
-from actial_fast.rewards import score
+from actial_fast import ops
+from actial_fast.data.sources.stream import Example
+from actial_fast.evaluation.evaluate import evaluate
+from actial_fast.model.policy import Policy, load_reference
+from actial_fast.model.processor import Processor
+from actial_fast.packing.batch import Sequence
 from actial_fast.rollout.embedded import generate
-from actial_fast.rounds import Pass, Round, balanced, passes
-from actial_fast.training import (
+from actial_fast.settings.recipe import GRPORecipe
+from actial_fast.tasks.rewards import score
+from actial_fast.train import checkpoint
+from actial_fast.train.dist import World, clip_gradients, reduce_gradients, shard, world
+from actial_fast.train.rounds import Pass, Round, balanced, passes
+from actial_fast.train.stage import (
     Stopped,
     begin,
     graceful_stop,

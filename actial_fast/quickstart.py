@@ -16,21 +16,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from actial_fast import checkpoint, grpo, sft, tiny
-from actial_fast.config import to_yaml
-from actial_fast.data.basics import write_basics
-from actial_fast.data.cot import geometric_cot, write_cot
-from actial_fast.data.render import RenderConfig, render
-from actial_fast.data.row import IMAGE_TAG
-from actial_fast.data.source import SourceConfig, open_source
-from actial_fast.data.spatial import SpatialConfig, spatial_questions, viewpoint_test_objects
-from actial_fast.data.viewpoint import ViewpointConfig, build
-from actial_fast.evaluate import evaluate_checkpoint
-from actial_fast.metrics import MetricLog
-from actial_fast.recipe import EvalConfig, GRPORecipe, SFTRecipe
-from actial_fast.report import write_report
-from actial_fast.statistics import render_table
-from actial_fast.training import Stopped
+from actial_fast import grpo, sft
+from actial_fast.data.captures.basics import write_basics
+from actial_fast.data.captures.render import RenderConfig, render
+from actial_fast.data.captures.spatial import SpatialConfig, spatial_questions, viewpoint_test_objects
+from actial_fast.data.captures.viewpoint import ViewpointConfig, build
+from actial_fast.data.cot.writer import geometric_cot, write_cot
+from actial_fast.data.sources.row import IMAGE_TAG
+from actial_fast.data.sources.source import SourceConfig, open_source
+from actial_fast.evaluation.evaluate import evaluate_checkpoint
+from actial_fast.evaluation.statistics import render_table
+from actial_fast.model import tiny
+from actial_fast.report.metrics import MetricLog
+from actial_fast.report.page import write_report
+from actial_fast.settings.config import to_yaml
+from actial_fast.settings.recipe import EvalConfig, GRPORecipe, SFTRecipe
+from actial_fast.train import checkpoint
+from actial_fast.train.stage import Stopped
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actial_fast import checkpoint, ops
-from actial_fast.dist import World, clip_gradients, reduce_gradients, world
-from actial_fast.evaluate import evaluate
-from actial_fast.model import Policy
-from actial_fast.packing import Sequence
-from actial_fast.processor import Processor
-from actial_fast.recipe import SFTRecipe
-from actial_fast.rounds import Pass, balanced, passes
-from actial_fast.training import (
+from actial_fast import ops
+from actial_fast.evaluation.evaluate import evaluate
+from actial_fast.model.policy import Policy
+from actial_fast.model.processor import Processor
+from actial_fast.packing.batch import Sequence
+from actial_fast.settings.recipe import SFTRecipe
+from actial_fast.train import checkpoint
+from actial_fast.train.dist import World, clip_gradients, reduce_gradients, world
+from actial_fast.train.rounds import Pass, balanced, passes
+from actial_fast.train.stage import (
     Stopped,
     begin,
     graceful_stop,

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.timing import CUDA, commit, slug, today
+from bench.harness.timing import CUDA, commit, slug, today
 
 ROOT = Path(__file__).parent.parent
 LAST_SECONDS = 40  # what the last case of the microbenchmarks needs to finish
@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 def steps() -> list[Step]:
     """What the gate does, in order."""
     python, results = sys.executable, ROOT / "bench" / "results" / slug()
-    tests = sorted((ROOT / "tests").glob("test_kernels_*.py"))
-    tests += [x for x in sorted((ROOT / "tests").glob("test_*.py")) if x not in tests and re.search(r"mark\.gpu\b", x.read_text())]
+    tests = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
+    tests += [x for x in sorted((ROOT / "tests").rglob("test_*.py")) if x not in tests and re.search(r"mark\.gpu\b", x.read_text())]
     workers = ["-n", str(min(8, len(os.sched_getaffinity(0))))] if importlib.util.find_spec("xdist") else []
     sanitizer = shutil.which("compute-sanitizer")
     accuracy, step = (str(results / f"{name}-{today()}-{commit()}.json") for name in ("accuracy", "step"))
@@ -67,26 +67,21 @@ def steps() -> list[Step]:
         Step("tests", [python, "-m", "pytest", "-q", *workers, "-m", "not slow", *(str(x.relative_to(ROOT)) for x in tests)], most=210),
         Step(
             "memcheck",
-            [sanitizer or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", python, "-m", "bench.memcheck"],
+            [sanitizer or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", python, "-m", "bench.kernels.memcheck"],
             most=60,
             absent=None if sanitizer else "compute-sanitizer is not on the PATH",
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         ),
-        Step(
-            "accuracy",
-            [python, "-m", "bench.accuracy", "--json", accuracy],
-            most=45,
-            absent=None if (ROOT / "bench" / "accuracy.py").exists() else "no bench/accuracy.py",
-        ),
+        Step("accuracy", [python, "-m", "bench.kernels.accuracy", "--json", accuracy], most=45),
         Step(
             "microbenchmarks",
-            [python, "-m", "bench.ops"],
+            [python, "-m", "bench.kernels.ops"],
             least=150,
             budget=lambda seconds: ["--budget-seconds", f"{max(1, seconds - LAST_SECONDS):.0f}"],
         ),
         Step(
             "one step",
-            [python, "-m", "bench.step", "--json", step],
+            [python, "-m", "bench.step.step", "--json", step],
             least=250,
             absent=f"{missing[0]} is not installed" if missing else None,
             budget=lambda seconds: ["--budget", f"{max(1, seconds - 10):.0f}"],

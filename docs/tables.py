@@ -30,7 +30,7 @@ def on_page_markdown(markdown: str, **kwargs: object) -> str:
 
 def named_losses() -> str:
     """GRPOSpec.named's combinations, fields with their own values only."""
-    from actial_fast.spec import NAMED, GRPOSpec
+    from actial_fast.ops.spec import NAMED, GRPOSpec
 
     rows = []
     for name, changes in NAMED.items():
@@ -44,9 +44,9 @@ def memory_example() -> str:
     """Rows of a chunk and number of chunks at EXAMPLE, by the functions that the ops call; meta tensors, so nothing is allocated."""
     import torch
 
-    from actial_fast.chunked import _plan
     from actial_fast.kernels.chunks import cut, row_bytes
     from actial_fast.kernels.head import make_head
+    from actial_fast.ops.chunked import _plan
 
     rows, vocab, width, budget = EXAMPLE.values()
     told = []

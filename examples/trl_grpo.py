@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from trl import GRPOConfig
 
 from actial_fast.integrations.trl import FusedGRPOTrainer  # the one line: trl.GRPOTrainer otherwise
-from actial_fast.tiny import TinyConfig, create
+from actial_fast.model.tiny import TinyConfig, create
 
 TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% for part in m.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}\

@@ -44,7 +44,7 @@ class Tile:
     tma: bool
 
 
-# by compute capability; chosen by registers, shared memory and instruction mix at compile time (bench/resources.py)
+# by compute capability; chosen by registers, shared memory and instruction mix at compile time (bench/kernels/resources.py)
 HALF_TILES = {
     8: Tile(128, 128, 64, parts=1, warps=8, stages=3, tma=False),
     9: Tile(128, 256, 64, parts=2, warps=8, stages=3, tma=True),

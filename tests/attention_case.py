@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from actial_fast.packing import Segments
+from actial_fast.packing.batch import Segments
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 cpu = pytest.mark.skipif(DEVICE != "cpu", reason="float32 and float64 attention is for the CPU")

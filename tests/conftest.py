@@ -18,8 +18,8 @@ from PIL import Image
 if not torch.cuda.is_available():  # before any kernel is imported: without a GPU they run in Triton's interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from actial_fast.data.row import Row, Turn
-from actial_fast.data.stream import Example
+from actial_fast.data.sources.row import Row, Turn
+from actial_fast.data.sources.stream import Example
 
 # the same examples on every run, so that whoever changes nothing sees nothing fail; HYPOTHESIS_RANDOM=1 draws new ones
 settings.register_profile("repeatable", derandomize=not os.environ.get("HYPOTHESIS_RANDOM"))
@@ -44,11 +44,11 @@ def pytest_report_header() -> str | None:
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory) -> SimpleNamespace:
     """root, captures, questions (train.jsonl, test.jsonl), spatial (parquet) and model: small, and the same for every test."""
-    from actial_fast.data.jsonl import JsonlSource
-    from actial_fast.data.render import RenderConfig, render
-    from actial_fast.data.spatial import SpatialConfig, spatial_questions, viewpoint_test_objects
-    from actial_fast.data.viewpoint import ViewpointConfig, build
-    from actial_fast.tiny import TinyConfig, create
+    from actial_fast.data.captures.render import RenderConfig, render
+    from actial_fast.data.captures.spatial import SpatialConfig, spatial_questions, viewpoint_test_objects
+    from actial_fast.data.captures.viewpoint import ViewpointConfig, build
+    from actial_fast.data.sources.jsonl import JsonlSource
+    from actial_fast.model.tiny import TinyConfig, create
 
     root: Path = tmp_path_factory.mktemp("lab")
     captures, questions, spatial, model = (root / name for name in ("captures", "questions", "spatial", "model"))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from actial_fast import reference
+from actial_fast.ops import reference
 
 FLOOR = {
     torch.float64: 1e-12,

@@ -11,7 +11,7 @@ def short(response: str, row) -> float:
 
 
 def _plant() -> None:
-    from actial_fast.metrics import MetricLog
+    from actial_fast.report.metrics import MetricLog
 
     kill_at, fail_rank = os.environ.get("ACTIAL_TEST_KILL_AT"), os.environ.get("ACTIAL_TEST_FAIL_RANK")
     step = MetricLog.step
@@ -27,7 +27,7 @@ def _plant() -> None:
 
 
 if __name__ == "__main__":
-    from actial_fast.cli import main
+    from actial_fast.cli.main import main
 
     _plant()
     sys.exit(main(sys.argv[1:]))

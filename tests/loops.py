@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from actial_fast import grpo
-from actial_fast.dist import World
 from actial_fast.grpo import Sample
-from actial_fast.model import Policy
-from actial_fast.packing import Sequence
-from actial_fast.processor import Processor
-from actial_fast.recipe import GRPORecipe
-from actial_fast.rounds import Pass, Round, passes
+from actial_fast.model.policy import Policy
+from actial_fast.model.processor import Processor
+from actial_fast.packing.batch import Sequence
+from actial_fast.settings.recipe import GRPORecipe
+from actial_fast.train.dist import World
+from actial_fast.train.rounds import Pass, Round, passes
 
 ALONE = World(0, 1, torch.device("cpu"))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from actial_fast import doctor as module
-from actial_fast import native
 from actial_fast.doctor import SUPPORTED, Check, doctor, main
+from actial_fast.packing import native
 
 ROOT = Path(__file__).resolve().parents[1]
 FACTS = {"threads": 4, "cuda_build": "13.0", "devices": [], "nccl": "2.29.3", "gloo": True, "bf16_cpu": True}
@@ -123,8 +123,8 @@ def test_the_extension(monkeypatch):
     assert check.state == "not here" and "no compiler was there" in check.detail and "pip install -e ." in check.detail
     monkeypatch.setattr(native, "AVAILABLE", True)
     assert module._extension().state == "works"
-    monkeypatch.delattr("actial_fast.native")
-    monkeypatch.setitem(sys.modules, "actial_fast.native", None)
+    monkeypatch.delattr("actial_fast.packing.native")
+    monkeypatch.setitem(sys.modules, "actial_fast.packing.native", None)
     assert module._extension().state == "broken"
 
 

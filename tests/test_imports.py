@@ -1,130 +1,160 @@
-"""The house: which module may import which, read from the source with ast."""
+"""The house: which folder may import which, read from the source with ast."""
 
 import ast
+import graphlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "actial_fast"
-MODULES = {
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
-    for path in sorted(PACKAGE.rglob("*.py"))
-    if "kernels" not in path.relative_to(PACKAGE).parts
-}
-# Lower rooms never import from higher ones; modules on one floor may import each other.
+ROOT = Path(__file__).parents[1]
+# Lower floors never import from higher ones, nor rooms on one floor from each other. A room is a folder, or a module beside the folders.
 FLOORS = [
-    {"spec", "native", "planning", "layout", "style", "chart", "statistics"},
-    {"reference", "chunked", "chunked_kl", "chunked_logits"},
-    {"library"},
-    {"operators", "operators_logits"},
-    {"checks", "ops", "metrics", "doctor"},
-    {"packing", "packed_ops", "images", "rewards", "data"},
-    {"attention", "features", "vision"},
-    {"config", "recipe", "processor", "cards", "report"},
-    {"model", "tiny", "integrations"},
-    {"dist", "balance", "rollout"},
-    {"checkpoint", "evaluate", "training", "rounds"},
+    {"ops", "data"},
+    {"report", "tasks", "integrations"},
+    {"packing"},
+    {"settings"},
+    {"model"},
+    {"train"},
+    {"rollout"},
+    {"evaluation"},
     {"sft", "grpo"},
-    {"quickstart"},
+    {"quickstart", "doctor"},
     {"cli"},
 ]
-TRANSFORMERS = {"model", "attention", "vision", "tiny", "processor", "rollout.embedded", "cli"}  # cli only quiets its progress bars
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+DATA = [{"sources"}, {"captures", "cot"}]  # the same inside data
+TRANSFORMERS = {"model", "data", "rollout", "evaluation", "integrations"}  # rooms that may know them
+QUIET = "cli.shared"  # imports transformers to silence its progress bars
 TRAINERS = {"trl", "verl", "liger_kernel"}  # other people's, each in its module of integrations
-LOOPS = {"sft", "grpo"}
-DOORS = {"library", "attention", "packed_ops"}  # what sends CUDA tensors to the kernels, each its own
+DOORS = {"ops.library", "model.attention", "packing.packed_ops"}  # what sends CUDA tensors to the kernels, each its own
 
 
-KERNELS = sorted((PACKAGE.parent / "kernels").glob("*.py"))
+def modules_of(top: str) -> dict[str, Path]:
+    """Dotted name below `top` -> file; the kernels, linked into the package, are looked at by themselves."""
+    found = {".".join(path.relative_to(ROOT / top).with_suffix("").parts): path for path in sorted((ROOT / top).rglob("*.py"))}
+    return {name: path for name, path in found.items() if top != "actial_fast" or not name.startswith("kernels.")}
+
+
+MODULES = modules_of("actial_fast")
+BENCH = modules_of("bench")
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+CODE = [m for m in MODULES if not m.endswith("__init__")]
 
 
 def room(module: str) -> str:
     return module.split(".")[0]
 
 
-def floor(module: str) -> int:
-    found = [i for i, rooms in enumerate(FLOORS) if room(module) in rooms]
-    assert found, f"{module} has no floor: add it to FLOORS where it belongs"
-    return found[0]
-
-
-def imports(module: str) -> set[str]:
-    """Everything a module imports, at its top or inside functions."""
-    return imports_of(MODULES[module], module.split(".")[:-1])
-
-
-def imports_of(path: Path, package: list[str]) -> set[str]:
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Everything a module imports, at its top or inside functions, and whether that is for type checkers only."""
     tree = ast.parse(path.read_text())
-    found = set()
+    typing = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            yield from ((alias.name, id(node) in typing) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                base = ".".join(["actial_fast", *package[: len(package) - node.level + 1], *([base] if base else [])])
-            found |= {f"{base}.{alias.name}" for alias in node.names} | {base}
-    return found
+            assert not node.level, f"{path}: an import says where from, not how many folders up"
+            yield from ((f"{node.module}.{alias.name}", id(node) in typing) for alias in node.names)
+            yield str(node.module), id(node) in typing
 
 
-def own(module: str) -> set[str]:
-    names = {name.removeprefix("actial_fast.") for name in imports(module) if name.startswith("actial_fast.")}
-    return {name for name in names if name in MODULES and not name.endswith("__init__")}
+def tops(path: Path) -> set[str]:
+    return {name.split(".")[0] for name, _ in imports(path)}
 
 
-CODE = [m for m in MODULES if not m.endswith("__init__")]
+def own(modules: dict[str, Path], top: str, module: str, *, typing: bool = True) -> set[str]:
+    """Modules of `top` that one of them imports."""
+    names = {name.removeprefix(f"{top}.") for name, only_typing in imports(modules[module]) if typing or not only_typing}
+    return {name for name in names if name in modules and name != module}
+
+
+def test_every_room_has_a_floor():
+    assert {room(m) for m in CODE} == set(FLOOR), "a folder of the package and FLOORS differ: place it where it belongs"
+    assert {m.split(".")[1] for m in CODE if room(m) == "data"} == set.union(*DATA)
 
 
 @pytest.mark.parametrize("module", CODE)
-def test_imports_go_one_way(module):
-    for other in own(module):
-        assert floor(other) <= floor(module), f"{module} imports {other}, which lives above it"
+def test_folders_import_downwards(module):
+    for other in own(MODULES, "actial_fast", module):
+        here, there = room(module), room(other)
+        assert here == there or FLOOR[there] < FLOOR[here], f"{module} imports {other}: {there} is not below {here}"
+
+
+@pytest.mark.parametrize("module", [m for m in CODE if room(m) == "data"])
+def test_folders_of_data_import_downwards(module):
+    floor = {name: i for i, names in enumerate(DATA) for name in names}
+    for other in own(MODULES, "actial_fast", module):
+        here, there = module.split(".")[1], other.split(".")[1]
+        assert here == there or floor[there] < floor[here], f"{module} imports {other}"
+
+
+@pytest.mark.parametrize(("top", "modules"), [("actial_fast", MODULES), ("bench", BENCH)])
+def test_no_circles(top, modules):
+    order = graphlib.TopologicalSorter({m: own(modules, top, m, typing=False) for m in modules if not m.endswith("__init__")})
+    order.prepare()  # raises CycleError, which names the circle
+
+
+def test_folders_say_what_lives_in_them():
+    for path in [path for name, path in (MODULES | BENCH).items() if name.endswith("__init__")]:
+        assert (ast.get_docstring(ast.parse(path.read_text())) or "").strip(), f"{path} has no docstring"
+
+
+def test_files_are_short():
+    long = {name: lines for name, path in MODULES.items() if (lines := len(path.read_text().splitlines())) > 400}
+    assert not long, "nobody reads these in one sitting"
 
 
 @pytest.mark.parametrize("module", CODE)
 def test_nobody_imports_a_loop_bench_or_tests(module):
     if room(module) not in {"quickstart", "cli"}:
-        assert not {room(other) for other in own(module)} & LOOPS
-    assert not {name.split(".")[0] for name in imports(module)} & {"bench", "tests", "kernels"}
+        assert not {room(other) for other in own(MODULES, "actial_fast", module)} & {"sft", "grpo"}
+    assert not tops(MODULES[module]) & {"bench", "tests", "kernels"}
 
 
 @pytest.mark.parametrize("module", CODE)
 def test_transformers_stays_in_its_rooms(module):
-    heavy = {name.split(".")[0] for name in imports(module)} & {"transformers", "peft", "tokenizers"}
-    assert not heavy or module in TRANSFORMERS or room(module) == "integrations", f"{module} imports {heavy}"
+    heavy = tops(MODULES[module]) & {"transformers", "peft", "tokenizers"}
+    assert not heavy or room(module) in TRANSFORMERS or module == QUIET, f"{module} imports {heavy}"
 
 
 @pytest.mark.parametrize("module", CODE)
 def test_other_trainers_stay_in_integrations(module):
-    theirs = {name.split(".")[0] for name in imports(module)} & TRAINERS
+    theirs = tops(MODULES[module]) & TRAINERS
     assert not theirs or room(module) == "integrations", f"{module} imports {theirs}"
 
 
-@pytest.mark.parametrize("module", [m for m in CODE if room(m) == "data"])
-def test_data_needs_no_torch(module):
-    assert "torch" not in {name.split(".")[0] for name in imports(module)}
+@pytest.mark.parametrize("module", [m for m in CODE if room(m) in {"data", "settings", "tasks"}])
+def test_rows_recipes_and_rewards_need_no_torch(module):
+    assert "torch" not in tops(MODULES[module])
 
 
 def test_one_module_imports_the_extension():
-    assert [m for m in CODE if "_C" in MODULES[m].read_text() and "import _C" in MODULES[m].read_text()] == ["native"]
+    assert [m for m in CODE if any(name == "actial_fast._C" for name, _ in imports(MODULES[m]))] == ["packing.native"]
 
 
 def test_the_reference_needs_torch_only():
-    assert {name.split(".")[0] for name in imports("reference")} == {"__future__", "torch", "actial_fast"}
+    assert tops(MODULES["ops.reference"]) == {"__future__", "torch", "actial_fast"}
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
 def test_a_kernel_needs_torch_and_triton_only(path):
-    for name in imports_of(path, []):
+    for name, _ in imports(path):
         top = name.split(".")[0]
         assert top in {"torch", "triton"} or top in sys.stdlib_module_names or f"{name}.".startswith("actial_fast.kernels."), name
 
 
 @pytest.mark.parametrize("module", CODE)
-def test_only_the_door_knows_the_kernels(module):
+def test_only_the_doors_know_the_kernels(module):
     text = MODULES[module].read_text()
-    assert "triton" not in {name.split(".")[0] for name in imports(module)}
+    assert "triton" not in tops(MODULES[module])
     assert module in DOORS or "actial_fast.kernels" not in text
 
 
@@ -138,13 +168,12 @@ def test_the_cpu_path_never_imports_triton():
 
 
 def test_importing_the_package_pulls_in_nothing_heavy():
-    heavy = ("transformers", "peft", "pycolmap", "datasets", "matplotlib", *sorted(TRAINERS))
-    code = f"import sys, actial_fast; print([m for m in {heavy} if m in sys.modules])"
+    heavy = ("torch", "transformers", "peft", "pycolmap", "datasets", "matplotlib", *sorted(TRAINERS))
+    code = f"import sys, actial_fast.ops, actial_fast.packing, actial_fast.settings.recipe; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("module", CODE)
 def test_nothing_is_ever_unpickled(module):
-    names = {name.split(".")[0] for name in imports(module)}
     calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(MODULES[module].read_text())) if isinstance(node, ast.Call)}
-    assert not names & {"pickle", "cloudpickle", "dill", "joblib"} and "torch.load" not in calls
+    assert not tops(MODULES[module]) & {"pickle", "cloudpickle", "dill", "joblib"} and "torch.load" not in calls

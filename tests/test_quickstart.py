@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from actial_fast import quickstart
-from actial_fast.config import load_recipe
-from actial_fast.data.source import SourceConfig, open_source
+from actial_fast.data.sources.source import SourceConfig, open_source
+from actial_fast.settings.config import load_recipe
 
 ROOT = Path(__file__).parent.parent
 SHORT = [

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from actial_fast import grpo, sft
-from actial_fast.config import describe, load_recipe
-from actial_fast.data.jsonl import JsonlSource
-from actial_fast.data.row import IMAGE_TAG, Row
-from actial_fast.data.source import SourceConfig, open_source
-from actial_fast.metrics import read_events, read_metrics
-from actial_fast.recipe import DataConfig, ModelConfig, OptimConfig, SaveConfig, SFTRecipe
+from actial_fast.data.sources.jsonl import JsonlSource
+from actial_fast.data.sources.row import IMAGE_TAG, Row
+from actial_fast.data.sources.source import SourceConfig, open_source
+from actial_fast.report.metrics import read_events, read_metrics
+from actial_fast.settings.config import describe, load_recipe
+from actial_fast.settings.recipe import DataConfig, ModelConfig, OptimConfig, SaveConfig, SFTRecipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SWAPPED = ("model.path", "run", "dist.fsdp")

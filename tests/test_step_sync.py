@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from actial_fast import grpo, sft
-from actial_fast.dist import World, clip_gradients
-from actial_fast.model import Policy, load_policy
-from actial_fast.processor import Processor
-from actial_fast.recipe import LoRAConfig, ModelConfig, SFTRecipe
-from actial_fast.spec import GRPOSpec
-from actial_fast.training import parameters_of
+from actial_fast.model.policy import Policy, load_policy
+from actial_fast.model.processor import Processor
+from actial_fast.ops.spec import GRPOSpec
+from actial_fast.settings.recipe import LoRAConfig, ModelConfig, SFTRecipe
+from actial_fast.train.dist import World, clip_gradients
+from actial_fast.train.stage import parameters_of
 from tests.no_sync import HostSync, fake_cuda, put
-from tests.test_rounds import recipe_of, samples_of
+from tests.train.test_rounds import recipe_of, samples_of
 
 FULL = {"full": {}, "checkpointing": {"gradient_checkpointing": True}}
 MODELS = {**FULL, "frozen tower": {"freeze": ("model.visual",)}, "adapters": {"lora": LoRAConfig(rank=4)}}

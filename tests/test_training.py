@@ -18,16 +18,17 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from actial_fast import checkpoint, grpo, sft
-from actial_fast.config import to_yaml
-from actial_fast.data.row import BadRow, Row, Turn
-from actial_fast.data.source import SourceConfig
-from actial_fast.data.stream import Stream
-from actial_fast.metrics import read_events, read_metrics
-from actial_fast.model import load_policy
-from actial_fast.packed_ops import collect, patchify
-from actial_fast.processor import Processor
-from actial_fast.recipe import (
+from actial_fast import grpo, sft
+from actial_fast.data.sources.row import BadRow, Row, Turn
+from actial_fast.data.sources.source import SourceConfig
+from actial_fast.data.sources.stream import Stream
+from actial_fast.model.policy import load_policy
+from actial_fast.model.processor import Processor
+from actial_fast.ops.spec import GRPOSpec
+from actial_fast.packing.packed_ops import collect, patchify
+from actial_fast.report.metrics import read_events, read_metrics
+from actial_fast.settings.config import to_yaml
+from actial_fast.settings.recipe import (
     DataConfig,
     DistConfig,
     EvalConfig,
@@ -39,9 +40,9 @@ from actial_fast.recipe import (
     SaveConfig,
     SFTRecipe,
 )
-from actial_fast.rewards import RewardConfig
-from actial_fast.spec import GRPOSpec
-from actial_fast.training import build_optimizer
+from actial_fast.tasks.rewards import RewardConfig
+from actial_fast.train import checkpoint
+from actial_fast.train.stage import build_optimizer
 from tests.loops import ALONE, accumulate, log_probs
 
 

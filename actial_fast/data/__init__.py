@@ -1,1 +1,2 @@
-"""Sources of rows (one file each), the stream over them, and the builders that make rows from captures."""
+"""Rows, and the makers of rows: sources/ reads what there is, captures/ makes viewpoint questions from posed photographs, cot/ writes
+chains of thought. Nothing here needs torch."""

@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from actial_fast import ops, reference
-from actial_fast.reference import MAX_LOG_RATIO, MIN_LOG_RATIO_VESPO
-from actial_fast.spec import NAMED, GRPOSpec
+from actial_fast import ops
+from actial_fast.ops import reference
+from actial_fast.ops.reference import MAX_LOG_RATIO, MIN_LOG_RATIO_VESPO
+from actial_fast.ops.spec import NAMED, GRPOSpec
 
 # ---- the loss
 

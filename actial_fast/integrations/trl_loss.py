@@ -18,7 +18,7 @@ import trl.trainer.utils
 from torch import Tensor
 
 from actial_fast import ops
-from actial_fast.spec import NAMED, GRPOSpec
+from actial_fast.ops.spec import NAMED, GRPOSpec
 
 SUPPORTED_TRL = ("1.16",)
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")

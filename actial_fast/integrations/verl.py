@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actial_fast import ops, reference
-from actial_fast.reference import MAX_LOG_RATIO
-from actial_fast.spec import GRPOSpec
+from actial_fast import ops
+from actial_fast.ops import reference
+from actial_fast.ops.reference import MAX_LOG_RATIO
+from actial_fast.ops.spec import GRPOSpec
 
 MODES = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "dro", "cispo")
 """verl's policy losses that are a GRPOSpec. Not among them: clip_cov (draws tokens at random), kl_cov (an absolute log-ratio), geo_mean

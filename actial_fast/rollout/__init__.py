@@ -1,1 +1,5 @@
-"""Engines that reply to prompts. `embedded` samples from the trainer's own module."""
+"""Engines that reply to prompts: token ids in, token ids and their log-probs out.
+
+Here live samplers only; rewards are in ../tasks, what is done with replies in ../grpo.py and ../evaluation. embedded.py samples from the
+trainer's own module: one prefill a group, keys and values expanded to its replies.
+"""

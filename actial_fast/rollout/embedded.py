@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from actial_fast.dist import gathered
-from actial_fast.model import Policy
-from actial_fast.packing import Sequence, collate
-from actial_fast.processor import Processor
+from actial_fast.model.policy import Policy
+from actial_fast.model.processor import Processor
+from actial_fast.packing.batch import Sequence, collate
+from actial_fast.train.dist import gathered
 
 
 @dataclass(frozen=True)

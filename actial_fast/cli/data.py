@@ -1,0 +1,210 @@
+"""`actial data`: make, look at and check rows."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from actial_fast.cli.shared import Commands, add_format, add_overrides, one_line
+
+
+def add(commands: Commands) -> None:
+    """The commands of this group."""
+    data = commands.add_parser("data", help="make, look at and check data").add_subparsers(required=True, metavar="COMMAND")
+    render = data.add_parser("render", help="captures (images and COLMAP models) from procedural objects or your own meshes")
+    render.add_argument("-o", "--out", type=Path, required=True, help="folder for the captures")
+    render.add_argument("--meshes", default="", help="folder of OBJ, glTF, GLB or PLY files; without it, box-built families")
+    add_overrides(render)
+    render.set_defaults(run=_render)
+
+    viewpoint = data.add_parser("viewpoint", help="viewpoint questions from captures (per object images/ and sparse/0)")
+    viewpoint.add_argument("captures", type=Path, help="folder of captures")
+    viewpoint.add_argument("-o", "--out", type=Path, required=True, help="folder for train.jsonl, test.jsonl and build.json")
+    add_overrides(viewpoint)
+    viewpoint.set_defaults(run=_viewpoint)
+
+    spatial = data.add_parser("spatial", help="other spatial questions from captures, in SAT's parquet rows")
+    spatial.add_argument("captures", type=Path, help="folder of captures")
+    spatial.add_argument("-o", "--out", type=Path, required=True, help="folder for train.parquet and test.parquet")
+    spatial.add_argument(
+        "--test-objects", type=Path, required=True, help="test.jsonl of a viewpoint build: its objects are held out here too"
+    )
+    add_overrides(spatial)
+    spatial.set_defaults(run=_spatial)
+
+    cot = data.add_parser("cot", help="pseudo chains of thought for the cold start, checked against the truth")
+    cot.add_argument("source", help="rows with a truth")
+    add_format(cot)
+    cot.add_argument("-o", "--out", type=Path, required=True, help="JSONL to write or to go on with")
+    cot.add_argument("--endpoint", default="", help="an OpenAI-compatible base URL, for example http://localhost:8000/v1; "
+                     "without it, chains of thought are written from the rows' poses")  # fmt: skip
+    cot.add_argument("--model", default="", help="the model that the endpoint serves")
+    cot.add_argument("--template", type=Path, help="a file with an example that a person has corrected")
+    cot.add_argument("--style", choices=("full", "short"), default="full", help="how much is written from poses")
+    cot.add_argument("--count", type=int, default=0, help="rows drawn from the source (default: all; the paper uses about 1000)")
+    cot.add_argument("--workers", type=int, default=8, help="requests at a time (default: %(default)s)")
+    cot.add_argument("--seed", type=int, default=0, help="seed of which rows are drawn and of the wordings")
+    cot.set_defaults(run=_cot)
+
+    inspect = data.add_parser("inspect", help="draw rows as a contact sheet: images, question, answer, top-down sketch")
+    inspect.add_argument("source", help="JSONL, ShareGPT JSON, SAT or verl parquet")
+    add_format(inspect)
+    inspect.add_argument("-o", "--out", type=Path, default=Path("sheet.png"), help="PNG to write (default: %(default)s)")
+    inspect.add_argument("--rows", type=int, default=6, help="rows drawn at random (default: %(default)s)")
+    inspect.add_argument("--kind", action="append", default=[], help="only rows of this question type (repeatable)")
+    inspect.add_argument("--seed", type=int, default=0, help="seed of which rows are drawn")
+    inspect.set_defaults(run=_inspect)
+
+    check = data.add_parser("check", help="read every row and image of a source and count what is wrong")
+    check.add_argument("source", help="JSONL, ShareGPT JSON, SAT or verl parquet")
+    add_format(check)
+    check.add_argument("--show", type=int, default=20, help="bad rows to name; 0 names all (default: %(default)s)")
+    check.set_defaults(run=_check)
+
+
+def _render(args: argparse.Namespace) -> int:
+    from actial_fast.data.captures.render import RenderConfig, render
+
+    extra = [f"meshes={json.dumps(args.meshes)}"] if args.meshes else []
+    done = render(args.out, _config(RenderConfig, [*args.overrides, *extra]))
+    print(f"{args.out}: {done['captures']} captures, {done['images']} images")
+    if done["skipped"]:
+        print(f"{done['skipped']} captures were there already")
+    if done["rendered"]:
+        print(f"{done['rendered']} captures rendered in {_speed(done, 'images')}")
+    return 0
+
+
+def _viewpoint(args: argparse.Namespace) -> int:
+    from actial_fast.data.captures.viewpoint import ViewpointConfig, build
+
+    done = build(args.captures, args.out, _config(ViewpointConfig, args.overrides))
+    for split, rows in done["examples"].items():
+        asked = done["examples_asked"][split]
+        short = f" ({asked} were asked for: more captures or pairs per object are needed)" if asked and rows < asked else ""
+        print(f"{args.out / split}.jsonl: {rows} rows, {done['pairs'][split]} pairs, {_objects(done['objects'][split])}{short}")
+    _rejected(done["rejected"], f"; each is named in {args.out / 'build.json'}")
+    print(f"{sum(done['examples'].values())} rows in {_speed(done, 'examples')}")
+    return 0
+
+
+def _spatial(args: argparse.Namespace) -> int:
+    from actial_fast.data.captures.spatial import SpatialConfig, spatial_questions, viewpoint_test_objects
+
+    try:
+        held_out = viewpoint_test_objects(args.test_objects)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"--test-objects {args.test_objects}: not the test.jsonl of a viewpoint build ({error!r})") from None
+    done = spatial_questions(args.captures, args.out, _config(SpatialConfig, args.overrides), held_out)
+    for split in ("train", "test"):
+        kinds = ", ".join(f"{kind} {rows}" for kind, rows in done[split].items())
+        print(f"{args.out / split}.parquet: {sum(done[split].values())} rows ({kinds}), {_objects(done['objects'][split])}")
+    _rejected(done["rejected"])
+    return 0
+
+
+def _cot(args: argparse.Namespace) -> int:
+    from actial_fast.data.cot.writer import geometric_cot, write_cot
+
+    if args.endpoint:
+        from actial_fast.data.cot.endpoint import EndpointWriter
+
+        if not args.model:
+            raise ValueError("--model: the name of the model that the endpoint serves is needed")
+        extra = {"template": args.template.read_text()} if args.template else {}
+        writer = EndpointWriter(args.endpoint, args.model, **extra)
+    else:
+
+        def writer(row, rng):
+            return geometric_cot(row, rng, style=args.style)
+
+    source = _source(args)
+    with _progress("chains of thought", args.count or len(source)) as advance:
+        done = write_cot(
+            source,
+            args.out,
+            writer,
+            seed=args.seed,
+            count=args.count,
+            workers=args.workers if args.endpoint else 1,
+            progress=lambda number, total: advance(number),
+        )
+    there = f" ({done.kept} were there already)" if done.kept else ""
+    print(f"{args.out}: {done.written} rows written{there}, {sum(done.rejected.values())} rejected")
+    for reason, count in done.rejected.items():
+        print(f"  {count:6}  {reason}")
+    if done.rejected:
+        print(f"each is kept with its reason in {args.out.with_suffix('.rejects.jsonl')}; the same command tries them again")
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from actial_fast.data.captures.sheet import contact_sheet
+
+    source = _source(args, kinds=tuple(args.kind))
+    chosen = sorted(random.Random(args.seed).sample(range(len(source)), min(args.rows, len(source))))
+    print(contact_sheet([source[i] for i in chosen], args.out, title=args.source))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from actial_fast.data.sources.source import scan
+
+    source = _source(args)
+    with _progress("rows", len(source)) as advance:
+        found = scan(source, progress=advance)
+    print(f"{args.source}: {found.rows} rows, {len(found.bad)} bad\ngood rows by question type:")
+    for kind, rows in sorted(found.kinds.items()):
+        print(f"  {rows:8}  {kind or '(none)'}")
+    if found.bad:
+        print("why rows are bad:")
+        for reason, rows in found.reasons.items():
+            print(f"  {rows:8}  {reason}")
+        shown = found.bad[: args.show or None]
+        print("bad rows:" if len(shown) == len(found.bad) else f"the first {len(shown)} bad rows (--show 0 names all):")
+        for error in shown:
+            print(f"  {one_line(error)}")
+    return 1 if found.bad else 0
+
+
+def _source(args: argparse.Namespace, **filters: Any) -> Any:
+    from actial_fast.data.sources.source import SourceConfig, open_source
+
+    return open_source(SourceConfig(args.source, args.format, **filters))
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, and a function that takes the number done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _speed(done: Mapping[str, Any], what: str) -> str:
+    return f"{done['seconds']:.1f} s ({done[f'{what}_per_second']:,.0f} {what}/s)"
+
+
+def _objects(count: int) -> str:
+    return f"from {count} object{'s' * (count != 1)}"
+
+
+def _rejected(reasons: Mapping[str, int], where: str = "") -> None:
+    if reasons:
+        told = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        print(f"captures left out: {told}{where}")
+
+
+def _config(cls: type, overrides: Sequence[str]) -> Any:
+    from actial_fast.settings.config import config_from
+
+    return config_from(cls, overrides)

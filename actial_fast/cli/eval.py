@@ -1,0 +1,61 @@
+"""`actial eval`: how good a checkpoint is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from actial_fast.cli.shared import Commands, add_format, settle
+
+
+def add(commands: Commands) -> None:
+    """The commands of this group."""
+    test = commands.add_parser("eval", help="accuracy of a checkpoint per question type, beside chance and the majority answer")
+    test.add_argument("model", help="a checkpoint folder or hub name")
+    test.add_argument("source", nargs="+", help="rows with a truth: JSONL, ShareGPT JSON, SAT or verl parquet")
+    add_format(test)
+    test.add_argument("--system", default="", help="system prompt for every row")
+    test.add_argument("--limit", type=int, default=0, help="first rows of each source (default: all)")
+    test.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
+    test.add_argument("--max-new-tokens", type=int, default=1024, help="longest reply (default: %(default)s)")
+    test.add_argument("--batch-size", type=int, default=64, help="prompts decoded together (default: %(default)s)")
+    test.add_argument("--seed", type=int, default=0, help="seed of sampling")
+    test.add_argument("--json", type=Path, help="also write the figures to this file")
+    test.set_defaults(run=_eval)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from actial_fast.data.sources.source import SourceConfig, open_source
+    from actial_fast.settings.recipe import EvalConfig
+
+    config = EvalConfig(
+        sources=tuple(SourceConfig(path, args.format, system=args.system) for path in args.source),
+        limit=args.limit,
+        batch_size=args.batch_size,
+        temperature=args.temperature,
+        max_new_tokens=args.max_new_tokens,
+    )
+    # before the model is loaded and the replies are made, which takes long
+    for source in config.sources:
+        open_source(source)
+    # a hub name has one slash and nothing local before it; asking the hub for a mistyped path would take a minute
+    if not Path(args.model).exists() and (args.model.count("/") != 1 or Path(args.model).parent.is_dir()):
+        raise ValueError(
+            f"model {args.model}: no such folder (looked from {Path.cwd()}), nor a hub name such as Qwen/Qwen2.5-VL-7B-Instruct"
+        )
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+
+    from actial_fast.evaluation.evaluate import evaluate_checkpoint
+    from actial_fast.evaluation.statistics import render_table
+
+    settle()
+    results = evaluate_checkpoint(args.model, config, args.seed)
+    if int(os.environ.get("RANK", 0)) == 0:
+        for name, table in results.items():
+            print(render_table(table, name))
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=1))
+    return 0

@@ -1,0 +1,48 @@
+"""Parses the command line, runs the command, and tells the user's mistakes in one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from actial_fast.cli import data, doctor, eval, recipe, report, train
+from actial_fast.cli.shared import one_line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    The user's mistakes end in one line on stderr and status 2, without a traceback (ACTIAL_TRACEBACK=1 shows it).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads are ruinous where other programs run too
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse gives an optional list of words up as soon as an option follows the words before it, so it leaves `... -o OUT key=value`
+    if rest and not (hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    try:
+        return args.run(args) or 0
+    except BrokenPipeError:  # `actial ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("actial: interrupted; the same command goes on from where it was", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("ACTIAL_TRACEBACK") or (isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("actial_fast")):
+            raise
+        print(f"actial: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command; each group adds its own."""
+    parser = argparse.ArgumentParser(prog="actial", description="Two-stage viewpoint training for Qwen2.5-VL: data, SFT, GRPO, evaluation.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for group in (train, eval, report, doctor, recipe, data):
+        group.add(commands)
+    return parser

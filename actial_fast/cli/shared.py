@@ -1,0 +1,43 @@
+"""What several groups of commands need."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TypeAlias
+
+OVERRIDES = "key=value ... changes a field, for example optim.lr=1e-5 (values are YAML); `actial recipe show` lists them"
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def add_format(parser: argparse.ArgumentParser) -> None:
+    """The option --format of a source of rows."""
+    parser.add_argument("--format", default="auto", help="jsonl, sharegpt, sat or verl (default: what the file looks like)")
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Words key=value at the end."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without line breaks or a library's paragraphs of advice."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"this command needs {error.name}, which is not installed: pip install 'actial-fast[train]'"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError):
+        return str(error).strip().split("\n")[0]  # transformers appends paragraphs of advice
+    return " ".join(str(error).split())
+
+
+def settle() -> None:
+    """Quiet libraries, and threads for the cores that this rank may use."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))

@@ -1,0 +1,50 @@
+"""`actial quickstart`, `actial sft`, `actial grpo`: runs of the loops."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+from actial_fast.cli.shared import Commands, add_overrides, settle
+
+
+def add(commands: Commands) -> None:
+    """The commands of this group."""
+    quick = commands.add_parser("quickstart", help="the whole job from nothing, on a CPU: data, SFT, GRPO, evaluation, report")
+    quick.add_argument("--recipe", default="recipes/quickstart.yaml", help="recipe of kind quickstart (default: %(default)s)")
+    add_overrides(quick)
+    quick.set_defaults(run=_quickstart)
+
+    for kind, text in (("sft", "supervised fine-tuning"), ("grpo", "reinforcement with verifiable rewards")):
+        train = commands.add_parser(kind, help=f"{text}; run it again to go on from the last checkpoint")
+        train.add_argument("recipe", help=f"a YAML recipe, for example recipes/actial-7b-{kind}.yaml")
+        train.add_argument("--on-bad-row", choices=("error", "skip"), help="what a malformed row does (data.on_bad_row)")
+        add_overrides(train)
+        train.set_defaults(run=_train, kind=kind)
+
+
+def _quickstart(args: argparse.Namespace) -> int:
+    from actial_fast.quickstart import run
+    from actial_fast.settings.config import load_recipe
+
+    settle()
+    summary = run(load_recipe(args.recipe, args.overrides))
+    print(json.dumps(summary, indent=1))
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    import importlib
+
+    from actial_fast.settings.config import load_recipe
+
+    extra = [f"data.on_bad_row={args.on_bad_row}"] if args.on_bad_row else []
+    recipe = load_recipe(args.recipe, [*args.overrides, *extra])
+    if recipe.kind != args.kind:
+        raise ValueError(f"{args.recipe} is a recipe for `actial {recipe.kind}`, not for `actial {args.kind}`")
+    settle()
+    final = importlib.import_module(f"actial_fast.{args.kind}").train(recipe)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"finished: {final}")
+    return 0

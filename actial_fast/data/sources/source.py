@@ -1,0 +1,259 @@
+"""Opening a data source by its format, and checking it as a whole.
+
+A source is anything with `__len__()`, `__getitem__(i) -> Row` (BadRow for a malformed row), `kind(i) -> str` and `images(i) -> tuple`;
+images stay encoded until row.decode. One file per format: jsonl, sharegpt, sat, verl.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from actial_fast.data.sources.jsonl import JsonRecords, recover
+from actial_fast.data.sources.row import BadRow, Row, decode
+
+FORMATS = {  # name -> (module, source class): imported on first use, because parquet needs the `datasets` library
+    "jsonl": ("jsonl", "JsonlSource"),
+    "sharegpt": ("sharegpt", "ShareGptSource"),
+    "sat": ("sat", "SatSource"),
+    "verl": ("verl", "VerlSource"),
+}
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture."""
+
+    path: str
+    """The file: JSON, JSON Lines or parquet; or a folder of parquet files, or one written by datasets.save_to_disk."""
+    format: str = "auto"
+    """jsonl (this project's rows), sharegpt, sat, verl; auto looks at the file's name and columns."""
+    weight: float = 1.0
+    """This source's share of the mixture, relative to the other sources' weights."""
+    system: str = ""
+    """System prompt that every row gets; empty keeps the row's own."""
+    letters: bool = False
+    """SAT only: offer the options as A., B., ... and take the letter for the answer, instead of the option's text."""
+    kinds: tuple[str, ...] = ()
+    """Question types to keep; empty keeps all."""
+    limit: int = 0
+    """Keep only the first so many rows (of those that `kinds` keeps); 0 keeps all."""
+
+
+class Source(Protocol):
+    """Random access to rows."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row:
+        """Row `index`, checked, images still encoded; BadRow when it is malformed."""
+        ...
+
+    def kind(self, index: int) -> str:
+        """The question type of row `index`, read as cheaply as the format allows."""
+        ...
+
+    def images(self, index: int) -> tuple[Any, ...]:
+        """What tells the images of row `index` from those of its neighbours, read as cheaply as the format allows.
+
+        Equal to another row's only if both have the same images in the same order; () when the row has none or it cannot be told."""
+        ...
+
+
+@dataclass(frozen=True)
+class View:
+    """Some rows of a source (`indices`, int64), under one system prompt."""
+
+    source: Source
+    indices: np.ndarray
+    system: str
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.source[int(self.indices[index])].with_system(self.system)
+
+    def kind(self, index: int) -> str:
+        return self.source.kind(int(self.indices[index]))
+
+    def images(self, index: int) -> tuple[Any, ...]:
+        return self.source.images(int(self.indices[index]))
+
+
+def open_source(config: SourceConfig) -> Source:
+    """Open `config.path` and apply the filters.
+
+    Returns a source: `len(source)` rows, `source[i]` a checked Row with encoded images, or BadRow naming file, row and reason.
+    Raises ValueError when the path does not exist, the format is unknown or ambiguous, or no row is left.
+    """
+    path = Path(config.path)
+    if not path.exists():
+        raise ValueError(
+            f"data source {path} does not exist (looked from {Path.cwd()}); give the path of a .json, .jsonl or .parquet file or a folder"
+        )
+    name = detect_format(path) if config.format == "auto" else config.format
+    if name not in FORMATS:
+        raise ValueError(f"data source {path}: unknown format {name!r}; use one of auto, {', '.join(FORMATS)}")
+    if config.limit < 0:
+        raise ValueError(f"data source {path}: limit is {config.limit}; use 0 for all rows or the number of rows to keep")
+    module, class_name = FORMATS[name]
+    if config.letters and name != "sat":
+        raise ValueError(f"data source {path}: letters is for SAT's options, and this is {name}")
+    extra = {"letters": True} if config.letters else {}
+    source = getattr(importlib.import_module(f"{__package__}.{module}"), class_name)(path, **extra)
+    indices = _of_kinds(source, config.kinds, path) if config.kinds else np.arange(len(source))
+    if config.limit:
+        indices = indices[: config.limit]
+    if not len(indices):
+        raise ValueError(f"data source {path} ({name}) has no rows")
+    return View(source, indices, config.system)
+
+
+def detect_format(path: Path) -> str:
+    """The format of a file or folder, from its suffix and then its first record or columns; ValueError when that does not tell."""
+    hint = "; set format to one of " + ", ".join(FORMATS)
+    if path.is_dir() or path.suffix == ".parquet":
+        from actial_fast.data.sources.table import Table
+
+        names = set(Table(path).column_names)
+        if {"prompt", "reward_model"} <= names:
+            return "verl"
+        if "question" in names and names & {"answers", "answer_choices", "correct_answer"}:
+            return "sat"
+        raise ValueError(f"data source {path}: columns {sorted(names)} are neither SAT's nor verl's{hint}")
+    if path.suffix not in (".json", ".jsonl"):
+        raise ValueError(f"data source {path}: the suffix {path.suffix!r} does not tell the format{hint}")
+    records = JsonRecords(path)
+    try:
+        first = records[0] if len(records) else {}
+    except BadRow as error:
+        raise ValueError(f"data source {path}: the first record is {error.reason}, so the format cannot be told{hint}") from None
+    if not isinstance(first, dict):
+        raise ValueError(f"data source {path}: the first record is not an object, so the format cannot be told{hint}")
+    if "conversations" in first or "image" in first or "system" in first:
+        return "sharegpt"
+    if path.suffix == ".json" and "messages" in first:  # our own rows are always one a line, in .jsonl
+        return "sharegpt"
+    if {"id", "truth", "kind", "choices", "meta"} & set(first):
+        return "jsonl"
+    raise ValueError(f"data source {path}: a record with the keys {sorted(first)} may be a row of ours or ShareGPT's{hint}")
+
+
+def _of_kinds(source: Source, kinds: tuple[str, ...], path: Path) -> np.ndarray:
+    """Indices of the rows whose type is in `kinds`. An unreadable row stays in: it must be reported, not filtered away."""
+    seen: Counter[str] = Counter()
+    keep = []
+    for index in range(len(source)):
+        try:
+            kind = source.kind(index)
+        except BadRow:
+            keep.append(index)
+            continue
+        seen[kind] += 1
+        if kind in kinds:
+            keep.append(index)
+    if missing := [kind for kind in kinds if not seen[kind]]:
+        raise ValueError(
+            f"data source {path}: no row of kind {', '.join(missing)}; it has {', '.join(f'{k!r}' for k in sorted(seen)) or 'no kinds'}"
+        )
+    return np.array(keep, np.int64)
+
+
+def runs(source: Source) -> np.ndarray:
+    """Where each run of rows with the same images begins, and at last the number of rows: int64 (runs + 1,), ascending from 0.
+
+    A run is as many adjacent rows as have equal, known images; a row without images, or one that cannot be read, is a run of its own.
+    """
+    starts, last = [], ()
+    for index in range(len(source)):
+        try:
+            images = source.images(index)
+        except BadRow:
+            images = ()
+        if not images or images != last:
+            starts.append(index)
+        last = images
+    return np.array([*starts, len(source)], np.int64)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What `scan` found. rows: rows looked at; bad: every bad row, in order; kinds: good rows per question type."""
+
+    rows: int
+    bad: tuple[BadRow, ...]
+    kinds: dict[str, int]
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Bad rows per reason, commonest first; figures and file names are left out of the reason so that like counts with like."""
+        return dict(Counter(_outline(error.reason) for error in self.bad).most_common())
+
+
+def scan(source: Source, *, pixels: bool = True, progress: Callable[[int], None] | None = None) -> Scan:
+    """Read every row of `source` once, decoding each distinct image file once, and report all bad rows instead of raising.
+
+    Args:
+        source: from open_source.
+        pixels: also decode the images (the slow part); without it only the rows' text is checked.
+        progress: called with the number of rows done after each row.
+    """
+    bad, kinds = [], Counter()
+    verdicts: dict[Path, str] = {}  # image file -> why it is bad, "" when it decodes
+    for index in range(len(source)):
+        try:
+            row = source[index]
+            for image in row.images if pixels else ():
+                if not isinstance(image, Path):
+                    decode(image, row.where)
+                    continue
+                if image not in verdicts:
+                    try:
+                        decode(image, row.where)
+                        verdicts[image] = ""
+                    except BadRow as error:
+                        verdicts[image] = error.reason
+                if verdicts[image]:
+                    raise BadRow(row.where, verdicts[image])
+            kinds[row.kind] += 1
+        except BadRow as error:
+            bad.append(error)
+        if progress:
+            progress(index + 1)
+    return Scan(len(source), tuple(bad), dict(kinds))
+
+
+def _outline(reason: str) -> str:
+    reason = re.sub(r"^image .*? (?=does not exist|is \d|cannot be decoded)", "image ", reason)
+    return re.sub(r"\d+", "#", re.sub(r"'[^']*'|<_io\S+ object at \S+>", "...", reason))
+
+
+class Rejects:
+    """Appends each distinct bad row once to a JSON Lines file ({"where", "reason"}); rows already in the file count as known.
+
+    Args:
+        path: the file, or None to keep no record. With several ranks each writes its own: rejects.jsonl -> rejects.rank3.jsonl.
+    """
+
+    def __init__(self, path: Path | None, rank: int = 0, world: int = 1):
+        self.path = path.with_suffix(f".rank{rank}{path.suffix}") if path and world > 1 else path
+        self._known = {record["where"] for record in recover(self.path)} if self.path else set()
+
+    def add(self, error: BadRow) -> None:
+        """Record one bad row; nothing happens when it is known."""
+        if error.where in self._known:
+            return
+        self._known.add(error.where)
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"where": error.where, "reason": error.reason}) + "\n")

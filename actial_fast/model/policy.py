@@ -1,0 +1,217 @@
+"""Loading, freezing, adapters, and the module that the loops call: an unmodified Qwen2.5-VL whose head is handed to the caller."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
+
+from actial_fast.integrations.liger import apply_liger
+from actial_fast.model.attention import IMPLEMENTATION, use_packed_attention
+from actial_fast.model.vision import VisionArguments, encode_images, vision_arguments
+from actial_fast.packing.batch import Batch, PackedBatch
+from actial_fast.packing.packed_ops import PixelBatch, embed, patchify
+from actial_fast.settings.recipe import ModelConfig
+
+LANGUAGE_MODEL = "model.language_model"
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images as the vision tower takes them: their pixels, and everything that it would otherwise compute from their grids with syncs."""
+
+    pixels: PixelBatch
+    arguments: VisionArguments
+
+    @staticmethod
+    def of(pixels: PixelBatch, config: PreTrainedConfig) -> ImageBatch:
+        """config: the tower's."""
+        return ImageBatch(pixels, vision_arguments(pixels.grids, config, pin=pixels.pixels.is_pinned()))
+
+    def to(self, device: torch.device) -> ImageBatch:
+        """The batch on `device`, without a sync."""
+        return ImageBatch(self.pixels.to(device), self.arguments.to(device))
+
+
+class Policy(nn.Module):
+    """A Qwen2.5-VL that yields hidden states and lets the caller apply the head.
+
+    The head's matrix (V, H) is passed to a function inside forward, where sharded weights are whole, so that log-probs and losses are
+    computed by fused ops from hidden states and no logits of every token exist.
+    """
+
+    def __init__(self, model: Qwen2_5_VLForConditionalGeneration | PeftModel, compute_dtype: torch.dtype):
+        super().__init__()
+        self.model = model
+        self.compute_dtype = compute_dtype
+
+    @property
+    def base(self) -> Qwen2_5_VLForConditionalGeneration:
+        """The transformers model, without the adapters' wrapper."""
+        return self.model.get_base_model() if self.adapted else self.model
+
+    @property
+    def adapted(self) -> bool:
+        """True when low-rank adapters are trained instead of the weights."""
+        return isinstance(self.model, PeftModel)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def trains_tower(self) -> bool:
+        """True when any weight of the vision tower is trained."""
+        return any(p.requires_grad for p in self.base.model.visual.parameters())
+
+    def forward(self, inputs: dict[str, Any] | Batch | PackedBatch | ImageBatch, head: Callable[[Any, Tensor], Any] | None = None) -> Any:
+        """head(x, head matrix (V, H)), x the hidden states (T, H) of a batch's loss rows, or the trunk's outputs for keyword arguments; of
+        images, without a head, their merged features, one (rows, H) each."""
+        base = self.base
+        low = self.compute_dtype != torch.float32
+        with torch.autocast(self.device.type, self.compute_dtype, enabled=low):
+            if isinstance(inputs, ImageBatch):
+                patches = patchify(inputs.pixels, self.compute_dtype if low else torch.float32)
+                return encode_images(base.model.visual, patches.to(patches.dtype if low else base.model.visual.dtype), inputs.arguments)
+            if isinstance(inputs, dict):
+                return head(base.model(**inputs), base.lm_head.weight)
+            if isinstance(inputs, PackedBatch):
+                hidden = self._packed(inputs)
+            else:
+                hidden = base.model(**inputs.model_inputs(), use_cache=False).last_hidden_state.flatten(0, 1)
+            return head(hidden[inputs.loss_rows], base.lm_head.weight)
+
+    def _packed(self, batch: PackedBatch) -> Tensor:
+        """Hidden states (L, H) of a packed batch, whose shared prefixes pass the layers once."""
+        assert self.base.config._attn_implementation == IMPLEMENTATION, "packed rows would see each other: load with packed=True"
+        assert batch.features is not None or not batch.images, "the images of a packed batch pass the tower first (features.Features)"
+        trunk, features = self.base.model, batch.features
+        embeds = embed(batch.input_ids, trunk.get_input_embeddings().weight, features, batch.image_slots, batch.image_rows)
+        out = trunk.language_model(
+            inputs_embeds=embeds[None],
+            position_ids=batch.position_ids[:, None],
+            attention_mask={"full_attention": None},  # none is built: the attention reads the batch's segments
+            use_cache=False,
+            packed=batch,
+        )
+        return out.last_hidden_state[0]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by the name they have in this module."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def adapter_off(self) -> contextlib.AbstractContextManager:
+        """The model as it was before its adapters, for the time of a with block."""
+        assert self.adapted, "there is no adapter to switch off"
+        return self.model.disable_adapter()
+
+
+def load_policy(config: ModelConfig, device: torch.device, seed: int, *, packed: bool = False) -> Policy:
+    """The policy of a recipe on `device`, in train mode, with what is frozen frozen; packed: able to take packed batches.
+
+    ValueError where the recipe does not fit the model.
+    """
+    if not config.path:
+        raise ValueError("model.path: a checkpoint folder or hub name is needed")
+    if not Path(config.path).is_dir() and (config.path.count("/") != 1 or config.path.startswith((".", "/", "~"))):
+        raise ValueError(f"model.path: {config.path} is neither a folder nor a hub name like Qwen/Qwen2.5-VL-7B-Instruct")
+    lora = config.lora.rank > 0
+    dtype = getattr(torch, config.frozen_dtype if lora else config.dtype)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.path, dtype=dtype, attn_implementation=config.attention)
+    if lora:
+        model = _add_adapters(model, config, seed)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()  # only reentrant checkpoints need it, and a frozen tower would run backward
+    for prefix in config.freeze:
+        names = [n for n, _ in model.named_parameters() if n.removeprefix("base_model.model.").startswith(prefix)]
+        if not names:
+            known = sorted({".".join(n.split(".")[:2]) for n, _ in model.named_parameters()})
+            raise ValueError(f"model.freeze: no parameter starts with {prefix!r}; the model has {', '.join(known)}")
+        for name in names:
+            parameter = model.get_parameter(name)
+            parameter.requires_grad_(False)
+            if not lora:
+                parameter.data = parameter.data.to(getattr(torch, config.frozen_dtype))
+    if _uses_liger(config, device):
+        apply_liger(model)
+    policy = Policy(model.to(device), torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if not policy.trained():
+        raise ValueError("model.freeze: every parameter is frozen, nothing is left to train")
+    if packed:
+        use_packed_attention(policy.base)
+    return policy.train()
+
+
+def load_reference(config: ModelConfig, device: torch.device, *, packed: bool = False) -> Policy:
+    """A frozen copy of the starting weights, to measure the KL against (with adapters, switch those off instead)."""
+    config = replace(config, dtype=config.frozen_dtype, lora=replace(config.lora, rank=0), freeze=(), gradient_checkpointing=False)
+    return load_policy(config, device, seed=0, packed=packed).requires_grad_(False).eval()
+
+
+def _uses_liger(config: ModelConfig, device: torch.device) -> bool:
+    installed = importlib.util.find_spec("liger_kernel") is not None
+    if config.liger == "on" and not (installed and device.type == "cuda"):
+        lacks = "liger-kernel is not installed" if not installed else f"this is {device.type}"
+        raise ValueError(f"model.liger: on needs CUDA and liger-kernel, and {lacks}; set it to auto or off")
+    return config.liger != "off" and installed and device.type == "cuda"
+
+
+def _add_adapters(model: Qwen2_5_VLForConditionalGeneration, config: ModelConfig, seed: int) -> PeftModel:
+    """Adapters on the named linear layers of the language model, in the training dtype, their weights drawn by `seed`."""
+    names = "|".join(map(re.escape, config.lora.targets))
+    settings = LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=rf"{re.escape(LANGUAGE_MODEL)}\..*\.({names})",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            model = get_peft_model(model, settings)
+        except ValueError as error:
+            raise ValueError(f"model.lora.targets: {error}") from None
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, config.dtype))
+    return model
+
+
+def save_model(policy: Policy, folder: Path, state: dict[str, Tensor]) -> None:
+    """Write config and weights so that plain transformers opens the folder.
+
+    state: the full weights by the policy's names, on the CPU; adapters are merged into the weights they adapt.
+    """
+    base = policy.base
+    if policy.adapted:
+        state = _merged(policy.model, state)
+    prefix = "model."
+    weights = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    base.save_pretrained(folder, state_dict=weights)
+
+
+def _merged(model: PeftModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The base model's weights with every adapter's product added, computed in float32 on copies."""
+    lora = model.peft_config["default"]
+    scale = lora.lora_alpha / lora.r
+    out = {}
+    for name, tensor in state.items():
+        if ".lora_" in name:
+            continue
+        if name.endswith(".base_layer.weight"):
+            stem = name.removesuffix(".base_layer.weight")
+            down, up = (state[f"{stem}.lora_{x}.default.weight"].float() for x in "AB")
+            tensor = (tensor.float() + scale * (up @ down)).to(tensor.dtype)
+        out[name.replace(".base_layer", "").replace("model.base_model.model.", "model.", 1)] = tensor
+    return out

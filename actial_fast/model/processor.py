@@ -1,0 +1,162 @@
+"""The one owner of preprocessing: rows to token ids and image patches, and ids back to text.
+
+Composed of the checkpoint's tokenizer (with its chat template) and its image processor's settings. The Qwen2.5-VL processor class
+itself is not used: it wants a video processor and with it torchvision, which this project has no need of.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Row, Turn
+from actial_fast.data.sources.stream import Example
+from actial_fast.packing.batch import Sequence, mrope_positions
+from actial_fast.packing.images import ImageSettings, ImageStore
+
+IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Tokenizer and image processor of one checkpoint.
+
+    store: where images go, decoded and resized once; max_prompt: prompts with more tokens are a row-level error.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: Qwen2VLImageProcessorPil
+    store: ImageStore
+    max_prompt: int = 16000
+
+    @staticmethod
+    def load(path: str, *, min_pixels: int = 0, max_pixels: int = 0, max_prompt: int = 16000, image_cache: str = "") -> Processor:
+        """From a checkpoint folder or hub name; the pixel limits replace the checkpoint's where they are not 0.
+
+        image_cache: folder of the ImageStore, empty for its default.
+        """
+        images = Qwen2VLImageProcessorPil.from_pretrained(path)
+        size = dict(images.size)
+        images.size = {"shortest_edge": min_pixels or size["shortest_edge"], "longest_edge": max_pixels or size["longest_edge"]}
+        store = ImageStore(ImageSettings.of(images), Path(image_cache) if image_cache else None)
+        return Processor(AutoTokenizer.from_pretrained(path), images, store, max_prompt)
+
+    def save(self, folder: Path) -> None:
+        """Into a checkpoint folder, where AutoTokenizer and the Qwen2-VL image processors of plain transformers find it."""
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    @property
+    def merge(self) -> int:
+        """Patches along a side of a merged image token."""
+        return self.store.settings.merge
+
+    @functools.cached_property
+    def image_token(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+
+    @functools.cached_property
+    def eos(self) -> int:
+        """The token that ends a turn."""
+        return self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    @functools.cached_property
+    def pad(self) -> int:
+        return self.tokenizer.pad_token_id
+
+    @functools.cached_property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Tokens that end a sampled reply."""
+        return tuple(sorted({self.eos, self.tokenizer.convert_tokens_to_ids("<|endoftext|>")}))
+
+    @functools.cached_property
+    def banned_tokens(self) -> tuple[int, ...]:
+        """Never sampled: a vision token in a reply has no image behind it and breaks the log-prob forward pass."""
+        return tuple(self.tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)))
+
+    def encode(self, example: Example) -> Sequence:
+        """A row to train on: every assistant turn (and the token that ends it) is a target. BadRow when it has none or is too long."""
+        turns = example.row.turns
+        if not any(t.role == "assistant" for t in turns):
+            raise BadRow(example.row.where, "no assistant turn to train on")
+        return self._sequence(example, turns)
+
+    def encode_prompt(self, example: Example) -> Sequence:
+        """A row to reply to: the turns before its last answer, and the opening of the assistant's turn."""
+        return self._sequence(example, example.row.prompt)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of a reply's token ids (n,), without the token that ends it."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _sequence(self, example: Example, turns: tuple[Turn, ...]) -> Sequence:
+        row = example.row
+        try:
+            ids, trained = self._tokenised(turns)
+        except ValueError as error:
+            raise BadRow(row.where, str(error)) from None
+        shown = row.images[: sum(t.content.count(IMAGE_TAG) for t in turns)]
+        images = tuple(self.store.put(image, row.where) for image in shown)
+        grids = tuple(map(self.store.grid, images))
+        repeats = np.ones(len(ids), np.int64)
+        repeats[ids == self.image_token] = [math.prod(grid) // self.merge**2 for grid in grids]
+        ids, trained = np.repeat(ids, repeats), np.repeat(trained, repeats)
+        if (prompt := int((~trained).sum())) > self.max_prompt:
+            raise BadRow(row.where, f"prompt of {prompt} tokens, over max_prompt_tokens={self.max_prompt}; use fewer or smaller images")
+        return Sequence(ids, trained, mrope_positions(ids, grids, self.image_token, self.merge), images, grids)
+
+    @functools.cached_property
+    def _tokenised(self) -> Callable[[tuple[Turn, ...]], tuple[np.ndarray, np.ndarray]]:
+        """A conversation's ids and what is trained, images still one token each; remembered, since wordings recur over a data set."""
+        return functools.lru_cache(maxsize=8192)(self._tokenise)
+
+    def _tokenise(self, turns: tuple[Turn, ...]) -> tuple[np.ndarray, np.ndarray]:
+        pieces = [(self._tokens(text), trained) for text, trained in self._pieces(turns)]
+        ids = np.array([i for piece, _ in pieces for i in piece], np.int64)
+        trained = np.array([t for piece, t in pieces for _ in piece], bool)
+        return ids, trained
+
+    def _pieces(self, turns: tuple[Turn, ...]) -> list[tuple[str, bool]]:
+        """The rendered conversation cut into (text, trained); prompts and answers are tokenised apart, as in sampling."""
+        for turn in turns:
+            if found := next((s for s in self._special if s in turn.content), None):
+                raise ValueError(f"the text contains the special token {found}")
+        messages = [{"role": t.role, "content": t.content.replace(IMAGE_TAG, IMAGE_TEXT)} for t in turns]
+        pieces, done = [], ""
+        for i, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            opened = self._render(messages[:i], open_reply=True)
+            assert opened.startswith(done), "the chat template rewrites earlier turns"
+            answer = turn.content + self.tokenizer.convert_ids_to_tokens(self.eos)
+            pieces += [(opened[len(done) :], False), (answer, True)]
+            done = opened + answer
+        if not pieces or turns[-1].role != "assistant":
+            pieces.append((self._render(messages, open_reply=True)[len(done) :], False))
+        return pieces
+
+    @functools.cached_property
+    def _special(self) -> tuple[str, ...]:
+        return tuple(self.tokenizer.all_special_tokens)
+
+    def _render(self, messages: list[dict[str, str]], *, open_reply: bool) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_reply)
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def dummy(processor: Processor, *, image: bool = True) -> Sequence:
+    """A shortest sequence with something to predict, and with one image or none."""
+    side = processor.store.settings.patch * processor.merge
+    turns = (Turn("user", IMAGE_TAG if image else "-"), Turn("assistant", "-"))
+    row = Row(turns=turns, images=(np.zeros((side, side, 3), np.uint8),) * image, where="dummy")
+    return processor.encode(Example(row=row, position=-1))

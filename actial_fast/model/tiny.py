@@ -1,0 +1,123 @@
+"""A tiny Qwen2.5-VL from random weights: transformers' own class, about 0.8 million parameters, and a tokenizer built on the spot.
+
+It makes the whole recipe runnable on a laptop: one image is one token, and the tokenizer's pieces are the phrases of the training
+texts, so a prompt with two images is about 20 tokens long.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from actial_fast.model.processor import VISION_TOKENS
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# tags; an option's letter; a line break; a whole line that asks; a sentence (the space goes to the next one); the rest
+_PIECE = re.compile(r"<[^<>\n]+>|\n\(?[A-Z][.)] |\n|[^<\n]+\?(?=[<\n]|$)|[^<\n]+?[.?!:](?=[ <\n]|$)|[^<\n]+|<")
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """Shape of the tiny model."""
+
+    hidden: int = 96
+    """Hidden size of the language model."""
+    layers: int = 4
+    """Decoder layers. With 2 or 3 some seeds never compose the move, the question and the options into a letter."""
+    heads: int = 4
+    """Attention heads; half of them hold keys and values."""
+    vision_hidden: int = 96
+    """Hidden size of the vision tower."""
+    vision_depth: int = 0
+    """Blocks of the vision tower; with 0 it is a patch embedding and a merger."""
+    image_size: int = 28
+    """Images are scaled to this many pixels squared in area; 28x28 is one merged token."""
+    phrases: int = 1000
+    """Most frequent pieces of the training texts that become tokens; other text is spelt in bytes."""
+    initializer_range: float = 0.08
+    """Standard deviation of the random weights; a narrow model needs more than the usual 0.02."""
+
+
+def create(folder: Path, texts: Iterable[str], config: TinyConfig, seed: int) -> None:
+    """Write a checkpoint folder (weights, tokenizer, image processor) that plain transformers opens. Deterministic by seed."""
+    tokenizer = build_tokenizer(texts, config.phrases)
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": config.image_size**2, "longest_edge": config.image_size**2})
+    head_dim = config.hidden // config.heads
+    vocab = -(-len(tokenizer) // 64) * 64
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")}
+    model_config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": vocab,
+            "hidden_size": config.hidden,
+            "intermediate_size": 8 * config.hidden // 3,
+            "num_hidden_layers": config.layers,
+            "num_attention_heads": config.heads,
+            "num_key_value_heads": config.heads // 2,
+            "initializer_range": config.initializer_range,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": _mrope_section(head_dim)},
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "max_position_embeddings": 8192,
+        },
+        vision_config={
+            "depth": config.vision_depth,
+            "hidden_size": config.vision_hidden,
+            "intermediate_size": 2 * config.vision_hidden,
+            "num_heads": config.heads,
+            "out_hidden_size": config.hidden,
+            "fullatt_block_indexes": list(range(config.vision_depth)),
+            "initializer_range": config.initializer_range,
+        },
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
+        initializer_range=config.initializer_range,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(model_config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    images.save_pretrained(folder)
+
+
+def build_tokenizer(texts: Iterable[str], phrases: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose pieces are the `phrases` most frequent phrases of the texts; any other text is spelt in bytes, losslessly."""
+    counts = Counter(piece for text in texts for piece in _PIECE.findall(text) if len(piece) > 1 and piece.isascii())
+    counts += Counter({"user\n": 1, "assistant\n": 1, "system\n": 1})
+    chosen = [piece for piece, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:phrases]]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in chosen])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=list(SPECIAL_TOKENS),
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _mrope_section(head_dim: int) -> list[int]:
+    half = head_dim // 2
+    return [half - 2 * (half // 3), half // 3, half // 3]

@@ -1,0 +1,258 @@
+"""The ops that the loops and other trainers call: arguments are checked here, then CUDA tensors go to the Triton kernels and CPU tensors to
+`chunked`. `reference` is the readable form of the same equations. Under torch.compile each op is one node of the graph (`library`).
+
+T rows that carry loss, H hidden size, V vocabulary, S sequences of rows, N rewards, R reward functions. Floating results are float32,
+float64 for float64 inputs (CPU only). What would cost a host sync on CUDA, or a break in a compiled graph, is checked elsewhere only: on
+CUDA an out-of-range target gives NaN (nothing is read out of bounds), and NaN advantages or a temperature of 0 show in the loss. Under
+autocast hidden states, weight and bias are cast as F.linear would cast them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from actial_fast.ops import checks, chunked, chunked_kl, chunked_logits, operators, operators_logits, reference
+from actial_fast.ops.library import implementation
+from actial_fast.ops.reference import STATS, token_weights
+from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
+
+__all__ = [
+    "STATS",
+    "GRPOLoss",
+    "group_advantages",
+    "grpo_loss_from_logits",
+    "linear_cross_entropy",
+    "linear_grpo_loss",
+    "linear_kl",
+    "linear_logprob",
+    "logprob_from_logits",
+    "token_kl",
+    "token_weights",
+]
+
+
+class GRPOLoss(NamedTuple):
+    """loss: scalar, differentiable; stats (len(STATS),) float32, named by STATS; logp, entropy (T,). All but the loss are detached."""
+
+    loss: Tensor
+    stats: Tensor
+    logp: Tensor
+    entropy: Tensor
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = True,
+    workspace_mb: float = 700,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-prob of each target and entropy of each row's distribution, from hidden states and the head.
+
+    hidden (T, H), weight (V, H), bias (V,) of one floating dtype; targets (T,) int64; logits are softcap * tanh(x / softcap) / temperature
+    with a temperature for all rows or one each, (T,). Returns logp (T,) and entropy (T,) in nats (None without return_entropy), both
+    differentiable in hidden, weight and bias, once. At most workspace_mb MiB are held above inputs, outputs and a float32 weight gradient.
+    1 GEMM of T * H * V; with its backward pass 4, with a frozen head 3. ValueError for arguments that do not fit together.
+    """
+    hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb)
+    scaling = {"bias": bias, "temperature": checks.temperature(temperature, hidden), "softcap": softcap}
+    run = _path(hidden, "linear_logprob", chunked.linear_logprob, operators.linear_logprob)
+    logp, entropy = run(hidden, weight, targets, **scaling, workspace_mb=workspace_mb)
+    return logp, entropy if return_entropy else None
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    spec: GRPOSpec,
+    *,
+    token_weight: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
+    policy_mask: Tensor | None = None,
+    entropy_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    weight_grad: Tensor | None = None,
+    skip_zero_rows: bool | None = None,
+    workspace_mb: float = 700,
+) -> GRPOLoss:
+    """A policy loss of the GRPO family from hidden states: `reference.grpo_terms` has the equation, GRPOSpec the papers.
+
+    hidden, weight, targets, bias, temperature, softcap and workspace_mb as in `linear_logprob`. All other rows are (T,) floating, without
+    gradient: advantages, which may also be (S,) with cu_seqlens; old_logp, log-probs of the policy that sampled (None: this one, the ratio
+    is 1); ref_logp, of the reference (needed where spec.beta > 0); token_weight, each row's weight in the loss, 0 = masked (None: those of
+    spec.aggregation for these rows, see `token_weights`); sampler_logp, of the engine that sampled, for the importance weight;
+    entropy_weight, of the entropy bonus (None: token_weight where the policy term counts); policy_mask (T,) bool, rows that carry the
+    policy term (None: all; with spec.top_entropy < 1 the highest entropies of this call, found by one more GEMM). cu_seqlens (S + 1,)
+    int32 or int64: where sequences begin and end; where rows depend on their sequence (spec.needs_sequences) on the CPU, because chunks
+    are cut between sequences.
+
+    The gradients are computed with the loss: 3 GEMMs of T * H * V, 2 with a frozen head, 1 without gradients; the backward pass only
+    scales them. weight_grad (V, H) float32, contiguous: the head's gradient is added to it here, autograd gets none, and the loss must be
+    the root of backward. skip_zero_rows: rows without a gradient leave the two backward GEMMs (None: where the spec makes such rows).
+    T = 0 gives 0 and zero gradients. ValueError for arguments that do not fit together, and when the workspace holds not one row or,
+    with sequences, not the longest one.
+    """
+    hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb)
+    rows: dict[str, Any] = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy_weight": entropy_weight}
+    rows = checks.grpo_rows(hidden, advantages, spec, token_weight, cu_seqlens, policy_mask, **rows)
+    weight_grad = checks.weight_grad(weight_grad, weight)
+    temperature = checks.temperature(temperature, hidden)
+    scaling: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap, "workspace_mb": workspace_mb}
+    if spec.top_entropy < 1 and policy_mask is None and len(targets):
+        with torch.no_grad():
+            entropy = linear_logprob(hidden, weight, targets, **scaling)[1]
+        assert entropy is not None
+        rows["policy_mask"] = reference.high_entropy(entropy, rows["token_weight"], spec.top_entropy)
+    if skip_zero_rows is None:
+        skip_zero_rows = spec.beta == 0 and spec.entropy_coef == 0
+    run = _path(hidden, "linear_grpo", chunked.linear_grpo_loss, operators.linear_grpo_loss)
+    return GRPOLoss(*run(hidden, weight, targets, spec=spec, **rows, **scaling, weight_grad=weight_grad, skip_zero_rows=skip_zero_rows))
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    weight_grad: Tensor | None = None,
+    workspace_mb: float = 700,
+) -> Tensor:
+    """-sum_t token_weight[t] * log p(targets[t]), scalar: the weights carry the normaliser, so that micro-batches and ranks add up.
+
+    hidden, weight, targets, bias, softcap, workspace_mb as in `linear_logprob`, token_weight (T,) floating, weight_grad as in
+    `linear_grpo_loss`. The gradients are computed with the loss: 3 GEMMs, 2 with a frozen head, 1 without gradients. ValueError for
+    arguments that do not fit together.
+    """
+    hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb)
+    token_weight = checks.row("token_weight", token_weight, hidden)
+    weight_grad = checks.weight_grad(weight_grad, weight)
+    run = _path(hidden, "linear_grpo", chunked.linear_cross_entropy, operators.linear_cross_entropy)
+    return run(hidden, weight, targets, token_weight, bias=bias, softcap=softcap, weight_grad=weight_grad, workspace_mb=workspace_mb)
+
+
+def linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    workspace_mb: float = 700,
+) -> Tensor:
+    """KL(p || q) of each row over the whole vocabulary, in nats: p from hidden and weight, q from ref_hidden and ref_weight.
+
+    hidden (T, H), weight (V, H), ref_hidden (T, G), ref_weight (V, G), temperature and workspace_mb as in `linear_logprob` -> (T,),
+    differentiable in all four, once. Swap the pairs for KL(q || p). ValueError for arguments that do not fit together.
+    """
+    hidden, weight, _ = checks.head(hidden, weight, None, None, None, workspace_mb)
+    ref_hidden, ref_weight, _ = checks.head(ref_hidden, ref_weight, None, None, None, workspace_mb, names=("ref_hidden", "ref_weight"))
+    for name, got, want in (("ref_hidden", len(ref_hidden), len(hidden)), ("ref_weight", len(ref_weight), len(weight))):
+        if got != want:
+            raise ValueError(f"{name}: expected {want} rows like {name.removeprefix('ref_')}, got {got}")
+    checks.match("ref_hidden", ref_hidden, "hidden", hidden)
+    run = _path(hidden, "linear_kl", chunked_kl.linear_kl, operators_logits.linear_kl)
+    return run(hidden, weight, ref_hidden, ref_weight, temperature=checks.temperature(temperature, hidden), workspace_mb=workspace_mb)
+
+
+def logprob_from_logits(
+    logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, inplace_backward: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target and entropy of each row from logits (T, V) and targets (T,) int64 -> two (T,), differentiable once.
+
+    temperature as in `linear_logprob`. inplace_backward: the gradient overwrites the logits' memory in the backward pass, so that no
+    second (T, V) exists. ValueError for arguments that do not fit together.
+    """
+    logits = checks.logits(logits, targets)
+    run = _path(logits, "logits", chunked_logits.logprob_from_logits, operators_logits.logprob_from_logits)
+    return run(logits, targets, temperature=checks.temperature(temperature, logits), inplace_backward=inplace_backward)
+
+
+def grpo_loss_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    spec: GRPOSpec,
+    *,
+    token_weight: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
+    policy_mask: Tensor | None = None,
+    entropy_weight: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    inplace: bool = False,
+) -> GRPOLoss:
+    """`linear_grpo_loss` for those who hold the logits (T, V): the same loss, arguments and errors.
+
+    inplace: the gradient overwrites the logits' memory, during this call or the backward pass; the logits are of no use afterwards.
+    """
+    logits = checks.logits(logits, targets)
+    rows: dict[str, Any] = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy_weight": entropy_weight}
+    rows = checks.grpo_rows(logits, advantages, spec, token_weight, cu_seqlens, policy_mask, **rows)
+    temperature = checks.temperature(temperature, logits)
+    if spec.top_entropy < 1 and policy_mask is None and len(targets):
+        with torch.no_grad():
+            entropy = logprob_from_logits(logits, targets, temperature=temperature)[1]
+        rows["policy_mask"] = reference.high_entropy(entropy, rows["token_weight"], spec.top_entropy)
+    run = _path(logits, "logits", chunked_logits.grpo_loss_from_logits, operators_logits.grpo_loss_from_logits)
+    return GRPOLoss(*run(logits, targets, spec=spec, **rows, temperature=temperature, inplace=inplace))
+
+
+def group_advantages(rewards: Tensor, groups: Tensor, spec: AdvantageSpec, *, weights: Tensor | None = None) -> Tensor:
+    """Rewards relative to those of their group: `reference.group_advantages` has the equations.
+
+    rewards (N,) or (N, R) floating, NaN = unscorable; groups (N,) int64, any ids in any order; weights (R,) floating, of the
+    reward functions (None: 1 each). Returns (N,). ValueError for arguments that do not fit together.
+    """
+    if rewards.ndim not in (1, 2) or not rewards.is_floating_point():
+        raise ValueError(f"rewards: expected (N,) or (N, R) floating point, got {checks.text(rewards)}")
+    if groups.shape != rewards.shape[:1] or groups.dtype != torch.int64:
+        raise ValueError(f"groups: expected ({len(rewards)},) int64, got {checks.text(groups)}")
+    checks.match("groups", groups, "rewards", rewards, dtype=False)
+    if weights is not None:
+        if rewards.ndim != 2 or weights.shape != rewards.shape[1:] or not weights.is_floating_point():
+            raise ValueError(
+                f"weights: expected one per column of rewards {tuple(rewards.shape)}, floating point, got {checks.text(weights)}"
+            )
+        checks.match("weights", weights, "rewards", rewards, dtype=False)
+    run = _path(rewards, "advantages", reference.group_advantages, operators_logits.group_advantages)
+    return run(rewards, groups, spec, weights=weights)
+
+
+def token_kl(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
+    """An estimate (k1, k2 or k3) of KL(policy || reference) per token from log-probs (T,) and (T,), differentiable in both -> (T,).
+
+    `reference.token_kl` has the equations. ValueError when shapes, dtypes or devices differ, or for another kind.
+    """
+    if logp.ndim != 1 or not logp.is_floating_point():
+        raise ValueError(f"logp: expected (T,) floating point, got {checks.text(logp)}")
+    if logp.shape != ref_logp.shape:
+        raise ValueError(f"ref_logp: expected {tuple(logp.shape)} like logp, got {tuple(ref_logp.shape)}")
+    checks.match("ref_logp", ref_logp, "logp", logp)
+    if kind not in ("k1", "k2", "k3"):
+        raise ValueError(f"kind: {kind!r} is not one of k1, k2, k3")
+    return _path(logp, "token_kl", chunked_logits.token_kl, operators_logits.token_kl)(logp, ref_logp, kind)
+
+
+def _path(x: Tensor, module: str, cpu: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """What computes: an operator that the compiler leaves whole, or directly the kernels for CUDA tensors or `cpu`."""
+    return compiled if torch.compiler.is_compiling() else implementation(x, module, cpu)

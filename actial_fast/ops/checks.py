@@ -1,0 +1,185 @@
+"""What the door checks: each function returns its arguments as the ops take them, or raises a ValueError that names the argument, what
+was expected, what came, and what to do. Values are looked at only where that waits for no device and stops no compiler.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actial_fast.ops import reference
+from actial_fast.ops.chunked_logits import compute_dtype
+from actial_fast.ops.spec import GRPOSpec
+
+
+def head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    workspace_mb: float,
+    names: tuple[str, str] = ("hidden", "weight"),
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """hidden, weight and bias, checked, in the dtype of an enclosing autocast."""
+    h, w = names
+    if hidden.ndim != 2 or not hidden.is_floating_point():
+        raise ValueError(f"{h}: expected (T, H) floating point, got {text(hidden)}")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"{w}: expected (V, {hidden.shape[1]}) to fit {h}, got {tuple(weight.shape)}")
+    if 0 in weight.shape:
+        raise ValueError(f"{w}: expected V >= 1 and H >= 1, got {tuple(weight.shape)}")
+    _device(h, hidden)
+    match(w, weight, h, hidden, dtype=False)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden, weight, bias = (
+            x if x is None or x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight, bias)
+        )
+    match(w, weight, h, hidden)
+    if weight.shape[1] > 1 and weight.stride(1) != 1:
+        raise ValueError(f"{w}: its rows must be contiguous, got strides {weight.stride()}; pass {w}.contiguous()")
+    if bias is not None:
+        if bias.shape != weight.shape[:1] or not bias.is_floating_point():
+            raise ValueError(f"bias: expected ({len(weight)},) floating point to fit {w}, got {text(bias)}")
+        match("bias", bias, h, hidden)
+    if targets is not None:
+        _targets(targets, hidden, len(weight))
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: must be > 0, got {softcap}; None = no cap")
+    if not workspace_mb > 0:
+        raise ValueError(f"workspace_mb: must be > 0, got {workspace_mb}")
+    if not torch.is_grad_enabled():  # an autograd.Function cannot tell: its inputs still ask for gradients
+        hidden, weight, bias = (x if x is None else x.detach() for x in (hidden, weight, bias))
+    return hidden.contiguous(), weight, bias
+
+
+def grpo_rows(
+    like: Tensor,
+    advantages: Tensor,
+    spec: GRPOSpec,
+    token_weight: Tensor | None,
+    cu_seqlens: Tensor | None,
+    policy_mask: Tensor | None,
+    **rows: Tensor | None,
+) -> dict[str, Any]:
+    """The arguments of `reference.grpo_terms`, checked and filled in. cu_seqlens stays where rows depend on their sequence."""
+    count, device = len(like), like.device
+    _cu_seqlens(cu_seqlens, count, device)
+    if advantages.ndim == 1 and cu_seqlens is not None and len(advantages) == len(cu_seqlens) - 1 != count:
+        match("advantages", advantages, "hidden", like, dtype=False)
+        advantages = advantages[reference.sequence_of_rows(cu_seqlens.to(device, non_blocking=True), count)]
+    if token_weight is None:
+        if spec.aggregation == "constant":
+            raise ValueError("token_weight: needed for aggregation='constant'; pass token_weights(spec, cu_seqlens, max_length=...)")
+        if spec.aggregation != "token" and cu_seqlens is None:
+            raise ValueError(f"cu_seqlens: needed for aggregation={spec.aggregation!r}; pass it, or token_weight (T,)")
+        one = torch.arange(2) * count if cu_seqlens is None else cu_seqlens  # [0, T]; tensor() would fix T in a compiled graph
+        token_weight = reference.token_weights(spec, one, mask=torch.ones(count, dtype=torch.bool, device=device))
+    rows |= {"advantages": advantages, "token_weight": token_weight}
+    rows = {name: None if x is None else row(name, x, like) for name, x in rows.items()}
+    if spec.beta > 0 and rows["ref_logp"] is None:
+        raise ValueError(f"ref_logp: needed for beta={spec.beta}; pass the reference's log-probs (T,) or set beta to 0")
+    if _readable(like) and (rows["advantages"].isnan() & (rows["token_weight"] != 0)).any():
+        raise ValueError("advantages: NaN in rows that count; give unscorable samples 0 (as group_advantages does) or mask their rows")
+    if policy_mask is not None:
+        if policy_mask.shape != (count,) or policy_mask.dtype != torch.bool:
+            raise ValueError(f"policy_mask: expected ({count},) bool, got {text(policy_mask)}")
+        match("policy_mask", policy_mask, "hidden", like, dtype=False)
+    needed = spec.needs_sequences(rows["sampler_logp"] is not None)
+    if needed and (cu_seqlens is None or cu_seqlens.is_cuda):
+        got = "None" if cu_seqlens is None else f"a tensor on {cu_seqlens.device}"
+        raise ValueError(f"cu_seqlens: this spec's rows depend on their sequence; pass it on the CPU, (S + 1,) int32 or int64, got {got}")
+    return {**rows, "policy_mask": policy_mask, "cu_seqlens": cu_seqlens if needed else None}
+
+
+def row(name: str, x: Tensor, like: Tensor) -> Tensor:
+    """x (T,) without gradient, in the dtype that is computed in."""
+    if x.shape != like.shape[:1] or not x.is_floating_point() or x.device != like.device:
+        raise ValueError(f"{name}: expected ({len(like)},) floating point on {like.device}, got {text(x)} on {x.device}")
+    if x.requires_grad:
+        raise ValueError(f"{name}: requires a gradient, but gets none here; pass {name}.detach()")
+    return x.to(compute_dtype(like))
+
+
+def temperature(x: float | Tensor, like: Tensor) -> float | Tensor:
+    """A temperature for all rows, or one for each of the rows of `like`."""
+    lowest = x
+    if isinstance(x, Tensor):
+        x = row("temperature", x, like)
+        lowest = float(x.min()) if len(like) and _readable(like) else 1.0
+    if not lowest > 0:
+        raise ValueError(f"temperature: must be > 0, got {lowest}")
+    return x
+
+
+def _targets(targets: Tensor, like: Tensor, vocabulary: int) -> None:
+    if targets.shape != like.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(f"targets: expected ({len(like)},) int64, got {text(targets)}")
+    match("targets", targets, "hidden", like, dtype=False)
+    if _readable(targets) and len(targets):
+        low, high = (int(x) for x in targets.aminmax())
+        if low < 0 or high >= vocabulary:
+            wrong = low if low < 0 else high
+            raise ValueError(f"targets: expected ids in [0, {vocabulary}), got {wrong}; leave out rows without a target")
+
+
+def logits(x: Tensor, targets: Tensor) -> Tensor:
+    """Logits (T, V) and their targets, checked."""
+    if x.ndim != 2 or not x.is_floating_point() or not x.shape[1]:
+        raise ValueError(f"logits: expected (T, V) floating point with V >= 1, got {text(x)}")
+    _device("logits", x)
+    _targets(targets, x, x.shape[1])
+    return x if torch.is_grad_enabled() else x.detach()
+
+
+def _cu_seqlens(cu_seqlens: Tensor | None, rows: int, device: torch.device) -> None:
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.ndim != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens: expected (S + 1,) int32 or int64, got {text(cu_seqlens)}")
+    if cu_seqlens.is_cpu:
+        if _readable(cu_seqlens) and (cu_seqlens[0] != 0 or cu_seqlens[-1] != rows or (cu_seqlens.diff() < 0).any()):
+            raise ValueError(f"cu_seqlens: must start at 0, never fall and end at T = {rows}, got {cu_seqlens.tolist()}")
+    elif cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens: on {cu_seqlens.device}; pass it on the CPU")
+
+
+def weight_grad(x: Tensor | None, weight: Tensor) -> Tensor | None:
+    """The buffer that weight's gradient is added to."""
+    if x is None:
+        return None
+    dtype = compute_dtype(weight)
+    if x.shape != weight.shape or x.dtype != dtype or not x.is_contiguous():
+        raise ValueError(f"weight_grad: expected {tuple(weight.shape)} {dtype}, contiguous, got {text(x)} with strides {x.stride()}")
+    match("weight_grad", x, "weight", weight, dtype=False)
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        raise ValueError("weight_grad: weight does not require a gradient, so nothing would be added; leave it out for a frozen head")
+    return x
+
+
+def _readable(x: Tensor) -> bool:
+    return not x.is_cuda and not torch.compiler.is_compiling()
+
+
+def _device(name: str, x: Tensor) -> None:
+    if x.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name}: on {x.device}; these ops run on cpu and cuda")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) and not (x.dtype == torch.float64 and x.is_cpu):
+        raise ValueError(f"{name}: {x.dtype} on {x.device}; cast to float32, bfloat16 or float16 (float64 runs on the CPU)")
+
+
+def match(name: str, x: Tensor, other_name: str, other: Tensor, dtype: bool = True) -> None:
+    """x on the device, and of the dtype, of another tensor."""
+    if x.device != other.device:
+        hint = "it was never loaded" if x.is_meta else f"move it with .to({other.device.type!r})"
+        raise ValueError(f"{name}: on {x.device} but {other_name} is on {other.device}; {hint}")
+    if dtype and x.dtype != other.dtype:
+        raise ValueError(f"{name}: {x.dtype} but {other_name} is {other.dtype}; cast one of them, as with {name}.to({other.dtype})")
+
+
+def text(x: Tensor) -> str:
+    """Shape and dtype, for messages."""
+    return f"{tuple(x.shape)} {x.dtype}"

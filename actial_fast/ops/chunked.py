@@ -1,0 +1,351 @@
+"""The CPU path of the ops that start from hidden states: torch over chunks of rows, so that no (T, V) tensor ever exists.
+
+T rows, H hidden size, V vocabulary, C rows of a chunk. dx is a loss's gradient by hidden @ weight.T + bias (see chunked_logits.py):
+
+    dhidden = dx @ weight        dweight = dx.T @ hidden        dbias = sum of dx over the rows
+
+A loss's gradients by the chunk's log-probs and entropies depend on these (C,) vectors only, so a loss and its gradients take one pass:
+3 GEMMs of T * H * V, 2 with a frozen head, 1 without gradients; rows whose gradient is 0 leave the last two.
+
+Everything is computed in float32, in float64 for float64 inputs. A CPU's bf16 GEMM rounds what it returns, so bf16 and fp16 operands are
+upcast first, the weight a block of the vocabulary at a time. A row's result depends on the chunk it is in only through the order in
+which the GEMM adds up (rounding; the Triton path is exact in this).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from actial_fast.ops import reference
+from actial_fast.ops.chunked_logits import BUFFERS, Softmax, compute_dtype
+from actial_fast.ops.reference import STATS
+from actial_fast.ops.spec import GRPOSpec
+
+Terms = Callable[[slice, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""A loss from the log-probs and entropies (C,) of some rows, differentiable in them, and its statistics."""
+Wanted = tuple[bool, bool, bool]
+"""Which of hidden, weight and bias need a gradient."""
+
+
+# ---- public: what the door calls, with checked arguments
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    workspace_mb: float,
+) -> tuple[Tensor, Tensor]:
+    """As `ops.linear_logprob`: 1 GEMM; with the backward pass, which computes the logits again, 4, with a frozen head 3."""
+    chunks, block = _plan(hidden, weight, workspace_mb)
+    job = Job(targets, temperature, softcap, chunks, block)
+    return _LinearLogprob.apply(hidden, weight, bias, job)
+
+
+def linear_logprob_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    g_logp: Tensor | None,
+    g_entropy: Tensor | None,
+    wanted: Wanted,
+    *,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    workspace_mb: float,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of hidden, weight and bias, where wanted and in their dtypes, from those of log-probs and entropies (T,)."""
+    chunks, block = _plan(hidden, weight, workspace_mb)
+    return _logprob_gradients(hidden, weight, bias, Job(targets, temperature, softcap, chunks, block), g_logp, g_entropy, wanted)
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    spec: GRPOSpec,
+    *,
+    cu_seqlens: Tensor | None,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    weight_grad: Tensor | None,
+    skip_zero_rows: bool,
+    workspace_mb: float,
+    wanted: Wanted | None = None,
+    **named: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """As `ops.linear_grpo_loss`; `named` are the other (T,) arguments of `reference.grpo_terms`.
+
+    cu_seqlens (CPU) only where rows depend on their sequence: chunks are then cut between sequences. With `wanted` autograd is left
+    out: the gradients of hidden, weight and bias follow the results, for an upstream gradient of 1 and as computed (see `Result`).
+    """
+    chunks, block = _plan(hidden, weight, workspace_mb, cu_seqlens)
+    positional = (advantages, old_logp, ref_logp)
+
+    def terms(rows: slice, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
+        inside = None
+        if cu_seqlens is not None:
+            inside = cu_seqlens[(cu_seqlens >= rows.start) & (cu_seqlens <= rows.stop)] - rows.start
+        part = (None if x is None else x[rows] for x in positional)
+        return reference.grpo_terms(
+            logp, entropy, *part, spec, cu_seqlens=inside, **{name: None if x is None else x[rows] for name, x in named.items()}
+        )
+
+    job = Job(targets, temperature, softcap, chunks, block, terms, len(STATS), skip=skip_zero_rows, weight_grad=weight_grad)
+    return _loss(hidden, weight, bias, job, wanted)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weight: Tensor,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    weight_grad: Tensor | None,
+    workspace_mb: float,
+    wanted: Wanted | None = None,
+) -> Tensor | tuple[Tensor | None, ...]:
+    """As `ops.linear_cross_entropy`; with `wanted` the gradients follow the loss, as in `linear_grpo_loss`."""
+    chunks, block = _plan(hidden, weight, workspace_mb)
+
+    def terms(rows: slice, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
+        loss = -(token_weight[rows] * torch.where(token_weight[rows] != 0, logp, 0)).sum()
+        return loss, loss.new_zeros(0)
+
+    job = Job(targets, 1.0, softcap, chunks, block, terms, entropy=False, weight_grad=weight_grad)
+    loss, _, _, _, *gradients = _loss(hidden, weight, bias, job, wanted)
+    return loss if wanted is None else (loss, *gradients)
+
+
+# ---- hidden states and head
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a pass computes, but for the tensors that autograd follows.
+
+    targets (T,); temperature and softcap, the scaling of the logits; chunks of rows; block, how many vocabulary rows are upcast at once;
+    terms, the loss (None: log-probs only), and stats, how many statistics it has; entropy, whether it is wanted; skip, whether rows of
+    coefficient 0 leave the backward GEMMs; wanted, which of hidden, weight and bias need a gradient; weight_grad, where weight's is added.
+    """
+
+    targets: Tensor
+    temperature: float | Tensor
+    softcap: float | None
+    chunks: list[slice]
+    block: int
+    terms: Terms | None = None
+    stats: int = 0
+    entropy: bool = True
+    skip: bool = True
+    wanted: Wanted = (False, False, False)
+    weight_grad: Tensor | None = None
+
+
+@dataclass
+class Result:
+    """loss scalar, stats, logp (T,), entropy (T,) or None, and the gradients that were wanted and are autograd's.
+
+    Those of weight and bias are as computed, in at least float32, and so is that of float16 hidden states: a loss scale is yet to come.
+    """
+
+    loss: Tensor
+    stats: Tensor
+    logp: Tensor
+    entropy: Tensor | None
+    dhidden: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+
+
+def _run(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Result:
+    """The one loop over chunks of rows: log-probs, loss and gradients."""
+    dtype = compute_dtype(hidden)
+    to_hidden, to_weight, to_bias = job.wanted
+    rows = len(hidden)
+    zeros = torch.zeros((), dtype=dtype, device=hidden.device)
+    out = Result(
+        loss=zeros.clone(),
+        stats=torch.zeros(job.stats, device=hidden.device),
+        logp=zeros.new_empty(rows),
+        entropy=zeros.new_empty(rows) if job.entropy else None,
+        dhidden=zeros.new_zeros(hidden.shape, dtype=dtype if hidden.dtype == torch.float16 else hidden.dtype) if to_hidden else None,
+        dweight=(zeros.new_zeros(weight.shape) if job.weight_grad is None else job.weight_grad) if to_weight else None,
+        dbias=zeros.new_zeros(bias.shape) if to_bias else None,
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        for chunk in job.chunks:
+            _run_chunk(chunk, hidden, weight, bias, job, out)
+    if job.weight_grad is not None:
+        out.dweight = None
+    return out
+
+
+def _run_chunk(chunk: slice, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, out: Result) -> None:
+    """One chunk's share of `out`. A function of its own, so that its (C, V) tensors are gone when the next chunk begins."""
+    h, targets = hidden[chunk].to(out.logp.dtype), job.targets[chunk]
+    temperature = job.temperature[chunk, None] if isinstance(job.temperature, Tensor) else job.temperature
+    soft = Softmax.of(_logits(h, weight, bias, temperature, job), targets, job.entropy)
+    out.logp[chunk] = soft.logp
+    if job.entropy:
+        out.entropy[chunk] = soft.entropy
+    if job.terms is None:
+        return
+    g, g_entropy = _coefficients(chunk, soft, job, out)
+    if g is None:
+        return
+    index = torch.nonzero(g if g_entropy is None else (g != 0) | (g_entropy != 0)).squeeze(1) if job.skip else torch.arange(len(g))
+    if not len(index):
+        return
+    dx = soft.gradient(targets, g, g_entropy, temperature, job.softcap)
+    if len(index) < len(h):
+        dx, h = dx[index], h[index]
+    if out.dhidden is not None:
+        dh = torch.zeros_like(h)
+        for part, block in _blocks(weight, job.block, h.dtype):
+            torch.addmm(dh, dx[:, part], block, out=dh)
+        out.dhidden[chunk][index] = dh.to(out.dhidden.dtype)
+    if out.dweight is not None:
+        torch.addmm(out.dweight, dx.T, h, out=out.dweight)
+    if out.dbias is not None:
+        out.dbias += dx.sum(0)
+
+
+def _coefficients(chunk: slice, soft: Softmax, job: Job, out: Result) -> tuple[Tensor | None, Tensor | None]:
+    """Adds the chunk's loss and statistics to `out`; d loss / d logp and d loss / d entropy (C,), the latter None where it is all 0."""
+    wanted = any(job.wanted)
+    with torch.set_grad_enabled(wanted):
+        logp = soft.logp.detach().requires_grad_(wanted)
+        entropy = soft.entropy.detach().requires_grad_(wanted) if job.entropy else None
+        loss, stats = job.terms(chunk, logp, entropy)
+    out.loss += loss.detach()
+    out.stats += stats
+    if not wanted:
+        return None, None
+    inputs = (logp,) if entropy is None else (logp, entropy)
+    g, *rest = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    return g, rest[0] if rest and rest[0].any() else None
+
+
+def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, temperature: float | Tensor, job: Job) -> Tensor:
+    """Scaled logits of a chunk's hidden states (C, H), in their dtype: (C, V)."""
+    z = h.new_empty(len(h), len(weight))
+    for part, block in _blocks(weight, job.block, h.dtype):
+        torch.mm(h, block.T, out=z[:, part])
+    if bias is not None:
+        z.add_(bias)
+    if job.softcap is not None:
+        z.div_(job.softcap).tanh_().mul_(job.softcap)
+    return z.div_(temperature)
+
+
+def _blocks(weight: Tensor, size: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    for start in range(0, len(weight), size):
+        part = slice(start, start + size)
+        yield part, weight[part].to(dtype)
+
+
+def _plan(hidden: Tensor, weight: Tensor, workspace_mb: float, cu_seqlens: Tensor | None = None) -> tuple[list[slice], int]:
+    """Chunks of rows that fit the workspace, cut between sequences where these are given, and the size of a block of the vocabulary.
+
+    ValueError when not one row, or not the longest sequence, fits.
+    """
+    (rows, width), vocabulary, dtype = hidden.shape, len(weight), compute_dtype(hidden)
+    row = dtype.itemsize * (BUFFERS * vocabulary + 3 * width)  # and the chunk's hidden states, those selected, and their gradient
+    share = 1.0 if weight.dtype == dtype else 0.75  # the rest is for the block of weights that is upcast
+    block = vocabulary if share == 1 else max(1, min(vocabulary, int((1 - share) * workspace_mb * 2**20 / (dtype.itemsize * width))))
+    fit = int(share * workspace_mb * 2**20 / row)
+    if not rows:
+        return [], block
+    longest = 1 if cu_seqlens is None else int(cu_seqlens.diff().max())
+    if fit < longest:
+        what = "one row" if cu_seqlens is None else f"the longest sequence, {longest} rows, which this loss needs in one piece"
+        need = math.ceil(longest * row / share / 2**20 * 100) / 100
+        raise ValueError(f"workspace_mb: {workspace_mb} is too small for {what}; with V={vocabulary} it takes workspace_mb={need:g}")
+    chunks, start, end = [], 0, 0
+    for stop in [*range(fit, rows, fit), rows] if cu_seqlens is None else cu_seqlens[1:].tolist():
+        if stop - start > fit:
+            chunks.append(slice(start, end))
+            start = end
+        end = stop
+    return chunks + [slice(start, end)] * (end > start), block
+
+
+def _loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, wanted: Wanted | None) -> tuple[Tensor | None, ...]:
+    """Loss, statistics, log-probs and entropies: known to autograd, or followed by the gradients that are wanted."""
+    if wanted is None:
+        return _LinearLoss.apply(hidden, weight, bias, job)
+    out = _run(hidden, weight, bias, replace(job, wanted=wanted))
+    return out.loss, out.stats, out.logp, out.entropy, out.dhidden, out.dweight, out.dbias
+
+
+def _logprob_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, g_logp: Tensor | None, g_entropy: Tensor | None, wanted: Wanted
+) -> tuple[Tensor | None, ...]:
+    def upstream(rows: slice, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
+        loss = (logp * (0 if g_logp is None else g_logp[rows])).sum()
+        return loss if entropy is None else loss + (entropy * g_entropy[rows]).sum(), loss.new_zeros(0)
+
+    out = _run(hidden, weight, bias, replace(job, terms=upstream, entropy=g_entropy is not None, wanted=wanted))
+    pairs = zip((out.dhidden, out.dweight, out.dbias), (hidden, weight, bias), strict=True)
+    return tuple(None if g is None else g.to(x.dtype) for g, x in pairs)
+
+
+class _LinearLogprob(torch.autograd.Function):
+    """Keeps hidden states and head, and computes the logits again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, job):
+        out = _run(hidden, weight, bias, job)
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.job = job
+        ctx.set_materialize_grads(False)
+        return out.logp, out.entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_logp, g_entropy):
+        return *_logprob_gradients(*ctx.saved_tensors, ctx.job, g_logp, g_entropy, ctx.needs_input_grad[:3]), None
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Computes the gradients with the loss; the backward pass multiplies them by the upstream gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, job):
+        job = replace(job, wanted=ctx.needs_input_grad[:3])
+        out = _run(hidden, weight, bias, job)
+        ctx.save_for_backward(out.dhidden, out.dweight, out.dbias)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.buffered = job.wanted[1] and job.weight_grad is not None
+        ctx.mark_non_differentiable(*(x for x in (out.stats, out.logp, out.entropy) if x is not None))
+        return out.loss, out.stats, out.logp, out.entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, *_):
+        one = bool(upstream == 1)
+        if ctx.buffered and not one:
+            raise ValueError(
+                f"weight_grad: the head's gradient is in it already, for an upstream gradient of 1, but {upstream.item():g} arrived; "
+                "call backward on the loss itself and scale by token_weight instead"
+            )
+        scaled = (g if g is None or one else g * upstream for g in ctx.saved_tensors)
+        return *(None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)), None

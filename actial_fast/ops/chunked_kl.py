@@ -1,0 +1,147 @@
+"""`linear_kl` on the CPU: chunks of rows in plain torch, so that (T, V) never exists; float64 for float64 inputs, else float32.
+
+T rows, H and G hidden sizes of the two models, V vocabulary, C rows of a chunk. The maths is in `reference.linear_kl`; by the logits
+
+    dKL/dz_p = p ((log p - log q) - KL),  dKL/dz_q = q - p
+
+Products of T x V: 2 forward; backward 2 again and one for each gradient that is wanted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from actial_fast.ops.chunked import _blocks
+
+
+class _LinearKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, ref_hidden, ref_weight, temperature, workspace_mb):
+        inputs = hidden, weight, ref_hidden, ref_weight
+        kl, _ = linear_kl_forward(*inputs, temperature=temperature, workspace_mb=workspace_mb)
+        ctx.save_for_backward(*inputs, kl)
+        ctx.options = {"temperature": temperature, "workspace_mb": workspace_mb}
+        return kl
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        *inputs, kl = ctx.saved_tensors
+        return *linear_kl_backward(grad, *inputs, kl, None, ctx.needs_input_grad[:4], **ctx.options), None, None
+
+
+def linear_kl_forward(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, *, temperature: float | Tensor, workspace_mb: float
+) -> tuple[Tensor, None]:
+    """KL (T,), unknown to autograd, and nothing: the backward pass on the CPU needs no statistics of the rows."""
+    inputs = hidden, weight, ref_hidden, ref_weight
+    kl = hidden.new_empty(hidden.shape[0], dtype=torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32)
+    chunks, block = _plan(*inputs, kl.dtype, workspace_mb)
+    for rows, log_p, log_q, p in _log_probs(*inputs, temperature, chunks, block, kl.dtype):
+        torch.exp(log_p, out=p)
+        kl[rows] = log_p.sub_(log_q).mul_(p).sum(-1).clamp_(min=0)  # below 0 by rounding only
+    return kl, None
+
+
+def linear_kl_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    kl: Tensor,
+    stats: None,
+    wanted: Sequence[bool],
+    *,
+    temperature: float | Tensor,
+    workspace_mb: float,
+) -> list[Tensor | None]:
+    """The gradients of sum(grad * KL) by the four inputs, where wanted and in their dtypes."""
+    inputs = hidden, weight, ref_hidden, ref_weight
+    chunks, block = _plan(*inputs, kl.dtype, workspace_mb)
+    dtypes = [kl.dtype if i % 2 else x.dtype for i, x in enumerate(inputs)]  # the heads' gradients are sums over chunks
+    grads = [torch.zeros(x.shape, dtype=dtypes[i], device=x.device) if wanted[i] else None for i, x in enumerate(inputs)]
+    for rows, log_p, log_q, p in _log_probs(*inputs, temperature, chunks, block, kl.dtype):
+        factor = (grad[rows] / (temperature[rows] if isinstance(temperature, Tensor) else temperature))[:, None]
+        torch.exp(log_p, out=p)
+        if wanted[0] or wanted[1]:
+            by_logits = log_p.sub_(log_q).sub_(kl[rows, None]).mul_(p).mul_(factor)
+            _add_gradients(by_logits, rows, *inputs[:2], *grads[:2], block)
+        if wanted[2] or wanted[3]:
+            by_logits = log_q.exp_().sub_(p).mul_(factor)
+            _add_gradients(by_logits, rows, *inputs[2:], *grads[2:], block)
+    return [None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
+
+
+def _add_gradients(
+    by_logits: Tensor, rows: slice, states: Tensor, head: Tensor, by_states: Tensor | None, by_head: Tensor | None, block: int
+) -> None:
+    if by_states is not None:
+        total = by_logits.new_zeros(len(by_logits), head.shape[1])
+        for part, weights in _blocks(head, block, by_logits.dtype):
+            torch.addmm(total, by_logits[:, part], weights, out=total)
+        by_states[rows] = total
+    if by_head is not None:
+        torch.addmm(by_head, by_logits.T, states[rows].to(by_logits.dtype), out=by_head)
+
+
+def _log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    temperature: float | Tensor,
+    chunks: list[slice],
+    block: int,
+    dtype: torch.dtype,
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Chunk by chunk: its rows, log p and log q (C, V) and a third array of that size, all of which the caller may overwrite."""
+    workspace = hidden.new_empty(3, chunks[0].stop if chunks else 0, weight.shape[0], dtype=dtype)
+    for rows in chunks:
+        log_p, log_q, spare = workspace[:, : rows.stop - rows.start]
+        for states, head, out in ((hidden[rows].to(dtype), weight, log_p), (ref_hidden[rows].to(dtype), ref_weight, log_q)):
+            for part, weights in _blocks(head, block, dtype):
+                torch.mm(states, weights.T, out=out[:, part])
+            out.div_(temperature[rows, None] if isinstance(temperature, Tensor) else temperature)
+            out.sub_(out.amax(-1, keepdim=True))  # the peak first: logits of -1e4 keep their digits
+            out.sub_(torch.exp(out, out=spare).sum(-1, keepdim=True).log_())
+        yield rows, log_p, log_q, spare
+
+
+def _plan(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, dtype: torch.dtype, workspace_mb: float
+) -> tuple[list[slice], int]:
+    """The chunks of rows and the block of the vocabulary that is converted at once, so that both fit the workspace."""
+    total, vocab = hidden.shape[0], weight.shape[0]
+    converted = max((x.shape[1] for x in (weight, ref_weight) if x.dtype != dtype), default=0)
+    share = 0.75 if converted else 1.0  # of the workspace for rows; the rest holds a block of the head in the working dtype
+    budget = workspace_mb * 2**20 / dtype.itemsize
+    row = 3 * vocab + 2 * (hidden.shape[1] + ref_hidden.shape[1])  # its states and their gradients too
+    if share * budget < row:
+        need = math.ceil(row * dtype.itemsize / share / 2**20 * 100) / 100
+        raise ValueError(f"workspace_mb: {workspace_mb} is too small for one row; with V={vocab} it takes workspace_mb={need:g}")
+    step = int(share * budget / row)
+    block = max(1, min(vocab, int((1 - share) * budget / converted))) if converted else vocab
+    return [slice(start, min(start + step, total)) for start in range(0, total, step)], block
+
+
+def linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    workspace_mb: float = 700,
+) -> Tensor:
+    """KL(p || q) per row, p from (hidden, weight) and q from (ref_hidden, ref_weight): see `reference.linear_kl`.
+
+    hidden (T, H) and weight (V, H) of one dtype, ref_hidden (T, G) and ref_weight (V, G) of one dtype; temperature a number or (T,), which
+    gets no gradient -> (T,) float32 (float64 if any input is), differentiable (once) in all four inputs. Not more than workspace_mb MiB are
+    held above inputs, outputs and the heads' gradients in float32. ValueError when that holds no row; else arguments are taken as checked.
+    """
+    return _LinearKL.apply(hidden, weight, ref_hidden, ref_weight, temperature, workspace_mb)

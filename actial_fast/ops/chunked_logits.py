@@ -1,0 +1,158 @@
+"""The softmax of a chunk of logits and its gradient, and the CPU path of the ops that start from logits.
+
+T rows, V vocabulary, C rows of a chunk. With logits x, z = softcap * tanh(x / softcap) / temperature, p = softmax(z), and the coefficients
+g = d loss / d logp and h = d loss / d entropy of each row:
+
+    dz = g * (onehot(target) - p) - h * p * (log p + entropy)        dx = dz * (1 - tanh(x / softcap)^2) / temperature
+
+Computed in float32, in float64 for float64 inputs, in place as far as it goes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from actial_fast.ops import reference
+from actial_fast.ops.spec import GRPOSpec
+
+BUFFERS = 3  # (C, V) tensors alive at once: logits, exponentials, one temporary
+WORKSPACE = 64 * 2**20  # bytes of them when the logits are given
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What is computed in for inputs like x: float64 for float64, float32 for the rest."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class Softmax:
+    """A chunk's distribution: z (C, V) logits minus their row's peak, e = exp(z); peak, total = sum of e, (C, 1); logp, entropy (C,)."""
+
+    z: Tensor
+    e: Tensor
+    peak: Tensor
+    total: Tensor
+    logp: Tensor
+    entropy: Tensor | None
+
+    @classmethod
+    def of(cls, z: Tensor, targets: Tensor, entropy: bool) -> Softmax:
+        """Of scaled logits (C, V), which it takes over."""
+        peak = z.amax(-1, keepdim=True)
+        z.sub_(peak)
+        e = z.exp()
+        total = e.sum(-1, keepdim=True)
+        logp = (z.gather(1, targets[:, None]) - total.log()).squeeze(1)
+        z.clamp_(min=-1e4)  # -inf times a probability of 0 is 0 here; exp of anything below is 0 already
+        h = total.log().squeeze(1) - (e * z).sum(-1) / total.squeeze(1) if entropy else None
+        return cls(z, e, peak, total, logp, h)
+
+    def gradient(self, targets: Tensor, g: Tensor, h: Tensor | None, temperature: float | Tensor, softcap: float | None) -> Tensor:
+        """dx (C, V) for the coefficients g and h (C,) of log-prob and entropy; temperature a number or (C, 1). Consumes z and e."""
+        slope = None if softcap is None else (self.z + self.peak).mul_(temperature / softcap).square_().neg_().add_(1)
+        p = self.e.div_(self.total)
+        g = g[:, None] / temperature
+        if h is None:
+            out = p.mul_(-g)
+        else:
+            h = h[:, None] / temperature
+            out = self.z.add_(self.entropy[:, None] - self.total.log()).mul_(h).add_(g).mul_(p).neg_()
+        del self.z, self.e
+        out.scatter_add_(1, targets[:, None], g)
+        return out if slope is None else out.mul_(slope)
+
+
+def token_kl(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
+    """As `ops.token_kl`."""
+    return reference.token_kl(logp.to(compute_dtype(logp)), ref_logp.to(compute_dtype(logp)), kind)
+
+
+def logprob_from_logits(logits: Tensor, targets: Tensor, *, temperature: float | Tensor, inplace_backward: bool) -> tuple[Tensor, Tensor]:
+    """As `ops.logprob_from_logits`: reads the logits once, and once more in the backward pass."""
+    return _LogitsLogprob.apply(logits, targets, temperature, inplace_backward)
+
+
+def grpo_loss_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    spec: GRPOSpec,
+    *,
+    temperature: float | Tensor,
+    inplace: bool,
+    **named: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `ops.grpo_loss_from_logits`: only vectors (T,) stand between the two passes over the logits."""
+    logp, entropy = logprob_from_logits(logits, targets, temperature=temperature, inplace_backward=inplace)
+    loss, stats = reference.grpo_terms(logp, entropy, advantages, old_logp, ref_logp, spec, **named)
+    return loss, stats, logp.detach(), entropy.detach()
+
+
+class _LogitsLogprob(torch.autograd.Function):
+    """Keeps the logits (T, V) that its caller holds anyway."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, temperature, inplace):
+        logp, entropy, *_ = logits_forward(logits, targets, temperature=temperature)
+        ctx.save_for_backward(logits, targets)
+        ctx.temperature, ctx.inplace = temperature, inplace
+        ctx.set_materialize_grads(False)
+        return logp, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_logp, g_entropy):
+        logits, targets = ctx.saved_tensors
+        out = logits.detach() if ctx.inplace else torch.empty_like(logits)
+        logits_backward(logits, targets, None, None, None, g_logp, g_entropy, out, temperature=ctx.temperature)
+        return out, None, None, None
+
+
+def logits_forward(logits: Tensor, targets: Tensor, *, temperature: float | Tensor) -> tuple[Tensor, Tensor, None, None]:
+    """Log-probs and entropies (T,), unknown to autograd; then nothing, where the kernels leave what their backward pass needs."""
+    logp, entropy = (torch.empty(len(logits), dtype=compute_dtype(logits), device=logits.device) for _ in range(2))
+    for rows in _logits_chunks(logits):
+        logp[rows], entropy[rows] = _rows(logits, targets, temperature, rows)
+    return logp, entropy, None, None
+
+
+def logits_backward(
+    logits: Tensor,
+    targets: Tensor,
+    entropy: Tensor | None,
+    peak: None,
+    log_total: None,
+    g_logp: Tensor | None,
+    g_entropy: Tensor | None,
+    out: Tensor,
+    *,
+    temperature: float | Tensor,
+) -> None:
+    """Writes the gradient of the logits to `out` (T, V), which may be the logits; everything is computed from these again."""
+    for rows in _logits_chunks(logits):
+        out[rows] = _rows(logits, targets, temperature, rows, g_logp, g_entropy)
+
+
+def _rows(
+    logits: Tensor, targets: Tensor, temperature: float | Tensor, rows: slice, *upstream: Tensor | None
+) -> tuple[Tensor, Tensor] | Tensor:
+    """Log-probs and entropies of the rows; given the upstream gradients of both, either of which may be None, the logits' gradient."""
+    if isinstance(temperature, Tensor):
+        temperature = temperature[rows, None]
+    g_logp, g_entropy = (None if g is None else g[rows] for g in upstream or (None, None))
+    z = logits[rows].to(compute_dtype(logits), copy=True).div_(temperature)
+    soft = Softmax.of(z, targets[rows], entropy=not upstream or g_entropy is not None)
+    if not upstream:
+        return soft.logp, soft.entropy
+    return soft.gradient(targets[rows], torch.zeros_like(soft.logp) if g_logp is None else g_logp, g_entropy, temperature, None)
+
+
+def _logits_chunks(logits: Tensor) -> list[slice]:
+    size = max(1, WORKSPACE // (compute_dtype(logits).itemsize * BUFFERS * logits.shape[1]))
+    return [slice(start, start + size) for start in range(0, len(logits), size)]

@@ -1,0 +1,59 @@
+"""The look of report.html: colours for light and dark, one style sheet."""
+
+from actial_fast.report.chart import COLOURS
+
+LIGHT = ("#0b6fc2", "#d1590b", "#16875a", "#a2408f", "#8a6d00", "#3d8fa8", "#b3363e")
+DARK = ("#5db0f5", "#f59b55", "#4fc795", "#de8bce", "#dcbf4d", "#7fcbe0", "#f0878c")
+assert len(LIGHT) == len(DARK) == COLOURS
+
+CSS = (
+    f":root{{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--dim:#667079;--edge:#dfe3e8;--card:#f7f8fa;--good:#16794f;--bad:#b3262e;"
+    f"{''.join(f'--c{i}:{c};' for i, c in enumerate(LIGHT))}}}"
+    f"@media(prefers-color-scheme:dark){{:root{{--bg:#14171b;--fg:#e4e8ec;--dim:#98a2ad;--edge:#2d333b;--card:#1b1f25;--good:#55cf98;"
+    f"--bad:#f58088;{''.join(f'--c{i}:{c};' for i, c in enumerate(DARK))}}}}}"
+    """
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:1160px;padding:36px 28px 80px;background:var(--bg);color:var(--fg);
+ font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums}
+h1{font-size:32px;line-height:1.2;margin:2px 0 14px}
+h2{font-size:20px;margin:44px 0 14px;padding-bottom:6px;border-bottom:1px solid var(--edge)}
+h3{font-size:15px;margin:18px 0 4px}p{margin:6px 0}.lead{font-size:18px;max-width:54em}.muted,small{color:var(--dim)}small{font-size:12px}
+.muted{font-size:13px}.lead .muted{font-size:15px}.bad{color:var(--bad)}.good{color:var(--good)}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,460px),1fr));gap:26px 28px}
+figure{margin:0;display:flex;flex-direction:column}.whole{grid-column:1/-1;overflow-x:auto}.whole svg{min-width:640px}
+figcaption{font-weight:600;font-size:14px}svg{margin-top:auto}
+.legend{font-size:12px;color:var(--dim)}.legend span{margin-right:12px;white-space:nowrap}.legend b{color:var(--fg);font-weight:600}
+.legend i{display:inline-block;width:14px;height:3px;border-radius:2px;margin-right:5px;vertical-align:3px}
+.legend i.dash{height:0;border-top:2px dashed var(--dim);border-radius:0}
+svg{display:block;width:100%;height:auto;overflow:visible}svg text{font-size:10.5px;fill:var(--dim)}
+svg .stage{font-weight:600;fill:var(--fg)}
+svg .grid{stroke:var(--edge)}svg .rule{stroke:var(--dim)}svg .guide{stroke:var(--dim);stroke-width:1.3;stroke-dasharray:5 4}
+svg path{fill:none;stroke-linejoin:round;stroke-linecap:round}svg .raw{stroke-width:1;opacity:.3}svg .line{stroke-width:1.9}
+.wide{overflow-x:auto}table{border-collapse:collapse}.lead .muted{white-space:nowrap}
+.figures th,.figures td{padding:3px 10px 3px 0;text-align:right;white-space:nowrap;border-bottom:1px solid var(--edge);font-size:13.5px}
+.figures th:first-child,.figures .share,.figures .moment{text-align:left}.figures tbody th{font-weight:500}
+.figures thead th{color:var(--dim);font-weight:500;font-size:12px;vertical-align:bottom}.figures thead tr:first-child th{border-bottom:0}
+.figures .share,.figures .moment{padding-left:4px}.figures .first,.figures .moment{border-left:1px solid var(--edge);padding-left:12px}
+.figures thead .moment{color:var(--fg);font-weight:600;font-size:13px}.figures tr.all>*{border-bottom:0;font-weight:600}
+.figures tbody>tr>*{vertical-align:baseline}.figures tbody small{display:block;font-size:11.5px;line-height:1.2}
+.figures small{font-weight:400}.figures .moment small{display:block;white-space:normal}
+.figures thead .share{line-height:1.3}.figures td.share>b{display:inline-block;min-width:3.3em;font-weight:600}
+.bar{display:inline-block;position:relative;height:6px;width:48px;margin:0 6px;vertical-align:2px;border-radius:3px;
+ background:var(--edge)}
+.bar i{position:absolute;top:0;height:6px;background:var(--c0);opacity:.4;border-radius:3px}
+.bar u{position:absolute;top:-2px;height:10px;border-left:1.5px solid var(--dim)}
+.bar b{position:absolute;top:-1px;width:8px;height:8px;margin-left:-4px;border-radius:50%;background:var(--c0)}
+details{margin:16px 0}summary{cursor:pointer;font-weight:600;font-size:14px}details>*{margin-top:12px}
+pre{font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
+details>pre{background:var(--card);border:1px solid var(--edge);border-radius:8px;padding:14px 16px}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:18px;align-items:start}
+article{background:var(--card);border:1px solid var(--edge);border-radius:8px;padding:14px}article pre{max-height:16em;overflow:auto}
+.images{display:flex;gap:8px;margin-bottom:10px;flex-wrap:wrap}.images img{height:112px;max-width:100%;border-radius:4px}
+.images img.pixels{image-rendering:pixelated}.lost{font-size:12px;color:var(--bad);border:1px dashed;padding:8px;border-radius:4px}
+.reply{border-top:1px solid var(--edge);padding-top:8px;margin-top:8px}.marks{display:flex;gap:12px;font-size:12.5px;margin-bottom:4px}
+.marks span:last-child{margin-left:auto}
+article p{font-size:13px}dl{display:grid;grid-template-columns:minmax(160px,max-content) 1fr;gap:3px 22px;margin:0}
+dt{color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
+@media print{body{max-width:none;padding:0}figure,article,tr{break-inside:avoid}}
+"""
+)

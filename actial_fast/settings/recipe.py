@@ -1,0 +1,294 @@
+"""The recipes of the two loops: everything that a run of `actial sft` or `actial grpo` can be told, with its default and its meaning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from actial_fast.data.sources.source import SourceConfig
+from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
+from actial_fast.packing.planning import Costs
+from actial_fast.tasks.rewards import RewardConfig
+
+
+def _at_least(config: Any, low: float, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < low:
+            raise ValueError(f"{name}: must be at least {low}, got {getattr(config, name)}")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters through PEFT; rank 0 trains the weights themselves."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 = no adapters."""
+    alpha: float = 32.0
+    """Scale of the adapters: their product is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the adapters' input."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the linear layers of the language model that get adapters."""
+
+    def __post_init__(self):
+        _at_least(self, 0, "rank", "alpha", "dropout")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which weights to start from and how they are held."""
+
+    path: str = ""
+    """Folder (or hub name) with a Hugging Face checkpoint of a Qwen2.5-VL model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage of the trained weights and of the optimizer's states. Compute is bf16 on CUDA either way."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage of weights that are not trained (the base under LoRA, a frozen vision tower, the reference model)."""
+    freeze: tuple[str, ...] = ()
+    """Parameters whose name starts with one of these are not trained, e.g. model.visual or lm_head."""
+    lora: LoRAConfig = LoRAConfig()
+    """Low-rank adapters."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention of transformers to use."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Liger's RMSNorm, SwiGLU and rotary kernels in the model, on CUDA; auto = where liger-kernel is installed."""
+    min_pixels: int = 0
+    """Images with fewer pixels are scaled up to this; 0 = as the checkpoint's image processor says."""
+    max_pixels: int = 0
+    """Images with more pixels are scaled down to this; 0 = as the checkpoint's image processor says."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 5e-6
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two averages."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, applied to matrices only."""
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up: stay, or fall to `min_lr_ratio` of the peak by the last step."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the end of the schedule, as a share of the peak."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 = no clipping."""
+
+    def __post_init__(self):
+        _at_least(self, 0, "lr", "eps", "weight_decay", "warmup_steps", "min_lr_ratio", "clip_norm")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    """What to evaluate on; empty = no evaluation."""
+    every: int = 0
+    """Steps between evaluations; 0 = only after the last step."""
+    limit: int = 0
+    """Rows per evaluation, taken in order; 0 = all."""
+    batch_size: int = 64
+    """Prompts decoded together on one rank."""
+    temperature: float = 0.0
+    """0 = greedy; otherwise replies are sampled at this temperature."""
+    max_new_tokens: int = 1024
+    """Longest reply, in tokens."""
+
+    def __post_init__(self):
+        _at_least(self, 0, "every", "limit", "temperature")
+        _at_least(self, 1, "batch_size", "max_new_tokens")
+
+
+@dataclass(frozen=True)
+class SaveConfig:
+    """Checkpoints and logs."""
+
+    every: int = 100
+    """Steps between checkpoints; 0 = only after the last step."""
+    keep: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    tensorboard: bool = True
+    """Write TensorBoard scalars into the run folder."""
+    wandb: str = ""
+    """Weights & Biases project; empty = not used."""
+
+    def __post_init__(self):
+        _at_least(self, 0, "every")
+        _at_least(self, 1, "keep")
+
+
+@dataclass(frozen=True)
+class DistConfig:
+    """How the ranks share the work."""
+
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer states over the ranks (FSDP2); otherwise each rank holds a copy."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    """Sources, interleaved by their weights."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a malformed row does: end the run with its name, or leave its slot empty and go into rejects.jsonl."""
+    workers: int = 2
+    """Threads that read and decode ahead of the step."""
+    max_prompt_tokens: int = 16000
+    """A longer prompt is a row-level error (nothing is ever cut inside an image)."""
+    together: bool = True
+    """Draw rows together that stand next to each other in their file and show the same images, so that these are computed once."""
+    image_cache: str = ""
+    """Folder of decoded and resized images, 3 bytes a pixel, kept for later runs; empty = ~/.cache/actial_fast/images."""
+
+    def __post_init__(self):
+        _at_least(self, 0, "workers")
+        _at_least(self, 1, "max_prompt_tokens")
+
+
+@dataclass(frozen=True)
+class SFTRecipe:
+    """Supervised fine-tuning: next-token loss on the answers only."""
+
+    kind: Literal["sft"] = "sft"
+    """Which loop this recipe is for."""
+    name: str = "sft"
+    """Name of the stage in logs, checkpoints and the report."""
+    run: str = "runs/sft"
+    """Folder for checkpoints, metrics and the report."""
+    seed: int = 0
+    """Seed of shuffling and of adapter weights."""
+    model: ModelConfig = ModelConfig()
+    """Starting weights."""
+    data: DataConfig = DataConfig()
+    """Training rows."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer."""
+    eval: EvalConfig = EvalConfig()
+    """Held-out evaluation."""
+    save: SaveConfig = SaveConfig()
+    """Checkpoints and logs."""
+    dist: DistConfig = DistConfig()
+    """Ranks."""
+    epochs: float = 2.0
+    """Passes over the data; ignored when `steps` is given."""
+    steps: int = 0
+    """Optimizer steps; 0 = as many as `epochs` needs."""
+    batch_size: int = 128
+    """Rows per optimizer step, over all ranks."""
+    packing: Literal["packed", "plain"] = "packed"
+    """packed: no padding, shared beginnings and images computed once. plain: padded batches through the unmodified model, the oracle."""
+    pack_tokens: int = 24576
+    """packed: most tokens per forward and backward pass on one rank."""
+    pack_patches: int = 65536
+    """packed: most image patches per forward and backward pass on one rank."""
+    costs: Costs = Costs()
+    """packed: what a pass costs, by which the ranks' shares are balanced; `python -m bench.step.costs` measures it."""
+    micro_batch: int = 4
+    """plain: rows per forward and backward pass on one rank."""
+    loss_weighting: Literal["token", "row"] = "token"
+    """token: every answer token counts the same. row: every answer counts the same (the share of long answers shrinks)."""
+    stop_accuracy: float = 0.0
+    """End the stage once every question type reaches this accuracy in an evaluation; 0 = never."""
+    stop_steps: int = 0
+    """Do not end the stage early before this step."""
+
+    def __post_init__(self):
+        _at_least(self, 0, "seed", "epochs", "steps", "stop_accuracy", "stop_steps")
+        _at_least(self, 1, "batch_size", "micro_batch", "pack_tokens", "pack_patches")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How replies are drawn during training."""
+
+    n: int = 16
+    """Replies per prompt (the group)."""
+    temperature: float = 1.0
+    """Softmax temperature of sampling and of the loss's log-probs."""
+    max_new_tokens: int = 4096
+    """Longest reply, in tokens."""
+    batch_size: int = 64
+    """Prompts per decoding batch on one rank (each is expanded to n rows)."""
+
+    def __post_init__(self):
+        _at_least(self, 1, "n", "max_new_tokens", "batch_size")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: must be above 0, got {self.temperature}; training samples, it does not decode greedily")
+
+
+@dataclass(frozen=True)
+class GRPORecipe:
+    """Group relative policy optimisation with verifiable rewards."""
+
+    kind: Literal["grpo"] = "grpo"
+    """Which loop this recipe is for."""
+    name: str = "grpo"
+    """Name of the stage in logs, checkpoints and the report."""
+    run: str = "runs/grpo"
+    """Folder for checkpoints, metrics and the report."""
+    seed: int = 0
+    """Seed of shuffling and of sampling."""
+    model: ModelConfig = ModelConfig()
+    """Starting weights; they are also the reference when `loss.beta` is above 0."""
+    data: DataConfig = DataConfig(together=False)
+    """Prompts; questions about the same images need not come together here, since each is sampled `sampling.n` times anyway."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Replies."""
+    rewards: tuple[RewardConfig, ...] = (RewardConfig("format", 0.5), RewardConfig("accuracy", 0.5))
+    """Rewards and their weights: names from the registry or module:function."""
+    advantages: AdvantageSpec = AdvantageSpec()
+    """How rewards become advantages."""
+    loss: GRPOSpec = GRPOSpec()
+    """What is optimised."""
+    optim: OptimConfig = OptimConfig(lr=1e-6, warmup_steps=0)
+    """Optimizer."""
+    eval: EvalConfig = EvalConfig()
+    """Held-out evaluation."""
+    save: SaveConfig = SaveConfig(every=10)
+    """Checkpoints and logs."""
+    dist: DistConfig = DistConfig()
+    """Ranks."""
+    steps: int = 150
+    """Sampling steps."""
+    prompts: int = 1024
+    """Prompts per step, over all ranks."""
+    minibatch: int = 256
+    """Prompts (with all their replies) per optimizer step; `prompts` must be a multiple of it."""
+    packing: Literal["packed", "plain"] = "packed"
+    """packed: no padding, a group's prompt and images computed once. plain: padded batches through the unmodified model, the oracle."""
+    pack_tokens: int = 24576
+    """packed: most tokens per forward and backward pass on one rank."""
+    pack_patches: int = 65536
+    """packed: most image patches per forward and backward pass on one rank."""
+    costs: Costs = Costs()
+    """packed: what a pass costs, by which the ranks' shares are balanced; `python -m bench.step.costs` measures it."""
+    micro_batch: int = 4
+    """plain: replies per forward and backward pass on one rank."""
+    skip_zero_variance: bool = True
+    """Leave groups whose rewards are all equal out of the update where their gradient is exactly zero: when `loss.beta` and
+    `loss.entropy_coef` are 0 and `loss.top_entropy` is 1."""
+    skip_old_logp: bool = True
+    """Take the policy's own log-probs for the old ones of a step's first mini-batch, which is exact, instead of computing them before."""
+    skip_reference: bool = True
+    """Do without the reference where `loss.beta` is 0; false logs the KL all the same."""
+    importance_correction: bool = False
+    """Weight the policy term by policy / sampler probability (bounds in `loss`), for a sampler that computes other log-probs than the
+    trainer does."""
+    log_rollouts: int = 4
+    """Groups whose replies are kept for the report, at the first, middle and last step."""
+
+    def __post_init__(self):
+        _at_least(self, 0, "seed", "log_rollouts")
+        _at_least(self, 1, "steps", "prompts", "minibatch", "micro_batch", "pack_tokens", "pack_patches")
+        if not self.rewards:
+            raise ValueError("rewards: at least one is needed, for example [{name: accuracy}]")

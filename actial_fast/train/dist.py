@@ -1,0 +1,170 @@
+"""Ranks: one process per device, on a device mesh; every loop runs the same with one rank and with many.
+
+Losses are divided by GLOBAL counts, so gradients are summed over ranks, never averaged: the same global batch gives the same update for
+any number of ranks. A rank that fails raises; torchrun then ends the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from actial_fast.model.policy import Policy
+
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. mesh is None when it is alone."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None = None
+
+    @property
+    def main(self) -> bool:
+        """True on the rank that logs and saves."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over all ranks, the same on each."""
+        if self.mesh is not None:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sums over all ranks of numbers on the host, in float64; alone, no device is asked."""
+        if self.mesh is None:
+            return [float(value) for value in values]
+        return self.sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
+    def max(self, value: float) -> float:
+        """The largest `value` over all ranks."""
+        if self.mesh is None:
+            return value
+        tensor = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.item()
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The items of all ranks, in rank order, on every rank."""
+        if self.mesh is None:
+            return items
+        lists: list[list[Any]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(lists, items)
+        return [item for part in lists for item in part]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.mesh is not None:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def world() -> Iterator[World]:
+    """The world that torchrun describes in the environment, or a single process; ended on leaving."""
+    cuda = torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        yield World(0, 1, device)
+        return
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+    try:
+        yield World(dist.get_rank(), size, device, init_device_mesh(device.type, (size,), mesh_dim_names=("data",)))
+    finally:
+        # after an error the peers may never answer, so only a clean end waits for the group
+        dist.destroy_process_group()
+
+
+def shard(policy: Policy, where: World) -> Policy:
+    """Shard weights, gradients and optimizer states over the ranks with FSDP2: one group per block, the rest in the root."""
+    if where.mesh is None:
+        raise ValueError("dist.fsdp: needs several ranks; start with torchrun --nproc-per-node=N, or set dist.fsdp=false")
+    low = policy.compute_dtype != torch.float32
+    mixed = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=torch.float32) if low else MixedPrecisionPolicy()
+    trunk = policy.base.model
+    for block in [*trunk.visual.blocks, *trunk.language_model.layers]:
+        fully_shard(block, mesh=where.mesh, mp_policy=mixed)
+    fully_shard(policy, mesh=where.mesh, mp_policy=mixed)
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # sums: the loss already carries the global count
+            module.set_force_sum_reduction_for_comms(True)  # a plain sum, which gloo has and NCCL does without a copy
+    return policy
+
+
+def is_sharded(policy: nn.Module) -> bool:
+    """True when `shard` has been applied."""
+    return isinstance(policy, FSDPModule)
+
+
+@contextlib.contextmanager
+def gathered(policy: nn.Module) -> Iterator[None]:
+    """Whole weights on every rank, so that each may decode a number of steps of its own; a no-op where nothing is sharded."""
+    blocks = [m for m in policy.modules() if isinstance(m, FSDPModule)]
+    for block in blocks:
+        block.set_reshard_after_forward(False, recurse=False)
+        block.unshard()
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.reshard()
+            block.set_reshard_after_forward(block is not policy, recurse=False)
+
+
+def reduce_gradients(parameters: list[nn.Parameter], where: World) -> None:
+    """Sum the gradients of replicated parameters over ranks, in one flat message per dtype; a no-op for one rank or sharded ones."""
+    if where.mesh is None or any(isinstance(p, DTensor) for p in parameters):
+        return
+    for parameter in parameters:
+        if parameter.grad is None:  # this rank had no row that reaches it
+            parameter.grad = torch.zeros_like(parameter)
+    for dtype in sorted({p.grad.dtype for p in parameters}, key=str):
+        grads = [p.grad for p in parameters if p.grad.dtype == dtype]
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        dist.all_reduce(flat)
+        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Scale the gradients down to the global norm `limit` (0: leave them); the norm before, over all ranks, on the device."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def full_state(policy: Policy, where: World) -> dict[str, Tensor]:
+    """The whole weights on the CPU of rank 0, by the policy's names; empty on the other ranks of a sharded policy."""
+    if is_sharded(policy):
+        return get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: tensor.detach().cpu() for name, tensor in policy.state_dict().items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor's full value on the CPU, gathered from all ranks where it is sharded (every rank must call)."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def placed_like(value: Tensor, like: Tensor) -> Tensor:
+    """A full value laid out as `like` is: on its device, and sharded where it is."""
+    value = value.to(like.device)
+    return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
