@@ -120,8 +120,8 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
                 norms.append(clip_gradients(parameters_of(policy), recipe.optim.clip_norm))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            stats = stats.double().cpu().numpy() / len(norms)  # the first wait for the device
-            metrics = _metrics(samples, stats, recipe, where, time.perf_counter() - began)
+            figures = stats.double().cpu().numpy() / len(norms)  # the first wait for the device
+            metrics = _metrics(samples, figures, recipe, where, time.perf_counter() - began)
             if rejected := where.total([stream.rejected])[0]:
                 metrics["rejected_rows"] = rejected
             log.step(step, {**metrics, "lr": rate, "grad_norm": float(sum(norms)) / len(norms), "sampling_seconds": sampled_in})
@@ -250,7 +250,7 @@ def _forward_only(policy: Policy, sequences: list[Sequence], rounds: Iterator[Ro
 
 
 def _accumulate(
-    policy: Policy, samples: list[Sample], counts: tuple[float, float], rounds: Iterator[Round], recipe: GRPORecipe, where: World
+    policy: Policy, samples: list[Sample], counts: Many[float], rounds: Iterator[Round], recipe: GRPORecipe, where: World
 ) -> Tensor:
     """Gradients of one global mini-batch's loss, from this rank's samples, which the rounds go over; returns the global statistics
     (len(ops.STATS),) float32, on the device.
@@ -275,11 +275,11 @@ def _accumulate(
         token_weight = ops.token_weights(
             spec, cu_seqlens, mask=mask, tokens=tokens, sequences=replies, max_length=recipe.sampling.max_new_tokens
         )
-        on_policy = not any(s.old is not None for s in chosen)
+        old, ref = [s.old for s in chosen if s.old is not None], [s.ref for s in chosen if s.ref is not None]
         arguments = {
             "advantages": rows([np.full(len(s), s.advantage) for s in chosen]),
-            "old_logp": None if on_policy else joined([s.old for s in chosen]),
-            "ref_logp": joined([s.ref for s in chosen]) if all(s.ref is not None for s in chosen) else None,
+            "old_logp": joined(old) if old else None,
+            "ref_logp": joined(ref) if len(ref) == len(chosen) else None,
             "sampler_logp": rows([s.sampled for s in chosen]) if recipe.importance_correction else None,
             "token_weight": token_weight.to(where.device, non_blocking=True),
             "cu_seqlens": cu_seqlens,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,14 +65,14 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             tokens, rejected = where.total([sum(map(len, sequences)), stream.rejected])
-            loss, norm = float(loss), float(norm)  # the first wait for the device
+            loss_value, norm_value = float(loss), float(norm)  # the first wait for the device
             seconds = time.perf_counter() - began
             log.step(
                 step,
                 {
-                    "loss": loss,
+                    "loss": loss_value,
                     "lr": rate,
-                    "grad_norm": norm,
+                    "grad_norm": norm_value,
                     "answer_tokens": answer_tokens,
                     "tokens_per_s": tokens / seconds,
                     "seconds": seconds,
@@ -116,7 +117,7 @@ def _token_weights(members: list[Sequence], weighting: str, counts: list[float])
     return np.concatenate([np.zeros(0), *parts]).astype(np.float32)
 
 
-def _reached(results: dict, recipe: SFTRecipe, step: int) -> bool:
+def _reached(results: dict[str, dict[str, Any]], recipe: SFTRecipe, step: int) -> bool:
     """True when every question type of every source has the accuracy that ends the stage."""
     if not recipe.stop_accuracy or step < recipe.stop_steps:
         return False

@@ -82,6 +82,7 @@ class Policy(nn.Module):
             if isinstance(inputs, ImageBatch):
                 patches = patchify(inputs.pixels, self.compute_dtype if low else torch.float32)
                 return encode_images(base.model.visual, patches.to(patches.dtype if low else base.model.visual.dtype), inputs.arguments)
+            assert head is not None, "only images go without a head"
             if isinstance(inputs, dict):
                 return head(base.model(**inputs), base.lm_head.weight)
             if isinstance(inputs, PackedBatch):
@@ -109,7 +110,7 @@ class Policy(nn.Module):
         """The parameters that are trained, by the name they have in this module."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def adapter_off(self) -> contextlib.AbstractContextManager:
+    def adapter_off(self) -> contextlib.AbstractContextManager[None]:
         """The model as it was before its adapters, for the time of a with block."""
         assert self.adapted, "there is no adapter to switch off"
         return self.model.disable_adapter()
@@ -171,7 +172,7 @@ def _add_adapters(model: Qwen2_5_VLForConditionalGeneration, config: ModelConfig
     names = "|".join(map(re.escape, config.lora.targets))
     settings = LoraConfig(
         r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
+        lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # peft only divides it: a float will do
         lora_dropout=config.lora.dropout,
         target_modules=rf"{re.escape(LANGUAGE_MODEL)}\..*\.({names})",
         task_type="CAUSAL_LM",

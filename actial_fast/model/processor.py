@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Row, Turn
+from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Turn
 from actial_fast.data.sources.stream import Example
 from actial_fast.packing.batch import Sequence, mrope_positions
 from actial_fast.packing.images import ImageSettings, ImageStore
@@ -87,31 +88,30 @@ class Processor:
         turns = example.row.turns
         if not any(t.role == "assistant" for t in turns):
             raise BadRow(example.row.where, "no assistant turn to train on")
-        return self._sequence(example, turns)
+        return self._sequence(turns, example.row.images, example.row.where)
 
     def encode_prompt(self, example: Example) -> Sequence:
         """A row to reply to: the turns before its last answer, and the opening of the assistant's turn."""
-        return self._sequence(example, example.row.prompt)
+        return self._sequence(example.row.prompt, example.row.images, example.row.where)
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of a reply's token ids (n,), without the token that ends it."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _sequence(self, example: Example, turns: tuple[Turn, ...]) -> Sequence:
-        row = example.row
+    def _sequence(self, turns: tuple[Turn, ...], images: Many[Path | bytes | np.ndarray], where: str) -> Sequence:
         try:
             ids, trained = self._tokenised(turns)
         except ValueError as error:
-            raise BadRow(row.where, str(error)) from None
-        shown = row.images[: sum(t.content.count(IMAGE_TAG) for t in turns)]
-        images = tuple(self.store.put(image, row.where) for image in shown)
-        grids = tuple(map(self.store.grid, images))
+            raise BadRow(where, str(error)) from None
+        shown = images[: sum(t.content.count(IMAGE_TAG) for t in turns)]
+        keys = tuple(self.store.put(image, where) for image in shown)
+        grids = tuple(map(self.store.grid, keys))
         repeats = np.ones(len(ids), np.int64)
         repeats[ids == self.image_token] = [math.prod(grid) // self.merge**2 for grid in grids]
         ids, trained = np.repeat(ids, repeats), np.repeat(trained, repeats)
         if (prompt := int((~trained).sum())) > self.max_prompt:
-            raise BadRow(row.where, f"prompt of {prompt} tokens, over max_prompt_tokens={self.max_prompt}; use fewer or smaller images")
-        return Sequence(ids, trained, mrope_positions(ids, grids, self.image_token, self.merge), images, grids)
+            raise BadRow(where, f"prompt of {prompt} tokens, over max_prompt_tokens={self.max_prompt}; use fewer or smaller images")
+        return Sequence(ids, trained, mrope_positions(ids, grids, self.image_token, self.merge), keys, grids)
 
     @functools.cached_property
     def _tokenised(self) -> Callable[[tuple[Turn, ...]], tuple[np.ndarray, np.ndarray]]:
@@ -158,5 +158,4 @@ def dummy(processor: Processor, *, image: bool = True) -> Sequence:
     """A shortest sequence with something to predict, and with one image or none."""
     side = processor.store.settings.patch * processor.merge
     turns = (Turn("user", IMAGE_TAG if image else "-"), Turn("assistant", "-"))
-    row = Row(turns=turns, images=(np.zeros((side, side, 3), np.uint8),) * image, where="dummy")
-    return processor.encode(Example(row=row, position=-1))
+    return processor._sequence(turns, (np.zeros((side, side, 3), np.uint8),) * image, "dummy")

@@ -54,7 +54,7 @@ class VisionArguments:
             return replace(segments, cu=segments.cu.to(device, non_blocking=True))
 
         moved = replace(self, position_ids=self.position_ids.to(device, non_blocking=True), frames=move(self.frames))
-        if self.windows is None:
+        if self.windows is None or self.window_index is None:
             return moved
         return replace(moved, window_index=self.window_index.to(device, non_blocking=True), windows=move(self.windows))
 
@@ -113,11 +113,12 @@ def vision_arguments(grids: Sequence[tuple[int, int, int]], config: PreTrainedCo
 
 @dataclass(frozen=True)
 class _Frame:
-    """One frame's share of the arguments; the arrays are shared by all frames of its size. windows: patches in each."""
+    """One frame's share of the arguments; the arrays are shared by all frames of its size. windows: patches in each; it and order are empty
+    for a tower without windows."""
 
     positions: np.ndarray
-    order: np.ndarray | None = None
-    windows: np.ndarray | None = None
+    order: np.ndarray
+    windows: np.ndarray
 
 
 @lru_cache(maxsize=256)
@@ -126,7 +127,7 @@ def _frame(rows: int, columns: int, merge: int, side: int) -> _Frame:
     blocks = np.indices((rows, columns)).reshape(2, rows // merge, merge, columns // merge, merge)
     positions = np.ascontiguousarray(blocks.transpose(1, 3, 2, 4, 0)).reshape(-1, 2)
     if not side:
-        return _Frame(positions)
+        return _Frame(positions, np.empty(0, np.int64), np.empty(0, np.int64))
     y, x = np.indices((rows // merge, columns // merge)).reshape(2, -1) // side
     window = y * (x[-1] + 1) + x
     return _Frame(positions, np.argsort(window, kind="stable"), np.bincount(window) * merge**2)

@@ -70,12 +70,13 @@ class Layout:
     images: tuple[Hashable, ...]
 
 
-def image_index(parts: Sequence[Part], merge: int) -> tuple[dict[Hashable, tuple[int, ...]], tuple[Hashable, ...]]:
+def image_index(parts: Sequence[Part], merge: int) -> tuple[dict[Hashable, tuple[int, int, int, int]], tuple[Hashable, ...]]:
     """Per distinct image key its (frames, rows, columns, first feature row) in merged tokens; and the keys in order of appearance.
 
     Raises ValueError when a grid does not divide by `merge`, when a part has as many keys as grids not, or a key two grids.
     """
-    found, row = {}, 0
+    found: dict[Hashable, tuple[int, int, int, int]] = {}
+    row = 0
     for part in parts:
         if len(part.images) != len(part.grids):
             raise ValueError(f"{part.name}: {len(part.images)} images, but {len(part.grids)} grids")
@@ -92,15 +93,15 @@ def image_index(parts: Sequence[Part], merge: int) -> tuple[dict[Hashable, tuple
     return found, tuple(found)
 
 
-def layout_numpy(parts: Sequence[Part], images: dict[Hashable, tuple[int, ...]], image_token: int) -> dict[str, np.ndarray | int]:
-    """The arrays of Layout; arguments as native.layout's, with the image index of its parts."""
+def layout_numpy(parts: Sequence[Part], images: dict[Hashable, tuple[int, int, int, int]], image_token: int) -> Layout:
+    """The layout; arguments as native.layout's, with the image index of its parts."""
     spans = [_check(part, [images[key] for key in part.images], image_token) for part in parts]
     suffix_rows = [sum(len(ids) - 1 for ids, _ in part.suffixes) for part in parts]
     grouped, others = [i for i, rows in enumerate(suffix_rows) if rows], [i for i, rows in enumerate(suffix_rows) if not rows]
     positions = [_positions(part, span, [images[key][:3] for key in part.images]) for part, span in zip(parts, spans, strict=True)]
 
     # (part, suffix or None for the prefix) -> tokens that have rows
-    texts = {(i, None): parts[i].ids for i in grouped}
+    texts: dict[tuple[int, int | None], np.ndarray] = {(i, None): parts[i].ids for i in grouped}
     texts |= {(i, j): ids[:-1] for i in grouped for j, (ids, _) in enumerate(parts[i].suffixes) if len(ids) > 1}
     texts |= {(i, None): _prefix(parts[i], image_token) for i in others}
     cu = np.cumsum([0, *map(len, texts.values())], dtype=np.int64)
@@ -116,22 +117,23 @@ def layout_numpy(parts: Sequence[Part], images: dict[Hashable, tuple[int, ...]],
     per_group = [suffix_rows[i] for i in grouped]
     cross_k = np.cumsum([0, *(len(parts[i].ids) for i in grouped)], dtype=np.int32)
     used = [(start[i, None] + at, images[key]) for i in [*grouped, *others] for at, key in zip(spans[i], parts[i].images, strict=True)]
-    return {
-        "input_ids": _joined(list(texts.values())),
-        "position_ids": np.concatenate([np.empty((3, 0), np.int64), *blocks], axis=1),
-        "cu": cu.astype(np.int32),
-        "cross_q": np.cumsum([0, *per_group], dtype=np.int32),
-        "cross_k": cross_k,
-        "prefix_rows": int(cross_k[-1]),
-        "suffix_rows": sum(per_group),
-        "image_slots": _joined([row + np.arange(math.prod(image[:3])) for row, image in used]),
-        "image_rows": _joined([image[3] + np.arange(math.prod(image[:3])) for _, image in used]),
-        "loss_rows": _joined([rows for rows, _ in losses]),
-        "targets": _joined([targets for _, targets in losses]),
-        "owner": np.repeat(np.array(samples, np.int64), counts),
-        "samples": np.array(samples, np.int64),
-        "cu_loss": np.cumsum([0, *counts], dtype=np.int64),
-    }
+    return Layout(
+        input_ids=_joined(list(texts.values())),
+        position_ids=np.concatenate([np.empty((3, 0), np.int64), *blocks], axis=1),
+        cu=cu.astype(np.int32),
+        cross_q=np.cumsum([0, *per_group], dtype=np.int32),
+        cross_k=cross_k,
+        prefix_rows=int(cross_k[-1]),
+        suffix_rows=sum(per_group),
+        image_slots=_joined([row + np.arange(math.prod(image[:3])) for row, image in used]),
+        image_rows=_joined([image[3] + np.arange(math.prod(image[:3])) for _, image in used]),
+        loss_rows=_joined([rows for rows, _ in losses]),
+        targets=_joined([targets for _, targets in losses]),
+        owner=np.repeat(np.array(samples, np.int64), counts),
+        samples=np.array(samples, np.int64),
+        cu_loss=np.cumsum([0, *counts], dtype=np.int64),
+        images=tuple(images),
+    )
 
 
 def _prefix(part: Part, image_token: int) -> np.ndarray:
@@ -149,7 +151,7 @@ def _joined(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *arrays])
 
 
-def _check(part: Part, images: list[tuple[int, ...]], image_token: int) -> list[int]:
+def _check(part: Part, images: list[tuple[int, int, int, int]], image_token: int) -> list[int]:
     """Where each image's placeholder tokens start in the prefix."""
     _check_shapes(part)
     if not len(part.ids):
@@ -180,7 +182,9 @@ def _check(part: Part, images: list[tuple[int, ...]], image_token: int) -> list[
 
 
 def _check_shapes(part: Part) -> None:
-    shapes = [("trained", np.shape(trained), (len(ids),)) for ids, trained in [(part.ids, part.trained), *part.suffixes]]
+    shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = [
+        ("trained", np.shape(trained), (len(ids),)) for ids, trained in [(part.ids, part.trained), *part.suffixes]
+    ]
     if part.positions is not None:
         shapes.append(("positions", np.shape(part.positions), (3, len(part.ids))))
     for what, found, wanted in shapes:

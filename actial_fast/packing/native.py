@@ -70,15 +70,16 @@ def plan(
     messages (default: "row g"). Raises ValueError naming the row when a prefix with one suffix, or its images, exceed a capacity or a
     length is below 1.
     """
-    groups = [np.ascontiguousarray(x, np.int64) for x in (prefix_tokens, suffix_tokens, suffix_offsets, patches)]
+    given = (prefix_tokens, suffix_tokens, suffix_offsets, patches)
+    prefix, suffix, starts, images = (np.ascontiguousarray(x, np.int64) for x in given)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed: expected 0 to 2**64 - 1, got {seed}")
     if _C is not None:
         limits = (capacity.tokens, capacity.patches)
         coefficients = (costs.linear, costs.quadratic, costs.vision, costs.constant)
-        per_rank, pieces, offsets = _C.plan(*groups, limits, coefficients, ranks, seed, names)
+        per_rank, pieces, offsets = _C.plan(prefix, suffix, starts, images, limits, coefficients, ranks, seed, names)
     else:
-        per_rank, pieces, offsets = plan_python(*groups, capacity, costs, ranks, seed, names)
+        per_rank, pieces, offsets = plan_python(prefix, suffix, starts, images, capacity, costs, ranks, seed, names)
     return Plan(ranks, per_rank, pieces, offsets, costs)
 
 
@@ -90,6 +91,6 @@ def layout(parts: Sequence[Part], *, image_token: int, merge: int) -> Layout:
     """
     images, keys = image_index(parts, merge)
     if _C is None:
-        return Layout(**layout_numpy(parts, images, image_token), images=keys)
+        return layout_numpy(parts, images, image_token)
     given = [(p.name, p.ids, p.trained, p.positions, p.suffixes, tuple(images[key] for key in p.images), p.sample) for p in parts]
     return Layout(**_C.layout(given, image_token), images=keys)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,6 +19,7 @@ BALANCED = 1e-4  # ranks closer than this, relative to the most loaded one, are 
 SWAPS_PER_RANK = 16
 BUCKETS = 1 << 16
 PIECE = np.dtype({"names": ["group", "first", "end", "tokens", "patches", "cost"], "formats": ["i8", "i4", "i4", "i4", "i4", "f8"]})
+Piece = tuple[int, int, int, int, int, float]  # the fields of PIECE
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Capacity:
     tokens: int
     patches: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not 1 <= value < 2**31:
                 raise ValueError(f"capacity.{name}: expected 1 to 2**31 - 1, got {value}")
@@ -51,7 +53,7 @@ class Costs:
     constant: float = 0.0
     """Cost of a forward and backward pass however little is in it."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"costs.{name}: expected a finite number of at least 0, got {value}")
@@ -84,7 +86,17 @@ class Plan:
         return sums + self.costs.constant if what == "cost" else sums.astype(np.int64)
 
 
-def plan_python(prefix, suffix, offsets, patches, capacity: Capacity, costs: Costs, ranks: int, seed: int, names) -> tuple:
+def plan_python(
+    prefix: np.ndarray,
+    suffix: np.ndarray,
+    offsets: np.ndarray,
+    patches: np.ndarray,
+    capacity: Capacity,
+    costs: Costs,
+    ranks: int,
+    seed: int,
+    names: Sequence[str] | None,
+) -> tuple[int, np.ndarray, np.ndarray]:
     """(micro-batches per rank, pieces, offsets); arguments as native.plan's, the suffix lengths flat between offsets (n + 1,)."""
     if ranks < 1:
         raise ValueError("ranks: expected at least 1")
@@ -118,7 +130,9 @@ def _mixed(seed: int, position: int) -> int:
     return x ^ x >> 31
 
 
-def _cut(g: int, prefix: int, suffixes: list[int], patches: int, capacity: Capacity, costs: Costs, names) -> list[tuple]:
+def _cut(
+    g: int, prefix: int, suffixes: list[int], patches: int, capacity: Capacity, costs: Costs, names: Sequence[str] | None
+) -> list[Piece]:
     """The pieces of one group: as many suffixes, in order, as fit after the prefix."""
     name, limit = f"row {g}" if names is None else str(names[g]), capacity.tokens
     if prefix < 1:
@@ -148,27 +162,28 @@ def _cut(g: int, prefix: int, suffixes: list[int], patches: int, capacity: Capac
     return [_piece(g, a, b, prefix, suffixes[a:b], patches, costs) for a, b in [*pieces, (first, len(suffixes))]]
 
 
-def _piece(g: int, first: int, end: int, prefix: int, suffixes: list[int], patches: int, costs: Costs) -> tuple:
+def _piece(g: int, first: int, end: int, prefix: int, suffixes: list[int], patches: int, costs: Costs) -> Piece:
     pairs = (prefix**2 + sum(n * (n + 2 * prefix) for n in suffixes)) / 2
     tokens = prefix + sum(suffixes)
     return g, first, end, tokens, patches, costs.linear * tokens + costs.quadratic * pairs + costs.vision * patches
 
 
-def _cost(pieces: list[tuple]) -> float:
+def _cost(pieces: list[Piece]) -> float:
     total = 0.0  # not sum(), which compensates rounding from Python 3.12 on
     for piece in pieces:
         total += piece[5]
     return total
 
 
-def _balance(groups: list[int], cut: list[list[tuple]], ranks: int) -> list[list[int]]:
+def _balance(groups: list[int], cut: list[list[Piece]], ranks: int) -> list[list[int]]:
     """Groups per rank: largest cost first to the least loaded rank, then swaps between the most and the least loaded."""
     if ranks == 1:
         return [groups]
     cost = [_cost(pieces) for pieces in cut]
     order = sorted(groups, key=lambda g: -cost[g])
     size = [cost[g] for g in order]
-    places, loads, heap = [[] for _ in range(ranks)], [0.0] * ranks, [(0.0, r) for r in range(ranks)]
+    places: list[list[int]] = [[] for _ in range(ranks)]
+    loads, heap = [0.0] * ranks, [(0.0, r) for r in range(ranks)]
     for place, c in enumerate(size):
         load, rank = heap[0]
         places[rank].append(place)
@@ -204,7 +219,7 @@ def _best_swap(size: list[float], high: list[int], low: list[int], gap: float) -
     return found
 
 
-def _pack(groups: list[int], cut: list[list[tuple]], capacity: Capacity) -> list[list[tuple]]:
+def _pack(groups: list[int], cut: list[list[Piece]], capacity: Capacity) -> list[list[Piece]]:
     """The micro-batches of one rank: a group that was cut opens one per piece, the others go where the fewest tokens are left."""
 
     def shares(g: int) -> int:
@@ -213,12 +228,14 @@ def _pack(groups: list[int], cut: list[list[tuple]], capacity: Capacity) -> list
     order = sorted(groups, key=lambda g: -shares(g))
     chains = [[[piece] for piece in cut[g]] for g in order if len(cut[g]) > 1]
     bins = [pieces for chain in chains for pieces in chain]
-    unit, buckets = capacity.tokens // BUCKETS + 1, {}  # tokens left // unit -> (patches left, tokens left, -bin) of each
+    unit = capacity.tokens // BUCKETS + 1
+    buckets: dict[int, list[tuple[int, int, int]]] = {}  # tokens left // unit -> (patches left, tokens left, -bin) of each
 
     def file(b: int) -> None:
-        left = [limit - sum(piece[i] for piece in bins[b]) for i, limit in ((3, capacity.tokens), (4, capacity.patches))]
-        if left[0] > 0:
-            buckets.setdefault(left[0] // unit, []).append((left[1], left[0], -b))
+        tokens = capacity.tokens - sum(piece[3] for piece in bins[b])
+        patches = capacity.patches - sum(piece[4] for piece in bins[b])
+        if tokens > 0:
+            buckets.setdefault(tokens // unit, []).append((patches, tokens, -b))
 
     for b in range(len(bins)):
         file(b)

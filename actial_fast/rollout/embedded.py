@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from actial_fast.model.policy import Policy
 from actial_fast.model.processor import Processor
@@ -110,11 +111,11 @@ def _decode(
         }
         logits, cache = policy(inputs, _last_logits)
         position = position + 1
-    tokens, logprobs, lengths, finished = tokens.cpu().numpy(), logprobs.cpu().numpy(), lengths.tolist(), finished.tolist()
-    return [Reply(tokens[r, : lengths[r]], logprobs[r, : lengths[r]], finished[r]) for r in range(rows)]
+    drawn = zip(tokens.cpu().numpy(), logprobs.cpu().numpy(), lengths.tolist(), finished.tolist(), strict=True)
+    return [Reply(ids[:length], logp[:length], ended) for ids, logp, length, ended in drawn]
 
 
-def _last_logits(outputs, weight: Tensor) -> tuple[Tensor, DynamicCache]:
+def _last_logits(outputs: BaseModelOutputWithPast, weight: Tensor) -> tuple[Tensor, DynamicCache]:
     return (outputs.last_hidden_state[:, -1] @ weight.T).float(), outputs.past_key_values
 
 

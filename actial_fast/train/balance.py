@@ -53,7 +53,8 @@ def exchange(groups: list[list[T]], sizes: Sequence[Size], where: World, costs: 
         leaving = np.flatnonzero((home == source) & (target != source)).tolist()
         if not leaving:
             continue
-        parcels, received = None, [{}]
+        parcels: list[dict[int, list[T]]] | None = None
+        received: list[dict[int, list[T]]] = [{}]
         if source == where.rank:
             parcels = [{g: mine[g] for g in leaving if target[g] == rank} for rank in range(where.size)]
             mine = {g: group for g, group in mine.items() if target[g] == source}

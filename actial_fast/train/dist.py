@@ -11,7 +11,7 @@ import datetime
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -135,11 +135,13 @@ def reduce_gradients(parameters: list[nn.Parameter], where: World) -> None:
     """Sum the gradients of replicated parameters over ranks, in one flat message per dtype; a no-op for one rank or sharded ones."""
     if where.mesh is None or any(isinstance(p, DTensor) for p in parameters):
         return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is None:  # this rank had no row that reaches it
             parameter.grad = torch.zeros_like(parameter)
-    for dtype in sorted({p.grad.dtype for p in parameters}, key=str):
-        grads = [p.grad for p in parameters if p.grad.dtype == dtype]
+        by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for dtype in sorted(by_dtype, key=str):
+        grads = by_dtype[dtype]
         flat = torch.cat([g.reshape(-1) for g in grads])
         dist.all_reduce(flat)
         for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
@@ -155,7 +157,8 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
 def full_state(policy: Policy, where: World) -> dict[str, Tensor]:
     """The whole weights on the CPU of rank 0, by the policy's names; empty on the other ranks of a sharded policy."""
     if is_sharded(policy):
-        return get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return cast("dict[str, Tensor]", state)  # no module of it has other state
     return {name: tensor.detach().cpu() for name, tensor in policy.state_dict().items()}
 
 

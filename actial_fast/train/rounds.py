@@ -142,8 +142,8 @@ def _tower(policy: Policy, processor: Processor, where: World) -> Callable[[Many
     """What gives the features of images by their keys; for a key that is not a store's, those of a smallest image."""
 
     def run(keys: Many[Hashable]) -> Many[Tensor]:
-        idle = None if all(isinstance(key, str) for key in keys) else dummy(processor).images[0]
-        batch = collect(processor.store, [key if isinstance(key, str) else idle for key in keys], pin=where.device.type == "cuda")
+        stored = [key if isinstance(key, str) else dummy(processor).images[0] for key in keys]
+        batch = collect(processor.store, stored, pin=where.device.type == "cuda")
         return policy(ImageBatch.of(batch, policy.base.config.vision_config).to(where.device))
 
     return run
@@ -154,7 +154,8 @@ def _in_step(images: list[list[Hashable]], where: World) -> list[list[Hashable]]
 
     A call's backward pass follows the last use of its images. Its idle image is used at the call and where the last rank ends it.
     """
-    out, call, ends = [list(keys) for keys in images], {}, [-1] * len(images)
+    out, ends = [list(keys) for keys in images], [-1] * len(images)
+    call: dict[Hashable, int] = {}
     for k, keys in enumerate(images):
         for key in keys:
             ends[call.setdefault(key, k)] = k

@@ -14,8 +14,8 @@ from actial_fast.settings.config import load_recipe
 from actial_fast.settings.recipe import SFTRecipe
 from actial_fast.train.dist import World
 from actial_fast.train.rounds import Pass, passes
+from bench.step import costs
 from bench.step.costs import TERMS, fit, measure, sequences_of, shapes, work_of, yaml_of
-from bench.step.step import costs
 
 LARGE = shapes(24_576, 65_536, 1296, 2)  # images of 504 x 504
 WORK = np.array([work_of(shape) for shape in LARGE.values()])
@@ -133,7 +133,7 @@ def test_the_command_prints_a_line_that_a_recipe_takes(model, tmp_path, capsys):
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "costs.json"
     lines = f"kind: grpo\nmodel: {{path: {model}}}\npack_patches: 4096\n"
     recipe.write_text(lines)
-    costs.main(["--recipe", str(recipe), "pack_tokens=1024", "--rounds", "1", "--json", str(out)])
+    costs.main(["--recipe", str(recipe), "pack_tokens=1024", "--rounds", "3", "--json", str(out)])
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert printed.splitlines()[-1] == yaml_of(result["costs"])
     recipe.write_text(lines + printed.splitlines()[-1] + "\n")

@@ -16,9 +16,9 @@ from actial_fast.ops.spec import GRPOSpec
 from actial_fast.settings.config import to_yaml
 from actial_fast.settings.recipe import DataConfig, GRPORecipe, LoRAConfig, ModelConfig, SamplingConfig
 from actial_fast.tasks.rewards import RewardConfig
+from bench.step import ledger, update
 from bench.step.ledger import Count, attention_forward, counted, recipe_steps, shape_steps
 from bench.step.minimum import Work, images_once, minimum, window_sizes, work_of
-from bench.step.step import ledger, update
 
 FIRST_LAYER = ("model.visual", "model.language_model.embed_tokens", "model.language_model.layers.0")
 

@@ -14,8 +14,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from bench import gate
 from bench.harness.timing import CUDA
+from bench.step import step, step_side
 from bench.step.shapes import SHAPES
-from bench.step.step import step, step_side
 
 ROOT = Path(__file__).parents[2]
 ROW = {
@@ -121,7 +121,7 @@ def test_a_side_has_a_process_of_its_own(tmp_path):
     args = argparse.Namespace(shape="tiny", rounds=1)
     assert step._start("grpo/lora/ours", args, 1, 0.5, tmp_path) == {"side": "grpo/lora/ours", "status": "skipped: out of time"}
     absent = ("embreex", "pycolmap", "trimesh", "openai", "datasets", "trl", "liger_kernel", "bitsandbytes")
-    code = f"import sys; sys.modules |= dict.fromkeys({absent!r}); from bench import step; step.main(sys.argv[1:])"
+    code = f"import sys; sys.modules |= dict.fromkeys({absent!r}); from bench.step import step; step.main(sys.argv[1:])"
     options = ["--one", "sft/lora/ours", "--shape", "tiny", "--rounds", "1", "--budget", "60", "--json", str(tmp_path / "row.json")]
     subprocess.run([sys.executable, "-c", code, *options], cwd=ROOT, check=True, timeout=120)
     row = json.loads((tmp_path / "row.json").read_text())
