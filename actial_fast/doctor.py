@@ -18,7 +18,7 @@ import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 # First and first unsupported version, as in pyproject.toml.
 SUPPORTED = {
@@ -185,13 +185,13 @@ def _extension() -> Check:
 # --- devices -------------------------------------------------------------------------------------------------------------------------
 
 
-def _torch_facts() -> tuple[dict, str]:
+def _torch_facts() -> tuple[dict[str, Any], str]:
     """What the probe printed, and why it did not."""
     done, why = _child(TORCH_PROBE)
     return (json.loads(done.splitlines()[-1]), "") if not why else ({}, why)
 
 
-def _devices(facts: dict) -> list[Check]:
+def _devices(facts: dict[str, Any]) -> list[Check]:
     group, out = "Devices", []
     for i, (name, capability, free, total, bf16, exact) in enumerate(facts["devices"]):
         memory = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"

@@ -109,7 +109,7 @@ def _resolved(recipe: QuickstartRecipe) -> QuickstartRecipe:
             return replace(value, path=value.path.replace("{run}", recipe.run))
         if isinstance(value, tuple):
             return tuple(fill(v) for v in value)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return replace(value, **{f.name: fill(getattr(value, f.name)) for f in dataclasses.fields(value)})
         return value
 
@@ -200,12 +200,18 @@ def _test(recipe: QuickstartRecipe, stage: str) -> dict[str, Any]:
 
 
 def _summary(
-    recipe: QuickstartRecipe, seconds: dict[str, float], rendered: dict, built: dict, before: dict, after_sft: dict, after_grpo: dict
+    recipe: QuickstartRecipe,
+    seconds: dict[str, float],
+    rendered: dict[str, float],
+    built: dict[str, Any],
+    before: dict[str, Any],
+    after_sft: dict[str, Any],
+    after_grpo: dict[str, Any],
 ) -> dict[str, Any]:
-    def accuracy(results: dict) -> dict[str, float]:
+    def accuracy(results: dict[str, Any]) -> dict[str, float]:
         return {kind: round(f["accuracy"], 4) for table in results["greedy"].values() for kind, f in table["kinds"].items()}
 
-    def formed_and_right(results: dict) -> dict[str, float]:
+    def formed_and_right(results: dict[str, Any]) -> dict[str, float]:
         return {name.split(" ")[0]: round(t["overall"]["well_formed_and_correct"], 4) for name, t in results["sampled"].items()}
 
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,8 +110,9 @@ def _spatial(args: argparse.Namespace) -> int:
 
 
 def _cot(args: argparse.Namespace) -> int:
-    from actial_fast.data.cot.writer import geometric_cot, write_cot
+    from actial_fast.data.cot.writer import Writer, geometric_cot, write_cot
 
+    writer: Writer
     if args.endpoint:
         from actial_fast.data.cot.endpoint import EndpointWriter
 
@@ -119,10 +121,7 @@ def _cot(args: argparse.Namespace) -> int:
         extra = {"template": args.template.read_text()} if args.template else {}
         writer = EndpointWriter(args.endpoint, args.model, **extra)
     else:
-
-        def writer(row, rng):
-            return geometric_cot(row, rng, style=args.style)
-
+        writer = functools.partial(geometric_cot, style=args.style)
     source = _source(args)
     with _progress("chains of thought", args.count or len(source)) as advance:
         done = write_cot(

@@ -64,9 +64,9 @@ def _image(run_dir: Path, source: str) -> str:
         with Image.open(BytesIO(data)) as picture:
             kind, small = picture.format, max(picture.size) <= 64
             if len(data) > IMAGE_BYTES or kind not in ("PNG", "JPEG"):
-                picture = picture.convert("RGB")
-                picture.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-                picture.save(buffer := BytesIO(), "JPEG", quality=85)
+                reduced = picture.convert("RGB")
+                reduced.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+                reduced.save(buffer := BytesIO(), "JPEG", quality=85)
                 kind, data = "JPEG", buffer.getvalue()
     except (OSError, ValueError) as error:
         return f'<span class="lost">image not readable: {escape(str(error))}</span>'

@@ -87,7 +87,7 @@ def line_chart(
         out.append(f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}">{text}</text>')
     for index, (stage, (x0, x1, last)) in enumerate(spans.items()):
         first, final = ("start", x0 + 3) if index else ("middle", x0), ("end", x1 - 3 if index < len(spans) - 1 else x1)
-        labels = [(0, *first), (last, *final)] if last else [(0, *first)]
+        labels: list[tuple[float, str, float]] = [(0, *first), (last, *final)] if last else [(0, *first)]
         between = ((tick, "middle", x0 + (x1 - x0) * tick / max(1, last)) for tick in _ticks(0, last, int((x1 - x0) / 70)))
         labels += [(tick, anchor, x) for tick, anchor, x in between if x0 + 34 < x < x1 - 44 and tick == int(tick)]
         out += [f'<text class="tick" text-anchor="{how}" x="{x:.1f}" y="{HEIGHT - 8}">{tick:,.0f}</text>' for tick, how, x in labels]

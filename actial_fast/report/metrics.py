@@ -226,13 +226,12 @@ class _Progress:
         console = Console()
         if console.is_terminal:
             columns = (
-                "[bold]{task.description}",
+                TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                "{task.fields[note]}",
+                TextColumn("{task.fields[note]}"),
             )
-            columns = tuple(TextColumn(c) if isinstance(c, str) else c for c in columns)
             self.live = Progress(*columns, console=console, refresh_per_second=2)
             self.task = self.live.add_task(stage, total=total, completed=start, note="")
             self.live.start()

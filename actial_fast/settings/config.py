@@ -17,7 +17,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,19 +78,20 @@ def config_from(cls: type, overrides: Sequence[str], raw: dict[str, Any] | None 
 
 def _assign(target: Any, keys: list[str], value: Any, override: str) -> None:
     for i, key in enumerate(keys):
+        at: str | int = key
         if isinstance(target, list):
             if not key.isdecimal() or int(key) >= len(target):
                 holds = f"has {len(target)} entries, counted from 0" if target else "is empty; give the whole list"
                 raise ValueError(f"override {override!r}: {key!r} is not an entry, {'.'.join(keys[:i])} {holds}")
-            key = int(key)
+            at = int(key)
         elif not isinstance(target, dict):
             raise ValueError(f"override {override!r}: {'.'.join(keys[:i])} holds a value, not fields")
         if i + 1 == len(keys):
-            target[key] = value
+            target[at] = value
         elif isinstance(target, dict):
-            target = target.setdefault(key, {})  # an unknown key is reported with the nearest one by from_dict
+            target = target.setdefault(at, {})  # an unknown key is reported with the nearest one by from_dict
         else:
-            target = target[key]
+            target = target[at]
 
 
 def from_dict(cls: type, raw: Any, where: str = "", base: Any = None) -> Any:
@@ -118,7 +119,7 @@ def from_dict(cls: type, raw: Any, where: str = "", base: Any = None) -> Any:
 
 def _convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where, base if isinstance(base, hint) else None)
     if origin is Literal:
         if value not in args:
@@ -154,7 +155,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _default(field: dataclasses.Field) -> Any:
+def _default(field: dataclasses.Field[Any]) -> Any:
     """The field's default value; dataclasses.MISSING when it must be given."""
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
@@ -168,10 +169,12 @@ def _hints(cls: type) -> dict[str, Any]:
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
     """The docstring that follows each field in the source of dataclass `cls`."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    definition = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(definition, ast.ClassDef)
     docs = {}
-    for node, after in itertools.pairwise(body):
+    for node, after in itertools.pairwise(definition.body):
         if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            assert isinstance(node.target, ast.Name)  # a field is a plain name
             docs[node.target.id] = " ".join(str(after.value.value).split())
     return docs
 
@@ -182,7 +185,8 @@ def describe(recipe: Any, where: str = "", default: Any = None) -> Iterator[tupl
     default: an instance to take the defaults from (a part's may differ from its class's); None takes the fields' own, and
     dataclasses.MISSING stands for a field that must be given.
     """
-    docs = field_docs(type(recipe))
+    cls: type = type(recipe)
+    docs = field_docs(cls)
     for f in dataclasses.fields(recipe):
         value = getattr(recipe, f.name)
         usual = _default(f) if default is None else getattr(default, f.name)
@@ -216,13 +220,13 @@ def _plain(value: Any) -> Any:
 class _Scalars:
     """Which words are not text: YAML 1.2's. YAML 1.1 reads off and no as false, 1e-6 as text, 010 as 8 and 1:30 as 90."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
 
 class _Loader(_Scalars, yaml.SafeLoader):
     """SafeLoader with these scalars, and with an error for a key that stands twice in one mapping."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:
             if key.value in seen:

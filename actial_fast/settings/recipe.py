@@ -30,7 +30,7 @@ class LoRAConfig:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the linear layers of the language model that get adapters."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least(self, 0, "rank", "alpha", "dropout")
 
 
@@ -81,7 +81,7 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 = no clipping."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least(self, 0, "lr", "eps", "weight_decay", "warmup_steps", "min_lr_ratio", "clip_norm")
 
 
@@ -102,7 +102,7 @@ class EvalConfig:
     max_new_tokens: int = 1024
     """Longest reply, in tokens."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least(self, 0, "every", "limit", "temperature")
         _at_least(self, 1, "batch_size", "max_new_tokens")
 
@@ -120,7 +120,7 @@ class SaveConfig:
     wandb: str = ""
     """Weights & Biases project; empty = not used."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least(self, 0, "every")
         _at_least(self, 1, "keep")
 
@@ -150,7 +150,7 @@ class DataConfig:
     image_cache: str = ""
     """Folder of decoded and resized images, 3 bytes a pixel, kept for later runs; empty = ~/.cache/actial_fast/images."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least(self, 0, "workers")
         _at_least(self, 1, "max_prompt_tokens")
 
@@ -202,7 +202,7 @@ class SFTRecipe:
     stop_steps: int = 0
     """Do not end the stage early before this step."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least(self, 0, "seed", "epochs", "steps", "stop_accuracy", "stop_steps")
         _at_least(self, 1, "batch_size", "micro_batch", "pack_tokens", "pack_patches")
 
@@ -220,7 +220,7 @@ class SamplingConfig:
     batch_size: int = 64
     """Prompts per decoding batch on one rank (each is expanded to n rows)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least(self, 1, "n", "max_new_tokens", "batch_size")
         if not self.temperature > 0:
             raise ValueError(f"temperature: must be above 0, got {self.temperature}; training samples, it does not decode greedily")
@@ -287,7 +287,7 @@ class GRPORecipe:
     log_rollouts: int = 4
     """Groups whose replies are kept for the report, at the first, middle and last step."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _at_least(self, 0, "seed", "log_rollouts")
         _at_least(self, 1, "steps", "prompts", "minibatch", "micro_batch", "pack_tokens", "pack_patches")
         if not self.rewards:

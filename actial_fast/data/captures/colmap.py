@@ -53,7 +53,7 @@ class BadCapture(ValueError):
         super().__init__(f"{path}: {reason}" + (f" ({detail})" if detail else ""))
         self.path, self.reason, self.detail = path, reason, detail
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[BadCapture], tuple[Path, str, str]]:
         return BadCapture, (self.path, self.reason, self.detail)
 
 
@@ -150,6 +150,7 @@ def read_capture(
 
     narrow(np.array([(path / "images" / image.name).is_file() for image in images]), MISSING)
     _check_shape(path, model, images[int(np.argmax(usable))])
+    hint: np.ndarray | None
     if verify == "tracks":
         errors, points, hint = _verify_tracks(path, model, images, rotations, translations)
         narrow(~np.isnan(errors), UNVERIFIED)

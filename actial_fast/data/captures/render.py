@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -31,6 +32,9 @@ from PIL import Image
 from actial_fast.data.captures.geometry import rotation as quaternion_rotation
 from actial_fast.data.captures.raycast import Cameras, Caster, Surroundings, photographs, surface_points, visible
 from actial_fast.data.captures.shapes import FAMILIES, MESH_SUFFIXES, axis_frame, load_mesh, procedural
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 AZIMUTHS = ("ring", "front", "random")
 BACKGROUNDS = ("ground", "plain")
@@ -144,8 +148,15 @@ def _cameras(config: RenderConfig, center: np.ndarray, rng: np.random.Generator)
 
 
 def _write_colmap(
-    folder: Path, names: list[str], cameras: Cameras, world: tuple[np.ndarray, np.ndarray, float], points, seen, pixels, colours
-):
+    folder: Path,
+    names: list[str],
+    cameras: Cameras,
+    world: tuple[np.ndarray, np.ndarray, float],
+    points: np.ndarray,
+    seen: np.ndarray,
+    pixels: np.ndarray,
+    colours: np.ndarray,
+) -> None:
     """The COLMAP model. `world` is the similarity (rotation, translation, scale) from the object frame to the COLMAP world."""
     import pycolmap
 
@@ -276,7 +287,8 @@ def _render_all(out: Path, config: RenderConfig, todo: list[_Job]) -> Iterator[N
     workers = min(config.workers or cores, len(todo))
     if workers <= 1:
         for job in todo:
-            yield _render_object(out, config, job)
+            _render_object(out, config, job)
+            yield
         return
     # Spawned, since a fork of a process with threads (torch, BLAS) can hang. Ctrl-C is this process's to handle.
     with ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
@@ -288,7 +300,7 @@ def _render_all(out: Path, config: RenderConfig, todo: list[_Job]) -> Iterator[N
             pool.shutdown(cancel_futures=True)
 
 
-def render(out: Path, config: RenderConfig, progress: bool = True) -> dict:
+def render(out: Path, config: RenderConfig, progress: bool = True) -> dict[str, float]:
     """Renders the captures that `config` asks for into `out`, leaving alone those that are there already.
 
     Returns {"captures", "images": in all; "rendered", "skipped": captures now and before; "seconds", "images_per_second": of this call}.
@@ -318,7 +330,7 @@ def render(out: Path, config: RenderConfig, progress: bool = True) -> dict:
     }
 
 
-def _bar(shown: bool):
+def _bar(shown: bool) -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), disable=not shown)

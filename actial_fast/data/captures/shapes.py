@@ -37,6 +37,7 @@ DARK = (0.13, 0.13, 0.15)
 GLASS = (0.22, 0.27, 0.33)
 PALE = (0.97, 0.95, 0.85)
 Colour = tuple[float, float, float]
+Vector = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,15 @@ class _Builder:
         self.triangles.append(quads[:, [[0, 1, 2], [0, 2, 3]]].reshape(-1, 3, 3))
         self.colours.append(np.repeat(colours, 2, 0)[:, None].repeat(3, 1))
 
-    def box(self, center: tuple, size: tuple, pitch: float = 0.0, colour: Colour | None = None) -> None:
+    def box(self, center: Vector, size: Vector, pitch: float = 0.0, colour: Colour | None = None) -> None:
         """A box; `pitch` radians raises its +x end. Without `colour` each face has the colour of the side it looks to before the pitch."""
         c, s = np.cos(pitch), np.sin(pitch)
         quads = (_CUBE * np.array(size)) @ np.array([[c, 0, -s], [0, 1, 0], [s, 0, c]]).T + np.array(center)
         self._add(quads, self.palette if colour is None else np.tile(colour, (6, 1)))
 
-    def cylinder(self, center: tuple, radii: tuple, height: float, axis: str = "z", colour: Colour | None = None, n: int = 24) -> None:
+    def cylinder(
+        self, center: Vector, radii: tuple[float, float], height: float, axis: str = "z", colour: Colour | None = None, n: int = 24
+    ) -> None:
         """A truncated cone of radii (lower end, upper end) along `axis` ("z", or "y" for a wheel), its faces painted like a box's."""
         angle = 2 * np.pi * np.arange(n + 1) / n
         ring = np.stack([np.cos(angle), np.sin(angle), np.zeros(n + 1)], 1)
@@ -132,9 +135,9 @@ def _animal(b: _Builder, rng: np.random.Generator) -> None:
     length, width, body = rng.uniform(1.0, 1.4), rng.uniform(0.45, 0.65), rng.uniform(0.4, 0.6)
     leg, thick, head = rng.uniform(0.4, 0.75), rng.uniform(0.13, 0.19), rng.uniform(0.36, 0.5)
     neck = rng.uniform(0.0, 0.45)
-    for x in (1, -1):
+    for end in (1, -1):
         for y in (1, -1):
-            b.box((x * (length / 2 - thick), y * (width - thick) / 2, leg / 2), (thick, thick, leg))
+            b.box((end * (length / 2 - thick), y * (width - thick) / 2, leg / 2), (thick, thick, leg))
     b.box((0, 0, leg + body / 2), (length, width, body))
     x, z = length / 2 + head * 0.25, leg + body + neck
     b.box((length / 2 - 0.08, 0, leg + body * 0.7 + neck / 2), (0.24, width * 0.5, body * 0.5 + neck))
@@ -227,8 +230,9 @@ def load_mesh(path: Path, up: str = "y", front: str = "") -> Shape:
     if not solid.any() or not np.isfinite(triangles).all():
         raise ValueError(f"mesh {path} has no surface to render ({len(triangles)} triangles, finite area: {bool(solid.any())})")
     visual = mesh.visual
-    if visual.kind == "texture":
+    if isinstance(visual, trimesh.visual.TextureVisuals):
         visual = visual.to_color()
+    assert isinstance(visual, trimesh.visual.ColorVisuals)  # every Trimesh has either
     if visual.kind == "face":
         colours = np.repeat(visual.face_colors[:, None, :3] / 255, 3, 1)
     elif visual.kind == "vertex":

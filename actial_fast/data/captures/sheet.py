@@ -113,9 +113,19 @@ def _draw_sketch(axes: Axes, row: Row) -> None:
         tips = [place + 0.34 * view + 0.16 * side, place + 0.34 * view - 0.16 * side]
         axes.add_patch(Polygon([place, *tips], facecolor=color, alpha=0.3, edgecolor="none"))
         axes.add_patch(Circle(place, 0.085, facecolor=color, edgecolor="white", linewidth=0.8, zorder=3))
-        axes.text(*place, name, color="white", fontsize=7.5, fontweight="bold", ha="center", va="center_baseline", zorder=4)
-    style = {"arrowstyle": "-|>", "mutation_scale": 11, "color": INK, "linewidth": 1.3, "shrinkA": 9, "shrinkB": 9}
-    axes.add_patch(FancyArrowPatch(*places, connectionstyle=f"arc3,rad={0.25 if change > 0 else -0.25}", **style))
+        axes.text(place[0], place[1], name, color="white", fontsize=7.5, fontweight="bold", ha="center", va="center_baseline", zorder=4)
+    arrow = FancyArrowPatch(
+        tuple(places[0]),
+        tuple(places[1]),
+        arrowstyle="-|>",
+        connectionstyle=f"arc3,rad={0.25 if change > 0 else -0.25}",
+        shrinkA=9,
+        shrinkB=9,
+        mutation_scale=11,
+        color=INK,
+        linewidth=1.3,
+    )
+    axes.add_patch(arrow)
     axes.text(0, 1.2, f"azimuth {change:+.1f}\u00b0   yaw {meta['yaw_deg']:+.1f}\u00b0", fontsize=8.5, color=INK, ha="center", va="bottom")
     axes.set_xlim(-1.45, 1.45)
     axes.set_ylim(-1.2, 1.45)

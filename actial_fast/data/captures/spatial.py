@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -224,7 +225,7 @@ def viewpoint_test_objects(test: Path) -> set[str]:
         return {json.loads(line)["meta"]["object"] for line in lines}
 
 
-def spatial_questions(captures: Path, out: Path, config: SpatialConfig, test_objects: set[str], progress: bool = True) -> dict:
+def spatial_questions(captures: Path, out: Path, config: SpatialConfig, test_objects: set[str], progress: bool = True) -> dict[str, Any]:
     """Writes OUT/train.parquet and OUT/test.parquet from the captures below `captures`.
 
     test_objects: ids ("vehicle/0001": the folder below `captures`) of the objects that are asked about in the test file and nowhere else;

@@ -16,12 +16,12 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -67,6 +67,8 @@ QUESTIONS = {
 NO_PAIR = "no usable pair"
 SIDES = {1: "right", -1: "left"}
 OPPOSITE = {"left": "right", "right": "left"}
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class ViewpointConfig:
     workers: int = 0
     """processes that read captures; 0: up to one per core, as far as starting them pays. The output does not depend on it"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.min_angle < self.max_angle < 180:
             raise ValueError(f"min_angle={self.min_angle}, max_angle={self.max_angle}: need 0 < min_angle < max_angle < 180 degrees")
         if not 0 <= self.max_test_fraction < 1:
@@ -205,7 +207,7 @@ def build(captures: Path, out: Path, config: ViewpointConfig, progress: bool = T
         limit = config.test_examples if name == "test" else config.examples
         ordered = _balance(chosen, random.Random(f"{config.seed}/order/{name}"))
         lines = (row for pair in ordered for row in rows(pair, folder[pair["object"]], config.seed))
-        sides = {kind: Counter() for kind in KINDS}
+        sides: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
         written[name] = 0
         with _atomic(out / f"{name}.jsonl") as file:
             for row in lines:
@@ -236,7 +238,7 @@ def build(captures: Path, out: Path, config: ViewpointConfig, progress: bool = T
     return summary
 
 
-def _split(good: dict[str, list], config: ViewpointConfig, captures: Path) -> dict[str, list[dict]]:
+def _split(good: dict[str, list[dict[str, Any]]], config: ViewpointConfig, captures: Path) -> dict[str, list[dict[str, Any]]]:
     """The pairs of each split, at most one partial pair more than the rows asked for, taken evenly over the split's objects."""
     objects = sorted(good)
     random.Random(f"{config.seed}/split").shuffle(objects)
@@ -251,14 +253,14 @@ def _split(good: dict[str, list], config: ViewpointConfig, captures: Path) -> di
     return {"train": _evenly(good, objects[count:], train), "test": _evenly(good, objects[:count], wanted)}
 
 
-def _evenly(good: dict[str, list], objects: list[str], wanted: int | None) -> list[dict]:
+def _evenly(good: dict[str, list[dict[str, Any]]], objects: list[str], wanted: int | None) -> list[dict[str, Any]]:
     """The first `wanted` pairs, dealt round by round: no object gives another pair before every object that can has given as many."""
     rounds = max((len(good[name]) for name in objects), default=0)
     dealt = [good[name][r] for r in range(rounds) for name in objects if r < len(good[name])]
     return dealt[:wanted]
 
 
-def _balance(chosen: list[dict], draw: random.Random) -> list[dict]:
+def _balance(chosen: list[dict[str, Any]], draw: random.Random) -> list[dict[str, Any]]:
     """The pairs shuffled, each in the order that makes as many ego translations left as right (+- 1), and nearly so the other types."""
     # Usually left-moving cameras turn right. The rare pairs where they do not are dealt apart, or they could tip the rotations' balance.
     chosen = sorted(draw.sample(chosen, len(chosen)), key=lambda pair: pair["ego_translation"] == pair["ego_rotation"])
@@ -271,7 +273,7 @@ def _balance(chosen: list[dict], draw: random.Random) -> list[dict]:
     return ordered
 
 
-def _read_all(paths: list[Path], root: Path, cache: Path, config: ViewpointConfig, progress: bool) -> tuple[dict[str, dict], int]:
+def _read_all(paths: list[Path], root: Path, cache: Path, config: ViewpointConfig, progress: bool) -> tuple[dict[str, dict[str, Any]], int]:
     """What each capture gives, {object: part} in the order of `paths`, and how many were found in `cache`."""
     # What a part depends on; the rest of the config only decides which parts are used.
     free = replace(config, examples=None, test_examples=0, max_test_fraction=0.0, test_pairs_per_object=1, workers=0)
@@ -325,7 +327,7 @@ def _read_one(job: tuple[Path, Path, ViewpointConfig, str]) -> dict[str, Any]:
     return part
 
 
-def _map(function, jobs: list, workers: int) -> Iterator:
+def _map(function: Callable[[_Job], _Result], jobs: list[_Job], workers: int) -> Iterator[_Result]:
     """function over jobs, in order; in this process when there is not more than one worker."""
     if workers <= 1:
         yield from map(function, jobs)
@@ -339,7 +341,7 @@ def _map(function, jobs: list, workers: int) -> Iterator:
 
 
 @contextmanager
-def _atomic(path: Path):
+def _atomic(path: Path) -> Iterator[TextIO]:
     """A text file that appears under its name only when it is complete and on disk."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w") as file:
@@ -349,6 +351,6 @@ def _atomic(path: Path):
     os.replace(temporary, path)
 
 
-def _round(x: np.ndarray):
+def _round(x: np.ndarray) -> float | list[float]:
     """Floats at 7 significant digits, as a number or a list."""
     return [float(f"{v:.7g}") for v in x] if np.ndim(x) else float(f"{x:.7g}")

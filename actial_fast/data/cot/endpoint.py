@@ -11,7 +11,7 @@ import io
 import os
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import openai
 from PIL import Image
@@ -19,6 +19,9 @@ from PIL import Image
 from actial_fast.data.cot.writer import WriterError, check_cot
 from actial_fast.data.sources.row import IMAGE_TAG, Row, Turn, decode
 from actial_fast.data.sources.tags import tagged_answer
+
+if TYPE_CHECKING:
+    from openai.types.chat import ChatCompletionContentPartParam, ChatCompletionMessageParam
 
 TEMPLATE = """\
 <think>The first image shows the object from where the camera started; the second shows the same object after the camera moved. The
@@ -86,7 +89,7 @@ class EndpointWriter:
 
     def __call__(self, row: Row, rng: random.Random) -> str:
         """The last reply for `row`: the first that passes check_cot, or the one after `reasks` further attempts."""
-        messages: list[dict[str, Any]] = [
+        messages: list[ChatCompletionMessageParam] = [
             {"role": "system", "content": INSTRUCTION + self._template},
             {"role": "user", "content": _question(row)},
         ]
@@ -99,7 +102,7 @@ class EndpointWriter:
             messages = [*messages[:2], {"role": "assistant", "content": text}, {"role": "user", "content": retry}]
         return text
 
-    def _ask(self, messages: list[dict[str, Any]], seed: int) -> str:
+    def _ask(self, messages: list[ChatCompletionMessageParam], seed: int) -> str:
         try:
             reply = self._client.chat.completions.create(model=self._model, messages=messages, temperature=self._temperature, seed=seed)
             return (reply.choices[0].message.content or "").strip()
@@ -109,11 +112,11 @@ class EndpointWriter:
             raise WriterError(f"{type(error).__name__}: {error}") from error
 
 
-def _question(row: Row) -> list[dict[str, Any]]:
+def _question(row: Row) -> list[ChatCompletionContentPartParam]:
     """The row's question as OpenAI message parts, each image where its tag stands, and the true answer at the end."""
     text = "\n".join(turn.content for turn in row.prompt if turn.role != "system")
     images = iter(row.images)
-    parts: list[dict[str, Any]] = []
+    parts: list[ChatCompletionContentPartParam] = []
     for number, piece in enumerate(text.split(IMAGE_TAG)):
         if number:
             parts.append({"type": "image_url", "image_url": {"url": data_url(next(images), row.where)}})

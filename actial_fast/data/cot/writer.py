@@ -26,6 +26,7 @@ from actial_fast.data.sources.source import Source
 from actial_fast.data.sources.tags import TAG, is_well_formed, same_answer, tagged_answer
 
 Writer = Callable[[Row, random.Random], str]
+_Finished = tuple[Row, str | None, str | None]  # a row, its text, why it is rejected
 MAX_FAILURES = 20  # rows in a row without a reply: the endpoint is gone, not the row
 
 SHORT = {  # one wording a kind and no figures: a tiny model has to learn these from a few hundred rows
@@ -236,10 +237,10 @@ def write_cot(
 
 def _texts(
     source: Source, indices: Sequence[int], writer: Writer, seed: int, done: set[str], workers: int, out: Path
-) -> Iterator[tuple[Row, str | None, str | None]]:
+) -> Iterator[_Finished]:
     """(finished row, text, reason it is rejected) in order; text and reason are None for a row that was there before."""
 
-    def work(row: Row) -> tuple[Row, str | None, str | None]:
+    def work(row: Row) -> _Finished:
         try:
             text = writer(row, random.Random(f"{seed}/{row.id}"))
             if reason := check_cot(text, row):
@@ -252,12 +253,13 @@ def _texts(
         return replace(row, turns=(*row.prompt, Turn("assistant", text)), images=images), text, None
 
     seen: set[str] = set()
-    todo, ahead = iter(indices), deque()
+    todo = iter(indices)
+    ahead: deque[Future[_Finished]] = deque()
     with ThreadPoolExecutor(workers, "cot") as pool:
         try:
             while True:
                 while len(ahead) < 2 * workers and (index := next(todo, None)) is not None:
-                    future: Future = Future()
+                    future: Future[_Finished] = Future()
                     try:
                         row = source[index]
                         row = replace(row, id=row.id or row.where)

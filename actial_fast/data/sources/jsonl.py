@@ -69,8 +69,9 @@ class JsonRecords:
     def _index_array(self, skip: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         # latin-1 maps every byte to one character, so positions in the text are byte offsets; the structure of JSON is ASCII.
         text = self.path.read_bytes().decode("latin-1")
-        decoder, spans = json.JSONDecoder(), []
-        at = BLANK.match(text, text.index("[", skip) + 1).end()
+        decoder = json.JSONDecoder()
+        spans: list[tuple[int, int]] = []
+        at = _past_blank(text, text.index("[", skip) + 1)
         while text[at : at + 1] != "]" or spans:
             try:
                 _, end = decoder.raw_decode(text, at)
@@ -80,18 +81,24 @@ class JsonRecords:
                     "a cut-off file must be written again, or saved as one record a line (.jsonl)"
                 ) from None
             spans.append((at, end))
-            at = BLANK.match(text, end).end()
+            at = _past_blank(text, end)
             if text[at : at + 1] == "]":
                 break
             if text[at : at + 1] != ",":
                 raise ValueError(
                     f"{self.path}: expected ',' or ']' at byte {at}, after {len(spans)} records; the array is damaged or cut off"
                 )
-            at = BLANK.match(text, at + 1).end()
-        if BLANK.match(text, at + 1).end() != len(text):
+            at = _past_blank(text, at + 1)
+        if _past_blank(text, at + 1) != len(text):
             raise ValueError(f"{self.path}: text after the end of the array, at byte {at + 1}; one array a file")
         table = np.array(spans, np.int64).reshape(-1, 2)
         return table[:, 0], table[:, 1], np.arange(1, len(table) + 1)
+
+
+def _past_blank(text: str, at: int) -> int:
+    blank = BLANK.match(text, at)
+    assert blank is not None  # the pattern matches the empty text as well
+    return blank.end()
 
 
 def recover(path: Path) -> list[Any]:

@@ -33,7 +33,7 @@ class BadRow(ValueError):
         super().__init__(f"{where}: {reason}")
         self.where, self.reason = where, reason
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[BadRow], tuple[str, str]]:
         return BadRow, (self.where, self.reason)
 
 
@@ -96,11 +96,14 @@ class Row:
 
     def to_json(self, folder: Path) -> dict[str, Any]:
         """The JSON form, image paths relative to `folder`. Rows with embedded bytes have no such form (AssertionError)."""
-        assert all(isinstance(image, Path) for image in self.images), "only images on disk can be written as JSON"
+        images = []
+        for image in self.images:
+            assert isinstance(image, Path), "only images on disk can be written as JSON"
+            images.append(os.path.relpath(image, folder))
         out: dict[str, Any] = {
             "id": self.id,
             "messages": [{"role": t.role, "content": t.content} for t in self.turns],
-            "images": [os.path.relpath(image, folder) for image in self.images],
+            "images": images,
         }
         for key in ("truth", "kind", "choices", "meta"):
             if value := getattr(self, key):

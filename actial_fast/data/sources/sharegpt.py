@@ -8,6 +8,7 @@ the text in the last assistant turn's <answer> tags, or that whole turn when it 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from actial_fast.data.sources.jsonl import JsonRecords
 from actial_fast.data.sources.row import BadRow, Row, Turn
@@ -57,7 +58,7 @@ class ShareGptSource:
         return _images(record, self._records.where(index)) if isinstance(record, dict) else ()
 
 
-def _images(record: dict, where: str) -> tuple[str, ...]:
+def _images(record: dict[str, Any], where: str) -> tuple[str, ...]:
     images = record.get("images", record.get("image")) or []
     images = [images] if isinstance(images, str) else images
     if not (isinstance(images, list) and all(isinstance(image, str) for image in images)):
@@ -65,11 +66,11 @@ def _images(record: dict, where: str) -> tuple[str, ...]:
     return tuple(images)
 
 
-def _kind(record: dict) -> str:
+def _kind(record: dict[str, Any]) -> str:
     return next((str(record[key]) for key in KIND_KEYS if record.get(key)), "")
 
 
-def _turns(record: dict, where: str) -> tuple[Turn, ...]:
+def _turns(record: dict[str, Any], where: str) -> tuple[Turn, ...]:
     key = next((key for key in SPELLINGS if key in record), None)
     if key is None:
         raise BadRow(where, f"none of {', '.join(SPELLINGS)}")

@@ -207,7 +207,8 @@ def scan(source: Source, *, pixels: bool = True, progress: Callable[[int], None]
         pixels: also decode the images (the slow part); without it only the rows' text is checked.
         progress: called with the number of rows done after each row.
     """
-    bad, kinds = [], Counter()
+    bad: list[BadRow] = []
+    kinds: Counter[str] = Counter()
     verdicts: dict[Path, str] = {}  # image file -> why it is bad, "" when it decodes
     for index in range(len(source)):
         try:

@@ -93,7 +93,7 @@ class Stream:
         self._rank, self._world = rank, world
         self._rejects, self._encode = Rejects(rejects, rank, world), encode
         self._pool = ThreadPoolExecutor(workers, "stream") if workers else None
-        self._ahead: tuple[int, int, list[Future]] | None = None  # position, size, one future per slot of this rank
+        self._ahead: tuple[int, int, list[Future[Example | BadRow]]] | None = None  # position, size, one future per slot of this rank
         self._orders: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._barren = 0  # empty slots since the last good one
         self.position = 0
@@ -169,7 +169,7 @@ class Stream:
             self._ahead = (self.position, n, self._submit(self.position, n))
         return batch
 
-    def _submit(self, position: int, n: int) -> list[Future]:
+    def _submit(self, position: int, n: int) -> list[Future[Example | BadRow]]:
         futures = []
         for p in range(position + n * self._rank // self._world, position + n * (self._rank + 1) // self._world):
             k, index = self.locate(p)
@@ -231,7 +231,7 @@ class Pass:
         pool = ThreadPoolExecutor(self._workers, "stream") if self._workers else None
         places = ((source, index) for source in self._sources for index in range(len(source)))
         todo = islice(enumerate(places), self._positions.start, self._positions.stop, self._positions.step)
-        ahead: deque[Future] = deque()
+        ahead: deque[Future[Example | BadRow]] = deque()
         try:
             while True:
                 for position, (source, index) in islice(todo, (LOOKAHEAD if pool else 1) - len(ahead)):
@@ -251,10 +251,10 @@ class Pass:
                 pool.shutdown(cancel_futures=True)
 
 
-def _submit(pool: ThreadPoolExecutor | None, source: Source, index: int, position: int, encode: Encode | None) -> Future:
+def _submit(pool: ThreadPoolExecutor | None, source: Source, index: int, position: int, encode: Encode | None) -> Future[Example | BadRow]:
     if pool:
         return pool.submit(_load, source, index, position, encode)
-    future: Future = Future()
+    future: Future[Example | BadRow] = Future()
     future.set_result(_load(source, index, position, encode))
     return future
 
