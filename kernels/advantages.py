@@ -14,6 +14,8 @@ stay in L2; N is a few thousand in a step (512 prompts times 16 is 8192). In flo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -145,7 +147,7 @@ def group_advantages_kernel(
                 tl.store(advantages + j, value.to(advantages.dtype.element_ty), mask=j < N)
 
 
-def group_advantages(rewards: Tensor, groups: Tensor, spec, *, weights: Tensor | None = None) -> Tensor:
+def group_advantages(rewards: Tensor, groups: Tensor, spec: Any, *, weights: Tensor | None = None) -> Tensor:
     """Advantages of rewards (N,) or (N, R) of a floating dtype within groups (N,) int64 -> (N,) of the rewards' dtype.
 
     spec an AdvantageSpec; weights (R,) of a floating dtype, 1 when left out. A NaN reward is left out of its statistics and counts 0 in

@@ -11,6 +11,8 @@ is torch's, with image rows left out.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -147,14 +149,14 @@ def table_grad(grad: Tensor, input_ids: Tensor, image_slots: Tensor, rows: int) 
 
 class Embed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input_ids, table, features, image_slots, image_rows):
+    def forward(ctx: Any, input_ids: Tensor, table: Tensor, features: Tensor, image_slots: Tensor, image_rows: Tensor) -> Tensor:
         ctx.save_for_backward(input_ids, image_slots, image_rows)
         ctx.table_rows, ctx.feature_rows, ctx.feature_dtype = len(table), len(features), features.dtype
         return embed_forward(input_ids, table, features, image_slots, image_rows)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (input_ids, image_slots, image_rows), grad = ctx.saved_tensors, grad.contiguous()
         table = features = None
         if ctx.needs_input_grad[1]:

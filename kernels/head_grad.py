@@ -15,6 +15,7 @@ Bytes beside the products, 16-bit inputs: T V 4 by dlogits_kernel, V H 8 for eac
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -222,6 +223,7 @@ def backward(head: Head, parts: Softmax, entropy: Tensor, g_logp: Tensor, g_entr
     dtype, device = head.hidden.dtype, head.hidden.device
     compact = compact or dtype == torch.float16  # whose scale lives on the device
     tile, scaled = tile_for(dtype), parts.scaled
+    assert scaled is not None, "the forward pass has kept it"
     scale, count = _loss_scale(g_logp, g_entropy, dtype), torch.empty(1, dtype=torch.int32, device=device)
     position = source = None
     if compact:
@@ -320,7 +322,7 @@ def _products(head: Head, dx: Tensor, out: Gradients) -> None:
     if out.dhidden is not None:
         torch.mm(dx, head.weight, out=out.dhidden)
     if out.dweight is not None:
-        mixed = {} if dx.dtype == torch.float32 else {"out_dtype": torch.float32}
+        mixed: dict[str, Any] = {} if dx.dtype == torch.float32 else {"out_dtype": torch.float32}
         if out.add:
             torch.addmm(out.dweight, dx.T, head.hidden, out=out.dweight, **mixed)
         else:

@@ -62,7 +62,7 @@ class FusedLoss(torch.autograd.Function):
         return *(None if x is None else scale_(x, upstream).to(d) for x, d in zip(gradients, ctx.dtypes, strict=True)), None
 
 
-def _run(call: Call, width: int, wanted: Wanted) -> tuple[Tensor | None, ...]:
+def _run(call: Call, width: int, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Loss, statistics, log-probs, entropies; then the gradients of hidden, weight and bias, of the caller's width and as computed."""
     wanted = (wanted[0], wanted[1] or call.weight_grad is not None, wanted[2]) if any(wanted) else wanted
     head, sums, statistics = call.head, Sums(call.head, wanted, call.weight_grad), []
@@ -107,7 +107,7 @@ def linear_grpo_loss(
     cu_seqlens (S + 1,) on the CPU where the loss needs whole sequences, else None. With `wanted` autograd is left out: the gradients of
     hidden, weight and bias follow, for an upstream gradient of 1 and as computed (see `Sums`).
     """
-    vectors = {"token_weight": token_weight, "sampler_logp": sampler_logp, "policy_mask": policy_mask, "entropy_weight": entropy_weight}
+    vectors = {"sampler_logp": sampler_logp, "policy_mask": policy_mask, "entropy_weight": entropy_weight}
 
     def coefficients(logp: Tensor, entropy: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor | None, Tensor]:
         rows, sequences = slice(start, stop), None
@@ -116,7 +116,9 @@ def linear_grpo_loss(
             sequences = within.to(logp.device, non_blocking=True)
         part = {name: None if x is None else x[rows] for name, x in vectors.items()}
         old, ref = (None if x is None else x[rows] for x in (old_logp, ref_logp))
-        g_logp, g_entropy, partial = grpo_rows(logp, entropy, advantages[rows], old, ref, spec, cu_seqlens=sequences, **part)
+        g_logp, g_entropy, partial = grpo_rows(
+            logp, entropy, advantages[rows], old, ref, spec, token_weight=token_weight[rows], cu_seqlens=sequences, **part
+        )
         return g_logp, g_entropy if spec.entropy_coef else None, partial
 
     head = make_head(hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), temperature, softcap)

@@ -18,6 +18,7 @@ accumulated in float32.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -197,7 +198,8 @@ def backward(
             num_warps=BACKWARD_WARPS,
         )
         for i in range(2):
-            states, head, by_states, by_head = *inputs[2 * i : 2 * i + 2], *grads[2 * i : 2 * i + 2]
+            states, head = inputs[2 * i], inputs[2 * i + 1]
+            by_states, by_head = grads[2 * i], grads[2 * i + 1]
             by_logits = narrow[i][:, : weight.shape[0]]
             if by_states is not None:
                 torch.mm(by_logits, head, out=by_states[rows])
@@ -242,7 +244,9 @@ def add_mm_f32(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 class _LinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, ref_hidden, ref_weight, temperature, workspace_mb):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, temperature: float | Tensor, workspace_mb: float
+    ) -> Tensor:
         ctx.options = {"temperature": temperature, "workspace_mb": workspace_mb}
         kl, stats = linear_kl_forward(hidden, weight, ref_hidden, ref_weight, **ctx.options)
         ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, kl, stats)
@@ -250,8 +254,10 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return *linear_kl_backward(grad, *ctx.saved_tensors, ctx.needs_input_grad[:4], **ctx.options), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, ref_hidden, ref_weight, kl, stats = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:4]
+        return *linear_kl_backward(grad, hidden, weight, ref_hidden, ref_weight, kl, stats, wanted, **ctx.options), None, None
 
 
 def linear_kl_forward(

@@ -236,7 +236,7 @@ def grpo_loss_from_logits(
 
 class _LogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, temperature, inplace):
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float | Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
         logp, entropy, peak, log_total = _logprob(logits, targets, temperature)
         ctx.save_for_backward(logits, targets, entropy, peak, log_total)
         ctx.temperature, ctx.inplace = temperature, inplace
@@ -244,16 +244,19 @@ class _LogProb(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_logp, g_entropy):
-        out = _out(ctx.saved_tensors[0], ctx.inplace)
-        return _gradient(*ctx.saved_tensors, ctx.temperature, g_logp, g_entropy, None, out), None, None, None
+    def backward(ctx: Any, g_logp: Tensor, g_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        logits, targets, entropy, peak, log_total = ctx.saved_tensors
+        out = _out(logits, ctx.inplace)
+        return _gradient(logits, targets, entropy, peak, log_total, ctx.temperature, g_logp, g_entropy, None, out), None, None, None
 
 
 class _LateLoss(torch.autograd.Function):
     """The gradient of the logits in the backward, from the coefficients that the forward has found."""
 
     @staticmethod
-    def forward(ctx, logits, targets, temperature, inplace, spec, rows):
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, temperature: float | Tensor, inplace: bool, spec: Any, rows: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
         logp, entropy, peak, log_total = _logprob(logits, targets, temperature)
         g_logp, g_entropy, partial = grpo_rows(logp, entropy, spec=spec, **rows)
         ctx.save_for_backward(logits, targets, entropy, peak, log_total)
@@ -262,25 +265,29 @@ class _LateLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_loss, *_):
-        out = _out(ctx.saved_tensors[0], ctx.inplace)
-        return _gradient(*ctx.saved_tensors, ctx.temperature, *ctx.coefficients, g_loss, out), *[None] * 5
+    def backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        logits, targets, entropy, peak, log_total = ctx.saved_tensors
+        g_logp, g_entropy = ctx.coefficients
+        out = _out(logits, ctx.inplace)
+        return _gradient(logits, targets, entropy, peak, log_total, ctx.temperature, g_logp, g_entropy, g_loss, out), *[None] * 5
 
 
 class _EarlyLoss(torch.autograd.Function):
     """Loss and gradient of the logits in one launch."""
 
     @staticmethod
-    def forward(ctx, logits, targets, temperature, inplace, spec, rows, wanted):
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, temperature: float | Tensor, inplace: bool, spec: Any, rows: dict[str, Any], wanted: bool
+    ) -> tuple[Tensor, ...]:
         logp, entropy = (torch.empty(len(logits), device=logits.device, dtype=torch.float32) for _ in range(2))
         stats = torch.empty(len(logits), STATS.value, device=logits.device, dtype=torch.float32)
         out = _out(logits, inplace) if wanted else None
-        rows, numbers, options = arguments(spec, **rows)
+        vectors, numbers, options = arguments(spec, **rows)
         grpo_logits_kernel[(len(logits),)](
             logits=logits,
             targets=targets,
             temperature=temperature,
-            rows=rows,
+            rows=vectors,
             numbers=numbers,
             logp=logp,
             entropy=entropy,
@@ -293,18 +300,19 @@ class _EarlyLoss(torch.autograd.Function):
             ROW_TEMPERATURE=isinstance(temperature, Tensor),
             **(TWO_SWEEPS if wanted else SWEEP).block(logits.dtype),
         )
-        if wanted:
+        if out is not None:
             torch.autograd.graph.increment_version(out)
             ctx.save_for_backward(out)
         return _results(ctx, stats, logp, entropy)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_loss, *_):
-        return scale_(*ctx.saved_tensors, g_loss), *[None] * 6
+    def backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return scale_(gradient, g_loss), *[None] * 6
 
 
-def _results(ctx, partial: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, ...]:
+def _results(ctx: Any, partial: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, ...]:
     stats = partial.sum(0)
     ctx.mark_non_differentiable(stats, logp, entropy)
     return stats[1].clone(), stats, logp, entropy
@@ -330,7 +338,18 @@ def _out(logits: Tensor, inplace: bool) -> Tensor:
     return logits.detach() if inplace else torch.empty(logits.shape, device=logits.device, dtype=logits.dtype)
 
 
-def _gradient(logits, targets, entropy, peak, log_total, temperature, g_logp, g_entropy, factor, out) -> Tensor:
+def _gradient(
+    logits: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    peak: Tensor,
+    log_total: Tensor,
+    temperature: float | Tensor,
+    g_logp: Tensor,
+    g_entropy: Tensor,
+    factor: Tensor | None,
+    out: Tensor,
+) -> Tensor:
     block = SWEEP.block(logits.dtype)
     gradient_kernel[(len(logits),)](
         logits=logits,

@@ -105,7 +105,7 @@ def sequence_objective_kernel(
     through_sum = zero
     totals = ()
     for _ in tl.static_range(STATS):
-        totals += (zero,)
+        totals += (zero,)  # type: ignore[assignment]  # Triton unrolls the loop: each tuple is a new one
     for first in range(start, stop, BLOCK):
         at = first + tl.arange(0, BLOCK)
         inside = at < stop
@@ -144,7 +144,7 @@ def sequence_objective_kernel(
 def _added(a, b):
     out = ()
     for i in tl.static_range(STATS):
-        out += (a[i] + b[i],)
+        out += (a[i] + b[i],)  # type: ignore[assignment]  # likewise
     return out
 
 
@@ -180,8 +180,11 @@ def grpo_rows(
     )
     g_logp, g_entropy = torch.empty_like(logp), torch.empty_like(logp)
     sequences = spec.needs_sequences(sampler_logp is not None)
-    assert not sequences or cu_seqlens is not None, "the door asks for cu_seqlens"
-    programs = len(cu_seqlens) - 1 if sequences else triton.cdiv(len(logp), TOKEN_BLOCK)
+    if sequences:
+        assert cu_seqlens is not None, "the door asks for cu_seqlens"
+        programs = len(cu_seqlens) - 1
+    else:
+        programs = triton.cdiv(len(logp), TOKEN_BLOCK)
     partial = torch.empty(programs, STATS.value, device=logp.device, dtype=torch.float32)
     outputs = dict(g_logp=g_logp, g_entropy=g_entropy, partial=partial, OPTIONS=options)
     if sequences:

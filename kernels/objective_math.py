@@ -84,8 +84,8 @@ def arguments(
     entropy_weight: Tensor | None,
 ) -> tuple[Rows, Numbers, Options]:
     """What the kernels take, from a GRPOSpec and vectors (C,) on one device."""
-    given = (token_weight, advantages, old_logp, ref_logp, sampler_logp, policy_mask, entropy_weight)
-    rows = Rows(*(None if x is None else x.contiguous() for x in given))
+    optional = (old_logp, ref_logp, sampler_logp, policy_mask, entropy_weight)
+    rows = Rows(token_weight.contiguous(), advantages.contiguous(), *(None if x is None else x.contiguous() for x in optional))
     clip = spec.objective == "clip"
     numbers = Numbers(
         low=1.0 - spec.clip_low,

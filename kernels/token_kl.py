@@ -10,6 +10,8 @@ gradient when it is not one number), in one launch each. Everything is computed 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -100,7 +102,7 @@ def token_kl_backward(
 
 class TokenKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logp, ref_logp, kind):
+    def forward(ctx: Any, logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
         logp, ref_logp = logp.contiguous(), ref_logp.contiguous()
         ctx.save_for_backward(logp, ref_logp)
         ctx.kind = kind
@@ -108,9 +110,10 @@ class TokenKL(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_logp, need_ref_logp, _ = ctx.needs_input_grad
-        return *token_kl_backward(grad, *ctx.saved_tensors, ctx.kind, need_logp=need_logp, need_ref_logp=need_ref_logp), None
+        logp, ref_logp = ctx.saved_tensors
+        return *token_kl_backward(grad, logp, ref_logp, ctx.kind, need_logp=need_logp, need_ref_logp=need_ref_logp), None
 
 
 def token_kl(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:

@@ -86,7 +86,7 @@ class FusedLinearGRPOLoss(nn.Module):
         try:
             self.spec = GRPOSpec(
                 objective=objective,
-                ratio=importance_sampling_level,
+                ratio="sequence" if importance_sampling_level == "sequence" else "token",
                 clip_low=epsilon_low,
                 clip_high=epsilon_high - 1 if loss_type == "cispo" else epsilon_high,
                 clip_delta=delta if objective == "clip" else None,
@@ -145,7 +145,7 @@ class FusedLinearGRPOLoss(nn.Module):
         shape = _input.shape[:-1]
         if len(shape) != (1 if packed else 2):
             raise ValueError(f"_input: expected {'(T, H) with' if packed else '(B, L, H) without'} cu_seqlens, got {tuple(_input.shape)}")
-        rows = {"selected_token_ids": selected_token_ids, "attention_mask": attention_mask}
+        rows: dict[str, Tensor | None] = {"selected_token_ids": selected_token_ids, "attention_mask": attention_mask}
         rows |= {"ref_per_token_logps": ref_per_token_logps, "old_per_token_logps": old_per_token_logps}
         for name, x in rows.items():
             if x is not None and x.shape != shape:
@@ -157,7 +157,7 @@ class FusedLinearGRPOLoss(nn.Module):
         hidden, weight = _input.flatten(0, -2), lin_weight.to(_input.dtype)
         mask = attention_mask.flatten() != 0
         targets = torch.where(mask, selected_token_ids.flatten().long(), 0)  # padding may hold any id
-        head = {"bias": bias, "temperature": self.temperature, "workspace_mb": self.workspace_mb}
+        head: dict[str, Any] = {"bias": bias, "temperature": self.temperature, "workspace_mb": self.workspace_mb}
         old = None if old_per_token_logps is None else old_per_token_logps.flatten().detach()
         owner = reference.sequence_of_rows(cu_seqlens.to(hidden.device, non_blocking=True), len(hidden))
         advantage, sampler, policy_mask = advantages.detach()[owner], None, None
@@ -200,7 +200,9 @@ class FusedLinearGRPOLoss(nn.Module):
         mean = dict(zip(ops.STATS, stats / stats[0].clamp(min=1), strict=True))
         return loss, (*((mean["kl"],) if self.beta else ()), mean["clip_low"] + mean["clip_high"])
 
-    def _reference(self, targets: Tensor, logps: Tensor | None, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None):
+    def _reference(
+        self, targets: Tensor, logps: Tensor | None, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor | None:
         """The reference's log-probs (T,), where the loss has a KL term."""
         if not self.spec.beta:
             return None
@@ -252,7 +254,8 @@ def apply_liger(model: nn.Module, *, rope: bool = True, rms_norm: bool = True, s
 
     ValueError for another model or activation; ImportError without liger-kernel. Source: arXiv 2410.10989.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap = getattr(model, "get_base_model", None)
+    base = model if unwrap is None else unwrap()
     kind = getattr(getattr(base, "config", None), "model_type", type(base).__name__)
     if not str(kind).startswith("qwen2_5_vl"):
         raise ValueError(f"model: expected a Qwen2.5-VL of transformers, or a PEFT model around one, got {kind}")

@@ -23,7 +23,7 @@ import torch
 import trl.trainer.utils
 from torch import Tensor
 from torch.nn.functional import linear
-from trl import GRPOTrainer
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from actial_fast import ops
 from actial_fast.integrations import trl_loss
@@ -70,8 +70,10 @@ class LogProbFunction:
         scaling = trl_loss.head_scaling(temperature, final_logit_softcapping, logit_scale)
         weight, bias = trl_loss.like(hidden, weight), trl_loss.like(hidden, bias)
         logp, entropy = ops.linear_logprob(hidden, weight, targets, bias=bias, **scaling, workspace_mb=WORKSPACE_MB)
-        extra = {name: None for name in EXTRA_OUTPUTS} | _extra_outputs(hidden, weight, bias, targets, outputs, **scaling)
-        return logp.float(), entropy.float() if "entropy" in outputs else None, *extra.values()
+        entropy = entropy.float() if entropy is not None and "entropy" in outputs else None
+        extra = _extra_outputs(hidden, weight, bias, targets, outputs, **scaling)
+        log_sum_sq_probs, mean_logits, is_top1 = (extra.get(name) for name in EXTRA_OUTPUTS)
+        return logp.float(), entropy, log_sum_sq_probs, mean_logits, is_top1
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import functools
 import types
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict, overload
 
 import torch
 import trl.trainer.utils
@@ -102,7 +102,7 @@ def add_policy_loss(model: Any, temperature: float, cast_lm_head_to_fp32: bool =
         head, chosen = self.get_output_embeddings(), labels != -100
         refuse_partitioned(head.weight)
         hidden = out.last_hidden_state[:, :-1][chosen]  # (T, H)
-        as_is = contextlib.nullcontext()
+        as_is: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if cast_lm_head_to_fp32:
             hidden, as_is = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
         with as_is:
@@ -123,13 +123,24 @@ def _aux_loss(config: Any, out: Any, kwargs: dict[str, Any]) -> Tensor | None:
     return load_balancing_loss_func(out.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask"))
 
 
-def head_scaling(temperature: float, softcap: float | None, logit_scale: float) -> dict[str, float | None]:
+class Scaling(TypedDict):
+    """The arguments of our ops that scale the logits."""
+
+    temperature: float
+    softcap: float | None
+
+
+def head_scaling(temperature: float, softcap: float | None, logit_scale: float) -> Scaling:
     """softcap * tanh(logit_scale * x / softcap) / temperature as our ops write it, with the scale in the other two."""
     if not logit_scale > 0:
         raise ValueError(f"logit_scale: must be > 0, got {logit_scale}; {SUPPORTED}")
     return {"temperature": temperature / logit_scale, "softcap": None if softcap is None else softcap / logit_scale}
 
 
+@overload
+def like(hidden: Tensor, x: Tensor) -> Tensor: ...
+@overload
+def like(hidden: Tensor, x: None) -> None: ...
 def like(hidden: Tensor, x: Tensor | None) -> Tensor | None:
     """A head's parameter in the dtype of the hidden states, in which TRL multiplies; under autocast the op casts both."""
     return x if x is None or torch.is_autocast_enabled(hidden.device.type) else x.to(hidden.dtype)
@@ -175,7 +186,8 @@ def compute_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     spec = spec_of(_current(trainer))
     if trainer.use_adaptive_entropy and trainer._last_world_entropy > trainer.args.entropy_target:
         spec = replace(spec, entropy_coef=0.0)
-    kept, loss = mask.bool(), None
+    kept = mask.bool()
+    losses: list[Tensor] = []
 
     def head(hidden: Tensor, weight: Tensor, targets: Tensor, **scaling: Any) -> ops.GRPOLoss:
         nonlocal kept
@@ -184,19 +196,19 @@ def compute_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         policy = None
         if spec.top_entropy < 1 or trainer.off_policy_mask_threshold is not None:
             with torch.no_grad():
-                values = ops.linear_logprob(hidden, weight, targets, **scaling)
-            kept, policy = _chosen(trainer, inputs, mask, spec, *(_grid(rows, x) for x in values))
+                logp, entropy = ops.linear_logprob(hidden, weight, targets, **scaling)
+            assert entropy is not None
+            kept, policy = _chosen(trainer, inputs, mask, spec, _grid(rows, logp), _grid(rows, entropy))
             policy = policy[rows]
         bonus = kept[rows].float() / (kept.sum().clamp(min=1) * steps) if spec.entropy_coef else None
         given = _rows(trainer, inputs, rows, spec, steps, training)
         return ops.linear_grpo_loss(hidden, weight, targets, spec=spec, **given, policy_mask=policy, entropy_weight=bonus, **scaling)
 
     def score(labels: Tensor, fused_lm_head: bool, **model_inputs: Any) -> types.SimpleNamespace:
-        nonlocal loss
         prompt = torch.zeros(len(mask), labels.shape[1] - mask.shape[1], dtype=torch.bool, device=mask.device)
         labels = labels.masked_fill(~torch.cat([prompt, mask.bool()], 1), -100)
         out = model(**model_inputs, labels=labels, policy_loss=head)
-        loss = out["loss"]
+        losses.append(out["loss"])
         return types.SimpleNamespace(**out)
 
     # TRL's own function makes the model's inputs; in the place of the model it calls `score`, for the whole batch at once
@@ -205,7 +217,7 @@ def compute_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     flags = {"compute_entropy": True, "compute_aux_loss": trainer.aux_loss_enabled}
     logp, entropy, aux = trainer._get_per_token_logps_and_entropies(score, ids, attention, mask.shape[1], **flags, **shown)
 
-    mode = "train" if training else "eval"
+    (loss,), mode = losses, "train" if training else "eval"
     if trainer._entropy_bonus_enabled:
         _log_entropy_bonus(trainer, mode, loss.detach(), entropy.detach(), kept, spec, steps)
     if trainer.aux_loss_enabled:

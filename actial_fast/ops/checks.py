@@ -35,9 +35,8 @@ def head(
     match(w, weight, h, hidden, dtype=False)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
-        hidden, weight, bias = (
-            x if x is None or x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight, bias)
-        )
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = _cast(hidden, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
     match(w, weight, h, hidden)
     if weight.shape[1] > 1 and weight.stride(1) != 1:
         raise ValueError(f"{w}: its rows must be contiguous, got strides {weight.stride()}; pass {w}.contiguous()")
@@ -52,7 +51,7 @@ def head(
     if not workspace_mb > 0:
         raise ValueError(f"workspace_mb: must be > 0, got {workspace_mb}")
     if not torch.is_grad_enabled():  # an autograd.Function cannot tell: its inputs still ask for gradients
-        hidden, weight, bias = (x if x is None else x.detach() for x in (hidden, weight, bias))
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     return hidden.contiguous(), weight, bias
 
 
@@ -78,11 +77,11 @@ def grpo_rows(
             raise ValueError(f"cu_seqlens: needed for aggregation={spec.aggregation!r}; pass it, or token_weight (T,)")
         one = torch.arange(2) * count if cu_seqlens is None else cu_seqlens  # [0, T]; tensor() would fix T in a compiled graph
         token_weight = reference.token_weights(spec, one, mask=torch.ones(count, dtype=torch.bool, device=device))
-    rows |= {"advantages": advantages, "token_weight": token_weight}
     rows = {name: None if x is None else row(name, x, like) for name, x in rows.items()}
+    advantages, token_weight = row("advantages", advantages, like), row("token_weight", token_weight, like)
     if spec.beta > 0 and rows["ref_logp"] is None:
         raise ValueError(f"ref_logp: needed for beta={spec.beta}; pass the reference's log-probs (T,) or set beta to 0")
-    if _readable(like) and (rows["advantages"].isnan() & (rows["token_weight"] != 0)).any():
+    if _readable(like) and (advantages.isnan() & (token_weight != 0)).any():
         raise ValueError("advantages: NaN in rows that count; give unscorable samples 0 (as group_advantages does) or mask their rows")
     if policy_mask is not None:
         if policy_mask.shape != (count,) or policy_mask.dtype != torch.bool:
@@ -92,6 +91,7 @@ def grpo_rows(
     if needed and (cu_seqlens is None or cu_seqlens.is_cuda):
         got = "None" if cu_seqlens is None else f"a tensor on {cu_seqlens.device}"
         raise ValueError(f"cu_seqlens: this spec's rows depend on their sequence; pass it on the CPU, (S + 1,) int32 or int64, got {got}")
+    rows |= {"advantages": advantages, "token_weight": token_weight}
     return {**rows, "policy_mask": policy_mask, "cu_seqlens": cu_seqlens if needed else None}
 
 
@@ -158,6 +158,10 @@ def weight_grad(x: Tensor | None, weight: Tensor) -> Tensor | None:
     if torch.is_grad_enabled() and not weight.requires_grad:
         raise ValueError("weight_grad: weight does not require a gradient, so nothing would be added; leave it out for a frozen head")
     return x
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == torch.float64 else x.to(dtype)
 
 
 def _readable(x: Tensor) -> bool:

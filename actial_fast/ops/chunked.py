@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,7 @@ def linear_grpo_loss(
     ref_logp: Tensor | None,
     spec: GRPOSpec,
     *,
+    token_weight: Tensor,
     cu_seqlens: Tensor | None,
     bias: Tensor | None,
     temperature: float | Tensor,
@@ -95,15 +97,16 @@ def linear_grpo_loss(
     out: the gradients of hidden, weight and bias follow the results, for an upstream gradient of 1 and as computed (see `Result`).
     """
     chunks, block = _plan(hidden, weight, workspace_mb, cu_seqlens)
-    positional = (advantages, old_logp, ref_logp)
 
     def terms(rows: slice, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
         inside = None
         if cu_seqlens is not None:
             inside = cu_seqlens[(cu_seqlens >= rows.start) & (cu_seqlens <= rows.stop)] - rows.start
-        part = (None if x is None else x[rows] for x in positional)
+        assert entropy is not None, "the job asks for it"
+        old, ref = (None if x is None else x[rows] for x in (old_logp, ref_logp))
+        others = {name: None if x is None else x[rows] for name, x in named.items()}
         return reference.grpo_terms(
-            logp, entropy, *part, spec, cu_seqlens=inside, **{name: None if x is None else x[rows] for name, x in named.items()}
+            logp, entropy, advantages[rows], old, ref, spec, token_weight=token_weight[rows], cu_seqlens=inside, **others
         )
 
     job = Job(targets, temperature, softcap, chunks, block, terms, len(STATS), skip=skip_zero_rows, weight_grad=weight_grad)
@@ -188,7 +191,7 @@ def _run(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Resul
         entropy=zeros.new_empty(rows) if job.entropy else None,
         dhidden=zeros.new_zeros(hidden.shape, dtype=dtype if hidden.dtype == torch.float16 else hidden.dtype) if to_hidden else None,
         dweight=(zeros.new_zeros(weight.shape) if job.weight_grad is None else job.weight_grad) if to_weight else None,
-        dbias=zeros.new_zeros(bias.shape) if to_bias else None,
+        dbias=zeros.new_zeros(bias.shape) if to_bias and bias is not None else None,
     )
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk in job.chunks:
@@ -204,11 +207,11 @@ def _run_chunk(chunk: slice, hidden: Tensor, weight: Tensor, bias: Tensor | None
     temperature = job.temperature[chunk, None] if isinstance(job.temperature, Tensor) else job.temperature
     soft = Softmax.of(_logits(h, weight, bias, temperature, job), targets, job.entropy)
     out.logp[chunk] = soft.logp
-    if job.entropy:
+    if out.entropy is not None and soft.entropy is not None:  # both, or neither
         out.entropy[chunk] = soft.entropy
     if job.terms is None:
         return
-    g, g_entropy = _coefficients(chunk, soft, job, out)
+    g, g_entropy = _coefficients(chunk, soft, job.terms, any(job.wanted), out)
     if g is None:
         return
     index = torch.nonzero(g if g_entropy is None else (g != 0) | (g_entropy != 0)).squeeze(1) if job.skip else torch.arange(len(g))
@@ -228,13 +231,12 @@ def _run_chunk(chunk: slice, hidden: Tensor, weight: Tensor, bias: Tensor | None
         out.dbias += dx.sum(0)
 
 
-def _coefficients(chunk: slice, soft: Softmax, job: Job, out: Result) -> tuple[Tensor | None, Tensor | None]:
+def _coefficients(chunk: slice, soft: Softmax, terms: Terms, wanted: bool, out: Result) -> tuple[Tensor | None, Tensor | None]:
     """Adds the chunk's loss and statistics to `out`; d loss / d logp and d loss / d entropy (C,), the latter None where it is all 0."""
-    wanted = any(job.wanted)
     with torch.set_grad_enabled(wanted):
         logp = soft.logp.detach().requires_grad_(wanted)
-        entropy = soft.entropy.detach().requires_grad_(wanted) if job.entropy else None
-        loss, stats = job.terms(chunk, logp, entropy)
+        entropy = None if soft.entropy is None else soft.entropy.detach().requires_grad_(wanted)
+        loss, stats = terms(chunk, logp, entropy)
     out.loss += loss.detach()
     out.stats += stats
     if not wanted:
@@ -288,7 +290,9 @@ def _plan(hidden: Tensor, weight: Tensor, workspace_mb: float, cu_seqlens: Tenso
     return chunks + [slice(start, end)] * (end > start), block
 
 
-def _loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, wanted: Wanted | None) -> tuple[Tensor | None, ...]:
+def _loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, wanted: Wanted | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, *tuple[Tensor | None, ...]]:
     """Loss, statistics, log-probs and entropies: known to autograd, or followed by the gradients that are wanted."""
     if wanted is None:
         return _LinearLoss.apply(hidden, weight, bias, job)
@@ -301,18 +305,20 @@ def _logprob_gradients(
 ) -> tuple[Tensor | None, ...]:
     def upstream(rows: slice, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
         loss = (logp * (0 if g_logp is None else g_logp[rows])).sum()
-        return loss if entropy is None else loss + (entropy * g_entropy[rows]).sum(), loss.new_zeros(0)
+        if entropy is not None and g_entropy is not None:  # both, or neither
+            loss = loss + (entropy * g_entropy[rows]).sum()
+        return loss, loss.new_zeros(0)
 
     out = _run(hidden, weight, bias, replace(job, terms=upstream, entropy=g_entropy is not None, wanted=wanted))
     pairs = zip((out.dhidden, out.dweight, out.dbias), (hidden, weight, bias), strict=True)
-    return tuple(None if g is None else g.to(x.dtype) for g, x in pairs)
+    return tuple(None if g is None or x is None else g.to(x.dtype) for g, x in pairs)
 
 
 class _LinearLogprob(torch.autograd.Function):
     """Keeps hidden states and head, and computes the logits again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, job):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> tuple[Tensor, Tensor | None]:
         out = _run(hidden, weight, bias, job)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.job = job
@@ -321,15 +327,16 @@ class _LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_logp, g_entropy):
-        return *_logprob_gradients(*ctx.saved_tensors, ctx.job, g_logp, g_entropy, ctx.needs_input_grad[:3]), None
+    def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        return *_logprob_gradients(hidden, weight, bias, ctx.job, g_logp, g_entropy, ctx.needs_input_grad[:3]), None
 
 
 class _LinearLoss(torch.autograd.Function):
     """Computes the gradients with the loss; the backward pass multiplies them by the upstream gradient."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, job):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         job = replace(job, wanted=ctx.needs_input_grad[:3])
         out = _run(hidden, weight, bias, job)
         ctx.save_for_backward(out.dhidden, out.dweight, out.dbias)
@@ -340,7 +347,7 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, *_):
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         one = bool(upstream == 1)
         if ctx.buffered and not one:
             raise ValueError(

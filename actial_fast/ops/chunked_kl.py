@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,9 @@ from actial_fast.ops.chunked import _blocks
 
 class _LinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, ref_hidden, ref_weight, temperature, workspace_mb):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, temperature: float | Tensor, workspace_mb: float
+    ) -> Tensor:
         inputs = hidden, weight, ref_hidden, ref_weight
         kl, _ = linear_kl_forward(*inputs, temperature=temperature, workspace_mb=workspace_mb)
         ctx.save_for_backward(*inputs, kl)
@@ -29,9 +32,10 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        *inputs, kl = ctx.saved_tensors
-        return *linear_kl_backward(grad, *inputs, kl, None, ctx.needs_input_grad[:4], **ctx.options), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, ref_hidden, ref_weight, kl = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:4]
+        return *linear_kl_backward(grad, hidden, weight, ref_hidden, ref_weight, kl, None, wanted, **ctx.options), None, None
 
 
 def linear_kl_forward(
@@ -70,10 +74,10 @@ def linear_kl_backward(
         torch.exp(log_p, out=p)
         if wanted[0] or wanted[1]:
             by_logits = log_p.sub_(log_q).sub_(kl[rows, None]).mul_(p).mul_(factor)
-            _add_gradients(by_logits, rows, *inputs[:2], *grads[:2], block)
+            _add_gradients(by_logits, rows, hidden, weight, grads[0], grads[1], block)
         if wanted[2] or wanted[3]:
             by_logits = log_q.exp_().sub_(p).mul_(factor)
-            _add_gradients(by_logits, rows, *inputs[2:], *grads[2:], block)
+            _add_gradients(by_logits, rows, ref_hidden, ref_weight, grads[2], grads[3], block)
     return [None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
 
 

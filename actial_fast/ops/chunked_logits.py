@@ -11,6 +11,7 @@ Computed in float32, in float64 for float64 inputs, in place as far as it goes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,7 @@ class Softmax:
         if h is None:
             out = p.mul_(-g)
         else:
+            assert self.entropy is not None, "it was asked for, as its coefficient says"
             h = h[:, None] / temperature
             out = self.z.add_(self.entropy[:, None] - self.total.log()).mul_(h).add_(g).mul_(p).neg_()
         del self.z, self.e
@@ -84,13 +86,14 @@ def grpo_loss_from_logits(
     ref_logp: Tensor | None,
     spec: GRPOSpec,
     *,
+    token_weight: Tensor,
     temperature: float | Tensor,
     inplace: bool,
     **named: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `ops.grpo_loss_from_logits`: only vectors (T,) stand between the two passes over the logits."""
     logp, entropy = logprob_from_logits(logits, targets, temperature=temperature, inplace_backward=inplace)
-    loss, stats = reference.grpo_terms(logp, entropy, advantages, old_logp, ref_logp, spec, **named)
+    loss, stats = reference.grpo_terms(logp, entropy, advantages, old_logp, ref_logp, spec, token_weight=token_weight, **named)
     return loss, stats, logp.detach(), entropy.detach()
 
 
@@ -98,7 +101,7 @@ class _LogitsLogprob(torch.autograd.Function):
     """Keeps the logits (T, V) that its caller holds anyway."""
 
     @staticmethod
-    def forward(ctx, logits, targets, temperature, inplace):
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float | Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
         logp, entropy, *_ = logits_forward(logits, targets, temperature=temperature)
         ctx.save_for_backward(logits, targets)
         ctx.temperature, ctx.inplace = temperature, inplace
@@ -107,7 +110,7 @@ class _LogitsLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_logp, g_entropy):
+    def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, targets = ctx.saved_tensors
         out = logits.detach() if ctx.inplace else torch.empty_like(logits)
         logits_backward(logits, targets, None, None, None, g_logp, g_entropy, out, temperature=ctx.temperature)
@@ -118,7 +121,7 @@ def logits_forward(logits: Tensor, targets: Tensor, *, temperature: float | Tens
     """Log-probs and entropies (T,), unknown to autograd; then nothing, where the kernels leave what their backward pass needs."""
     logp, entropy = (torch.empty(len(logits), dtype=compute_dtype(logits), device=logits.device) for _ in range(2))
     for rows in _logits_chunks(logits):
-        logp[rows], entropy[rows] = _rows(logits, targets, temperature, rows)
+        logp[rows], entropy[rows] = _values(logits, targets, temperature, rows)
     return logp, entropy, None, None
 
 
@@ -136,21 +139,32 @@ def logits_backward(
 ) -> None:
     """Writes the gradient of the logits to `out` (T, V), which may be the logits; everything is computed from these again."""
     for rows in _logits_chunks(logits):
-        out[rows] = _rows(logits, targets, temperature, rows, g_logp, g_entropy)
+        out[rows] = _gradient(logits, targets, temperature, rows, g_logp, g_entropy)
 
 
-def _rows(
-    logits: Tensor, targets: Tensor, temperature: float | Tensor, rows: slice, *upstream: Tensor | None
-) -> tuple[Tensor, Tensor] | Tensor:
-    """Log-probs and entropies of the rows; given the upstream gradients of both, either of which may be None, the logits' gradient."""
-    if isinstance(temperature, Tensor):
-        temperature = temperature[rows, None]
-    g_logp, g_entropy = (None if g is None else g[rows] for g in upstream or (None, None))
-    z = logits[rows].to(compute_dtype(logits), copy=True).div_(temperature)
-    soft = Softmax.of(z, targets[rows], entropy=not upstream or g_entropy is not None)
-    if not upstream:
-        return soft.logp, soft.entropy
-    return soft.gradient(targets[rows], torch.zeros_like(soft.logp) if g_logp is None else g_logp, g_entropy, temperature, None)
+def _values(logits: Tensor, targets: Tensor, temperature: float | Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the rows."""
+    soft = _softmax(logits, targets, _column(temperature, rows), rows, entropy=True)
+    assert soft.entropy is not None
+    return soft.logp, soft.entropy
+
+
+def _gradient(
+    logits: Tensor, targets: Tensor, temperature: float | Tensor, rows: slice, g_logp: Tensor | None, g_entropy: Tensor | None
+) -> Tensor:
+    """The logits' gradient of the rows from those of log-probs and entropies (T,), either of which may be None."""
+    temperature = _column(temperature, rows)
+    soft = _softmax(logits, targets, temperature, rows, entropy=g_entropy is not None)
+    g = torch.zeros_like(soft.logp) if g_logp is None else g_logp[rows]
+    return soft.gradient(targets[rows], g, None if g_entropy is None else g_entropy[rows], temperature, None)
+
+
+def _softmax(logits: Tensor, targets: Tensor, temperature: float | Tensor, rows: slice, *, entropy: bool) -> Softmax:
+    return Softmax.of(logits[rows].to(compute_dtype(logits), copy=True).div_(temperature), targets[rows], entropy)
+
+
+def _column(temperature: float | Tensor, rows: slice) -> float | Tensor:
+    return temperature[rows, None] if isinstance(temperature, Tensor) else temperature
 
 
 def _logits_chunks(logits: Tensor) -> list[slice]:

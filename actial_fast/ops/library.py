@@ -100,4 +100,4 @@ def _fields(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(field.name for field in dataclasses.fields(kind) if field.name not in numbers), numbers
 
 
-_FIELDS = {kind: _fields(kind) for kind in (GRPOSpec, AdvantageSpec)}
+_FIELDS: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {kind: _fields(kind) for kind in (GRPOSpec, AdvantageSpec)}

@@ -22,7 +22,7 @@ from actial_fast.ops.spec import GRPOSpec
 # ---- log-probs
 
 
-def _logprob_shapes(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _logprob_shapes(hidden: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden)) for _ in range(2))
 
 
@@ -43,8 +43,8 @@ def _linear_logprob(
 
 
 def _logprob_gradient_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    pairs = zip((hidden, weight, bias), rest[-1], strict=True)
-    return filled(hidden, *(torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else None for x, wanted in pairs))
+    inputs = (x if wanted else None for x, wanted in zip((hidden, weight, bias), rest[-1], strict=True))
+    return filled(hidden, *(None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs))
 
 
 @operator(_logprob_gradient_shapes)
@@ -63,7 +63,9 @@ def _linear_logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     scaling = {"bias": bias, "temperature": joined(temperature, row_temperature), "softcap": softcap}
     run = implementation(hidden, "linear_logprob", chunked.linear_logprob_backward)
-    return filled(hidden, *run(hidden, weight, targets, g_logp, g_entropy, tuple(wanted), **scaling, workspace_mb=workspace_mb))
+    gradients = run(hidden, weight, targets, g_logp, g_entropy, tuple(wanted), **scaling, workspace_mb=workspace_mb)
+    dhidden, dweight, dbias = filled(hidden, *gradients)
+    return dhidden, dweight, dbias
 
 
 def _save_logprob(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -108,7 +110,7 @@ def _loss_gradient_shapes(
     kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # a loss scale is yet to come
     dtype, wanted = compute_dtype(hidden), (wanted[0], wanted[1] and weight_grad is None, wanted[2])
     kinds = zip((hidden, weight, bias), (kept, dtype, dtype), wanted, strict=True)
-    return filled(hidden, *(hidden.new_empty(x.shape, dtype=d) if want else None for x, d, want in kinds))
+    return filled(hidden, *(hidden.new_empty(x.shape, dtype=d) if want and x is not None else None for x, d, want in kinds))
 
 
 def _grpo_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -167,7 +169,8 @@ def _linear_grpo_loss(
         workspace_mb=workspace_mb,
         wanted=tuple(wanted),
     )
-    return filled(hidden, *results)
+    loss, stats, logp, entropy, dhidden, dweight, dbias = filled(hidden, *results)
+    return loss, stats, logp, entropy, dhidden, dweight, dbias
 
 
 def _cross_entropy_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -188,7 +191,8 @@ def _linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     run = implementation(hidden, "linear_grpo", chunked.linear_cross_entropy)
     more = {"bias": bias, "softcap": softcap, "weight_grad": weight_grad, "workspace_mb": workspace_mb, "wanted": tuple(wanted)}
-    return filled(hidden, *run(hidden, weight, targets, token_weight, **more))
+    loss, dhidden, dweight, dbias = filled(hidden, *run(hidden, weight, targets, token_weight, **more))
+    return loss, dhidden, dweight, dbias
 
 
 def _loss_shapes(loss: Tensor, *_: Any) -> Tensor:

@@ -42,7 +42,8 @@ def _linear_kl(
 ) -> tuple[Tensor, Tensor]:
     run = implementation(hidden, "linear_kl", chunked_kl.linear_kl_forward)
     options = {"temperature": joined(temperature, row_temperature), "workspace_mb": workspace_mb}
-    return filled(hidden, *run(hidden, weight, ref_hidden, ref_weight, **options))
+    kl, stats = filled(hidden, *run(hidden, weight, ref_hidden, ref_weight, **options))
+    return kl, stats
 
 
 def _kl_gradient_shapes(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -65,7 +66,9 @@ def _linear_kl_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     run = implementation(hidden, "linear_kl", chunked_kl.linear_kl_backward)
     options = {"temperature": joined(temperature, row_temperature), "workspace_mb": workspace_mb}
-    return filled(grad, *run(grad, hidden, weight, ref_hidden, ref_weight, kl, stats, tuple(wanted), **options))
+    gradients = run(grad, hidden, weight, ref_hidden, ref_weight, kl, stats, tuple(wanted), **options)
+    dhidden, dweight, dref_hidden, dref_weight = filled(grad, *gradients)
+    return dhidden, dweight, dref_hidden, dref_weight
 
 
 def _save_kl(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -107,7 +110,8 @@ def _logprob_from_logits(
     logits: Tensor, targets: Tensor, temperature: float, row_temperature: Tensor | None, inplace_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     run = implementation(logits, "logits", chunked_logits.logits_forward)
-    return filled(logits, *run(logits, targets, temperature=joined(temperature, row_temperature)))
+    logp, entropy, peak, log_total = filled(logits, *run(logits, targets, temperature=joined(temperature, row_temperature)))
+    return logp, entropy, peak, log_total
 
 
 @operator(lambda *_: None, "out")
@@ -158,6 +162,7 @@ def grpo_loss_from_logits(
     ref_logp: Tensor | None,
     spec: GRPOSpec,
     *,
+    token_weight: Tensor,
     cu_seqlens: Tensor | None,
     temperature: float | Tensor,
     inplace: bool,
@@ -166,7 +171,9 @@ def grpo_loss_from_logits(
     """As `ops.grpo_loss_from_logits`: between the two passes over the logits there are rows only, which the compiler fuses itself."""
     logp, entropy = logprob_from_logits(logits, targets, temperature=temperature, inplace_backward=inplace)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(logits.device, non_blocking=True)
-    loss, stats = reference.grpo_terms(logp, entropy, advantages, old_logp, ref_logp, spec, cu_seqlens=cu_seqlens, **named)
+    loss, stats = reference.grpo_terms(
+        logp, entropy, advantages, old_logp, ref_logp, spec, token_weight=token_weight, cu_seqlens=cu_seqlens, **named
+    )
     return loss, stats, logp.detach(), entropy.detach()
 
 
