@@ -26,26 +26,29 @@ from torch import Tensor
 
 from actial_fast import ops
 from actial_fast.data.sources.stream import Example
-from actial_fast.evaluation.evaluate import evaluate
+from actial_fast.evaluation.evaluate import held_out
 from actial_fast.model.policy import Policy, load_reference
 from actial_fast.model.processor import Processor
 from actial_fast.packing.batch import Sequence
-from actial_fast.rollout.embedded import generate
+from actial_fast.rollout.embedded import Reply, generate
+from actial_fast.rollout.kept import Kept
 from actial_fast.settings.recipe import GRPORecipe
 from actial_fast.tasks.rewards import score
-from actial_fast.train import checkpoint
-from actial_fast.train.dist import World, clip_gradients, reduce_gradients, shard, world
+from actial_fast.train.dist import World, clip_gradients, is_sharded, reduce_gradients, shard, world
+from actial_fast.train.guard import Guard
 from actial_fast.train.rounds import Pass, Round, balanced, passes
 from actial_fast.train.stage import (
-    Stopped,
     begin,
-    graceful_stop,
+    digest,
+    draw,
+    finished,
     open_log,
     open_stage,
     parameters_of,
+    report_skipped,
     set_learning_rate,
-    stage_folder,
 )
+from actial_fast.train.stopping import NEVER, GivenUp, Stop, Stopped
 
 
 @dataclass(frozen=True)
@@ -76,90 +79,117 @@ class Sample:
 def train(recipe: GRPORecipe) -> Path:
     """Run the stage, or go on with it, or do nothing when it is finished; returns the folder of the final model.
 
-    Raises ValueError for a recipe or data that cannot be used, Stopped after a signal (with a checkpoint written).
+    Raises ValueError for a recipe or data that cannot be used, NonFinite when too many steps in a row were, Stopped after a signal (with a
+    checkpoint written, and the replies drawn for the step under way kept).
     """
     if recipe.prompts % recipe.minibatch:
         raise ValueError(f"minibatch: prompts ({recipe.prompts}) must be a multiple of it, got {recipe.minibatch}")
     longest = recipe.data.max_prompt_tokens + recipe.sampling.max_new_tokens
     if recipe.packing == "packed" and recipe.pack_tokens < longest:
         raise ValueError(f"pack_tokens: a prompt and its reply may have {longest} tokens and must fit, got {recipe.pack_tokens}")
-    with world() as where:
-        return _train(recipe, where)
+    with world(recipe.dist.timeout) as where:
+        return finished(recipe) or _train(recipe, where)
 
 
 def _train(recipe: GRPORecipe, where: World) -> Path:
-    folder = stage_folder(recipe)
-    start = begin(recipe, where)
-    if done := checkpoint.final(folder):
-        return done
-    stage = open_stage(recipe, start, where, Processor.encode_prompt)
-    policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
-    reference = None
-    if (recipe.loss.beta > 0 or not recipe.skip_reference) and not policy.adapted:
-        reference = load_reference(recipe.model, where.device, packed=recipe.packing == "packed")
-        reference = shard(reference, where) if recipe.dist.fsdp else reference
-    total = recipe.steps
-    with open_log(recipe, start, total, where) as log, graceful_stop() as asked:
-        if start == 0 and recipe.eval.sources:
-            log.event("eval", evaluate(policy, processor, recipe.eval, where, seed=recipe.seed), 0)
-        for step in range(start + 1, total + 1):
-            began = time.perf_counter()
-            rate = set_learning_rate(optimizer, recipe.optim, step, total)
-            examples = stream.next_batch(recipe.prompts)
-            samples = _sample(policy, processor, examples, recipe)
-            sampled_in = time.perf_counter() - began
-            minibatches = [[s for s in samples if s.minibatch == m] for m in range(recipe.prompts // recipe.minibatch)]
-            counts = [where.total([sum(map(len, each)), len(each)]) for each in minibatches]
-            kept = [balanced(_kept(each, recipe), lambda s: s.sequence, recipe, processor, where) for each in minibatches]
-            ahead = _passes(policy, reference, processor, kept, recipe, where)
-            kept = _log_probs(policy, reference, kept, ahead, recipe)
-            stats, norms = torch.zeros(len(ops.STATS), device=where.device), []
-            for minibatch, count, rounds in zip(kept, counts, ahead.updates, strict=True):
-                stats += _accumulate(policy, minibatch, count, rounds, recipe, where)
-                reduce_gradients(parameters_of(policy), where)
-                norms.append(clip_gradients(parameters_of(policy), recipe.optim.clip_norm))
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            figures = stats.double().cpu().numpy() / len(norms)  # the first wait for the device
-            metrics = _metrics(samples, figures, recipe, where, time.perf_counter() - began)
-            if rejected := where.total([stream.rejected])[0]:
-                metrics["rejected_rows"] = rejected
-            log.step(step, {**metrics, "lr": rate, "grad_norm": float(sum(norms)) / len(norms), "sampling_seconds": sampled_in})
-            if recipe.log_rollouts and step in (1, (total + 1) // 2, total):
-                log.event("rollouts", _shown(processor, examples, samples, recipe), step)
-            last = step == total
-            if recipe.eval.sources and (last or (recipe.eval.every and step % recipe.eval.every == 0)):
-                log.event("eval", evaluate(policy, processor, recipe.eval, where, seed=recipe.seed), step)
-            stop = where.max(len(asked)) > 0
-            if last or stop or (recipe.save.every and step % recipe.save.every == 0):
-                state = {"position": stream.position}
-                checkpoint.save(folder, step, policy, processor, optimizer, state, where, keep=recipe.save.keep, last=last)
-            if stop and not last:
-                raise Stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
-    stream.close()
-    return folder / "final" / "model"
+    with contextlib.ExitStack() as stack:
+        start = begin(recipe, where, Processor.encode_prompt, stack)
+        stage = open_stage(recipe, start, where, Processor.encode_prompt)
+        policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
+        parameters, guard, total = parameters_of(policy), Guard(optimizer, recipe.optim.max_skipped), recipe.steps
+        reference = None
+        if (recipe.loss.beta > 0 or not recipe.skip_reference) and not policy.adapted:
+            reference = load_reference(recipe.model, where.device, packed=recipe.packing == "packed")
+            reference = shard(reference, where) if recipe.dist.fsdp else reference
+        log, stop = stack.enter_context(open_log(recipe, start, total, where)), stack.enter_context(Stop(where))
+        replies = Kept(stage.folder, digest(recipe))
+        try:
+            for step in range(start + 1, total + 2):
+                mark = stage.mark()
+                held_out(policy, processor, recipe, where, log, step - 1, stop)
+                if step > total:
+                    break
+                began = time.perf_counter()
+                rate = set_learning_rate(optimizer, recipe.optim, step, total)
+                examples = draw(stream, recipe.prompts, where)
+                samples = _sample(policy, processor, examples, recipe, where, replies.at(step), stop)
+                sampled_in = time.perf_counter() - began
+                minibatches = [[s for s in samples if s.minibatch == m] for m in range(recipe.prompts // recipe.minibatch)]
+                counts = [where.total([sum(map(len, each)), len(each)]) for each in minibatches]
+                kept = [balanced(_kept(each, recipe), lambda s: s.sequence, recipe, processor, where) for each in minibatches]
+                ahead = _passes(policy, reference, processor, kept, recipe, where)
+                kept = _log_probs(policy, reference, kept, ahead, recipe, stop)
+                stats, norms = torch.zeros(len(ops.STATS), device=where.device), []
+                for m, (minibatch, count, rounds) in enumerate(zip(kept, counts, ahead.updates, strict=True)):
+                    found = _accumulate(policy, minibatch, count, rounds, recipe, where, stop if m == 0 else NEVER)
+                    reduce_gradients(parameters, where)
+                    norms.append(clip_gradients(parameters, recipe.optim.clip_norm))
+                    made = guard.step(found[ops.STATS.index("loss")], norms[-1])
+                    stats += torch.where(made, found, 0)
+                skipped = guard.skipped()  # the first wait for the device
+                figures = stats.double().cpu().numpy() / max(1, len(norms) - len(skipped))
+                metrics = _metrics(samples, figures, recipe, where, time.perf_counter() - began)
+                if rejected := where.total([stream.rejected])[0]:
+                    metrics["rejected_rows"] = rejected
+                metrics |= {"lr": rate, "grad_norm": float(sum(norms)) / len(norms), "sampling_seconds": sampled_in}
+                log.step(step, metrics | {"skipped_updates": len(skipped)})
+                if recipe.log_rollouts and step in (1, (total + 1) // 2, total):
+                    log.event("rollouts", _shown(processor, examples, samples, recipe), step)
+                if skipped:
+                    rows = [e.row.where for e in examples if e.position % len(norms) in skipped]
+                    report_skipped(log, guard, rows, step, where)
+                if stop.agreed() or step == total or (recipe.save.every and step % recipe.save.every == 0):
+                    stage.save(step, where, keep=recipe.save.keep)
+                if where.main:
+                    replies.clear()
+                if stop.asked:
+                    raise Stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
+        except GivenUp:
+            stage.give_up(mark, step, where, keep=recipe.save.keep)
+            told = "the replies drawn since are kept; the same command goes on from here"
+            raise Stopped(f"{recipe.name}: stopped at step {step - 1} of {total}; {told}") from None
+        stage.finish(step - 1, where, keep=recipe.save.keep)
+        stream.close()
+    return stage.folder / "final" / "model"
 
 
-def _sample(policy: Policy, processor: Processor, examples: Many[Example], recipe: GRPORecipe) -> list[Sample]:
-    """n scored replies to each of this rank's prompts, in order, with their advantages."""
-    n, weights = recipe.sampling.n, np.array([r.weight for r in recipe.rewards], np.float32)
-    prompts = [example.encoded for example in examples]
+def _sample(
+    policy: Policy,
+    processor: Processor,
+    examples: Many[Example],
+    recipe: GRPORecipe,
+    where: World,
+    kept: Kept | None = None,
+    stop: Stop = NEVER,
+) -> list[Sample]:
+    """n scored replies to each of this rank's prompts, in order, with their advantages. Every rank calls."""
+    n, weights = recipe.sampling.n, torch.tensor([r.weight for r in recipe.rewards])
+    prompts, positions = [example.encoded for example in examples], [example.position for example in examples]
+    have = kept.load(positions, n) if kept else {}
+
+    def keep(made: dict[int, list[Reply]]) -> None:
+        if kept:
+            kept.add({positions[i]: group for i, group in made.items()})
+
     groups = generate(
         policy,
         processor,
         prompts,
         n,
-        keys=[(recipe.seed, example.position) for example in examples],
+        keys=[(recipe.seed, position) for position in positions],
         temperature=recipe.sampling.temperature,
         max_new_tokens=recipe.sampling.max_new_tokens,
         batch_size=recipe.sampling.batch_size,
+        have={i: have[position] for i, position in enumerate(positions) if position in have},
+        drawn=keep,
+        asked=lambda: stop.asked,
     )
+    stop.leave()
     replies = [reply for group in groups for reply in group]
     texts = [processor.decode(reply.ids) for reply in replies]
     rewards = score(texts, [example.row for example in examples for _ in range(n)], recipe.rewards)
-    totals = np.where(np.isnan(rewards).all(1), np.nan, np.nansum(rewards * weights, axis=1))
-    owner = torch.arange(len(examples)).repeat_interleave(n)
-    advantages = ops.group_advantages(torch.from_numpy(totals), owner, recipe.advantages)
+    advantages = _advantages(rewards, len(examples), weights, recipe, where)
+    totals = np.where(np.isnan(rewards).all(1), np.nan, np.nansum(rewards * weights.numpy(), axis=1))
     steps = recipe.prompts // recipe.minibatch
     return [
         Sample(
@@ -169,11 +199,21 @@ def _sample(policy: Policy, processor: Processor, examples: Many[Example], recip
             rewards=rewards[i],
             reward=float(totals[i]),
             advantage=float(advantages[i]),
-            minibatch=examples[i // n].position % steps,  # of the global batch, so that ranks do not change which prompts go together
+            minibatch=positions[i // n] % steps,  # of the global batch, so that ranks do not change which prompts go together
             finished=reply.finished,
         )
         for i, reply in enumerate(replies)
     ]
+
+
+def _advantages(rewards: np.ndarray, groups: int, weights: Tensor, recipe: GRPORecipe, where: World) -> Tensor:
+    """The advantages (N,) of this rank's replies from their rewards (N, R), in `groups` of n. Some statistics are of the whole batch, so
+    the rewards of all ranks go in."""
+    everyone = where.gather([rewards])
+    before = sum(len(part) for part in everyone[: where.rank])
+    table = torch.from_numpy(np.concatenate(everyone))
+    owner = torch.arange(len(table)) // recipe.sampling.n
+    return ops.group_advantages(table, owner, recipe.advantages, weights=weights)[before : before + groups * recipe.sampling.n]
 
 
 @dataclass(frozen=True)
@@ -214,28 +254,30 @@ def _kept(samples: list[Sample], recipe: GRPORecipe) -> list[Sample]:
 
 
 def _log_probs(
-    policy: Policy, reference: Policy | None, minibatches: Many[list[Sample]], rounds: Passes, recipe: GRPORecipe
+    policy: Policy, reference: Policy | None, minibatches: Many[list[Sample]], rounds: Passes, recipe: GRPORecipe, stop: Stop = NEVER
 ) -> list[list[Sample]]:
     """The samples with old log-probs where the policy will have moved (after the first mini-batch), and reference ones where beta asks."""
     minibatches = list(minibatches)
     if rounds.old is not None:
         late = minibatches[_on_policy(recipe) :]
-        old = iter(_forward_only(policy, [s.sequence for samples in late for s in samples], rounds.old, recipe))
+        old = iter(_forward_only(policy, [s.sequence for samples in late for s in samples], rounds.old, recipe, stop))
         minibatches[_on_policy(recipe) :] = [[replace(s, old=next(old)) for s in samples] for samples in late]
     if rounds.ref is not None:
         with contextlib.nullcontext() if reference is not None else policy.adapter_off():
-            ref = iter(_forward_only(reference or policy, [s.sequence for each in minibatches for s in each], rounds.ref, recipe))
+            ref = iter(_forward_only(reference or policy, [s.sequence for each in minibatches for s in each], rounds.ref, recipe, stop))
         minibatches = [[replace(s, ref=next(ref)) for s in samples] for samples in minibatches]
     return minibatches
 
 
 @torch.no_grad()
-def _forward_only(policy: Policy, sequences: list[Sequence], rounds: Iterator[Round], recipe: GRPORecipe) -> list[Tensor]:
-    """Log-probs of each sequence's trained tokens, (n,) float32 each, on the device."""
+def _forward_only(
+    policy: Policy, sequences: list[Sequence], rounds: Iterator[Round], recipe: GRPORecipe, stop: Stop = NEVER
+) -> list[Tensor]:
+    """Log-probs of each sequence's trained tokens, (n,) float32 each, on the device. Every rank calls."""
     was_training = policy.training
     policy.eval()
     out: list[Tensor] = [torch.empty(0)] * len(sequences)
-    for each in rounds:
+    for each in stop.until(rounds, together=is_sharded(policy)):
         logp = policy(
             each.batch,
             lambda hidden, head, b=each.batch: ops.linear_logprob(
@@ -246,21 +288,29 @@ def _forward_only(policy: Policy, sequences: list[Sequence], rounds: Iterator[Ro
         for k, part in zip(each.members, logp.split([*sizes, each.idle]), strict=False):
             out[k] = part
     policy.train(was_training)
+    stop.leave()
     return out
 
 
 def _accumulate(
-    policy: Policy, samples: list[Sample], counts: Many[float], rounds: Iterator[Round], recipe: GRPORecipe, where: World
+    policy: Policy,
+    samples: list[Sample],
+    counts: Many[float],
+    rounds: Iterator[Round],
+    recipe: GRPORecipe,
+    where: World,
+    stop: Stop = NEVER,
 ) -> Tensor:
     """Gradients of one global mini-batch's loss, from this rank's samples, which the rounds go over; returns the global statistics
     (len(ops.STATS),) float32, on the device.
 
-    counts: tokens and replies of the global mini-batch, those that were left out included. With loss.top_entropy < 1 the threshold is that
+    counts: tokens and replies of the global mini-batch, those that were left out included. stop: for the step's first one, which
+    may be given up. With loss.top_entropy < 1 the threshold is that
     of each micro-batch, so the update depends on how these are cut.
     """
     spec, (tokens, replies) = recipe.loss, counts
     stats = torch.zeros(len(ops.STATS), device=where.device)
-    for each in rounds:
+    for each in stop.until(rounds, together=is_sharded(policy)):
         chosen, idle = [samples[k] for k in each.members], each.idle
 
         def rows(values: list[np.ndarray], idle: int = idle) -> Tensor:
@@ -292,6 +342,7 @@ def _accumulate(
         )
         result.loss.backward()
         stats += result.stats
+    stop.leave()
     return where.sum(stats)
 
 
@@ -301,21 +352,27 @@ def _metrics(samples: list[Sample], stats: np.ndarray, recipe: GRPORecipe, where
     mean = {name: named[name] / named["tokens"] for name in ops.STATS if named["tokens"]}
     n = recipe.sampling.n
     groups = [samples[i : i + n] for i in range(0, len(samples), n)]
+    rewards = np.array([s.rewards for s in samples], np.float64).reshape(-1, len(recipe.rewards))
+    totals = np.array([s.reward for s in samples])
     local = [
         len(samples),
-        np.nansum([s.reward for s in samples]),
         sum(map(len, samples)),
         sum(len(s.sequence) for s in samples),
         sum(s.finished for s in samples),
-        sum(len({s.reward for s in group}) == 1 for group in groups),
-        *(np.nansum([s.rewards[k] for s in samples]) for k in range(len(recipe.rewards))),
+        sum(len({s.reward for s in group if not np.isnan(s.reward)}) < 2 for group in groups),
+        np.isfinite(totals).sum(),
+        np.nansum(totals),
+        *np.isfinite(rewards).sum(0),
+        *np.nansum(rewards, 0),
     ]
-    count, reward, length, tokens, finished, flat, *parts = where.total(local)
+    count, length, tokens, finished, flat, scored, reward, *parts = where.total(local)
+    known, sums = parts[: len(recipe.rewards)], parts[len(recipe.rewards) :]
     count = max(count, 1)
     return {
         "loss": named["loss"],
-        "reward": reward / count,
-        **{f"reward/{r.name}": part / count for r, part in zip(recipe.rewards, parts, strict=True)},
+        "reward": reward / scored if scored else np.nan,  # means are over the replies that were scored
+        **{f"reward/{r.name}": sums[k] / known[k] if known[k] else np.nan for k, r in enumerate(recipe.rewards)},
+        "unscored": 1 - scored / count,
         "response_length": length / count,
         "finished": finished / count,
         "zero_variance_groups": flat * n / count,

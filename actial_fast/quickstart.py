@@ -32,7 +32,7 @@ from actial_fast.report.page import write_report
 from actial_fast.settings.config import to_yaml
 from actial_fast.settings.recipe import EvalConfig, GRPORecipe, SFTRecipe
 from actial_fast.train import checkpoint
-from actial_fast.train.stage import Stopped
+from actial_fast.train.stopping import Stopped
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ gradient does not depend on the number of ranks or micro-batches.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -16,98 +17,101 @@ import torch
 from torch import Tensor
 
 from actial_fast import ops
-from actial_fast.evaluation.evaluate import evaluate
+from actial_fast.evaluation.evaluate import held_out
 from actial_fast.model.policy import Policy
 from actial_fast.model.processor import Processor
 from actial_fast.packing.batch import Sequence
 from actial_fast.settings.recipe import SFTRecipe
-from actial_fast.train import checkpoint
-from actial_fast.train.dist import World, clip_gradients, reduce_gradients, world
+from actial_fast.train.dist import World, clip_gradients, is_sharded, reduce_gradients, world
+from actial_fast.train.guard import Guard
 from actial_fast.train.rounds import Pass, balanced, passes
 from actial_fast.train.stage import (
-    Stopped,
     begin,
-    graceful_stop,
+    draw,
+    finished,
     open_log,
     open_stage,
     parameters_of,
+    report_skipped,
     set_learning_rate,
-    stage_folder,
 )
+from actial_fast.train.stopping import NEVER, GivenUp, Stop, Stopped
 
 
 def train(recipe: SFTRecipe) -> Path:
     """Run the stage, or go on with it, or do nothing when it is finished; returns the folder of the final model.
 
-    Raises ValueError for a recipe or data that cannot be used, Stopped after a signal (with a checkpoint written).
+    Raises ValueError for a recipe or data that cannot be used, NonFinite when too many steps in a row were, Stopped after a signal (with a
+    checkpoint written).
     """
-    with world() as where:
-        return _train(recipe, where)
+    with world(recipe.dist.timeout) as where:
+        return finished(recipe) or _train(recipe, where)
 
 
 def _train(recipe: SFTRecipe, where: World) -> Path:
-    folder = stage_folder(recipe)
-    start = begin(recipe, where)
-    if done := checkpoint.final(folder):
-        return done
-    stage = open_stage(recipe, start, where, Processor.encode)
-    policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
-    total = recipe.steps or max(1, round(recipe.epochs * stream.epoch_length / recipe.batch_size))
-    with open_log(recipe, start, total, where) as log, graceful_stop() as asked:
-        for step in range(start + 1, total + 1):
-            began = time.perf_counter()
-            rate = set_learning_rate(optimizer, recipe.optim, step, total)
-            sequences = [example.encoded for example in stream.next_batch(recipe.batch_size)]
-            sequences = balanced(sequences, lambda s: s, recipe, processor, where)
-            loss, answer_tokens = _accumulate(policy, processor, sequences, recipe, where)
-            reduce_gradients(parameters_of(policy), where)
-            norm = clip_gradients(parameters_of(policy), recipe.optim.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            tokens, rejected = where.total([sum(map(len, sequences)), stream.rejected])
-            loss_value, norm_value = float(loss), float(norm)  # the first wait for the device
-            seconds = time.perf_counter() - began
-            log.step(
-                step,
-                {
-                    "loss": loss_value,
+    with contextlib.ExitStack() as stack:
+        start = begin(recipe, where, Processor.encode, stack)
+        stage = open_stage(recipe, start, where, Processor.encode)
+        policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
+        parameters, guard = parameters_of(policy), Guard(optimizer, recipe.optim.max_skipped)
+        total = recipe.steps or max(1, round(recipe.epochs * stream.epoch_length / recipe.batch_size))
+        log, stop = stack.enter_context(open_log(recipe, start, total, where)), stack.enter_context(Stop(where))
+        try:
+            for step in range(start + 1, total + 2):
+                mark = stage.mark()
+                results = held_out(policy, processor, recipe, where, log, step - 1, stop)
+                if step > total or (results and _reached(results, recipe, step - 1)):
+                    break
+                began = time.perf_counter()
+                rate = set_learning_rate(optimizer, recipe.optim, step, total)
+                examples = draw(stream, recipe.batch_size, where)
+                sequences = balanced([example.encoded for example in examples], lambda s: s, recipe, processor, where)
+                loss, answer_tokens = _accumulate(policy, processor, sequences, recipe, where, stop)
+                reduce_gradients(parameters, where)
+                norm = clip_gradients(parameters, recipe.optim.clip_norm)
+                guard.step(loss, norm)
+                tokens, rejected = where.total([sum(map(len, sequences)), stream.rejected])
+                skipped = guard.skipped()  # the first wait for the device
+                seconds = time.perf_counter() - began
+                metrics = {
+                    "loss": float(loss),
                     "lr": rate,
-                    "grad_norm": norm_value,
+                    "grad_norm": float(norm),
                     "answer_tokens": answer_tokens,
                     "tokens_per_s": tokens / seconds,
                     "seconds": seconds,
                     **({"rejected_rows": rejected} if rejected else {}),
-                },
-            )
-            last = step == total
-            if recipe.eval.sources and (last or (recipe.eval.every and step % recipe.eval.every == 0)):
-                results = evaluate(policy, processor, recipe.eval, where, seed=recipe.seed)
-                log.event("eval", results, step)
-                last = last or _reached(results, recipe, step)
-            stop = where.max(len(asked)) > 0
-            if last or stop or (recipe.save.every and step % recipe.save.every == 0):
-                state = {"position": stream.position}
-                checkpoint.save(folder, step, policy, processor, optimizer, state, where, keep=recipe.save.keep, last=last)
-            if last:
-                break
-            if stop:
-                raise Stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
-    stream.close()
-    return folder / "final" / "model"
+                }
+                log.step(step, metrics | {"skipped_updates": len(skipped)})
+                if skipped:
+                    report_skipped(log, guard, [example.row.where for example in examples], step, where)
+                if stop.agreed() or step == total or (recipe.save.every and step % recipe.save.every == 0):
+                    stage.save(step, where, keep=recipe.save.keep)
+                if stop.asked:
+                    raise Stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
+        except GivenUp:
+            stage.give_up(mark, step, where, keep=recipe.save.keep)
+            raise Stopped(f"{recipe.name}: stopped at step {step - 1} of {total}; the same command goes on from here") from None
+        stage.finish(step - 1, where, keep=recipe.save.keep)
+        stream.close()
+    return stage.folder / "final" / "model"
 
 
-def _accumulate(policy: Policy, processor: Processor, sequences: list[Sequence], recipe: SFTRecipe, where: World) -> tuple[Tensor, int]:
+def _accumulate(
+    policy: Policy, processor: Processor, sequences: list[Sequence], recipe: SFTRecipe, where: World, stop: Stop = NEVER
+) -> tuple[Tensor, int]:
     """Gradients of the global batch's loss, from this rank's sequences; returns the global loss, on the device, and answer tokens."""
     lengths = np.array([s.trained[1:].sum() for s in sequences], np.int64)
     counts = where.total([lengths.sum(), len(sequences)])
     total = torch.zeros((), device=where.device)
     (rounds,) = passes([Pass(policy, sequences, trained=True)], recipe, processor, where)
-    for each in rounds:
+    for each in stop.until(rounds, together=is_sharded(policy)):
         weights = _token_weights([sequences[k] for k in each.members], recipe.loss_weighting, counts)
         token_weight = torch.from_numpy(np.append(weights, np.zeros(each.idle, np.float32))).to(where.device, non_blocking=True)
         loss = policy(each.batch, lambda hidden, head, b=each.batch, w=token_weight: ops.linear_cross_entropy(hidden, head, b.targets, w))
         loss.backward()
         total += loss.detach()
+    stop.leave()
     return where.sum(total), int(counts[0])
 
 
@@ -119,6 +123,6 @@ def _token_weights(members: list[Sequence], weighting: str, counts: list[float])
 
 def _reached(results: dict[str, dict[str, Any]], recipe: SFTRecipe, step: int) -> bool:
     """True when every question type of every source has the accuracy that ends the stage."""
-    if not recipe.stop_accuracy or step < recipe.stop_steps:
+    if not recipe.stop_accuracy or step < recipe.stop_steps or len(results) < len(recipe.eval.sources):
         return False
     return all(f["accuracy"] >= recipe.stop_accuracy for table in results.values() for f in table["kinds"].values())

@@ -42,6 +42,7 @@ from actial_fast.settings.recipe import (
 )
 from actial_fast.tasks.rewards import RewardConfig
 from actial_fast.train import checkpoint
+from actial_fast.train.preflight import FIRST
 from actial_fast.train.stage import build_optimizer
 from tests.loops import ALONE, accumulate, log_probs
 
@@ -202,7 +203,9 @@ def _moved(recipe, lab):
     processor = Processor.load(str(lab.model))
     policy = load_policy(recipe.model, ALONE.device, 0, packed=True)
     reference = load_policy(recipe.model, ALONE.device, 0, packed=True).eval()
-    samples = grpo._sample(policy, processor, Stream(recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4), recipe)
+    samples = grpo._sample(
+        policy, processor, Stream(recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4), recipe, ALONE
+    )
     samples = [replace(s, minibatch=0, advantage=0.0 if i < 4 else s.advantage) for i, s in enumerate(samples)]
     ahead = grpo._passes(policy, reference, processor, [samples], recipe, ALONE)
     (samples,) = grpo._log_probs(policy, reference, [samples], ahead, recipe)
@@ -228,7 +231,7 @@ def test_old_logprobs_only_after_the_first_minibatch_and_equal_the_samplers(grpo
     policy, processor = load_policy(grpo_recipe.model, ALONE.device, 0, packed=True), Processor.load(str(lab.model))
     reference = load_policy(grpo_recipe.model, ALONE.device, 0, packed=True).eval()
     examples = Stream(grpo_recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4)
-    samples = grpo._sample(policy, processor, examples, grpo_recipe)
+    samples = grpo._sample(policy, processor, examples, grpo_recipe, ALONE)
     minibatches = [[s for s in samples if s.minibatch == m] for m in range(2)]
     ahead = grpo._passes(policy, reference, processor, minibatches, grpo_recipe, ALONE)
     samples = [s for each in grpo._log_probs(policy, reference, minibatches, ahead, grpo_recipe) for s in each]
@@ -242,7 +245,7 @@ def test_old_logprobs_only_after_the_first_minibatch_and_equal_the_samplers(grpo
 @pytest.mark.parametrize("minibatch", [1, 2, 4])
 def test_a_steps_metrics_are_means_over_its_minibatches(minibatch, grpo_recipe, monkeypatch):
     stats = torch.arange(1.0, len(grpo.ops.STATS) + 1)
-    monkeypatch.setattr(grpo, "_accumulate", lambda policy, samples, counts, rounds, recipe, where: stats.clone())
+    monkeypatch.setattr(grpo, "_accumulate", lambda *a: stats.clone())
     recipe = replace(grpo_recipe, minibatch=minibatch, steps=1, loss=GRPOSpec(beta=0.0), save=SaveConfig(every=0, tensorboard=False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "clip_gradients", lambda parameters, limit: torch.tensor(2.0))
@@ -259,7 +262,7 @@ def test_what_is_skipped_does_not_change_the_update(switch, grpo_recipe, lab):
     with torch.no_grad():
         reference.base.lm_head.weight.mul_(1.1)
     examples = Stream(grpo_recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4)
-    samples = grpo._sample(policy, processor, examples, grpo_recipe)
+    samples = grpo._sample(policy, processor, examples, grpo_recipe, ALONE)
     found = []
     for value in (True, False):
         recipe = replace(grpo_recipe, loss=GRPOSpec(beta=0.0), skip_zero_variance=False, **{switch: value})
@@ -516,20 +519,22 @@ def test_a_failing_rank_ends_the_job_with_its_error(sft_recipe, tmp_path):
 def test_bad_rows_end_the_run_or_are_skipped_and_counted(kind, sft_recipe, grpo_recipe, tmp_path):
     """A row that only the tokenizer can refuse, among good ones; also a batch in which nothing is left."""
     path = tmp_path / "rows.jsonl"
-    texts = ["fine", "<|im_end|>", "<|im_end|>", "fine too"]
+    texts = ["fine"] * FIRST + ["<|im_end|>"] * 2  # behind the rows that the preflight looks at
     rows = [Row((Turn("user", t), Turn("assistant", "A")), truth="A", id=str(i)) for i, t in enumerate(texts)]
     path.write_text("".join(json.dumps(row.to_json(tmp_path)) + "\n" for row in rows))
     recipe, loop = (sft_recipe, sft) if kind == "sft" else (grpo_recipe, grpo)
     sizes = {"batch_size": 1} if kind == "sft" else {"prompts": 1, "minibatch": 1}
     data = DataConfig(sources=(SourceConfig(str(path)),), workers=1)
-    recipe = replace(recipe, data=data, steps=4, save=SaveConfig(every=0, tensorboard=False), **sizes)
-    with pytest.raises(BadRow, match=r"rows.jsonl:[23]: the text contains the special token"):
+    recipe = replace(recipe, data=data, steps=6, save=SaveConfig(every=0, tensorboard=False), **sizes)
+    with pytest.raises(BadRow, match=r"rows.jsonl:[56]: the text contains the special token"):
         loop.train(recipe)
     skipping = replace(recipe, run=str(tmp_path / "skip"), data=replace(data, on_bad_row="skip"))
     loop.train(skipping)
-    assert read_metrics(tmp_path / "skip")[-1]["rejected_rows"] == 2
+    metrics = read_metrics(tmp_path / "skip")
+    assert metrics[-1]["rejected_rows"] >= 2 and len(metrics) == 6
+    assert all(m["answer_tokens" if kind == "sft" else "response_length"] > 0 for m in metrics), "no step trains on nothing"
     rejects = [json.loads(line) for line in (tmp_path / "skip" / kind / "rejects.jsonl").read_text().splitlines()]
-    assert sorted(r["where"].rsplit(":")[-1] for r in rejects) == ["2", "3"]
+    assert sorted(r["where"].rsplit(":")[-1] for r in rejects) == ["5", "6"]
 
 
 def test_metrics_are_strict_json(sft_recipe):

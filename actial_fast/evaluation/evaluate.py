@@ -12,49 +12,123 @@ from actial_fast.data.sources.tags import extract_answer, is_well_formed, same_a
 from actial_fast.evaluation.statistics import Record, accuracy_table
 from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
+from actial_fast.report.metrics import MetricLog
 from actial_fast.rollout.embedded import generate
-from actial_fast.settings.recipe import EvalConfig, ModelConfig
-from actial_fast.train.dist import World, world
+from actial_fast.settings.recipe import EvalConfig, GRPORecipe, ModelConfig, SFTRecipe
+from actial_fast.train.dist import World, gathered, recover, world
+from actial_fast.train.stopping import NEVER, Stop
 
 
-def evaluate(policy: Policy, processor: Processor, config: EvalConfig, where: World, *, seed: int = 0) -> dict[str, dict[str, Any]]:
+def evaluate(
+    policy: Policy, processor: Processor, config: EvalConfig, where: World, *, seed: int = 0, on_bad_row: str = "error"
+) -> dict[str, dict[str, Any]]:
     """The accuracy table of each source, by its folder's and file's name; every rank calls and gets the same result.
 
-    A reply counts as right when the text in its <answer> tags, or the whole reply where it has none, equals the truth. Raises
-    ValueError for a source none of whose rows has a truth.
+    A reply counts as right when the text in its <answer> tags, or the whole reply where it has none, equals the truth. on_bad_row: as
+    data.on_bad_row. Raises ValueError, the same on every rank, for the first source that could not be evaluated.
     """
-    return {name: _evaluate(policy, processor, config, source, where, seed) for name, source in _named(config)}
+    tables, failures = attempt(policy, processor, config, where, seed=seed, on_bad_row=on_bad_row)
+    for name, cause in failures.items():
+        raise ValueError(f"evaluation of {name}: {cause}")
+    return tables
+
+
+def attempt(
+    policy: Policy,
+    processor: Processor,
+    config: EvalConfig,
+    where: World,
+    *,
+    seed: int = 0,
+    on_bad_row: str = "error",
+    stop: Stop = NEVER,
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """`evaluate` that goes on: the tables of the sources that could be evaluated, and why the others could not, the same on every rank.
+
+    Weights are gathered once for all sources. A rank that fails, for a row or for want of memory, still meets the others where they wait
+    for its records. Raises GivenUp on every rank once `stop` is asked.
+    """
+    tables, failures = {}, {}
+    with gathered(policy):
+        for name, source in _named(config):
+            records, cause = _records(policy, processor, config, source, where, seed, on_bad_row, stop)
+            stop.leave()
+            causes = [c for c in where.gather([cause]) if c]
+            records = where.gather(records)
+            if causes or not records:
+                failures[name] = causes[0] if causes else f"{source.path}: no row has a truth to compare with"
+            else:
+                tables[name] = accuracy_table(records)
+    if failures:
+        recover(policy)
+    return tables, failures
+
+
+def held_out(
+    policy: Policy, processor: Processor, recipe: SFTRecipe | GRPORecipe, where: World, log: MetricLog, step: int, stop: Stop
+) -> dict[str, dict[str, Any]] | None:
+    """The tables of the evaluation that belongs behind `step`, logged; those that the log has already, in a run that goes on; None where no
+    evaluation is due.
+
+    A source that fails is logged with its cause and left out, unless eval.fatal: then ValueError.
+    """
+    config = recipe.eval
+    last, first = step == log.total, step == 0 and isinstance(recipe, GRPORecipe)
+    due = last or first or (step > 0 and config.every > 0 and step % config.every == 0)
+    if not config.sources or not due:
+        return None
+    if before := where.gather([log.evaluated(step)])[0]:
+        return before
+    tables, failures = attempt(policy, processor, config, where, seed=recipe.seed, on_bad_row=recipe.data.on_bad_row, stop=stop)
+    log.event("eval", tables, step)
+    for name, cause in failures.items():
+        log.event("eval_failed", {"name": name, "cause": cause}, step)
+        log.say(f"{recipe.name} step {step}: {name} was NOT evaluated: {cause}")
+    if failures and config.fatal:
+        raise ValueError("eval.fatal: " + "; ".join(f"{name}: {cause}" for name, cause in failures.items()))
+    return tables
 
 
 def evaluate_checkpoint(model: Path | str, config: EvalConfig, seed: int = 0) -> dict[str, dict[str, Any]]:
     """`evaluate` for a checkpoint folder or hub name, on this process's device (or torchrun's ranks)."""
     with world() as where:
-        policy = load_policy(ModelConfig(path=str(model)), where.device, seed).eval()
+        # the dtype of the computation, so that nothing is cast again for every token
+        weights = ModelConfig(path=str(model), dtype="bfloat16" if where.device.type == "cuda" else "float32")
+        policy = load_policy(weights, where.device, seed).eval()
         return evaluate(policy, Processor.load(str(model)), config, where, seed=seed)
 
 
-def _evaluate(policy: Policy, processor: Processor, config: EvalConfig, source: SourceConfig, where: World, seed: int) -> dict[str, Any]:
-    rows = Pass(source, limit=config.limit, encode=processor.encode_prompt, rank=where.rank, world=where.size)
-    examples = [example for example in rows if example.row.truth]
-    records = []
-    for start in range(0, len(examples), config.batch_size):
-        part = examples[start : start + config.batch_size]
+def _records(
+    policy: Policy,
+    processor: Processor,
+    config: EvalConfig,
+    source: SourceConfig,
+    where: World,
+    seed: int,
+    on_bad_row: str,
+    stop: Stop,
+) -> tuple[list[Record], str]:
+    """This rank's records, or none and why. Nothing here waits for another rank."""
+    try:
+        rows = Pass(source, limit=config.limit, on_bad_row=on_bad_row, encode=processor.encode_prompt, rank=where.rank, world=where.size)
+        examples = [example for example in rows if example.row.truth]
         replies = generate(
             policy,
             processor,
-            [example.encoded for example in part],
+            [example.encoded for example in examples],
             1,
-            keys=[(seed, example.position) for example in part],
+            keys=[(seed, example.position) for example in examples],
             temperature=config.temperature,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
+            asked=lambda: stop.asked,
         )
-        for example, (reply,) in zip(part, replies, strict=True):
-            records.append(_record(example.row, processor.decode(reply.ids), len(reply.ids)))
-    records = where.gather(records)
-    if not records:
-        raise ValueError(f"evaluation source {source.path}: no row has a truth to compare with")
-    return accuracy_table(records)
+        if stop.asked:
+            return [], ""
+        drawn = zip(examples, replies, strict=True)
+        return [_record(example.row, processor.decode(reply.ids), len(reply.ids)) for example, (reply,) in drawn], ""
+    except Exception as error:  # whatever it is, the run goes on without this evaluation
+        return [], f"{type(error).__name__}: {' '.join(str(error).split())[:500]}" if not isinstance(error, ValueError) else str(error)
 
 
 def _record(row: Row, response: str, length: int) -> Record:

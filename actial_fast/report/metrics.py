@@ -47,9 +47,10 @@ class MetricLog:
     def __init__(
         self, run_dir: Path, *, stage: str, total: int, tensorboard: bool, wandb: str = "", resume_step: int = 0, enabled: bool = True
     ):
-        self.enabled, self.stage, self._step = enabled, stage, resume_step
+        self.enabled, self.stage, self.total, self._step = enabled, stage, total, resume_step
         if not enabled:
             return
+        self._run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         self._tensorboard = _summary_writer(run_dir / "tensorboard" / stage, resume_step) if tensorboard else None
         self._wandb = _wandb_run(wandb, run_dir, stage, resume_step) if wandb else None
@@ -91,6 +92,16 @@ class MetricLog:
             parts = ", ".join(f"{group} {100 * figures['accuracy']:.1f}%" for group, figures in groups.items())
             right = 100 * result["overall"]["well_formed_and_correct"]
             self._progress.say(f"{self.stage} step {step}: {name} accuracy {parts}; well-formed and correct {right:.1f}%")
+
+    def evaluated(self, step: int) -> dict[str, Any]:
+        """The results of an evaluation at `step` of this stage that was recorded before, by name; nothing on ranks that do not write."""
+        events = read_events(self._run_dir) if self.enabled else []
+        return {e["name"]: e["result"] for e in events if (e["kind"], e["stage"], e["step"]) == ("eval", self.stage, step)}
+
+    def say(self, text: str) -> None:
+        """A line in the terminal, beside the progress."""
+        if self.enabled:
+            self._progress.say(text)
 
     def close(self) -> None:
         """Flush and end everything; harmless when called twice."""

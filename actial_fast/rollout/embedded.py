@@ -6,8 +6,10 @@ replies do not depend on how prompts are batched or spread over ranks, and a res
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -42,34 +44,56 @@ def generate(
     temperature: float = 1.0,
     max_new_tokens: int,
     batch_size: int = 64,
+    have: Mapping[int, list[Reply]] = MappingProxyType({}),
+    drawn: Callable[[dict[int, list[Reply]]], None] = lambda groups: None,
+    asked: Callable[[], bool] = lambda: False,
 ) -> list[list[Reply]]:
     """n replies to each prompt.
 
     keys: one tuple of non-negative integers per prompt that fixes its random numbers (unused when temperature is 0, which is greedy).
-    batch_size: prompts decoded together. Returns, per prompt, its n replies; vision tokens are never among them.
+    batch_size: prompts decoded together. have: replies, by their prompt's index, that were drawn before; batches are cut as if they had not
+    been, so that the rest is what it would have been to the last bit. drawn: called with each batch's replies by index, in turn with the
+    decoding. asked: looked at between tokens; once it is true nothing more is drawn, and what is missing comes back as empty lists.
+    Returns, per prompt, its n replies; vision tokens are never among them. Every rank calls, with any number of prompts.
     """
     assert temperature == 0 or len(keys) == len(prompts), "one key per prompt"
     was_training = policy.training
     policy.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: little padding
-    replies: list[list[Reply]] = [[] for _ in prompts]
-    with gathered(policy):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            uniforms = None
-            if temperature > 0:
-                rows = [np.random.default_rng(keys[i]).random((n, max_new_tokens)) for i in chosen]
-                uniforms = torch.from_numpy(np.concatenate(rows)).to(policy.device)
-            drawn = _decode(policy, processor, [prompts[i] for i in chosen], n, uniforms, temperature, max_new_tokens)
-            for k, i in enumerate(chosen):
-                replies[i] = drawn[k * n : (k + 1) * n]
-    policy.train(was_training)
+    replies: list[list[Reply]] = [have.get(i, []) for i in range(len(prompts))]
+    try:
+        with gathered(policy):
+            for start in range(0, len(order), batch_size):
+                chosen = [i for i in order[start : start + batch_size] if i not in have]
+                if not chosen:
+                    continue
+                uniforms = None
+                if temperature > 0:
+                    rows = [np.random.default_rng(keys[i]).random((n, max_new_tokens)) for i in chosen]
+                    uniforms = torch.from_numpy(np.concatenate(rows)).to(policy.device)
+                made = _decode(policy, processor, [prompts[i] for i in chosen], n, uniforms, temperature, max_new_tokens, asked)
+                if made is None:
+                    break
+                groups = {i: made[k * n : (k + 1) * n] for k, i in enumerate(chosen)}
+                for i, group in groups.items():
+                    replies[i] = group
+                drawn(groups)
+    finally:
+        policy.train(was_training)
     return replies
 
 
 def _decode(
-    policy: Policy, processor: Processor, prompts: list[Sequence], n: int, uniforms: Tensor | None, temperature: float, limit: int
-) -> list[Reply]:
+    policy: Policy,
+    processor: Processor,
+    prompts: list[Sequence],
+    n: int,
+    uniforms: Tensor | None,
+    temperature: float,
+    limit: int,
+    asked: Callable[[], bool],
+) -> list[Reply] | None:
+    """n replies to each of the prompts, one behind the other; None once `asked`."""
     device = policy.device
     batch = collate(prompts, processor.pad, processor.store, left=True).to(device)
     stop = torch.tensor(processor.stop_tokens, device=device)
@@ -88,6 +112,8 @@ def _decode(
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
     alive = torch.arange(rows, device=device)  # rows still in the batch; finished ones leave it once they are half of it
     for step in range(limit):
+        if asked():
+            return None
         token, logp = _draw(logits, None if uniforms is None else uniforms[alive, step], temperature, banned)
         running = ~finished[alive]
         tokens[alive, step] = torch.where(running, token, processor.pad)

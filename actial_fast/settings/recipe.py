@@ -41,7 +41,8 @@ class ModelConfig:
     path: str = ""
     """Folder (or hub name) with a Hugging Face checkpoint of a Qwen2.5-VL model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Storage of the trained weights and of the optimizer's states. Compute is bf16 on CUDA either way."""
+    """Storage of the weights that are not frozen and of the optimizer's states; only float32 can be trained, since steps at small learning
+    rates round away in bfloat16. Compute is bf16 on CUDA either way."""
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage of weights that are not trained (the base under LoRA, a frozen vision tower, the reference model)."""
     freeze: tuple[str, ...] = ()
@@ -58,6 +59,14 @@ class ModelConfig:
     """Images with fewer pixels are scaled up to this; 0 = as the checkpoint's image processor says."""
     max_pixels: int = 0
     """Images with more pixels are scaled down to this; 0 = as the checkpoint's image processor says."""
+
+
+def _trainable(model: ModelConfig) -> None:
+    if model.dtype != "float32":
+        raise ValueError(
+            f"model.dtype: {model.dtype} weights do not move at these learning rates (20 steps at 1e-6 changed 1.2% of them, float32 92%); "
+            "train in float32, sharded by dist.fsdp or through model.lora, and hold what is frozen in bfloat16 (model.frozen_dtype)"
+        )
 
 
 @dataclass(frozen=True)
@@ -80,9 +89,12 @@ class OptimConfig:
     """Learning rate at the end of the schedule, as a share of the peak."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 = no clipping."""
+    max_skipped: int = 5
+    """An optimizer step whose loss or gradient is NaN or infinite is skipped; so many in a row end the run."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "lr", "eps", "weight_decay", "warmup_steps", "min_lr_ratio", "clip_norm")
+        _at_least(self, 1, "max_skipped")
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,8 @@ class EvalConfig:
     """0 = greedy; otherwise replies are sampled at this temperature."""
     max_new_tokens: int = 1024
     """Longest reply, in tokens."""
+    fatal: bool = False
+    """Whether an evaluation that fails (a bad row, too little memory) ends the run; otherwise it is logged with its cause."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "every", "limit", "temperature")
@@ -131,6 +145,11 @@ class DistConfig:
 
     fsdp: bool = False
     """Shard weights, gradients and optimizer states over the ranks (FSDP2); otherwise each rank holds a copy."""
+    timeout: float = 60.0
+    """Minutes that a rank waits for another, for the last replies and their rewards among others, before the run ends."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1e-3, "timeout")
 
 
 @dataclass(frozen=True)
@@ -205,6 +224,7 @@ class SFTRecipe:
     def __post_init__(self) -> None:
         _at_least(self, 0, "seed", "epochs", "steps", "stop_accuracy", "stop_steps")
         _at_least(self, 1, "batch_size", "micro_batch", "pack_tokens", "pack_patches")
+        _trainable(self.model)
 
 
 @dataclass(frozen=True)
@@ -221,7 +241,11 @@ class SamplingConfig:
     """Prompts per decoding batch on one rank (each is expanded to n rows)."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "n", "max_new_tokens", "batch_size")
+        _at_least(self, 1, "max_new_tokens", "batch_size")
+        if self.n < 2:
+            raise ValueError(
+                f"n: must be at least 2, got {self.n}: advantages are relative to a prompt's other replies, so one teaches nothing"
+            )
         if not self.temperature > 0:
             raise ValueError(f"temperature: must be above 0, got {self.temperature}; training samples, it does not decode greedily")
 
@@ -290,5 +314,6 @@ class GRPORecipe:
     def __post_init__(self) -> None:
         _at_least(self, 0, "seed", "log_rollouts")
         _at_least(self, 1, "steps", "prompts", "minibatch", "micro_batch", "pack_tokens", "pack_patches")
+        _trainable(self.model)
         if not self.rewards:
             raise ValueError("rewards: at least one is needed, for example [{name: accuracy}]")

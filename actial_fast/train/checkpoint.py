@@ -60,7 +60,7 @@ def save(
     tensors = _optimizer_tensors(policy, optimizer)
     if policy.adapted:
         tensors |= {f"weight/{name}": whole(p) for name, p in policy.trained().items()}
-    tensors |= {f"rng/{i}/{name}": value for i, part in enumerate(where.gather([_rng_states()])) for name, value in part.items()}
+    tensors |= {f"rng/{i}/{name}": value for i, part in enumerate(where.gather([rng_states()])) for name, value in part.items()}
     if where.main:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".tmp-{step:06d}"
@@ -100,9 +100,7 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
         optimizer.state[parameter] = entry
     states = {name.split("/", 2)[2]: value for name, value in tensors.items() if name.startswith(f"rng/{where.rank}/")}
     if states:  # a run that goes on with more ranks has no old state for the new ones
-        torch.set_rng_state(states["cpu"])
-        if "cuda" in states and torch.cuda.is_available():
-            torch.cuda.set_rng_state(states["cuda"])
+        set_rng_states(states)
     return json.loads((source / "state.json").read_text())
 
 
@@ -116,7 +114,15 @@ def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict
     return out
 
 
-def _rng_states() -> dict[str, torch.Tensor]:
+def set_rng_states(states: dict[str, torch.Tensor]) -> None:
+    """Put back what `rng_states` gave."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def rng_states() -> dict[str, torch.Tensor]:
+    """This rank's random-number generators."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()

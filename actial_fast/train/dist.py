@@ -23,8 +23,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from actial_fast.model.policy import Policy
 
-TIMEOUT = datetime.timedelta(minutes=30)
-
 
 @dataclass(frozen=True)
 class World:
@@ -47,16 +45,16 @@ class World:
         return tensor
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """Sums over all ranks of numbers on the host, in float64; alone, no device is asked."""
+        """Sums over all ranks of numbers on the host, in float64. Hosts wait for each other (gloo), not for a device."""
         if self.mesh is None:
             return [float(value) for value in values]
-        return self.sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+        return self.sum(torch.tensor(values, dtype=torch.float64)).tolist()
 
     def max(self, value: float) -> float:
-        """The largest `value` over all ranks."""
+        """The largest `value` over all ranks, on the host like `total`."""
         if self.mesh is None:
             return value
-        tensor = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+        tensor = torch.tensor(float(value), dtype=torch.float64)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.item()
 
@@ -75,8 +73,9 @@ class World:
 
 
 @contextlib.contextmanager
-def world() -> Iterator[World]:
-    """The world that torchrun describes in the environment, or a single process; ended on leaving."""
+def world(minutes: float = 60) -> Iterator[World]:
+    """The world that torchrun describes in the environment, or a single process; ended on leaving. minutes: how long a rank waits for
+    another before it gives the run up."""
     cuda = torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -86,7 +85,8 @@ def world() -> Iterator[World]:
     if size == 1:
         yield World(0, 1, device)
         return
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+    # gloo beside NCCL: what hosts agree on does not wait for the devices
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=minutes))
     try:
         yield World(dist.get_rank(), size, device, init_device_mesh(device.type, (size,), mesh_dim_names=("data",)))
     finally:
@@ -118,8 +118,12 @@ def is_sharded(policy: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def gathered(policy: nn.Module) -> Iterator[None]:
-    """Whole weights on every rank, so that each may decode a number of steps of its own; a no-op where nothing is sharded."""
+    """Whole weights on every rank, so that each may decode a number of steps of its own; a no-op where nothing is sharded, and inside
+    another `gathered`. Every rank calls, whatever it then has to do."""
     blocks = [m for m in policy.modules() if isinstance(m, FSDPModule)]
+    if blocks and not isinstance(next(policy.parameters()), DTensor):
+        yield
+        return
     for block in blocks:
         block.set_reshard_after_forward(False, recurse=False)
         block.unshard()
@@ -129,6 +133,16 @@ def gathered(policy: nn.Module) -> Iterator[None]:
         for block in blocks:
             block.reshard()
             block.set_reshard_after_forward(block is not policy, recurse=False)
+
+
+def recover(policy: nn.Module) -> None:
+    """After an exception inside a forward pass: FSDP2 still takes that pass for the running one, and the next would not wait for the
+    weights that the optimizer has changed."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module._get_fsdp_state()._state_ctx.iter_forward_root = None  # it has no public way
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the pass held when memory ran out
 
 
 def reduce_gradients(parameters: list[nn.Parameter], where: World) -> None:

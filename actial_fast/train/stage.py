@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
-import signal
-from collections.abc import Callable, Iterator
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,16 @@ from torch import nn
 from actial_fast.data.sources.stream import Example, Stream
 from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
-from actial_fast.packing.batch import Sequence
 from actial_fast.report.metrics import MetricLog
 from actial_fast.settings.config import describe, load_recipe, to_yaml
 from actial_fast.settings.recipe import GRPORecipe, OptimConfig, SFTRecipe
 from actial_fast.train import checkpoint
 from actial_fast.train.dist import World, shard
+from actial_fast.train.guard import Guard
+from actial_fast.train.lock import locked
+from actial_fast.train.preflight import Encode, Unready, problems_of
 
 MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "data.image_cache", "dist.")  # keys that a resumed run may set anew
-
-
-class Stopped(SystemExit):
-    """The run was asked to stop (Ctrl-C or SIGTERM) and has saved a checkpoint."""
 
 
 def stage_folder(recipe: SFTRecipe | GRPORecipe) -> Path:
@@ -40,32 +38,59 @@ def stage_folder(recipe: SFTRecipe | GRPORecipe) -> Path:
     return Path(recipe.run) / recipe.name
 
 
-def begin(recipe: SFTRecipe | GRPORecipe, where: World) -> int:
-    """The step to go on from (0 = the start), after writing the recipe into the stage's folder or checking that it is the same.
+def finished(recipe: SFTRecipe | GRPORecipe) -> Path | None:
+    """The final model's folder of a stage that is done, or None; ValueError when it was done by another recipe."""
+    if done := checkpoint.final(stage_folder(recipe)):
+        for problem in _changes(recipe, stage_folder(recipe)):
+            raise ValueError(problem)
+    return done
 
-    Raises ValueError when the folder holds a run of another recipe.
+
+def begin(recipe: SFTRecipe | GRPORecipe, where: World, encode: Encode, stack: contextlib.ExitStack) -> int:
+    """The step to go on from (0 = the start), once everything that the run will need was looked at. Its folder, locked until `stack` ends,
+    then holds the recipe.
+
+    Raises Unready, the same on every rank, with all that is wrong: another recipe's run in the folder among it.
     """
-    folder = stage_folder(recipe)
-    written = folder / "recipe.yaml"
-    if written.exists() and checkpoint.steps(folder):
-        before = {key: value for key, value, _, _ in describe(load_recipe(written))}
-        now = {key: value for key, value, _, _ in describe(recipe)}
-        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and not k.startswith(MAY_CHANGE))
-        if changed:
-            shown = ", ".join(f"{k} ({before.get(k)} before, {now.get(k)} now)" for k in changed[:5])
-            raise ValueError(
-                f"run: {folder} holds a run of another recipe, which differs in {shown}; choose another run folder or delete it"
-            )
-    where.barrier()
+    folder, problems = stage_folder(recipe), []
     if where.main:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            stack.enter_context(locked(folder))
+        except (ValueError, OSError) as error:
+            problems.append(str(error) if isinstance(error, ValueError) else f"run: {folder} cannot be written ({error.strerror})")
+        problems += [*_changes(recipe, folder), *problems_of(recipe, encode)]
+    if problems := where.gather(problems):
+        raise Unready(problems)
+    if where.main:
         for old in folder.glob(".tmp-*"):  # what a killed save left behind
             if old.is_dir() and not old.is_symlink():
-                _remove(old)
-        written.write_text(to_yaml(recipe))
+                shutil.rmtree(old)
+        (folder / "recipe.yaml").write_text(to_yaml(recipe))
         (Path(recipe.run) / "versions.json").write_text(json.dumps(versions(where), indent=1))
     where.barrier()
     return max(checkpoint.steps(folder), default=0)
+
+
+def _changes(recipe: SFTRecipe | GRPORecipe, folder: Path) -> list[str]:
+    """What the recipe of the run that the folder holds had otherwise."""
+    written = folder / "recipe.yaml"
+    if not written.exists() or not checkpoint.steps(folder):
+        return []
+    before, now = _kept(load_recipe(written)), _kept(recipe)
+    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    shown = ", ".join(f"{k} ({before.get(k)} before, {now.get(k)} now)" for k in changed[:5])
+    differs = f"run: {folder} holds a run of another recipe, which differs in {shown}; choose another run folder or delete it"
+    return [differs] if changed else []
+
+
+def _kept(recipe: SFTRecipe | GRPORecipe) -> dict[str, Any]:
+    """The fields that a run keeps for as long as it goes on."""
+    return {key: value for key, value, _, _ in describe(recipe) if not key.startswith(MAY_CHANGE)}
+
+
+def digest(recipe: SFTRecipe | GRPORecipe) -> str:
+    """Tells runs apart that would not continue each other."""
+    return hashlib.blake2b(repr(sorted(_kept(recipe).items())).encode(), digest_size=4).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -79,8 +104,40 @@ class Stage:
     optimizer: torch.optim.AdamW
     stream: Stream
 
+    def mark(self) -> Mark:
+        """Where the stage stands before a step."""
+        return Mark(self.stream.position, checkpoint.rng_states())
 
-def open_stage(recipe: SFTRecipe | GRPORecipe, start: int, where: World, encode: Callable[[Processor, Example], Sequence]) -> Stage:
+    def save(self, step: int, where: World, *, keep: int) -> None:
+        """Write the checkpoint of `step`, unless it is there. Every rank calls."""
+        if step and step not in checkpoint.steps(self.folder):
+            self._write(step, where, keep, last=False)
+
+    def give_up(self, mark: Mark, step: int, where: World, *, keep: int) -> None:
+        """Leave `step`, in which no weight has changed, and save what was before it. Every rank calls."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.stream.seek(mark.position)
+        checkpoint.set_rng_states(mark.rng)
+        self.save(step - 1, where, keep=keep)
+
+    def finish(self, step: int, where: World, *, keep: int) -> None:
+        """Mark the stage as done at `step`. Every rank calls."""
+        self._write(step, where, keep, last=True)
+
+    def _write(self, step: int, where: World, keep: int, *, last: bool) -> None:
+        state = {"position": self.stream.position}
+        checkpoint.save(self.folder, step, self.policy, self.processor, self.optimizer, state, where, keep=keep, last=last)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a step uses up besides time: the place in the stream, and random numbers."""
+
+    position: int
+    rng: dict[str, torch.Tensor]
+
+
+def open_stage(recipe: SFTRecipe | GRPORecipe, start: int, where: World, encode: Encode) -> Stage:
     """Load, shard and restore: the recipe's weights at step 0, or everything as the checkpoint of step `start` has it.
 
     encode: what the stream makes of each example, Processor.encode or Processor.encode_prompt.
@@ -123,6 +180,23 @@ def open_log(recipe: SFTRecipe | GRPORecipe, start: int, total: int, where: Worl
     )
 
 
+def draw(stream: Stream, n: int, where: World) -> list[Example]:
+    """This rank's share of the next n rows; where all of them were bad, of the n after those: a step never trains on nothing."""
+    while True:
+        examples = stream.next_batch(n)
+        if where.total([len(examples)])[0]:
+            return examples
+
+
+def report_skipped(log: MetricLog, guard: Guard, rows: list[str], step: int, where: World) -> None:
+    """Name the rows (`file:row`, this rank's) of an optimizer step that was skipped, and end the run when there were too many. Every rank
+    calls."""
+    everyone = list(dict.fromkeys(where.gather(rows)))
+    log.event("skipped", {"rows": everyone}, step)
+    log.say(f"{log.stage} step {step}: loss or gradient is NaN or infinite, not applied; its rows are in events.jsonl: {everyone[0]}, ...")
+    guard.check(everyone)
+
+
 def build_optimizer(policy: Policy, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the trained parameters; decay on matrices only."""
     parameters = list(policy.trained().values())
@@ -137,33 +211,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, ste
     """Set and return the learning rate of `step` (1-based) of `total`: a function of the step alone, so resuming needs no state."""
     rate = config.lr * min(1.0, step / config.warmup_steps) if config.warmup_steps else config.lr
     if config.schedule != "constant" and step > config.warmup_steps:
-        done = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+        done = (step - config.warmup_steps - 1) / max(1, total - config.warmup_steps)  # 0 at the first step after it, below 1 at the last
         left = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
         rate = config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
-
-
-@contextlib.contextmanager
-def graceful_stop() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM append to, for the loop to look at between steps; a second Ctrl-C stops at once."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: Any) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: the caller's business
-        before = {}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def parameters_of(policy: Policy) -> list[nn.Parameter]:
@@ -187,9 +240,3 @@ def versions(where: World) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _remove(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    folder.rmdir()

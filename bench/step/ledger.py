@@ -200,7 +200,7 @@ def recipe_steps(args: argparse.Namespace, folder: str) -> Callable[[str], Step]
     stage = open_stage(replace(recipe, data=replace(recipe.data, workers=0, image_cache=folder)), 0, WHERE, Processor.encode_prompt)
     processor, examples = stage.processor, stage.stream.next_batch(recipe.prompts)
     stage.stream.close()
-    samples = grpo._sample(stage.policy, processor, examples, recipe)
+    samples = grpo._sample(stage.policy, processor, examples, recipe, WHERE)
     minibatches = [[s for s in samples if s.minibatch == m] for m in range(recipe.prompts // recipe.minibatch)]
 
     def step(side: str) -> Step:

@@ -1,0 +1,85 @@
+"""Replies of the step under way, on disk as soon as they are drawn, so that a run that is stopped or killed while it samples draws only the
+rest when it goes on.
+
+RUN/NAME/replies/step-000013-1f0c2b3a/00000052.safetensors   one batch of groups, named by its first prompt's position in the stream: for
+                                                             each its replies' ids and log-probs end to end, their lengths, and whether
+                                                             each ended by itself
+They hold for the weights they were drawn with: those that step 13 begins with. Files appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from actial_fast.rollout.embedded import Reply
+
+PARTS = ("ids", "logprobs", "lengths", "finished")
+
+
+class Kept:
+    """The replies that a stage's folder keeps, of one step at a time; what it has of other steps, and of runs with another `digest`, was
+    drawn with other weights and goes. Ranks share the folder, each writes its own groups."""
+
+    def __init__(self, folder: Path, digest: str):
+        self._root, self._digest = folder / "replies", digest
+        self.folder = self._root
+
+    def at(self, step: int) -> Kept:
+        """The same, for the step under way."""
+        self.folder = self._root / f"step-{step:06d}-{self._digest}"
+        for other in self._root.glob("step-*"):
+            if other != self.folder:
+                shutil.rmtree(other, ignore_errors=True)
+        return self
+
+    def load(self, positions: Sequence[int], n: int) -> dict[int, list[Reply]]:
+        """Position -> its n replies, for those positions that are there."""
+        wanted, found = set(positions), {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                tensors = load_file(path)
+            except (OSError, SafetensorError):  # the disk lost it: it is drawn again
+                continue
+            groups: dict[int, dict[str, np.ndarray]] = defaultdict(dict)
+            for name, value in tensors.items():
+                position, _, part = name.partition("/")
+                groups[int(position)][part] = value
+            for place, parts in groups.items():
+                if place in wanted and set(parts) == set(PARTS) and len(parts["lengths"]) == n:
+                    found[place] = _replies(parts)
+        return found
+
+    def add(self, groups: Mapping[int, Sequence[Reply]]) -> None:
+        """Keep the replies of a batch by their prompts' positions. ValueError where the disk does not take them."""
+        tensors = {}
+        for position, replies in groups.items():
+            tensors[f"{position}/ids"] = np.concatenate([r.ids for r in replies])
+            tensors[f"{position}/logprobs"] = np.concatenate([r.logprobs for r in replies])
+            tensors[f"{position}/lengths"] = np.array([len(r.ids) for r in replies], np.int64)
+            tensors[f"{position}/finished"] = np.array([r.finished for r in replies], np.uint8)
+        path = self.folder / f"{min(groups):08d}.safetensors"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary)
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.folder}: cannot keep replies ({error}); free space on the disk of the run") from None
+
+    def clear(self) -> None:
+        """Forget them: the step is done."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _replies(parts: Mapping[str, np.ndarray]) -> list[Reply]:
+    ends = np.cumsum(parts["lengths"])[:-1]
+    drawn = zip(np.split(parts["ids"], ends), np.split(parts["logprobs"], ends), parts["finished"].tolist(), strict=True)
+    return [Reply(ids, logprobs, bool(finished)) for ids, logprobs, finished in drawn]
