@@ -48,7 +48,7 @@ from actial_fast.train.stage import (
     report_skipped,
     set_learning_rate,
 )
-from actial_fast.train.stopping import NEVER, GivenUp, Stop, Stopped
+from actial_fast.train.stopping import NEVER, GivenUp, Stop
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,11 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
                 if where.main:
                     replies.clear()
                 if stop.asked:
-                    raise Stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
+                    raise stop.stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
         except GivenUp:
             stage.give_up(mark, step, where, keep=recipe.save.keep)
             told = "the replies drawn since are kept; the same command goes on from here"
-            raise Stopped(f"{recipe.name}: stopped at step {step - 1} of {total}; {told}") from None
+            raise stop.stopped(f"{recipe.name}: stopped at step {step - 1} of {total}; {told}") from None
         stage.finish(step - 1, where, keep=recipe.save.keep)
         stream.close()
     return stage.folder / "final" / "model"

@@ -35,7 +35,7 @@ from actial_fast.train.stage import (
     report_skipped,
     set_learning_rate,
 )
-from actial_fast.train.stopping import NEVER, GivenUp, Stop, Stopped
+from actial_fast.train.stopping import NEVER, GivenUp, Stop
 
 
 def train(recipe: SFTRecipe) -> Path:
@@ -88,10 +88,10 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
                 if stop.agreed() or step == total or (recipe.save.every and step % recipe.save.every == 0):
                     stage.save(step, where, keep=recipe.save.keep)
                 if stop.asked:
-                    raise Stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
+                    raise stop.stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
         except GivenUp:
             stage.give_up(mark, step, where, keep=recipe.save.keep)
-            raise Stopped(f"{recipe.name}: stopped at step {step - 1} of {total}; the same command goes on from here") from None
+            raise stop.stopped(f"{recipe.name}: stopped at step {step - 1} of {total}; the same command goes on from here") from None
         stage.finish(step - 1, where, keep=recipe.save.keep)
         stream.close()
     return stage.folder / "final" / "model"

@@ -35,7 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("ACTIAL_TRACEBACK") or (isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("actial_fast")):
             raise
-        print(f"actial: {one_line(error)}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        if rank and getattr(error, "agreed", False):  # rank 0 says it for all
+            return 2
+        for line in getattr(error, "problems", None) or [one_line(error)]:
+            print(f"actial: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
         return 2
 
 

@@ -15,7 +15,7 @@ from actial_fast.model.processor import Processor
 from actial_fast.report.metrics import MetricLog
 from actial_fast.rollout.embedded import generate
 from actial_fast.settings.recipe import EvalConfig, GRPORecipe, ModelConfig, SFTRecipe
-from actial_fast.train.dist import World, gathered, recover, world
+from actial_fast.train.dist import Agreed, World, gathered, recover, world
 from actial_fast.train.stopping import NEVER, Stop
 
 
@@ -29,7 +29,7 @@ def evaluate(
     """
     tables, failures = attempt(policy, processor, config, where, seed=seed, on_bad_row=on_bad_row)
     for name, cause in failures.items():
-        raise ValueError(f"evaluation of {name}: {cause}")
+        raise Agreed(f"evaluation of {name}: {cause}")
     return tables
 
 
@@ -45,22 +45,27 @@ def attempt(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """`evaluate` that goes on: the tables of the sources that could be evaluated, and why the others could not, the same on every rank.
 
-    Weights are gathered once for all sources. A rank that fails, for a row or for want of memory, still meets the others where they wait
-    for its records. Raises GivenUp on every rank once `stop` is asked.
+    Weights are gathered once for all sources, and once more after one that fails. A rank that fails, for a row or for want of memory, still
+    meets the others where they wait for its records. Raises GivenUp on every rank once `stop` is asked.
     """
     tables, failures = {}, {}
-    with gathered(policy):
-        for name, source in _named(config):
-            records, cause = _records(policy, processor, config, source, where, seed, on_bad_row, stop)
-            stop.leave()
-            causes = [c for c in where.gather([cause]) if c]
-            records = where.gather(records)
-            if causes or not records:
-                failures[name] = causes[0] if causes else f"{source.path}: no row has a truth to compare with"
-            else:
-                tables[name] = accuracy_table(records)
-    if failures:
-        recover(policy)
+    left = _named(config)
+    while left:
+        with gathered(policy):
+            broken = False
+            while left and not broken:
+                name, source = left.pop(0)
+                records, cause = _records(policy, processor, config, source, where, seed, on_bad_row, stop)
+                stop.leave()
+                causes = [c for c in where.gather([cause]) if c]
+                records = where.gather(records)
+                broken = bool(causes)
+                if causes or not records:
+                    failures[name] = causes[0] if causes else f"{source.path}: no row has a truth to compare with"
+                else:
+                    tables[name] = accuracy_table(records)
+        if broken:
+            recover(policy)
     return tables, failures
 
 
@@ -85,7 +90,7 @@ def held_out(
         log.event("eval_failed", {"name": name, "cause": cause}, step)
         log.say(f"{recipe.name} step {step}: {name} was NOT evaluated: {cause}")
     if failures and config.fatal:
-        raise ValueError("eval.fatal: " + "; ".join(f"{name}: {cause}" for name, cause in failures.items()))
+        raise Agreed("eval.fatal: " + "; ".join(f"{name}: {cause}" for name, cause in failures.items()))
     return tables
 
 

@@ -75,7 +75,7 @@ class Policy(nn.Module):
 
     def forward(self, inputs: dict[str, Any] | Batch | PackedBatch | ImageBatch, head: Callable[[Any, Tensor], Any] | None = None) -> Any:
         """head(x, head matrix (V, H)), x the hidden states (T, H) of a batch's loss rows, or the trunk's outputs for keyword arguments; of
-        images, without a head, their merged features, one (rows, H) each."""
+        images, without a head, their merged features (rows, H), one behind the other."""
         base = self.base
         low = self.compute_dtype != torch.float32
         with torch.autocast(self.device.type, self.compute_dtype, enabled=low):

@@ -145,8 +145,8 @@ def _segments(lengths: np.ndarray, pin: bool) -> Segments:
     return Segments(cu, tuple(lengths.tolist()), int(lengths.max()))
 
 
-def encode_images(visual: nn.Module, patches: Tensor, arguments: VisionArguments) -> tuple[Tensor, ...]:
-    """The merged features of every image, (rows, H) each: what the tower gives from grid_thw as `pooler_output`, split by image.
+def encode_images(visual: nn.Module, patches: Tensor, arguments: VisionArguments) -> Tensor:
+    """The merged features (rows, H) of all images, one behind the other; arguments.rows of each: the tower's `pooler_output` from grid_thw.
 
     visual: the tower, `model.model.visual`, on the attention of `use_packed_attention` or any other of transformers; patches (P, D), as
     the image processor orders them, in the tower's dtype; arguments: `vision_arguments` of the same images, on the patches' device.
@@ -157,5 +157,5 @@ def encode_images(visual: nn.Module, patches: Tensor, arguments: VisionArguments
         raise ValueError(f"patches: {len(patches)} rows, but the grids {arguments.grids} have {arguments.patches}")
     if patches.device != arguments.position_ids.device:
         raise ValueError(f"arguments: on {arguments.position_ids.device}, patches on {patches.device}; use arguments.to(device)")
-    features = visual(patches, **arguments.kwargs(flash=is_flash_attention_requested(visual.config))).pooler_output
-    return features.split(arguments.rows)
+    features: Tensor = visual(patches, **arguments.kwargs(flash=is_flash_attention_requested(visual.config))).pooler_output
+    return features

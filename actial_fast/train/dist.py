@@ -24,6 +24,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from actial_fast.model.policy import Policy
 
 
+class Agreed(ValueError):
+    """An error that every rank raises alike, so that one of them is enough to tell it."""
+
+    agreed = True
+
+
+class PeerLost(ValueError):
+    """Another rank has ended, or did not come for too long."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among its peers. mesh is None when it is alone."""
@@ -89,6 +99,12 @@ def world(minutes: float = 60) -> Iterator[World]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=minutes))
     try:
         yield World(dist.get_rank(), size, device, init_device_mesh(device.type, (size,), mesh_dim_names=("data",)))
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in ("Connection closed", "Connection reset", "Broken pipe")):
+            raise PeerLost("another rank has ended; its own message, or a signal, says why") from error
+        if isinstance(error, dist.DistError) or "imed out" in str(error):
+            raise PeerLost(f"no answer from another rank for {minutes:g} minutes (dist.timeout): {str(error).splitlines()[0]}") from error
+        raise
     finally:
         # after an error the peers may never answer, so only a clean end waits for the group
         dist.destroy_process_group()
@@ -136,11 +152,11 @@ def gathered(policy: nn.Module) -> Iterator[None]:
 
 
 def recover(policy: nn.Module) -> None:
-    """After an exception inside a forward pass: FSDP2 still takes that pass for the running one, and the next would not wait for the
-    weights that the optimizer has changed."""
-    for module in policy.modules():
-        if isinstance(module, FSDPModule):
-            module._get_fsdp_state()._state_ctx.iter_forward_root = None  # it has no public way
+    """After an exception inside a forward pass, which FSDP2 still takes for the running one: back to sharded weights. Every rank calls."""
+    if isinstance(policy, FSDPModule):
+        if not hasattr(policy, "reset_iter_state"):
+            raise Agreed("a pass failed, and this PyTorch (before 2.13) cannot go on with sharded weights after that")
+        policy.reset_iter_state()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what the pass held when memory ran out
 

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from actial_fast.train.dist import Agreed
 
-class NonFinite(ValueError):
+
+class NonFinite(Agreed):
     """Too many optimizer steps in a row had a NaN or infinite loss or gradient; the weights are those before the first of them."""
 
 

@@ -12,6 +12,7 @@ from actial_fast.model.processor import Processor
 from actial_fast.packing.batch import Sequence
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.tasks.rewards import score
+from actial_fast.train.dist import Agreed
 
 FIRST = 4  # rows of a source that are read and encoded
 TRUTHS = 64  # rows among which one must have a truth to evaluate with
@@ -19,7 +20,7 @@ TRUTHS = 64  # rows among which one must have a truth to evaluate with
 Encode = Callable[[Processor, Example], Sequence]
 
 
-class Unready(ValueError):
+class Unready(Agreed):
     """A run that would fail later. problems: one line each."""
 
     def __init__(self, problems: list[str]):

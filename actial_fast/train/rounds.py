@@ -144,7 +144,8 @@ def _tower(policy: Policy, processor: Processor, where: World) -> Callable[[Many
     def run(keys: Many[Hashable]) -> Many[Tensor]:
         stored = [key if isinstance(key, str) else dummy(processor).images[0] for key in keys]
         batch = collect(processor.store, stored, pin=where.device.type == "cuda")
-        return policy(ImageBatch.of(batch, policy.base.config.vision_config).to(where.device))
+        images = ImageBatch.of(batch, policy.base.config.vision_config).to(where.device)
+        return policy(images).split(images.arguments.rows)  # here: FSDP2 may not return views
 
     return run
 

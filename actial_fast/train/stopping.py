@@ -57,6 +57,10 @@ class Stop:
             if self.agreed() if together else self.asked:
                 return
 
+    def stopped(self, message: str) -> Stopped:
+        """The exception to end with; rank 0 says why."""
+        return Stopped(message if self._where.main else 1)
+
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt

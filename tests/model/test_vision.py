@@ -89,7 +89,8 @@ def test_features_and_gradients_are_the_same_bits(name, attention, grids):
         return tower(patches, grid_thw=torch.tensor(grids)).pooler_output.split([t * h * w // 4 for t, h, w in grids])
 
     def ours(tower, patches):
-        return encode_images(tower, patches, vision_arguments(grids, tower.config))
+        arguments = vision_arguments(grids, tower.config)
+        return encode_images(tower, patches, arguments).split(arguments.rows)
 
     (mine, mine_grads), (other, other_grads) = run(ours), run(theirs)
     assert [x.shape for x in mine] == [(t * h * w // 4, 24) for t, h, w in grids]
@@ -111,7 +112,7 @@ def fake_step(name: str, attention: str, without: str | None = None, *, checkpoi
         patches, arguments = patches.to(device, non_blocking=True), arguments.to(device)
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             if without is None:
-                features = encode_images(tower, patches, arguments)
+                features = encode_images(tower, patches, arguments).split(arguments.rows)
             else:
                 kwargs = arguments.kwargs(flash=attention == IMPLEMENTATION)
                 kwargs = {"grid_thw": kwargs["grid_thw"]} if without == "all" else kwargs
@@ -213,7 +214,7 @@ def test_no_sync_in_bf16_on_cuda(name, attention):
     patches, arguments = draw(grids).cuda().bfloat16(), vision_arguments(grids, tower.config, pin=True)
 
     def step():
-        features = torch.cat(encode_images(tower, patches, arguments.to(patches.device)))
+        features = encode_images(tower, patches, arguments.to(patches.device))
         features.float().square().sum().backward()
         return features.detach()
 
