@@ -113,7 +113,7 @@ def world(minutes: float = 60) -> Iterator[World]:
 def shard(policy: Policy, where: World) -> Policy:
     """Shard weights, gradients and optimizer states over the ranks with FSDP2: one group per block, the rest in the root."""
     if where.mesh is None:
-        raise ValueError("dist.fsdp: needs several ranks; start with torchrun --nproc-per-node=N, or set dist.fsdp=false")
+        raise ValueError("dist.fsdp: needs several ranks; start with --gpus N, or set dist.fsdp=false")
     low = policy.compute_dtype != torch.float32
     mixed = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=torch.float32) if low else MixedPrecisionPolicy()
     trunk = policy.base.model
