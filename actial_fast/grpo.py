@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import io
 import time
 from collections.abc import Iterator
@@ -90,16 +91,17 @@ def train(recipe: GRPORecipe) -> Path:
 def _train(recipe: GRPORecipe, where: World) -> Path:
     folder = stage_folder(recipe)
     start = begin(recipe, where)
-    if done := checkpoint.final(folder):
+    if done := checkpoint.finish(folder, where):
         return done
     stage = open_stage(recipe, start, where, Processor.encode_prompt)
     policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
     reference = None
     if (recipe.loss.beta > 0 or not recipe.skip_reference) and not policy.adapted:
-        reference = load_reference(recipe.model, where.device, packed=recipe.packing == "packed")
-        reference = shard(reference, where) if recipe.dist.fsdp else reference
+        place = functools.partial(shard, where=where) if recipe.dist.fsdp else None
+        reference = load_reference(recipe.model, where.device, packed=recipe.packing == "packed", place=place)
     total = recipe.steps
-    with open_log(recipe, start, total, where) as log, graceful_stop() as asked:
+    saver = checkpoint.Saver(folder, where, recipe.save.keep)
+    with open_log(recipe, start, total, where) as log, graceful_stop() as asked, saver:
         if start == 0 and recipe.eval.sources:
             log.event("eval", evaluate(policy, processor, recipe.eval, where, seed=recipe.seed), 0)
         for step in range(start + 1, total + 1):
@@ -133,8 +135,10 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
             stop = where.max(len(asked)) > 0
             if last or stop or (recipe.save.every and step % recipe.save.every == 0):
                 state = {"position": stream.position}
-                checkpoint.save(folder, step, policy, processor, optimizer, state, where, keep=recipe.save.keep, last=last)
+                saver.save(step, policy, processor, optimizer, state, final=last)
+            saver.poll()
             if stop and not last:
+                saver.wait()
                 raise Stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
     stream.close()
     return folder / "final" / "model"

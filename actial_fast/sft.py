@@ -48,12 +48,13 @@ def train(recipe: SFTRecipe) -> Path:
 def _train(recipe: SFTRecipe, where: World) -> Path:
     folder = stage_folder(recipe)
     start = begin(recipe, where)
-    if done := checkpoint.final(folder):
+    if done := checkpoint.finish(folder, where):
         return done
     stage = open_stage(recipe, start, where, Processor.encode)
     policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
     total = recipe.steps or max(1, round(recipe.epochs * stream.epoch_length / recipe.batch_size))
-    with open_log(recipe, start, total, where) as log, graceful_stop() as asked:
+    saver = checkpoint.Saver(folder, where, recipe.save.keep)
+    with open_log(recipe, start, total, where) as log, graceful_stop() as asked, saver:
         for step in range(start + 1, total + 1):
             began = time.perf_counter()
             rate = set_learning_rate(optimizer, recipe.optim, step, total)
@@ -87,10 +88,12 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
             stop = where.max(len(asked)) > 0
             if last or stop or (recipe.save.every and step % recipe.save.every == 0):
                 state = {"position": stream.position}
-                checkpoint.save(folder, step, policy, processor, optimizer, state, where, keep=recipe.save.keep, last=last)
+                saver.save(step, policy, processor, optimizer, state, final=last)
+            saver.poll()
             if last:
                 break
             if stop:
+                saver.wait()
                 raise Stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
     stream.close()
     return folder / "final" / "model"

@@ -11,7 +11,7 @@ import os
 import platform
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +87,8 @@ def open_stage(recipe: SFTRecipe | GRPORecipe, start: int, where: World, encode:
     """
     folder, model, data = stage_folder(recipe), recipe.model, recipe.data
     torch.manual_seed(recipe.seed)
-    resumed = replace(model, path=str(checkpoint.path_of(folder, start) / "model")) if start and not model.lora.rank else model
-    policy = load_policy(resumed, where.device, recipe.seed, packed=recipe.packing == "packed")
-    policy = shard(policy, where) if recipe.dist.fsdp else policy
+    place = functools.partial(shard, where=where) if recipe.dist.fsdp else None
+    policy = load_policy(model, where.device, recipe.seed, packed=recipe.packing == "packed", place=place)
     limits = {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels, "max_prompt": data.max_prompt_tokens}
     processor = Processor.load(model.path, **limits, image_cache=data.image_cache)
     optimizer = build_optimizer(policy, recipe.optim)
