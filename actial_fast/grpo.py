@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import io
 import time
 from collections.abc import Iterator
@@ -94,13 +95,13 @@ def train(recipe: GRPORecipe) -> Path:
 def _train(recipe: GRPORecipe, where: World) -> Path:
     with contextlib.ExitStack() as stack:
         start = begin(recipe, where, Processor.encode_prompt, stack)
-        stage = open_stage(recipe, start, where, Processor.encode_prompt)
+        stage = open_stage(recipe, start, where, Processor.encode_prompt, stack)
         policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
         parameters, guard, total = parameters_of(policy), Guard(optimizer, recipe.optim.max_skipped), recipe.steps
         reference = None
         if (recipe.loss.beta > 0 or not recipe.skip_reference) and not policy.adapted:
-            reference = load_reference(recipe.model, where.device, packed=recipe.packing == "packed")
-            reference = shard(reference, where) if recipe.dist.fsdp else reference
+            place = functools.partial(shard, where=where) if recipe.dist.fsdp else None
+            reference = load_reference(recipe.model, where.device, packed=recipe.packing == "packed", place=place)
         log, stop = stack.enter_context(open_log(recipe, start, total, where)), stack.enter_context(Stop(where))
         replies = Kept(stage.folder, digest(recipe))
         try:
@@ -139,18 +140,18 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
                     rows = [e.row.where for e in examples if e.position % len(norms) in skipped]
                     report_skipped(log, guard, rows, step, where)
                 if stop.agreed() or step == total or (recipe.save.every and step % recipe.save.every == 0):
-                    stage.save(step, where, keep=recipe.save.keep)
+                    stage.save(step)
+                stage.saver.poll()
                 if where.main:
                     replies.clear()
                 if stop.asked:
+                    stage.saver.wait()
                     raise stop.stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
         except GivenUp:
-            stage.give_up(mark, step, where, keep=recipe.save.keep)
+            stage.give_up(mark, step)
             told = "the replies drawn since are kept; the same command goes on from here"
             raise stop.stopped(f"{recipe.name}: stopped at step {step - 1} of {total}; {told}") from None
-        stage.finish(step - 1, where, keep=recipe.save.keep)
-        stream.close()
-    return stage.folder / "final" / "model"
+        return stage.finish(step - 1)
 
 
 def _sample(

@@ -51,7 +51,7 @@ def train(recipe: SFTRecipe) -> Path:
 def _train(recipe: SFTRecipe, where: World) -> Path:
     with contextlib.ExitStack() as stack:
         start = begin(recipe, where, Processor.encode, stack)
-        stage = open_stage(recipe, start, where, Processor.encode)
+        stage = open_stage(recipe, start, where, Processor.encode, stack)
         policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
         parameters, guard = parameters_of(policy), Guard(optimizer, recipe.optim.max_skipped)
         total = recipe.steps or max(1, round(recipe.epochs * stream.epoch_length / recipe.batch_size))
@@ -86,15 +86,15 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
                 if skipped:
                     report_skipped(log, guard, [example.row.where for example in examples], step, where)
                 if stop.agreed() or step == total or (recipe.save.every and step % recipe.save.every == 0):
-                    stage.save(step, where, keep=recipe.save.keep)
+                    stage.save(step)
+                stage.saver.poll()
                 if stop.asked:
+                    stage.saver.wait()
                     raise stop.stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
         except GivenUp:
-            stage.give_up(mark, step, where, keep=recipe.save.keep)
+            stage.give_up(mark, step)
             raise stop.stopped(f"{recipe.name}: stopped at step {step - 1} of {total}; the same command goes on from here") from None
-        stage.finish(step - 1, where, keep=recipe.save.keep)
-        stream.close()
-    return stage.folder / "final" / "model"
+        return stage.finish(step - 1)
 
 
 def _accumulate(

@@ -1,8 +1,8 @@
 """Faults planted in a run, and a program that 2 ranks run to go through many of them in one process each.
 
 A fault is written what:place:rank:call, for example kill:update:1:3: at its 3rd call, on rank 1, the place does it. Places: sample (each
-token), update (each forward and backward pass), save (each file a rank writes), eval (each source), reward (each call). What: kill (SIGKILL to
-this process), term (SIGTERM), raise, full (the disk), nan (the loss), slow (half a second, at this call and all later ones).
+token), update (each forward and backward pass), save (each file a rank writes), eval (each source), reward (each call). What: kill
+(SIGKILL to this process), term (SIGTERM), raise, full (the disk), nan (the loss), slow (half a second, at this and all later calls).
 In another program: PYTHONPATH=tests/planted and ACTIAL_TEST_FAULTS="kill:update:1:3 slow:sample:0:1".
 """
 
@@ -75,7 +75,11 @@ def faulty(run: Callable[..., Any], what: str, at: int) -> Callable[..., Any]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
         result = run(*args, **kwargs)
         if what == "nan":
-            return result._replace(loss=result.loss * torch.nan, stats=result.stats * torch.nan) if hasattr(result, "stats") else result * torch.nan
+            return (
+                result._replace(loss=result.loss * torch.nan, stats=result.stats * torch.nan)
+                if hasattr(result, "stats")
+                else result * torch.nan
+            )
         return result
 
     return called

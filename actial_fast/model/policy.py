@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import re
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from transformers import PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
 from actial_fast.integrations.liger import apply_liger
 from actial_fast.model.attention import IMPLEMENTATION, use_packed_attention
 from actial_fast.model.vision import VisionArguments, encode_images, vision_arguments
+from actial_fast.model.weights import draw_adapters, fill, misfits, open_weights, parameters_on_meta, resolve, skeleton
 from actial_fast.packing.batch import Batch, PackedBatch
 from actial_fast.packing.packed_ops import PixelBatch, embed, patchify
 from actial_fast.settings.recipe import ModelConfig
@@ -49,10 +51,14 @@ class Policy(nn.Module):
     computed by fused ops from hidden states and no logits of every token exist.
     """
 
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration | PeftModel, compute_dtype: torch.dtype):
+    def __init__(
+        self, model: Qwen2_5_VLForConditionalGeneration | PeftModel, compute_dtype: torch.dtype, config: ModelConfig | None = None
+    ):
+        """config: what it was loaded by; a policy without one cannot be saved."""
         super().__init__()
         self.model = model
         self.compute_dtype = compute_dtype
+        self.config = config or ModelConfig()
 
     @property
     def base(self) -> Qwen2_5_VLForConditionalGeneration:
@@ -116,20 +122,23 @@ class Policy(nn.Module):
         return self.model.disable_adapter()
 
 
-def load_policy(config: ModelConfig, device: torch.device, seed: int, *, packed: bool = False) -> Policy:
+def load_policy(
+    config: ModelConfig, device: torch.device, seed: int, *, packed: bool = False, place: Callable[[Policy], Policy] | None = None
+) -> Policy:
     """The policy of a recipe on `device`, in train mode, with what is frozen frozen; packed: able to take packed batches.
 
-    ValueError where the recipe does not fit the model.
+    place: shards the policy while it has no memory yet, so that each rank reads and holds its own rows only; every rank calls.
+    ValueError where the checkpoint is not one of a Qwen2.5-VL, whole, or where the recipe does not fit it.
     """
-    if not config.path:
-        raise ValueError("model.path: a checkpoint folder or hub name is needed")
-    if not Path(config.path).is_dir() and (config.path.count("/") != 1 or config.path.startswith((".", "/", "~"))):
-        raise ValueError(f"model.path: {config.path} is neither a folder nor a hub name like Qwen/Qwen2.5-VL-7B-Instruct")
+    folder = resolve(config.path)
+    stored = open_weights(folder)
     lora = config.lora.rank > 0
     dtype = getattr(torch, config.frozen_dtype if lora else config.dtype)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.path, dtype=dtype, attn_implementation=config.attention)
+    model: Qwen2_5_VLForConditionalGeneration | PeftModel = skeleton(folder, dtype, config.attention)
+    if wrong := misfits(model, stored, config.path):
+        raise ValueError("; ".join(wrong))
     if lora:
-        model = _add_adapters(model, config, seed)
+        model = _add_adapters(model, config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()  # only reentrant checkpoints need it, and a frozen tower would run backward
@@ -145,18 +154,23 @@ def load_policy(config: ModelConfig, device: torch.device, seed: int, *, packed:
                 parameter.data = parameter.data.to(getattr(torch, config.frozen_dtype))
     if _uses_liger(config, device):
         apply_liger(model)
-    policy = Policy(model.to(device), torch.bfloat16 if device.type == "cuda" else torch.float32)
+    policy = Policy(model, torch.bfloat16 if device.type == "cuda" else torch.float32, config)
     if not policy.trained():
         raise ValueError("model.freeze: every parameter is frozen, nothing is left to train")
     if packed:
         use_packed_attention(policy.base)
+    policy = place(policy) if place else policy
+    fill(policy, stored, device)
+    draw_adapters(policy, seed)
     return policy.train()
 
 
-def load_reference(config: ModelConfig, device: torch.device, *, packed: bool = False) -> Policy:
-    """A frozen copy of the starting weights, to measure the KL against (with adapters, switch those off instead)."""
+def load_reference(
+    config: ModelConfig, device: torch.device, *, packed: bool = False, place: Callable[[Policy], Policy] | None = None
+) -> Policy:
+    """A frozen copy of the starting weights, to measure the KL against (with adapters, switch those off instead); place as above."""
     config = replace(config, dtype=config.frozen_dtype, lora=replace(config.lora, rank=0), freeze=(), gradient_checkpointing=False)
-    return load_policy(config, device, seed=0, packed=packed).requires_grad_(False).eval()
+    return load_policy(config, device, seed=0, packed=packed, place=place).requires_grad_(False).eval()
 
 
 def _uses_liger(config: ModelConfig, device: torch.device) -> bool:
@@ -167,8 +181,8 @@ def _uses_liger(config: ModelConfig, device: torch.device) -> bool:
     return config.liger != "off" and installed and device.type == "cuda"
 
 
-def _add_adapters(model: Qwen2_5_VLForConditionalGeneration, config: ModelConfig, seed: int) -> PeftModel:
-    """Adapters on the named linear layers of the language model, in the training dtype, their weights drawn by `seed`."""
+def _add_adapters(model: Qwen2_5_VLForConditionalGeneration, config: ModelConfig) -> PeftModel:
+    """Adapters on the named linear layers of the language model, in the training dtype, without memory yet."""
     names = "|".join(map(re.escape, config.lora.targets))
     settings = LoraConfig(
         r=config.lora.rank,
@@ -177,42 +191,27 @@ def _add_adapters(model: Qwen2_5_VLForConditionalGeneration, config: ModelConfig
         target_modules=rf"{re.escape(LANGUAGE_MODEL)}\..*\.({names})",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            model = get_peft_model(model, settings)
-        except ValueError as error:
-            raise ValueError(f"model.lora.targets: {error}") from None
-    for parameter in model.parameters():
+    try:
+        with parameters_on_meta():
+            adapted = get_peft_model(model, settings)
+    except ValueError as error:
+        raise ValueError(f"model.lora.targets: {error}") from None
+    for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, config.dtype))
-    return model
+    return adapted
 
 
-def save_model(policy: Policy, folder: Path, state: dict[str, Tensor]) -> None:
-    """Write config and weights so that plain transformers opens the folder.
-
-    state: the full weights by the policy's names, on the CPU; adapters are merged into the weights they adapt.
+def save_settings(policy: Policy, model: Path, adapter: Path) -> None:
+    """Everything of a Hugging Face folder but its weights: config and generation config into `model`, and with adapters PEFT's
+    configuration into `adapter`. Both folders are made.
     """
-    base = policy.base
+    model.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(policy.base.config)
+    config.architectures = [Qwen2_5_VLForConditionalGeneration.__name__]
+    config.save_pretrained(model)
+    policy.base.generation_config.save_pretrained(model)
     if policy.adapted:
-        state = _merged(policy.model, state)
-    prefix = "model."
-    weights = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    base.save_pretrained(folder, state_dict=weights)
-
-
-def _merged(model: PeftModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The base model's weights with every adapter's product added, computed in float32 on copies."""
-    lora = model.peft_config["default"]
-    scale = lora.lora_alpha / lora.r
-    out = {}
-    for name, tensor in state.items():
-        if ".lora_" in name:
-            continue
-        if name.endswith(".base_layer.weight"):
-            stem = name.removesuffix(".base_layer.weight")
-            down, up = (state[f"{stem}.lora_{x}.default.weight"].float() for x in "AB")
-            tensor = (tensor.float() + scale * (up @ down)).to(tensor.dtype)
-        out[name.replace(".base_layer", "").replace("model.base_model.model.", "model.", 1)] = tensor
-    return out
+        settings = copy.copy(policy.model.peft_config["default"])
+        settings.inference_mode, settings.base_model_name_or_path = True, policy.config.path
+        settings.save_pretrained(str(adapter))

@@ -11,15 +11,14 @@ import datetime
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from actial_fast.model.policy import Policy
 
@@ -182,22 +181,3 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Scale the gradients down to the global norm `limit` (0: leave them); the norm before, over all ranks, on the device."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def full_state(policy: Policy, where: World) -> dict[str, Tensor]:
-    """The whole weights on the CPU of rank 0, by the policy's names; empty on the other ranks of a sharded policy."""
-    if is_sharded(policy):
-        state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        return cast("dict[str, Tensor]", state)  # no module of it has other state
-    return {name: tensor.detach().cpu() for name, tensor in policy.state_dict().items()}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor's full value on the CPU, gathered from all ranks where it is sharded (every rank must call)."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
-
-
-def placed_like(value: Tensor, like: Tensor) -> Tensor:
-    """A full value laid out as `like` is: on its device, and sharded where it is."""
-    value = value.to(like.device)
-    return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value

@@ -15,7 +15,7 @@ from actial_fast.train.dist import Agreed
 
 
 class NonFinite(Agreed):
-    """Too many optimizer steps in a row had a NaN or infinite loss or gradient; the weights are those before the first of them."""
+    """Too many optimizer steps in a row had a NaN or infinite loss or gradient; or a weight or a moment is, and was not written."""
 
 
 class Guard:

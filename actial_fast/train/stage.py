@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,30 +103,33 @@ class Stage:
     processor: Processor
     optimizer: torch.optim.AdamW
     stream: Stream
+    saver: checkpoint.Saver
 
     def mark(self) -> Mark:
         """Where the stage stands before a step."""
         return Mark(self.stream.position, checkpoint.rng_states())
 
-    def save(self, step: int, where: World, *, keep: int) -> None:
-        """Write the checkpoint of `step`, unless it is there. Every rank calls."""
+    def save(self, step: int) -> None:
+        """Begin the checkpoint of `step`, unless there is one. Every rank calls."""
         if step and step not in checkpoint.steps(self.folder):
-            self._write(step, where, keep, last=False)
+            self.saver.save(step, self.policy, self.processor, self.optimizer, {"position": self.stream.position})
 
-    def give_up(self, mark: Mark, step: int, where: World, *, keep: int) -> None:
+    def give_up(self, mark: Mark, step: int) -> None:
         """Leave `step`, in which no weight has changed, and save what was before it. Every rank calls."""
         self.optimizer.zero_grad(set_to_none=True)
         self.stream.seek(mark.position)
         checkpoint.set_rng_states(mark.rng)
-        self.save(step - 1, where, keep=keep)
+        self.saver.wait()
+        self.save(step - 1)
+        self.saver.wait()
 
-    def finish(self, step: int, where: World, *, keep: int) -> None:
-        """Mark the stage as done at `step`. Every rank calls."""
-        self._write(step, where, keep, last=True)
-
-    def _write(self, step: int, where: World, keep: int, *, last: bool) -> None:
-        state = {"position": self.stream.position}
-        checkpoint.save(self.folder, step, self.policy, self.processor, self.optimizer, state, where, keep=keep, last=last)
+    def finish(self, step: int) -> Path:
+        """The stage is done at `step`: its final model's folder, made from the checkpoint of that step. Every rank calls."""
+        self.saver.wait()
+        self.save(step)
+        self.saver.finish(step)
+        self.stream.close()
+        return self.folder / "final" / "model"
 
 
 @dataclass(frozen=True)
@@ -137,16 +140,16 @@ class Mark:
     rng: dict[str, torch.Tensor]
 
 
-def open_stage(recipe: SFTRecipe | GRPORecipe, start: int, where: World, encode: Encode) -> Stage:
+def open_stage(recipe: SFTRecipe | GRPORecipe, start: int, where: World, encode: Encode, stack: contextlib.ExitStack) -> Stage:
     """Load, shard and restore: the recipe's weights at step 0, or everything as the checkpoint of step `start` has it.
 
-    encode: what the stream makes of each example, Processor.encode or Processor.encode_prompt.
+    encode: what the stream makes of each example, Processor.encode or Processor.encode_prompt. When `stack` ends, a checkpoint that is
+    being written is finished.
     """
     folder, model, data = stage_folder(recipe), recipe.model, recipe.data
     torch.manual_seed(recipe.seed)
-    resumed = replace(model, path=str(checkpoint.path_of(folder, start) / "model")) if start and not model.lora.rank else model
-    policy = load_policy(resumed, where.device, recipe.seed, packed=recipe.packing == "packed")
-    policy = shard(policy, where) if recipe.dist.fsdp else policy
+    place = functools.partial(shard, where=where) if recipe.dist.fsdp else None
+    policy = load_policy(model, where.device, recipe.seed, packed=recipe.packing == "packed", place=place)
     limits = {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels, "max_prompt": data.max_prompt_tokens}
     processor = Processor.load(model.path, **limits, image_cache=data.image_cache)
     optimizer = build_optimizer(policy, recipe.optim)
@@ -163,7 +166,8 @@ def open_stage(recipe: SFTRecipe | GRPORecipe, start: int, where: World, encode:
     )
     if start:
         stream.seek(checkpoint.restore(folder, start, policy, optimizer, where)["position"])
-    return Stage(folder, start, policy, processor, optimizer, stream)
+    saver = stack.enter_context(checkpoint.Saver(folder, where, recipe.save.keep))
+    return Stage(folder, start, policy, processor, optimizer, stream, saver)
 
 
 def open_log(recipe: SFTRecipe | GRPORecipe, start: int, total: int, where: World) -> MetricLog:

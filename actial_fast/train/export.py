@@ -1,0 +1,186 @@
+"""From a checkpoint of a run to the folders that everybody opens: a Hugging Face model, and an adapter of PEFT.
+
+Tensor after tensor is put together from the ranks' rows, or read from model.path where it was not trained, and written behind a header
+known beforehand: nobody holds more than one tensor and what it is made of. Several ranks write a file each.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actial_fast.model.policy import Policy
+from actial_fast.model.tensors import Stored, sync, write
+from actial_fast.model.weights import INDEX, SINGLE, base_name, module_name, open_weights, resolve, stored_name
+
+FILE_BYTES = 5_000_000_000  # as transformers cuts them
+PEFT_FILE = "adapter_model.safetensors"
+
+
+def facts(policy: Policy) -> dict[str, Any]:
+    """What an export must know beside the trained weights; it goes into state.json."""
+    config = policy.config
+    path = str(Path(config.path).resolve()) if Path(config.path).is_dir() else config.path
+    whole = all(parameter.requires_grad for parameter in policy.parameters())
+    scale = config.lora.alpha / config.lora.rank if policy.adapted else 0.0
+    # merged in 16 bits, an adapter's small changes would be rounded away
+    dtype = "float32" if policy.adapted else config.dtype
+    return {"base": "" if whole else path, "frozen_dtype": config.frozen_dtype, "dtype": dtype, "adapter_scale": scale}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """dtype: of the weights written. rounding: |rounded - exact| over |the adapters' change|, over the weights that this rank merged; 0 in
+    float32, None without adapters.
+    """
+
+    dtype: str
+    rounding: float | None
+
+
+def export_to(source: Path, out: Path, *, dtype: str = "") -> Exported:
+    """Write the checkpoint `source` as a Hugging Face folder `out`, its adapters into out/adapter; `out` is whole or absent.
+
+    ValueError where `out` is not empty, and as `export`.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: there is something already; name a folder that is new or empty")
+    temporary = out.with_name(f".tmp-{out.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        done = export(source, temporary, temporary / "adapter", dtype=dtype)
+        sync(temporary)
+        os.replace(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return done
+
+
+def export(source: Path, model: Path, adapter: Path, *, dtype: str = "", rank: int = 0, ranks: int = 1) -> Exported:
+    """Write the checkpoint `source` as a Hugging Face folder `model` and, where adapters were trained, as PEFT's folder `adapter`.
+
+    dtype: of the weights in `model` (empty: as trained; float32 where adapters are merged). With several ranks each calls and writes its
+    files. ValueError where model.path is needed and gone, OSError where something cannot be written.
+    """
+    weights = _Weights(source, dtype)
+    files = weights.files()
+    model.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        shutil.copytree(source / "model", model, dirs_exist_ok=True)
+        _note_dtype(model / "config.json", _said(weights.dtype))
+        if len(files) > 1:
+            size = sum(map(weights.bytes, weights.names))
+            index = {"metadata": {"total_size": size}, "weight_map": {name: file for file, names in files.items() for name in names}}
+            (model / INDEX).write_text(json.dumps(index, indent=2))
+        if weights.adapters:
+            shutil.copytree(source / "adapter", adapter)
+            layout = {name: (weights.stored.dtype(key), weights.stored.shape(key)) for name, key in weights.adapters.items()}
+            write(adapter / PEFT_FILE, layout, lambda name: weights.stored.rows(weights.adapters[name]))
+    for file, names in list(files.items())[rank::ranks]:
+        write(model / file, {name: (weights.dtype, weights.shape(name)) for name in names}, weights.tensor)
+    return Exported(_said(weights.dtype), weights.rounding)
+
+
+class _Weights:
+    """The model that a checkpoint makes, weight by weight, under the names of a file.
+
+    adapters: PEFT's names of the adapters' weights, each with its name in the checkpoint; empty where there are none.
+    """
+
+    def __init__(self, source: Path, dtype: str):
+        about = json.loads((source / "state.json").read_text())["model"]
+        self.dtype: torch.dtype = getattr(torch, dtype or about["dtype"])
+        self.stored = Stored(sorted(source.glob("rank-*.safetensors")))
+        self._frozen_dtype: torch.dtype = getattr(torch, about["frozen_dtype"])
+        self._scale: float = about["adapter_scale"]
+        self._changed = self._lost = 0.0
+        keys = [name for name in self.stored.names if name.startswith("weight/")]
+        names = {key: base_name(key.removeprefix("weight/")) for key in keys}
+        self._trained = {stored_name(name): key for key, name in names.items() if ".lora_" not in name}
+        self._down = {_adapted(name): key for key, name in names.items() if ".lora_A." in name}
+        self._up = {_adapted(name): key for key, name in names.items() if ".lora_B." in name}
+        self.adapters = {f"base_model.model.{n.replace('.default.', '.')}": key for key, n in names.items() if ".lora_" in n}
+        self._base, self._frozen = None, {}
+        if about["base"]:
+            try:
+                self._base = open_weights(resolve(about["base"]))
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{source}: what was not trained is read from {about['base']} again, and that fails: {error}") from None
+            tied = json.loads((source / "model" / "config.json").read_text()).get("tie_word_embeddings")
+            self._frozen = {stored_name(module_name(name)): name for name in self._base.names if not name.endswith("rotary_emb.inv_freq")}
+            self._frozen = {name: key for name, key in self._frozen.items() if not (tied and name == "lm_head.weight")}
+        self.names = sorted(self._frozen.keys() | self._trained.keys())
+
+    @property
+    def rounding(self) -> float | None:
+        """|rounded - exact| over |the adapters' change|, of the weights asked for so far; None without adapters."""
+        return math.sqrt(self._lost / self._changed) if self._changed else 0.0 if self._down else None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A weight's shape."""
+        if name in self._trained:
+            return self.stored.shape(self._trained[name])
+        assert self._base is not None
+        return self._base.shape(self._frozen[name])
+
+    def bytes(self, name: str) -> int:
+        """A weight's size in the file."""
+        return math.prod(self.shape(name)) * self.dtype.itemsize
+
+    def files(self) -> dict[str, list[str]]:
+        """File names and the weights that go into each."""
+        groups: list[list[str]] = [[]]
+        size = 0
+        for name in self.names:
+            if groups[-1] and size + self.bytes(name) > FILE_BYTES:
+                groups.append([])
+                size = 0
+            groups[-1].append(name)
+            size += self.bytes(name)
+        if len(groups) == 1:
+            return {SINGLE: groups[0]}
+        return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight in its dtype, with its adapter's product added in float32."""
+        if name in self._trained:
+            value = self.stored.rows(self._trained[name])
+        else:
+            assert self._base is not None
+            value = self._base.rows(self._frozen[name]).to(self._frozen_dtype)  # as it was trained on
+        if name not in self._down:
+            return value.to(self.dtype)
+        down, up = (self.stored.rows(keys[name]).float() for keys in (self._down, self._up))
+        exact = value.float().addmm_(up, down, alpha=self._scale)
+        rounded = exact.to(self.dtype)
+        self._changed += self._scale**2 * float(((up.T @ up) * (down @ down.T)).sum())  # the square of |scale up @ down|
+        self._lost += float((exact - rounded).square_().sum())
+        return rounded
+
+
+def _adapted(name: str) -> str:
+    """The name in a file of the weight that a part of an adapter belongs to."""
+    return stored_name(re.sub(r"\.lora_[AB]\.default", "", name))
+
+
+def _said(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _note_dtype(config: Path, dtype: str) -> None:
+    """Say in a config.json what its weights are stored in."""
+
+    def noted(value: Any) -> Any:
+        return {k: dtype if k in ("dtype", "torch_dtype") else noted(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    config.write_text(json.dumps(noted(json.loads(config.read_text())), indent=2) + "\n")

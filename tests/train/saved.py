@@ -1,0 +1,154 @@
+"""What the tests of checkpoints share: a policy that has been trained a little, and scenes that run on ranks of their own.
+
+python tests/train/saved.py SCENE FOLDER    with torchrun's environment; rank 0 prints what it found as JSON
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from actial_fast.model.policy import Policy, load_policy
+from actial_fast.model.processor import Processor
+from actial_fast.settings.recipe import LoRAConfig, ModelConfig, OptimConfig
+from actial_fast.train import checkpoint
+from actial_fast.train.dist import World, shard, world
+from actial_fast.train.stage import build_optimizer
+
+ROOT = Path(__file__).parents[2]
+KINDS = {
+    "full": {},
+    "frozen": {"freeze": ("model.visual",), "frozen_dtype": "bfloat16"},
+    "adapters": {"lora": LoRAConfig(rank=4), "frozen_dtype": "bfloat16"},
+}
+
+
+def config(model: Path, kind: str = "full") -> ModelConfig:
+    return ModelConfig(path=str(model), **KINDS[kind])
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
+
+
+def numbers(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Values that depend on the name and on the place in the whole tensor, and on nothing else."""
+    return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(sum(name.encode())))
+
+
+def trained(model: ModelConfig, where: World, *, fsdp: bool = False, seed: int = 0) -> tuple[Policy, torch.optim.AdamW]:
+    """A policy and its optimizer after one step along made-up gradients; the last trained tensor has had none."""
+    place = functools.partial(shard, where=where) if fsdp else None
+    policy = load_policy(model, where.device, seed, place=place)
+    optimizer = build_optimizer(policy, OptimConfig(lr=1e-2))
+    for name, parameter in list(policy.trained().items())[:-1]:
+        gradient = numbers(name, parameter)
+        if isinstance(parameter, DTensor):
+            gradient = torch.distributed.tensor.distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+        parameter.grad = gradient.to(parameter.dtype)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return policy, optimizer
+
+
+def everything(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """All weights and moments, whole."""
+    out = {f"weight/{name}": whole(p) for name, p in policy.named_parameters()}
+    for name, parameter in policy.trained().items():
+        out |= {f"{key}/{name}": whole(value) for key, value in optimizer.state.get(parameter, {}).items()}
+    return out
+
+
+def on_ranks(scene: str, folder: Path, *args: object, ranks: int = 2) -> Any:
+    """What a scene finds on rank 0, run by processes of their own."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.train.saved", scene, str(folder), *map(str, args)]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    ends = [process.communicate(timeout=280) for process in processes]
+    for process, (_, errors) in zip(processes, ends, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    return json.loads(ends[0][0].splitlines()[-1])
+
+
+def sharded(folder: Path, where: World, model: str) -> Any:
+    """Save and restore under FSDP, with each kind; also what one rank's failure and one rank's NaN do."""
+    found: dict[str, Any] = {}
+    processor = Processor.load(model)
+    for kind in KINDS:
+        policy, optimizer = trained(config(Path(model), kind), where, fsdp=True)
+        with checkpoint.Saver(folder / kind, where, 2) as saver:
+            saver.save(1, policy, processor, optimizer, {"position": 7}, final=True)
+            before = everything(policy, optimizer)
+        again = load_policy(config(Path(model), kind), where.device, 1, place=functools.partial(shard, where=where))
+        new = build_optimizer(again, OptimConfig())
+        state = checkpoint.restore(folder / kind, 1, again, new, where)
+        after = everything(again, new)
+        found[kind] = [before.keys() == after.keys(), all(torch.equal(before[k], after[k]) for k in before), state]
+    saver = checkpoint.Saver(folder / "full", where, 2)
+    write = checkpoint.write
+    if where.rank == 1:
+        checkpoint.write = _full_disk
+    try:
+        saver.save(2, policy, processor, optimizer, {})
+        saver.wait()
+    except checkpoint.NotSaved as error:
+        found["failed"] = str(error)
+    checkpoint.write = write
+    if where.rank == 1:
+        parameter = next(iter(policy.trained().values()))
+        parameter.detach().to_local()[-1] = float("nan")
+    try:
+        saver.save(2, policy, processor, optimizer, {})
+    except checkpoint.NonFinite as error:
+        found["not finite"] = str(error)
+    told = where.gather([found])
+    assert told[0] == told[1], "the ranks differ in what they were told"
+    return found
+
+
+def tied(folder: Path, where: World, model: str) -> Any:
+    """One forward pass and one step with a head that is the embedding, sharded."""
+    policy = load_policy(config(Path(model)), where.device, 0, place=functools.partial(shard, where=where))
+    optimizer = build_optimizer(policy, OptimConfig(lr=1e-2))
+    ids = torch.arange(12)[None] % 7 + 5
+    logits = policy({"input_ids": ids}, lambda out, head: out.last_hidden_state @ head.T)
+    logits.square().mean().backward()
+    optimizer.step()
+    with checkpoint.Saver(folder, where, 1) as saver:
+        saver.save(1, policy, Processor.load(model), optimizer, {}, final=True)
+    return [len(policy.trained()), float(logits.detach().abs().sum())]
+
+
+def _full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with world() as where:
+        result = {"sharded": sharded, "tied": tied}[sys.argv[1]](Path(sys.argv[2]), where, *sys.argv[3:])
+        if where.main:
+            print(json.dumps(result))
