@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from actial_fast.ops import checks
+from actial_fast.ops.ranges import named
 from actial_fast.packing import native
 
 if TYPE_CHECKING:

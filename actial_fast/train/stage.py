@@ -28,7 +28,7 @@ from actial_fast.settings.recipe import GRPORecipe, OptimConfig, SFTRecipe
 from actial_fast.train import checkpoint
 from actial_fast.train.dist import World, shard
 
-MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "data.image_cache", "dist.")  # keys that a resumed run may set anew
+MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "data.image_cache", "dist.", "profile.")  # keys that a resumed run may set anew
 
 
 class Stopped(SystemExit):

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.vision_utils import get_vision_window_index
 
 from actial_fast.data.sources.source import SourceConfig
+from actial_fast.model.flops import Work, images_once, minimum, window_sizes
 from actial_fast.model.policy import _add_adapters
 from actial_fast.ops.spec import GRPOSpec
 from actial_fast.settings.config import to_yaml
@@ -18,7 +19,7 @@ from actial_fast.settings.recipe import DataConfig, GRPORecipe, LoRAConfig, Mode
 from actial_fast.tasks.rewards import RewardConfig
 from bench.step import ledger, update
 from bench.step.ledger import Count, attention_forward, counted, recipe_steps, shape_steps
-from bench.step.minimum import Work, images_once, minimum, window_sizes, work_of
+from bench.step.minimum import work_of
 
 FIRST_LAYER = ("model.visual", "model.language_model.embed_tokens", "model.language_model.layers.0")
 
