@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
@@ -26,16 +25,20 @@ from torch import Tensor
 
 from actial_fast import ops
 from actial_fast.data.sources.stream import Example
-from actial_fast.evaluation.evaluate import evaluate
+from actial_fast.evaluation.evaluate import evaluate, reply_tokens
 from actial_fast.model.policy import Policy, load_reference
 from actial_fast.model.processor import Processor
+from actial_fast.ops.ranges import named
 from actial_fast.packing.batch import Sequence
 from actial_fast.rollout.embedded import generate
 from actial_fast.settings.recipe import GRPORecipe
 from actial_fast.tasks.rewards import score
 from actial_fast.train import checkpoint
-from actial_fast.train.dist import World, clip_gradients, reduce_gradients, shard, world
-from actial_fast.train.rounds import Pass, Round, balanced, passes
+from actial_fast.train.dist import World, clip_gradients, gathered, reduce_gradients, shard, world
+from actial_fast.train.mismatch import Mismatch
+from actial_fast.train.phases import Phases, Timer, measured_rate, untimed
+from actial_fast.train.profile import Window
+from actial_fast.train.rounds import Pass, Round, account, balanced, least_flops, passes
 from actial_fast.train.stage import (
     Stopped,
     begin,
@@ -99,64 +102,94 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
         reference = load_reference(recipe.model, where.device, packed=recipe.packing == "packed")
         reference = shard(reference, where) if recipe.dist.fsdp else reference
     total = recipe.steps
-    with open_log(recipe, start, total, where) as log, graceful_stop() as asked:
+    window = Window(recipe.profile, Path(recipe.run), recipe.name, where)
+    with open_log(recipe, start, total, where) as log, graceful_stop() as asked, window:
+        log.event("rate", ceiling := measured_rate(where.device), start)
+        phases = Phases(where, ceiling["tflops"])
         if start == 0 and recipe.eval.sources:
-            log.event("eval", evaluate(policy, processor, recipe.eval, where, seed=recipe.seed), 0)
+            with phases("eval"):
+                results = evaluate(policy, processor, recipe.eval, where, seed=recipe.seed)
+            phases.add("eval", tokens=reply_tokens(results) / where.size)
+            log.event("eval", results, 0)
+            log.event("phases", phases.metrics(), 0)
         for step in range(start + 1, total + 1):
-            began = time.perf_counter()
+            window.at(step)
             rate = set_learning_rate(optimizer, recipe.optim, step, total)
-            examples = stream.next_batch(recipe.prompts)
-            samples = _sample(policy, processor, examples, recipe)
-            sampled_in = time.perf_counter() - began
-            minibatches = [[s for s in samples if s.minibatch == m] for m in range(recipe.prompts // recipe.minibatch)]
-            counts = [where.total([sum(map(len, each)), len(each)]) for each in minibatches]
-            kept = [balanced(_kept(each, recipe), lambda s: s.sequence, recipe, processor, where) for each in minibatches]
-            ahead = _passes(policy, reference, processor, kept, recipe, where)
-            kept = _log_probs(policy, reference, kept, ahead, recipe)
-            stats, norms = torch.zeros(len(ops.STATS), device=where.device), []
-            for minibatch, count, rounds in zip(kept, counts, ahead.updates, strict=True):
-                stats += _accumulate(policy, minibatch, count, rounds, recipe, where)
-                reduce_gradients(parameters_of(policy), where)
-                norms.append(clip_gradients(parameters_of(policy), recipe.optim.clip_norm))
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            figures = stats.double().cpu().numpy() / len(norms)  # the first wait for the device
-            metrics = _metrics(samples, figures, recipe, where, time.perf_counter() - began)
+            with phases("data"):
+                examples = stream.next_batch(recipe.prompts)
+            samples = _sample(policy, processor, examples, recipe, phases)
+            with phases("plan"):
+                minibatches = [[s for s in samples if s.minibatch == m] for m in range(recipe.prompts // recipe.minibatch)]
+                counts = [where.total([sum(map(len, each)), len(each)]) for each in minibatches]
+                kept = [balanced(_kept(each, recipe), lambda s: s.sequence, recipe, processor, where) for each in minibatches]
+                ahead = _passes(policy, reference, processor, kept, recipe, where)
+            kept = _log_probs(policy, reference, kept, ahead, recipe, phases)
+            stats, norms, mismatch = torch.zeros(len(ops.STATS), device=where.device), [], Mismatch(where)
+            with phases("update"):
+                for minibatch, count, rounds in zip(kept, counts, ahead.updates, strict=True):
+                    stats += _accumulate(policy, minibatch, count, rounds, recipe, where, mismatch)
+                    reduce_gradients(parameters_of(policy), where)
+                    norms.append(clip_gradients(parameters_of(policy), recipe.optim.clip_norm))
+                    with named("optimizer"):
+                        optimizer.step()
+                        optimizer.zero_grad(set_to_none=True)
+                norm = torch.stack(norms).mean()
+                found = torch.cat([stats.double() / len(norms), norm.double()[None], mismatch.total()])
+            with phases("plan"):
+                account(phases, ahead.wanted, processor)
+                drawn = Pass(policy, [s.sequence for s in samples], trained=False)
+                phases.add("sample", tokens=sum(map(len, samples)), flops=least_flops([drawn], processor)[0])
+                phases.add("score", tokens=sum(map(len, samples)))
+            figures = found.cpu().numpy()  # the first wait for the device
+            times = phases.metrics()
+            metrics = _metrics(samples, figures[: len(ops.STATS)], recipe, where, times["seconds"])
             if rejected := where.total([stream.rejected])[0]:
                 metrics["rejected_rows"] = rejected
-            log.step(step, {**metrics, "lr": rate, "grad_norm": float(sum(norms)) / len(norms), "sampling_seconds": sampled_in})
+            seen = Mismatch.metrics(*figures[-3:].tolist())
+            log.step(step, {**metrics, **seen, "lr": rate, "grad_norm": figures[len(ops.STATS)], **times})
             if recipe.log_rollouts and step in (1, (total + 1) // 2, total):
                 log.event("rollouts", _shown(processor, examples, samples, recipe), step)
             last = step == total
             if recipe.eval.sources and (last or (recipe.eval.every and step % recipe.eval.every == 0)):
-                log.event("eval", evaluate(policy, processor, recipe.eval, where, seed=recipe.seed), step)
+                with phases("eval"):
+                    results = evaluate(policy, processor, recipe.eval, where, seed=recipe.seed)
+                phases.add("eval", tokens=reply_tokens(results) / where.size)
+                log.event("eval", results, step)
             stop = where.max(len(asked)) > 0
             if last or stop or (recipe.save.every and step % recipe.save.every == 0):
                 state = {"position": stream.position}
-                checkpoint.save(folder, step, policy, processor, optimizer, state, where, keep=recipe.save.keep, last=last)
+                with phases("save"):
+                    checkpoint.save(folder, step, policy, processor, optimizer, state, where, keep=recipe.save.keep, last=last)
+            if phases.used:
+                log.event("phases", phases.metrics(), step)
             if stop and not last:
                 raise Stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
     stream.close()
     return folder / "final" / "model"
 
 
-def _sample(policy: Policy, processor: Processor, examples: Many[Example], recipe: GRPORecipe) -> list[Sample]:
+def _sample(policy: Policy, processor: Processor, examples: Many[Example], recipe: GRPORecipe, phase: Timer = untimed) -> list[Sample]:
     """n scored replies to each of this rank's prompts, in order, with their advantages."""
     n, weights = recipe.sampling.n, np.array([r.weight for r in recipe.rewards], np.float32)
     prompts = [example.encoded for example in examples]
-    groups = generate(
-        policy,
-        processor,
-        prompts,
-        n,
-        keys=[(recipe.seed, example.position) for example in examples],
-        temperature=recipe.sampling.temperature,
-        max_new_tokens=recipe.sampling.max_new_tokens,
-        batch_size=recipe.sampling.batch_size,
-    )
+    with contextlib.ExitStack() as whole:
+        with phase("sync"):
+            whole.enter_context(gathered(policy))
+        with phase("sample"):
+            groups = generate(
+                policy,
+                processor,
+                prompts,
+                n,
+                keys=[(recipe.seed, example.position) for example in examples],
+                temperature=recipe.sampling.temperature,
+                max_new_tokens=recipe.sampling.max_new_tokens,
+                batch_size=recipe.sampling.batch_size,
+            )
     replies = [reply for group in groups for reply in group]
-    texts = [processor.decode(reply.ids) for reply in replies]
-    rewards = score(texts, [example.row for example in examples for _ in range(n)], recipe.rewards)
+    with phase("score"):
+        texts = [processor.decode(reply.ids) for reply in replies]
+        rewards = score(texts, [example.row for example in examples for _ in range(n)], recipe.rewards)
     totals = np.where(np.isnan(rewards).all(1), np.nan, np.nansum(rewards * weights, axis=1))
     owner = torch.arange(len(examples)).repeat_interleave(n)
     advantages = ops.group_advantages(torch.from_numpy(totals), owner, recipe.advantages)
@@ -179,8 +212,9 @@ def _sample(policy: Policy, processor: Processor, examples: Many[Example], recip
 @dataclass(frozen=True)
 class Passes:
     """The rounds of one step, to be run in this order: old log-probs of mini-batches that need them and the reference's, or None where none
-    does, then each mini-batch's update."""
+    does, then each mini-batch's update. wanted: what they go over."""
 
+    wanted: list[Pass]
     old: Iterator[Round] | None
     ref: Iterator[Round] | None
     updates: list[Iterator[Round]]
@@ -191,14 +225,15 @@ def _passes(
 ) -> Passes:
     late = minibatches[_on_policy(recipe) :]
     needs_ref = recipe.loss.beta > 0 or not recipe.skip_reference
-    wanted = [Pass(policy, [s.sequence for samples in late for s in samples], trained=False)] if late else []
+    wanted = [Pass(policy, [s.sequence for samples in late for s in samples], trained=False, phase="old")] if late else []
     if needs_ref:
-        wanted.append(Pass(reference or policy, [s.sequence for samples in minibatches for s in samples], trained=False))
+        everything = [s.sequence for samples in minibatches for s in samples]
+        wanted.append(Pass(reference or policy, everything, trained=False, phase="reference", adapters=False))
     wanted += [Pass(policy, [s.sequence for s in samples], trained=True) for samples in minibatches]
     made = passes(wanted, recipe, processor, where)
     old = made.pop(0) if late else None
     ref = made.pop(0) if needs_ref else None
-    return Passes(old, ref, made)
+    return Passes(wanted, old, ref, made)
 
 
 def _on_policy(recipe: GRPORecipe) -> int:
@@ -214,16 +249,22 @@ def _kept(samples: list[Sample], recipe: GRPORecipe) -> list[Sample]:
 
 
 def _log_probs(
-    policy: Policy, reference: Policy | None, minibatches: Many[list[Sample]], rounds: Passes, recipe: GRPORecipe
+    policy: Policy,
+    reference: Policy | None,
+    minibatches: Many[list[Sample]],
+    rounds: Passes,
+    recipe: GRPORecipe,
+    phase: Timer = untimed,
 ) -> list[list[Sample]]:
     """The samples with old log-probs where the policy will have moved (after the first mini-batch), and reference ones where beta asks."""
     minibatches = list(minibatches)
     if rounds.old is not None:
         late = minibatches[_on_policy(recipe) :]
-        old = iter(_forward_only(policy, [s.sequence for samples in late for s in samples], rounds.old, recipe))
+        with phase("old"):
+            old = iter(_forward_only(policy, [s.sequence for samples in late for s in samples], rounds.old, recipe))
         minibatches[_on_policy(recipe) :] = [[replace(s, old=next(old)) for s in samples] for samples in late]
     if rounds.ref is not None:
-        with contextlib.nullcontext() if reference is not None else policy.adapter_off():
+        with phase("reference"), contextlib.nullcontext() if reference is not None else policy.adapter_off():
             ref = iter(_forward_only(reference or policy, [s.sequence for each in minibatches for s in each], rounds.ref, recipe))
         minibatches = [[replace(s, ref=next(ref)) for s in samples] for samples in minibatches]
     return minibatches
@@ -250,12 +291,19 @@ def _forward_only(policy: Policy, sequences: list[Sequence], rounds: Iterator[Ro
 
 
 def _accumulate(
-    policy: Policy, samples: list[Sample], counts: Many[float], rounds: Iterator[Round], recipe: GRPORecipe, where: World
+    policy: Policy,
+    samples: list[Sample],
+    counts: Many[float],
+    rounds: Iterator[Round],
+    recipe: GRPORecipe,
+    where: World,
+    mismatch: Mismatch | None = None,
 ) -> Tensor:
     """Gradients of one global mini-batch's loss, from this rank's samples, which the rounds go over; returns the global statistics
     (len(ops.STATS),) float32, on the device.
 
-    counts: tokens and replies of the global mini-batch, those that were left out included. With loss.top_entropy < 1 the threshold is that
+    counts: tokens and replies of the global mini-batch, those that were left out included; mismatch: is told the log-probs of the policy
+    that sampled, this one's where a sample has no old ones. With loss.top_entropy < 1 the threshold is that
     of each micro-batch, so the update depends on how these are cut.
     """
     spec, (tokens, replies) = recipe.loss, counts
@@ -275,12 +323,13 @@ def _accumulate(
         token_weight = ops.token_weights(
             spec, cu_seqlens, mask=mask, tokens=tokens, sequences=replies, max_length=recipe.sampling.max_new_tokens
         )
+        sampled = rows([s.sampled for s in chosen])
         old, ref = [s.old for s in chosen if s.old is not None], [s.ref for s in chosen if s.ref is not None]
         arguments = {
             "advantages": rows([np.full(len(s), s.advantage) for s in chosen]),
             "old_logp": joined(old) if old else None,
             "ref_logp": joined(ref) if len(ref) == len(chosen) else None,
-            "sampler_logp": rows([s.sampled for s in chosen]) if recipe.importance_correction else None,
+            "sampler_logp": sampled if recipe.importance_correction else None,
             "token_weight": token_weight.to(where.device, non_blocking=True),
             "cu_seqlens": cu_seqlens,
         }
@@ -290,8 +339,13 @@ def _accumulate(
                 hidden, head, b.targets, spec=spec, temperature=recipe.sampling.temperature, **a
             ),
         )
-        result.loss.backward()
+        with named("backward"):
+            result.loss.backward()
         stats += result.stats
+        if mismatch is not None:
+            real = sum(map(len, chosen))
+            own = result.logp if arguments["old_logp"] is None else arguments["old_logp"]
+            mismatch.add(sampled[:real], own[:real])
     return where.sum(stats)
 
 

@@ -7,7 +7,6 @@ gradient does not depend on the number of ranks or micro-batches.
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,17 @@ import torch
 from torch import Tensor
 
 from actial_fast import ops
-from actial_fast.evaluation.evaluate import evaluate
+from actial_fast.evaluation.evaluate import evaluate, reply_tokens
 from actial_fast.model.policy import Policy
 from actial_fast.model.processor import Processor
+from actial_fast.ops.ranges import named
 from actial_fast.packing.batch import Sequence
 from actial_fast.settings.recipe import SFTRecipe
 from actial_fast.train import checkpoint
 from actial_fast.train.dist import World, clip_gradients, reduce_gradients, world
-from actial_fast.train.rounds import Pass, balanced, passes
+from actial_fast.train.phases import Phases, measured_rate
+from actial_fast.train.profile import Window
+from actial_fast.train.rounds import Pass, account, balanced, passes
 from actial_fast.train.stage import (
     Stopped,
     begin,
@@ -53,20 +55,29 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
     stage = open_stage(recipe, start, where, Processor.encode)
     policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
     total = recipe.steps or max(1, round(recipe.epochs * stream.epoch_length / recipe.batch_size))
-    with open_log(recipe, start, total, where) as log, graceful_stop() as asked:
+    window = Window(recipe.profile, Path(recipe.run), recipe.name, where)
+    with open_log(recipe, start, total, where) as log, graceful_stop() as asked, window:
+        log.event("rate", ceiling := measured_rate(where.device), start)
+        phases = Phases(where, ceiling["tflops"])
         for step in range(start + 1, total + 1):
-            began = time.perf_counter()
+            window.at(step)
             rate = set_learning_rate(optimizer, recipe.optim, step, total)
-            sequences = [example.encoded for example in stream.next_batch(recipe.batch_size)]
-            sequences = balanced(sequences, lambda s: s, recipe, processor, where)
-            loss, answer_tokens = _accumulate(policy, processor, sequences, recipe, where)
-            reduce_gradients(parameters_of(policy), where)
-            norm = clip_gradients(parameters_of(policy), recipe.optim.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            with phases("data"):
+                sequences = [example.encoded for example in stream.next_batch(recipe.batch_size)]
+            with phases("plan"):
+                sequences = balanced(sequences, lambda s: s, recipe, processor, where)
+            with phases("update"):
+                loss, answer_tokens = _accumulate(policy, processor, sequences, recipe, where)
+                reduce_gradients(parameters_of(policy), where)
+                norm = clip_gradients(parameters_of(policy), recipe.optim.clip_norm)
+                with named("optimizer"):
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+            with phases("plan"):
+                account(phases, [Pass(policy, sequences, trained=True)], processor)
             tokens, rejected = where.total([sum(map(len, sequences)), stream.rejected])
             loss_value, norm_value = float(loss), float(norm)  # the first wait for the device
-            seconds = time.perf_counter() - began
+            times = phases.metrics()
             log.step(
                 step,
                 {
@@ -74,20 +85,25 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
                     "lr": rate,
                     "grad_norm": norm_value,
                     "answer_tokens": answer_tokens,
-                    "tokens_per_s": tokens / seconds,
-                    "seconds": seconds,
+                    "tokens_per_s": tokens / times["seconds"],
+                    **times,
                     **({"rejected_rows": rejected} if rejected else {}),
                 },
             )
             last = step == total
             if recipe.eval.sources and (last or (recipe.eval.every and step % recipe.eval.every == 0)):
-                results = evaluate(policy, processor, recipe.eval, where, seed=recipe.seed)
+                with phases("eval"):
+                    results = evaluate(policy, processor, recipe.eval, where, seed=recipe.seed)
+                phases.add("eval", tokens=reply_tokens(results) / where.size)
                 log.event("eval", results, step)
                 last = last or _reached(results, recipe, step)
             stop = where.max(len(asked)) > 0
             if last or stop or (recipe.save.every and step % recipe.save.every == 0):
                 state = {"position": stream.position}
-                checkpoint.save(folder, step, policy, processor, optimizer, state, where, keep=recipe.save.keep, last=last)
+                with phases("save"):
+                    checkpoint.save(folder, step, policy, processor, optimizer, state, where, keep=recipe.save.keep, last=last)
+            if phases.used:
+                log.event("phases", phases.metrics(), step)
             if last:
                 break
             if stop:
@@ -106,7 +122,8 @@ def _accumulate(policy: Policy, processor: Processor, sequences: list[Sequence],
         weights = _token_weights([sequences[k] for k in each.members], recipe.loss_weighting, counts)
         token_weight = torch.from_numpy(np.append(weights, np.zeros(each.idle, np.float32))).to(where.device, non_blocking=True)
         loss = policy(each.batch, lambda hidden, head, b=each.batch, w=token_weight: ops.linear_cross_entropy(hidden, head, b.targets, w))
-        loss.backward()
+        with named("backward"):
+            loss.backward()
         total += loss.detach()
     return where.sum(total), int(counts[0])
 

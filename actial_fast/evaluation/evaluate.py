@@ -26,6 +26,11 @@ def evaluate(policy: Policy, processor: Processor, config: EvalConfig, where: Wo
     return {name: _evaluate(policy, processor, config, source, where, seed) for name, source in _named(config)}
 
 
+def reply_tokens(results: dict[str, dict[str, Any]]) -> float:
+    """The tokens of all replies that `evaluate` drew, on all ranks."""
+    return sum(table["overall"]["n"] * table["overall"]["mean_response_length"] for table in results.values())
+
+
 def evaluate_checkpoint(model: Path | str, config: EvalConfig, seed: int = 0) -> dict[str, dict[str, Any]]:
     """`evaluate` for a checkpoint folder or hub name, on this process's device (or torchrun's ranks)."""
     with world() as where:

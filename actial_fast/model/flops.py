@@ -39,6 +39,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from actial_fast.model.vision import WINDOWED
 from actial_fast.packing.batch import Sequence
 
 PARTS = ("vision_forward", "vision_backward", "language_forward", "language_backward", "head")
@@ -82,6 +83,11 @@ def images_once(works: Many[Work]) -> list[Work]:
         out.append(replace(work, images={key: grid for key, grid in work.images.items() if key not in seen}))
         seen |= work.images.keys()
     return out
+
+
+def known(model: Any) -> bool:
+    """Whether the formulas are those of this transformers model: Qwen2.5-VL."""
+    return model.config.vision_config.model_type in WINDOWED
 
 
 def minimum(model: Any, work: Work, *, backward: bool, adapters: bool = True) -> dict[str, int]:

@@ -3,8 +3,8 @@
     with named("tower"):
         ...
 
-Open, a range is a record_function of torch.profiler and, on a machine with CUDA, an NVTX range, which Nsight Systems shows. A caller that is
-compiled has none, and no break in its graph.
+Open, a range is a record_function of torch.profiler and, on a machine with CUDA, an NVTX range, which Nsight Systems shows. A caller that
+is compiled has none, and no break in its graph.
 """
 
 from __future__ import annotations

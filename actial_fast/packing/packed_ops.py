@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from actial_fast.ops import checks
-from actial_fast.ops.ranges import named
 from actial_fast.packing import native
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from statistics import median
+from typing import TypedDict
 
 import torch
 
@@ -72,6 +73,11 @@ class Phases:
         assert name in PHASES, f"{name} is not a phase of {PHASES}"
         self._tokens[name] = self._tokens.get(name, 0.0) + tokens
         self._flops[name] = self._flops.get(name, 0.0) + flops
+
+    @property
+    def used(self) -> bool:
+        """Whether the window has a phase yet."""
+        return bool(self._marks)
 
     def metrics(self) -> dict[str, float]:
         """The window's figures, and a new window. To be called where the host has just waited for the device; every rank calls.
@@ -142,12 +148,20 @@ class Phases:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def measured_rate(device: torch.device) -> dict[str, float | str]:
-    """What MFU is a share of: the median TFLOP/s of products (n, n) x (n, n) on this device, in the dtype that the model computes in (bf16 on
-    CUDA, float32 on a CPU), and in words what was measured. Takes about 0.1 s on a GPU and at most about 0.05 s on a CPU."""
+class Rate(TypedDict):
+    """A measured speed, and in words what was measured."""
+
+    tflops: float
+    what: str
+
+
+def measured_rate(device: torch.device) -> Rate:
+    """What MFU is a share of: the median speed of products (n, n) x (n, n) on this device, in the dtype that the model computes in (bf16 on
+    CUDA, float32 on a CPU). Takes about 0.1 s on a GPU and at most about 0.05 s on a CPU."""
     cuda = device.type == "cuda"
     n, dtype, limit = (8192, torch.bfloat16, 0.1) if cuda else (384, torch.float32, 0.03)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    numbers = torch.Generator(device).manual_seed(0)  # of its own: a resumed run draws what the interrupted one would have
+    a, b = (torch.randn(n, n, device=device, dtype=dtype, generator=numbers) for _ in range(2))
     out = torch.mm(a, b)
 
     def seconds() -> float:
@@ -164,4 +178,4 @@ def measured_rate(device: torch.device) -> dict[str, float | str]:
     while sum(taken) < limit and len(taken) < 50:
         taken.append(seconds())
     what = f"median of {len(taken)} torch.mm, {str(dtype).removeprefix('torch.')}, ({n}, {n}) x ({n}, {n})"
-    return {"what": what, "tflops": 2 * n**3 / median(taken) / 1e12}
+    return {"tflops": 2 * n**3 / median(taken) / 1e12, "what": what}

@@ -1,7 +1,7 @@
 """A window of steps under torch.profiler, for https://ui.perfetto.dev: kernels, operators and this package's named ranges.
 
-RUN/profile/STAGE-step-000003-rank0.json.gz has one step, from its first row to its checkpoint; ranges: "phase NAME" of train.phases, and the
-groups of kernels of ops.ranges.
+RUN/profile/STAGE-step-000003-rank0.json.gz has one step, from its first row to its checkpoint; ranges: "phase NAME" of train.phases, and
+the groups of kernels of ops.ranges.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class Window:
 
     def __init__(self, config: ProfileConfig, run: Path, stage: str, where: World):
         self._first, self._last = config.steps if where.main or config.all_ranks else (0, 0)
-        self._config, self._where, self._open = config, where, None
+        self._config, self._where = config, where
+        self._open: tuple[profile, Path] | None = None
         self._name = str(run / "profile" / f"{stage}-step-{{:06d}}-rank{where.rank}.json.gz")
 
     def at(self, step: int) -> None:
@@ -51,7 +52,7 @@ class Window:
         )
         made.start()
         ranges.show(True)
-        self._open: tuple[profile, Path] | None = (made, Path(self._name.format(step)))
+        self._open = (made, Path(self._name.format(step)))
 
     def __enter__(self) -> Self:
         return self

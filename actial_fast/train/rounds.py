@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from actial_fast.model.features import Features
+from actial_fast.model.flops import images_once, known, minimum, work_of
 from actial_fast.model.policy import ImageBatch, Policy
 from actial_fast.model.processor import Processor, dummy
 from actial_fast.packing.batch import Batch, Group, PackedBatch, Sequence, collate, micro_batches, pack, share
@@ -21,6 +22,7 @@ from actial_fast.packing.planning import Capacity
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.train.balance import Size, exchange, lengths_of
 from actial_fast.train.dist import World, is_sharded
+from actial_fast.train.phases import Phases
 
 T = TypeVar("T")
 Recipe = SFTRecipe | GRPORecipe
@@ -29,11 +31,14 @@ Pieces = list[tuple[Group, int, int]]  # of one micro-batch: a group, and from w
 
 @dataclass(frozen=True)
 class Pass:
-    """Sequences that pass through a policy once. trained: with gradients."""
+    """Sequences that pass through a policy once. trained: with gradients; phase: what its time counts as; adapters: on, where there are
+    any."""
 
     policy: Policy
     sequences: Many[Sequence]
     trained: bool
+    phase: str = "update"
+    adapters: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,25 @@ def passes(wanted: Many[Pass], recipe: Recipe, processor: Processor, where: Worl
             mine = [next(ahead) for _ in cut[k]]
             out.append(_packed(wanted[k], cut[k], mine, features, processor, where, last=k == indices[-1]))
     return out
+
+
+def least_flops(wanted: Many[Pass], processor: Processor) -> list[int]:
+    """The least FLOPs of each pass of a step, in the order in which they run; 0 for a model whose formulas are not known."""
+    if not wanted or not known(wanted[0].policy.base):
+        return [0] * len(wanted)
+    groups = [[[each.sequences[i] for i in g.members] for g in share(each.sequences, processor.image_token)] for each in wanted]
+    works = list(map(work_of, groups))
+    works = works if wanted[-1].policy.trains_tower else images_once(works)
+    return [
+        sum(minimum(each.policy.base, work, backward=each.trained, adapters=each.adapters).values())
+        for each, work in zip(wanted, works, strict=True)
+    ]
+
+
+def account(phases: Phases, wanted: Many[Pass], processor: Processor) -> None:
+    """Tells the clock the tokens, prompts included, and the least FLOPs of this rank's passes; best once the device has its work."""
+    for each, flops in zip(wanted, least_flops(wanted, processor), strict=True):
+        phases.add(each.phase, tokens=sum(map(len, each.sequences)), flops=flops)
 
 
 def balanced(items: list[T], sequence: Callable[[T], Sequence], recipe: Recipe, processor: Processor, where: World) -> list[T]:
