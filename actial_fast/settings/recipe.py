@@ -138,7 +138,7 @@ class ProfileConfig:
     stacks: bool = False
     """Record where in the Python code each operator was called, which slows the host down."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         first, last = self.steps
         if not (first == last == 0 or 1 <= first <= last):
             raise ValueError(f"steps: expected the first and the last step, from 1, or [0, 0] for none, got {list(self.steps)}")
