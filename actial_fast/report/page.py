@@ -343,8 +343,8 @@ def _stage_table(metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[
             f"{max(peak):.2f}" if peak else "&ndash;",
         )
         rows.append(f"<tr><th>{escape(stage)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    head = "<tr><th>stage</th><th>steps</th><th>seconds in steps</th><th>tokens/s, median</th><th>MFU, median</th>"
-        "<th>of measured TFLOP/s</th><th>peak GiB</th></tr>"
+    names = ("stage", "steps", "seconds in steps", "tokens/s, median", "MFU, median", "of measured TFLOP/s", "peak GiB")
+    head = f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
     return f'<table class="figures"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
 
 
