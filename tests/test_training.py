@@ -242,7 +242,7 @@ def test_old_logprobs_only_after_the_first_minibatch_and_equal_the_samplers(grpo
 @pytest.mark.parametrize("minibatch", [1, 2, 4])
 def test_a_steps_metrics_are_means_over_its_minibatches(minibatch, grpo_recipe, monkeypatch):
     stats = torch.arange(1.0, len(grpo.ops.STATS) + 1)
-    monkeypatch.setattr(grpo, "_accumulate", lambda policy, samples, counts, rounds, recipe, where: stats.clone())
+    monkeypatch.setattr(grpo, "_accumulate", lambda policy, samples, counts, rounds, recipe, where, mismatch: stats.clone())
     recipe = replace(grpo_recipe, minibatch=minibatch, steps=1, loss=GRPOSpec(beta=0.0), save=SaveConfig(every=0, tensorboard=False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "clip_gradients", lambda parameters, limit: torch.tensor(2.0))
