@@ -34,11 +34,12 @@ from actial_fast.rollout.embedded import generate
 from actial_fast.settings.recipe import GRPORecipe
 from actial_fast.tasks.rewards import score
 from actial_fast.train import checkpoint
+from actial_fast.train.account import Account
 from actial_fast.train.dist import World, clip_gradients, gathered, reduce_gradients, shard, world
 from actial_fast.train.mismatch import Mismatch
 from actial_fast.train.phases import Phases, Timer, measured_rate, untimed
 from actial_fast.train.profile import Window
-from actial_fast.train.rounds import Pass, Round, account, balanced, least_flops, passes
+from actial_fast.train.rounds import Pass, Round, balanced, passes
 from actial_fast.train.stage import (
     Stopped,
     begin,
@@ -106,6 +107,7 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
     with open_log(recipe, start, total, where) as log, graceful_stop() as asked, window:
         log.event("rate", ceiling := measured_rate(where.device), start)
         phases = Phases(where, ceiling["tflops"])
+        account = Account(phases)
         if start == 0 and recipe.eval.sources:
             with phases("eval"):
                 results = evaluate(policy, processor, recipe.eval, where, seed=recipe.seed)
@@ -136,10 +138,8 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
                 norm = torch.stack(norms).mean()
                 found = torch.cat([stats.double() / len(norms), norm.double()[None], mismatch.total()])
             with phases("plan"):
-                account(phases, ahead.wanted, processor)
-                drawn = Pass(policy, [s.sequence for s in samples], trained=False)
-                phases.add("sample", tokens=sum(map(len, samples)), flops=least_flops([drawn], processor)[0])
-                phases.add("score", tokens=sum(map(len, samples)))
+                account.passes(ahead.wanted)
+                account.sampled(policy, [s.sequence for s in samples], recipe.sampling.n)
             figures = found.cpu().numpy()  # the first wait for the device
             times = phases.metrics()
             metrics = _metrics(samples, figures[: len(ops.STATS)], recipe, where, times["seconds"])
@@ -186,27 +186,27 @@ def _sample(policy: Policy, processor: Processor, examples: Many[Example], recip
                 max_new_tokens=recipe.sampling.max_new_tokens,
                 batch_size=recipe.sampling.batch_size,
             )
-    replies = [reply for group in groups for reply in group]
     with phase("score"):
+        replies = [reply for group in groups for reply in group]
         texts = [processor.decode(reply.ids) for reply in replies]
         rewards = score(texts, [example.row for example in examples for _ in range(n)], recipe.rewards)
-    totals = np.where(np.isnan(rewards).all(1), np.nan, np.nansum(rewards * weights, axis=1))
-    owner = torch.arange(len(examples)).repeat_interleave(n)
-    advantages = ops.group_advantages(torch.from_numpy(totals), owner, recipe.advantages)
-    steps = recipe.prompts // recipe.minibatch
-    return [
-        Sample(
-            sequence=replace(prompts[i // n], trained=np.zeros(len(prompts[i // n]), bool)).extended(reply.ids),
-            text=texts[i],
-            sampled=reply.logprobs,
-            rewards=rewards[i],
-            reward=float(totals[i]),
-            advantage=float(advantages[i]),
-            minibatch=examples[i // n].position % steps,  # of the global batch, so that ranks do not change which prompts go together
-            finished=reply.finished,
-        )
-        for i, reply in enumerate(replies)
-    ]
+        totals = np.where(np.isnan(rewards).all(1), np.nan, np.nansum(rewards * weights, axis=1))
+        owner = torch.arange(len(examples)).repeat_interleave(n)
+        advantages = ops.group_advantages(torch.from_numpy(totals), owner, recipe.advantages)
+        steps = recipe.prompts // recipe.minibatch
+        return [
+            Sample(
+                sequence=replace(prompts[i // n], trained=np.zeros(len(prompts[i // n]), bool)).extended(reply.ids),
+                text=texts[i],
+                sampled=reply.logprobs,
+                rewards=rewards[i],
+                reward=float(totals[i]),
+                advantage=float(advantages[i]),
+                minibatch=examples[i // n].position % steps,  # of the global batch, so that ranks do not change which prompts go together
+                finished=reply.finished,
+            )
+            for i, reply in enumerate(replies)
+        ]
 
 
 @dataclass(frozen=True)

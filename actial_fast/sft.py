@@ -22,10 +22,11 @@ from actial_fast.ops.ranges import named
 from actial_fast.packing.batch import Sequence
 from actial_fast.settings.recipe import SFTRecipe
 from actial_fast.train import checkpoint
+from actial_fast.train.account import Account
 from actial_fast.train.dist import World, clip_gradients, reduce_gradients, world
 from actial_fast.train.phases import Phases, measured_rate
 from actial_fast.train.profile import Window
-from actial_fast.train.rounds import Pass, account, balanced, passes
+from actial_fast.train.rounds import Pass, balanced, passes
 from actial_fast.train.stage import (
     Stopped,
     begin,
@@ -59,6 +60,7 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
     with open_log(recipe, start, total, where) as log, graceful_stop() as asked, window:
         log.event("rate", ceiling := measured_rate(where.device), start)
         phases = Phases(where, ceiling["tflops"])
+        account = Account(phases)
         for step in range(start + 1, total + 1):
             window.at(step)
             rate = set_learning_rate(optimizer, recipe.optim, step, total)
@@ -67,14 +69,12 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
             with phases("plan"):
                 sequences = balanced(sequences, lambda s: s, recipe, processor, where)
             with phases("update"):
-                loss, answer_tokens = _accumulate(policy, processor, sequences, recipe, where)
+                loss, answer_tokens = _accumulate(policy, processor, sequences, recipe, where, account)
                 reduce_gradients(parameters_of(policy), where)
                 norm = clip_gradients(parameters_of(policy), recipe.optim.clip_norm)
                 with named("optimizer"):
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-            with phases("plan"):
-                account(phases, [Pass(policy, sequences, trained=True)], processor)
             tokens, rejected = where.total([sum(map(len, sequences)), stream.rejected])
             loss_value, norm_value = float(loss), float(norm)  # the first wait for the device
             times = phases.metrics()
@@ -112,12 +112,15 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
     return folder / "final" / "model"
 
 
-def _accumulate(policy: Policy, processor: Processor, sequences: list[Sequence], recipe: SFTRecipe, where: World) -> tuple[Tensor, int]:
+def _accumulate(
+    policy: Policy, processor: Processor, sequences: list[Sequence], recipe: SFTRecipe, where: World, account: Account | None = None
+) -> tuple[Tensor, int]:
     """Gradients of the global batch's loss, from this rank's sequences; returns the global loss, on the device, and answer tokens."""
     lengths = np.array([s.trained[1:].sum() for s in sequences], np.int64)
     counts = where.total([lengths.sum(), len(sequences)])
     total = torch.zeros((), device=where.device)
-    (rounds,) = passes([Pass(policy, sequences, trained=True)], recipe, processor, where)
+    update = Pass(policy, sequences, trained=True)
+    (rounds,) = passes([update], recipe, processor, where)
     for each in rounds:
         weights = _token_weights([sequences[k] for k in each.members], recipe.loss_weighting, counts)
         token_weight = torch.from_numpy(np.append(weights, np.zeros(each.idle, np.float32))).to(where.device, non_blocking=True)
@@ -125,6 +128,8 @@ def _accumulate(policy: Policy, processor: Processor, sequences: list[Sequence],
         with named("backward"):
             loss.backward()
         total += loss.detach()
+    if account is not None:
+        account.passes([update])
     return where.sum(total), int(counts[0])
 
 

@@ -10,10 +10,11 @@ from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.ops.spec import GRPOSpec
 from actial_fast.settings.recipe import LoRAConfig, ModelConfig, SFTRecipe
+from actial_fast.train.account import Account
 from actial_fast.train.dist import World, clip_gradients
 from actial_fast.train.mismatch import Mismatch
 from actial_fast.train.phases import Phases
-from actial_fast.train.rounds import Pass, account
+from actial_fast.train.rounds import Pass
 from actial_fast.train.stage import parameters_of
 from tests.no_sync import HostSync, fake_cuda, put
 from tests.train.test_rounds import recipe_of, samples_of
@@ -55,7 +56,7 @@ def grpo_step(lab, processor, where: World, move, changes) -> Policy:
             if rounds is not ahead.updates[-1]:
                 optimizer.zero_grad(set_to_none=True)
     with phases("plan"):
-        account(phases, ahead.wanted, processor)
+        Account(phases).passes(ahead.wanted)
     assert mismatch.total().device == where.device and len(phases._marks) == 8
     return policy
 
@@ -69,7 +70,7 @@ def sft_step(lab, processor, where: World, move, changes) -> Policy:
         sft._accumulate(policy, processor, sequences, SFTRecipe(pack_tokens=150), where)
         clip_gradients(parameters_of(policy), 1.0)
         optimizer.step()
-    account(phases, [Pass(policy, sequences, trained=True)], processor)
+    Account(phases).passes([Pass(policy, sequences, trained=True)])
     return policy
 
 

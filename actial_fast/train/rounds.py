@@ -6,13 +6,13 @@ import contextlib
 from collections.abc import Callable, Hashable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from actial_fast.model.features import Features
-from actial_fast.model.flops import images_once, known, minimum, work_of
 from actial_fast.model.policy import ImageBatch, Policy
 from actial_fast.model.processor import Processor, dummy
 from actial_fast.packing.batch import Batch, Group, PackedBatch, Sequence, collate, micro_batches, pack, share
@@ -22,7 +22,6 @@ from actial_fast.packing.planning import Capacity
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.train.balance import Size, exchange, lengths_of
 from actial_fast.train.dist import World, is_sharded
-from actial_fast.train.phases import Phases
 
 T = TypeVar("T")
 Recipe = SFTRecipe | GRPORecipe
@@ -39,6 +38,11 @@ class Pass:
     trained: bool
     phase: str = "update"
     adapters: bool = True
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The sequences in groups that begin alike."""
+        return share(self.sequences, self.policy.base.config.image_token_id)
 
 
 @dataclass(frozen=True)
@@ -77,25 +81,6 @@ def passes(wanted: Many[Pass], recipe: Recipe, processor: Processor, where: Worl
     return out
 
 
-def least_flops(wanted: Many[Pass], processor: Processor) -> list[int]:
-    """The least FLOPs of each pass of a step, in the order in which they run; 0 for a model whose formulas are not known."""
-    if not wanted or not known(wanted[0].policy.base):
-        return [0] * len(wanted)
-    groups = [[[each.sequences[i] for i in g.members] for g in share(each.sequences, processor.image_token)] for each in wanted]
-    works = list(map(work_of, groups))
-    works = works if wanted[-1].policy.trains_tower else images_once(works)
-    return [
-        sum(minimum(each.policy.base, work, backward=each.trained, adapters=each.adapters).values())
-        for each, work in zip(wanted, works, strict=True)
-    ]
-
-
-def account(phases: Phases, wanted: Many[Pass], processor: Processor) -> None:
-    """Tells the clock the tokens, prompts included, and the least FLOPs of this rank's passes; best once the device has its work."""
-    for each, flops in zip(wanted, least_flops(wanted, processor), strict=True):
-        phases.add(each.phase, tokens=sum(map(len, each.sequences)), flops=flops)
-
-
 def balanced(items: list[T], sequence: Callable[[T], Sequence], recipe: Recipe, processor: Processor, where: World) -> list[T]:
     """This rank's share of all ranks' items, once those that share a beginning have moved together so that every rank has as much to
     compute, by recipe.costs. Every rank calls. As they are for a single rank, and on the plain path."""
@@ -125,8 +110,7 @@ def _plain(each: Pass, recipe: Recipe, processor: Processor, where: World) -> It
 
 def _cut(each: Pass, recipe: Recipe, processor: Processor, where: World) -> list[Pieces]:
     """What each micro-batch of a pass holds; nothing, for those by which another sharded rank has more."""
-    sequences = each.sequences
-    groups = share(sequences, processor.image_token)
+    sequences, groups = each.sequences, each.groups
     made = plan(
         *lengths_of(_sizes(groups, sequences)),
         capacity=Capacity(recipe.pack_tokens, recipe.pack_patches),
