@@ -187,15 +187,20 @@ def test_a_window_that_an_error_ends_is_closed_and_written(tmp_path):
 
 
 @pytest.mark.parametrize("on", [False, True])
-def test_a_compiled_caller_of_a_range_sees_one_graph(on):
+def test_a_compiled_caller_of_a_range_sees_one_graph_and_no_range(on, monkeypatch):
     def call(x):
         with ranges.named("head"):
             return x * 2
 
+    def entered(name):
+        raise AssertionError(f"{name} is in the graph")
+
     torch._dynamo.reset()
     ranges.show(on)
     try:
-        assert torch.equal(torch.compile(call, fullgraph=True, backend="eager")(torch.ones(3)), 2 * torch.ones(3))
+        with monkeypatch.context() as patch:
+            patch.setattr(ranges, "_range", entered)
+            assert torch.equal(torch.compile(call, fullgraph=True, backend="eager")(torch.ones(3)), 2 * torch.ones(3))
         assert isinstance(ranges.named("head"), type(ranges._NOTHING)) != on
     finally:
         ranges.show(False)

@@ -13,6 +13,7 @@ from tests.loops import ALONE
 def test_micro_batches_and_ranks_add_up_to_a_direct_computation():
     g = torch.Generator().manual_seed(0)
     sampled, own = torch.randn(2, 50, generator=g)
+    sampled[3] = own[3] - 5  # the largest, in the first part
     distance = (sampled.double() - own.double()).abs()
     ranks = [Mismatch(SimpleNamespace(rank=r, size=2, device=torch.device("cpu"), sum=lambda x: x)) for r in (0, 1)]
     for k, part in enumerate(torch.arange(50).split([7, 0, 20, 23])):
