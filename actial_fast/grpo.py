@@ -9,20 +9,15 @@ does not change the update.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
-import io
-import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from actial_fast import ops
@@ -30,19 +25,25 @@ from actial_fast.data.sources.stream import Example
 from actial_fast.evaluation.evaluate import held_out
 from actial_fast.model.policy import Policy, load_reference
 from actial_fast.model.processor import Processor
+from actial_fast.ops.ranges import named
 from actial_fast.packing.batch import Sequence
 from actial_fast.rollout.embedded import Reply, generate
 from actial_fast.rollout.kept import Kept
 from actial_fast.settings.recipe import GRPORecipe
-from actial_fast.tasks.rewards import score
-from actial_fast.train.dist import World, clip_gradients, is_sharded, reduce_gradients, shard, world
+from actial_fast.tasks.rewards import Scorer
+from actial_fast.train.account import Account
+from actial_fast.train.dist import Agreed, World, clip_gradients, gathered, is_sharded, reduce_gradients, shard, world
 from actial_fast.train.guard import Guard
+from actial_fast.train.mismatch import Mismatch
+from actial_fast.train.phases import Timer, untimed
 from actial_fast.train.rounds import Pass, Round, balanced, passes
+from actial_fast.train.samples import Sample, figures, shown
 from actial_fast.train.stage import (
     begin,
     digest,
     draw,
     finished,
+    open_clock,
     open_log,
     open_stage,
     parameters_of,
@@ -50,31 +51,6 @@ from actial_fast.train.stage import (
     set_learning_rate,
 )
 from actial_fast.train.stopping import NEVER, GivenUp, Stop
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One reply, ready for the update.
-
-    sequence: prompt and reply, the reply's n tokens trained; sampled (n,) float32, the sampler's log-probs; rewards (k,) float32, one a
-    reward function; reward: their weighted sum; minibatch: which optimizer step it belongs to; finished: False where the length limit cut
-    it; old, ref (n,) float32, on the device: log-probs under the policy before the update and under the reference, or None where not
-    needed.
-    """
-
-    sequence: Sequence
-    text: str
-    sampled: np.ndarray
-    rewards: np.ndarray
-    reward: float
-    advantage: float
-    minibatch: int
-    finished: bool
-    old: Tensor | None = None
-    ref: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.sampled)
 
 
 def train(recipe: GRPORecipe) -> Path:
@@ -103,45 +79,59 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
             place = functools.partial(shard, where=where) if recipe.dist.fsdp else None
             reference = load_reference(recipe.model, where.device, packed=recipe.packing == "packed", place=place)
         log, stop = stack.enter_context(open_log(recipe, start, total, where)), stack.enter_context(Stop(where))
-        replies = Kept(stage.folder, digest(recipe))
+        scorer, replies = stack.enter_context(Scorer(recipe.rewards)), Kept(stage.folder, digest(recipe))
+        phases, window = open_clock(recipe, start, where, log, stack)
+        account = Account(phases)
         try:
             for step in range(start + 1, total + 2):
                 mark = stage.mark()
-                held_out(policy, processor, recipe, where, log, step - 1, stop)
+                held_out(policy, processor, recipe, where, log, step - 1, stop, phases)
+                if phases.used:
+                    log.event("phases", phases.metrics(), step - 1)
                 if step > total:
                     break
-                began = time.perf_counter()
+                window.at(step)
                 rate = set_learning_rate(optimizer, recipe.optim, step, total)
-                examples = draw(stream, recipe.prompts, where)
-                samples = _sample(policy, processor, examples, recipe, where, replies.at(step), stop)
-                sampled_in = time.perf_counter() - began
-                minibatches = [[s for s in samples if s.minibatch == m] for m in range(recipe.prompts // recipe.minibatch)]
-                counts = [where.total([sum(map(len, each)), len(each)]) for each in minibatches]
-                kept = [balanced(_kept(each, recipe), lambda s: s.sequence, recipe, processor, where) for each in minibatches]
-                ahead = _passes(policy, reference, processor, kept, recipe, where)
-                kept = _log_probs(policy, reference, kept, ahead, recipe, stop)
-                stats, norms = torch.zeros(len(ops.STATS), device=where.device), []
-                for m, (minibatch, count, rounds) in enumerate(zip(kept, counts, ahead.updates, strict=True)):
-                    found = _accumulate(policy, minibatch, count, rounds, recipe, where, stop if m == 0 else NEVER)
-                    reduce_gradients(parameters, where)
-                    norms.append(clip_gradients(parameters, recipe.optim.clip_norm))
-                    made = guard.step(found[ops.STATS.index("loss")], norms[-1])
-                    stats += torch.where(made, found, 0)
+                with phases("data"):
+                    examples = draw(stream, recipe.prompts, where)
+                samples = _sample(policy, processor, examples, recipe, where, scorer, replies.at(step), stop, phases)
+                with phases("plan"):
+                    minibatches = [[s for s in samples if s.minibatch == m] for m in range(recipe.prompts // recipe.minibatch)]
+                    counts = [where.total([sum(map(len, each)), len(each)]) for each in minibatches]
+                    kept = [balanced(_kept(each, recipe), lambda s: s.sequence, recipe, processor, where) for each in minibatches]
+                    ahead = _passes(policy, reference, processor, kept, recipe, where)
+                kept = _log_probs(policy, reference, kept, ahead, recipe, stop, phases)
+                stats, norms, mismatch = torch.zeros(len(ops.STATS), device=where.device), [], Mismatch(where)
+                with phases("update"):
+                    for m, (minibatch, count, rounds) in enumerate(zip(kept, counts, ahead.updates, strict=True)):
+                        # until the first optimizer step nothing has changed, so that the step may be given up
+                        found = _accumulate(policy, minibatch, count, rounds, recipe, where, stop if m == 0 else NEVER, mismatch)
+                        reduce_gradients(parameters, where)
+                        norms.append(clip_gradients(parameters, recipe.optim.clip_norm))
+                        made = guard.step(found[ops.STATS.index("loss")], norms[-1])
+                        stats += torch.where(made, found, 0)
+                    told = torch.cat([stats.double(), torch.stack(norms).mean().double()[None], mismatch.total()])
+                with phases("plan"):
+                    account.passes(ahead.wanted)
+                    account.sampled(policy, [s.sequence for s in samples], recipe.sampling.n)
                 skipped = guard.skipped()  # the first wait for the device
-                figures = stats.double().cpu().numpy() / max(1, len(norms) - len(skipped))
-                metrics = _metrics(samples, figures, recipe, where, time.perf_counter() - began)
+                *sums, norm, compared, distance, largest = told.tolist()
+                times = phases.metrics()
+                means = np.array(sums) / max(1, len(norms) - len(skipped))
+                metrics = figures(samples, means, recipe, where, times["seconds"]) | {"lr": rate, "grad_norm": norm, **times}
+                metrics |= Mismatch.metrics(compared, distance, largest)
                 if rejected := where.total([stream.rejected])[0]:
                     metrics["rejected_rows"] = rejected
-                metrics |= {"lr": rate, "grad_norm": float(sum(norms)) / len(norms), "sampling_seconds": sampled_in}
                 log.step(step, metrics | {"skipped_updates": len(skipped)})
                 if recipe.log_rollouts and step in (1, (total + 1) // 2, total):
-                    log.event("rollouts", _shown(processor, examples, samples, recipe), step)
+                    log.event("rollouts", shown(processor.store, examples, samples, recipe), step)
                 if skipped:
                     rows = [e.row.where for e in examples if e.position % len(norms) in skipped]
                     report_skipped(log, guard, rows, step, where)
-                if stop.agreed() or step == total or (recipe.save.every and step % recipe.save.every == 0):
-                    stage.save(step)
-                stage.saver.poll()
+                with phases("save"):
+                    if stop.agreed() or step == total or (recipe.save.every and step % recipe.save.every == 0):
+                        stage.save(step)
+                    stage.saver.poll()
                 if where.main:
                     replies.clear()
                 if stop.asked:
@@ -149,8 +139,8 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
                     raise stop.stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
         except GivenUp:
             stage.give_up(mark, step)
-            told = "the replies drawn since are kept; the same command goes on from here"
-            raise stop.stopped(f"{recipe.name}: stopped at step {step - 1} of {total}; {told}") from None
+            kept_too = "the replies drawn since are kept; the same command goes on from here"
+            raise stop.stopped(f"{recipe.name}: stopped at step {step - 1} of {total}; {kept_too}") from None
         return stage.finish(step - 1)
 
 
@@ -160,68 +150,95 @@ def _sample(
     examples: Many[Example],
     recipe: GRPORecipe,
     where: World,
+    scorer: Scorer,
     kept: Kept | None = None,
     stop: Stop = NEVER,
+    phase: Timer = untimed,
 ) -> list[Sample]:
-    """n scored replies to each of this rank's prompts, in order, with their advantages. Every rank calls."""
+    """n scored replies to each of this rank's prompts, in order, with their advantages. Every rank calls. Groups are scored while others are
+    still being sampled; kept: where finished groups go, and those of an interrupted run come from."""
     n, weights = recipe.sampling.n, torch.tensor([r.weight for r in recipe.rewards])
     prompts, positions = [example.encoded for example in examples], [example.position for example in examples]
-    have = kept.load(positions, n) if kept else {}
+    texts: dict[int, list[str]] = {}
 
-    def keep(made: dict[int, list[Reply]]) -> None:
-        if kept:
-            kept.add({positions[i]: group for i, group in made.items()})
+    def drawn(groups: dict[int, list[Reply]], new: bool = True) -> None:
+        if kept and new:
+            kept.add({positions[i]: group for i, group in groups.items()})
+        for i, group in groups.items():
+            texts[i] = [processor.decode(reply.ids) for reply in group]
+            scorer.submit(i, texts[i], examples[i].row)
 
-    groups = generate(
-        policy,
-        processor,
-        prompts,
-        n,
-        keys=[(recipe.seed, position) for position in positions],
-        temperature=recipe.sampling.temperature,
-        max_new_tokens=recipe.sampling.max_new_tokens,
-        batch_size=recipe.sampling.batch_size,
-        have={i: have[position] for i, position in enumerate(positions) if position in have},
-        drawn=keep,
-        asked=lambda: stop.asked,
-    )
-    stop.leave()
-    replies = [reply for group in groups for reply in group]
-    texts = [processor.decode(reply.ids) for reply in replies]
-    rewards = score(texts, [example.row for example in examples for _ in range(n)], recipe.rewards)
-    advantages = _advantages(rewards, len(examples), weights, recipe, where)
-    totals = np.where(np.isnan(rewards).all(1), np.nan, np.nansum(rewards * weights.numpy(), axis=1))
-    steps = recipe.prompts // recipe.minibatch
-    return [
-        Sample(
-            sequence=replace(prompts[i // n], trained=np.zeros(len(prompts[i // n]), bool)).extended(reply.ids),
-            text=texts[i],
-            sampled=reply.logprobs,
-            rewards=rewards[i],
-            reward=float(totals[i]),
-            advantage=float(advantages[i]),
-            minibatch=positions[i // n] % steps,  # of the global batch, so that ranks do not change which prompts go together
-            finished=reply.finished,
-        )
-        for i, reply in enumerate(replies)
-    ]
+    there = kept.load(positions, n) if kept else {}
+    have = {i: there[position] for i, position in enumerate(positions) if position in there}
+    with contextlib.ExitStack() as whole:
+        with phase("sync"):
+            whole.enter_context(gathered(policy))
+        with phase("sample"):
+            drawn(have, new=False)
+            groups = generate(
+                policy,
+                processor,
+                prompts,
+                n,
+                keys=[(recipe.seed, position) for position in positions],
+                temperature=recipe.sampling.temperature,
+                max_new_tokens=recipe.sampling.max_new_tokens,
+                batch_size=recipe.sampling.batch_size,
+                have=have,
+                drawn=drawn,
+                asked=lambda: stop.asked,
+            )
+    with phase("score"):
+        stop.leave()
+        rewards = _scores(scorer, len(examples), recipe, where)
+        advantages = _advantages(rewards, weights, recipe, where)
+        totals = np.where(np.isnan(rewards).all(1), np.nan, np.nansum(rewards * weights.numpy(), axis=1))
+        steps = recipe.prompts // recipe.minibatch
+        return [
+            Sample(
+                sequence=replace(prompts[i], trained=np.zeros(len(prompts[i]), bool)).extended(reply.ids),
+                text=texts[i][k],
+                sampled=reply.logprobs,
+                rewards=rewards[i * n + k],
+                reward=float(totals[i * n + k]),
+                advantage=float(advantages[i * n + k]),
+                minibatch=positions[i] % steps,  # of the global batch, so that ranks do not change which prompts go together
+                finished=reply.finished,
+            )
+            for i, group in enumerate(groups)
+            for k, reply in enumerate(group)
+        ]
 
 
-def _advantages(rewards: np.ndarray, groups: int, weights: Tensor, recipe: GRPORecipe, where: World) -> Tensor:
-    """The advantages (N,) of this rank's replies from their rewards (N, R), in `groups` of n. Some statistics are of the whole batch, so
-    the rewards of all ranks go in."""
+def _scores(scorer: Scorer, groups: int, recipe: GRPORecipe, where: World) -> np.ndarray:
+    """The rewards (N, R) of this rank's replies, in order. Every rank calls; a reward that fails on one ends all with its name."""
+    problem, tables = "", [np.empty((0, len(recipe.rewards)), np.float32)]
+    try:
+        found = scorer.results().groups
+        tables += [found[i] for i in range(groups)]
+    except ValueError as error:
+        problem = str(error)
+    if problems := [p for p in where.gather([problem]) if p]:
+        raise Agreed(problems[0])
+    return np.concatenate(tables)
+
+
+def _advantages(rewards: np.ndarray, weights: Tensor, recipe: GRPORecipe, where: World) -> Tensor:
+    """The advantages (N,) of this rank's replies from their rewards (N, R). Some statistics are of the whole batch, so the rewards of all
+    ranks go in."""
     everyone = where.gather([rewards])
-    before = sum(len(part) for part in everyone[: where.rank])
+    before = sum(map(len, everyone[: where.rank]))
     table = torch.from_numpy(np.concatenate(everyone))
     owner = torch.arange(len(table)) // recipe.sampling.n
-    return ops.group_advantages(table, owner, recipe.advantages, weights=weights)[before : before + groups * recipe.sampling.n]
+    return ops.group_advantages(table, owner, recipe.advantages, weights=weights)[before : before + len(rewards)]
 
 
 @dataclass(frozen=True)
 class Passes:
     """The rounds of one step, to be run in this order: old log-probs of mini-batches that need them and the reference's, or None where none
-    does, then each mini-batch's update."""
+    does, then each mini-batch's update. wanted: what they go over."""
 
+    wanted: list[Pass]
     old: Iterator[Round] | None
     ref: Iterator[Round] | None
     updates: list[Iterator[Round]]
@@ -232,14 +249,15 @@ def _passes(
 ) -> Passes:
     late = minibatches[_on_policy(recipe) :]
     needs_ref = recipe.loss.beta > 0 or not recipe.skip_reference
-    wanted = [Pass(policy, [s.sequence for samples in late for s in samples], trained=False)] if late else []
+    wanted = [Pass(policy, [s.sequence for samples in late for s in samples], trained=False, phase="old")] if late else []
     if needs_ref:
-        wanted.append(Pass(reference or policy, [s.sequence for samples in minibatches for s in samples], trained=False))
+        everything = [s.sequence for samples in minibatches for s in samples]
+        wanted.append(Pass(reference or policy, everything, trained=False, phase="reference", adapters=False))
     wanted += [Pass(policy, [s.sequence for s in samples], trained=True) for samples in minibatches]
     made = passes(wanted, recipe, processor, where)
     old = made.pop(0) if late else None
     ref = made.pop(0) if needs_ref else None
-    return Passes(old, ref, made)
+    return Passes(wanted, old, ref, made)
 
 
 def _on_policy(recipe: GRPORecipe) -> int:
@@ -255,16 +273,23 @@ def _kept(samples: list[Sample], recipe: GRPORecipe) -> list[Sample]:
 
 
 def _log_probs(
-    policy: Policy, reference: Policy | None, minibatches: Many[list[Sample]], rounds: Passes, recipe: GRPORecipe, stop: Stop = NEVER
+    policy: Policy,
+    reference: Policy | None,
+    minibatches: Many[list[Sample]],
+    rounds: Passes,
+    recipe: GRPORecipe,
+    stop: Stop = NEVER,
+    phase: Timer = untimed,
 ) -> list[list[Sample]]:
     """The samples with old log-probs where the policy will have moved (after the first mini-batch), and reference ones where beta asks."""
     minibatches = list(minibatches)
     if rounds.old is not None:
         late = minibatches[_on_policy(recipe) :]
-        old = iter(_forward_only(policy, [s.sequence for samples in late for s in samples], rounds.old, recipe, stop))
+        with phase("old"):
+            old = iter(_forward_only(policy, [s.sequence for samples in late for s in samples], rounds.old, recipe, stop))
         minibatches[_on_policy(recipe) :] = [[replace(s, old=next(old)) for s in samples] for samples in late]
     if rounds.ref is not None:
-        with contextlib.nullcontext() if reference is not None else policy.adapter_off():
+        with phase("reference"), contextlib.nullcontext() if reference is not None else policy.adapter_off():
             ref = iter(_forward_only(reference or policy, [s.sequence for each in minibatches for s in each], rounds.ref, recipe, stop))
         minibatches = [[replace(s, ref=next(ref)) for s in samples] for samples in minibatches]
     return minibatches
@@ -301,13 +326,14 @@ def _accumulate(
     recipe: GRPORecipe,
     where: World,
     stop: Stop = NEVER,
+    mismatch: Mismatch | None = None,
 ) -> Tensor:
     """Gradients of one global mini-batch's loss, from this rank's samples, which the rounds go over; returns the global statistics
     (len(ops.STATS),) float32, on the device.
 
-    counts: tokens and replies of the global mini-batch, those that were left out included. stop: for the step's first one, which
-    may be given up. With loss.top_entropy < 1 the threshold is that
-    of each micro-batch, so the update depends on how these are cut.
+    counts: tokens and replies of the global mini-batch, those that were left out included; stop: for the step's first one, which may be
+    given up; mismatch: is told the log-probs of the policy that sampled, this one's where a sample has no old ones. With loss.top_entropy
+    < 1 the threshold is that of each micro-batch, so the update depends on how these are cut.
     """
     spec, (tokens, replies) = recipe.loss, counts
     stats = torch.zeros(len(ops.STATS), device=where.device)
@@ -326,12 +352,13 @@ def _accumulate(
         token_weight = ops.token_weights(
             spec, cu_seqlens, mask=mask, tokens=tokens, sequences=replies, max_length=recipe.sampling.max_new_tokens
         )
+        sampled = rows([s.sampled for s in chosen])
         old, ref = [s.old for s in chosen if s.old is not None], [s.ref for s in chosen if s.ref is not None]
         arguments = {
             "advantages": rows([np.full(len(s), s.advantage) for s in chosen]),
             "old_logp": joined(old) if old else None,
             "ref_logp": joined(ref) if len(ref) == len(chosen) else None,
-            "sampler_logp": rows([s.sampled for s in chosen]) if recipe.importance_correction else None,
+            "sampler_logp": sampled if recipe.importance_correction else None,
             "token_weight": token_weight.to(where.device, non_blocking=True),
             "cu_seqlens": cu_seqlens,
         }
@@ -341,63 +368,12 @@ def _accumulate(
                 hidden, head, b.targets, spec=spec, temperature=recipe.sampling.temperature, **a
             ),
         )
-        result.loss.backward()
+        with named("backward"):
+            result.loss.backward()
         stats += result.stats
+        if mismatch is not None:
+            real = sum(map(len, chosen))
+            own = result.logp if arguments["old_logp"] is None else arguments["old_logp"]
+            mismatch.add(sampled[:real], own[:real])
     stop.leave()
     return where.sum(stats)
-
-
-def _metrics(samples: list[Sample], stats: np.ndarray, recipe: GRPORecipe, where: World, seconds: float) -> dict[str, float]:
-    """The step's figures over all ranks; means of tokens are over those that were computed, and absent where all were skipped."""
-    named = dict(zip(ops.STATS, stats, strict=True))
-    mean = {name: named[name] / named["tokens"] for name in ops.STATS if named["tokens"]}
-    n = recipe.sampling.n
-    groups = [samples[i : i + n] for i in range(0, len(samples), n)]
-    rewards = np.array([s.rewards for s in samples], np.float64).reshape(-1, len(recipe.rewards))
-    totals = np.array([s.reward for s in samples])
-    local = [
-        len(samples),
-        sum(map(len, samples)),
-        sum(len(s.sequence) for s in samples),
-        sum(s.finished for s in samples),
-        sum(len({s.reward for s in group if not np.isnan(s.reward)}) < 2 for group in groups),
-        np.isfinite(totals).sum(),
-        np.nansum(totals),
-        *np.isfinite(rewards).sum(0),
-        *np.nansum(rewards, 0),
-    ]
-    count, length, tokens, finished, flat, scored, reward, *parts = where.total(local)
-    known, sums = parts[: len(recipe.rewards)], parts[len(recipe.rewards) :]
-    count = max(count, 1)
-    return {
-        "loss": named["loss"],
-        "reward": reward / scored if scored else np.nan,  # means are over the replies that were scored
-        **{f"reward/{r.name}": sums[k] / known[k] if known[k] else np.nan for k, r in enumerate(recipe.rewards)},
-        "unscored": 1 - scored / count,
-        "response_length": length / count,
-        "finished": finished / count,
-        "zero_variance_groups": flat * n / count,
-        **{name: mean[name] for name in ("kl", "entropy", "ratio", *(["importance"] * recipe.importance_correction)) if mean},
-        **({"clip_fraction": mean["clip_low"] + mean["clip_high"]} if mean else {}),
-        "tokens_per_s": tokens / seconds,
-        "seconds": seconds,
-    }
-
-
-def _shown(processor: Processor, examples: list[Example], samples: list[Sample], recipe: GRPORecipe) -> list[dict[str, Any]]:
-    """Rollouts for the report: the first replies of the first groups, with their images as small PNGs."""
-    shown = []
-    for g, example in enumerate(examples[: recipe.log_rollouts]):
-        images = [_thumbnail(processor.store.pixels(key)) for key in example.encoded.images]
-        prompt = "\n".join(turn.content for turn in example.row.prompt if turn.role != "system")
-        for sample in samples[g * recipe.sampling.n :][:2]:
-            shown.append({"images": images, "prompt": prompt, "response": sample.text, "reward": sample.reward, "truth": example.row.truth})
-    return shown
-
-
-def _thumbnail(pixels: np.ndarray) -> str:
-    image = Image.fromarray(pixels)
-    image.thumbnail((160, 160))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -8,7 +8,6 @@ gradient does not depend on the number of ranks or micro-batches.
 from __future__ import annotations
 
 import contextlib
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,10 @@ from actial_fast import ops
 from actial_fast.evaluation.evaluate import held_out
 from actial_fast.model.policy import Policy
 from actial_fast.model.processor import Processor
+from actial_fast.ops.ranges import named
 from actial_fast.packing.batch import Sequence
 from actial_fast.settings.recipe import SFTRecipe
+from actial_fast.train.account import Account
 from actial_fast.train.dist import World, clip_gradients, is_sharded, reduce_gradients, world
 from actial_fast.train.guard import Guard
 from actial_fast.train.rounds import Pass, balanced, passes
@@ -29,6 +30,7 @@ from actial_fast.train.stage import (
     begin,
     draw,
     finished,
+    open_clock,
     open_log,
     open_stage,
     parameters_of,
@@ -56,38 +58,46 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
         parameters, guard = parameters_of(policy), Guard(optimizer, recipe.optim.max_skipped)
         total = recipe.steps or max(1, round(recipe.epochs * stream.epoch_length / recipe.batch_size))
         log, stop = stack.enter_context(open_log(recipe, start, total, where)), stack.enter_context(Stop(where))
+        phases, window = open_clock(recipe, start, where, log, stack)
+        account = Account(phases)
         try:
             for step in range(start + 1, total + 2):
                 mark = stage.mark()
-                results = held_out(policy, processor, recipe, where, log, step - 1, stop)
+                results = held_out(policy, processor, recipe, where, log, step - 1, stop, phases)
+                if phases.used:
+                    log.event("phases", phases.metrics(), step - 1)
                 if step > total or (results and _reached(results, recipe, step - 1)):
                     break
-                began = time.perf_counter()
+                window.at(step)
                 rate = set_learning_rate(optimizer, recipe.optim, step, total)
-                examples = draw(stream, recipe.batch_size, where)
-                sequences = balanced([example.encoded for example in examples], lambda s: s, recipe, processor, where)
-                loss, answer_tokens = _accumulate(policy, processor, sequences, recipe, where, stop)
-                reduce_gradients(parameters, where)
-                norm = clip_gradients(parameters, recipe.optim.clip_norm)
-                guard.step(loss, norm)
+                with phases("data"):
+                    examples = draw(stream, recipe.batch_size, where)
+                with phases("plan"):
+                    sequences = balanced([example.encoded for example in examples], lambda s: s, recipe, processor, where)
+                with phases("update"):
+                    loss, answer_tokens = _accumulate(policy, processor, sequences, recipe, where, stop, account)
+                    reduce_gradients(parameters, where)
+                    norm = clip_gradients(parameters, recipe.optim.clip_norm)
+                    guard.step(loss, norm)
                 tokens, rejected = where.total([sum(map(len, sequences)), stream.rejected])
                 skipped = guard.skipped()  # the first wait for the device
-                seconds = time.perf_counter() - began
+                times = phases.metrics()
                 metrics = {
                     "loss": float(loss),
                     "lr": rate,
                     "grad_norm": float(norm),
                     "answer_tokens": answer_tokens,
-                    "tokens_per_s": tokens / seconds,
-                    "seconds": seconds,
+                    "tokens_per_s": tokens / times["seconds"],
+                    **times,
                     **({"rejected_rows": rejected} if rejected else {}),
                 }
                 log.step(step, metrics | {"skipped_updates": len(skipped)})
                 if skipped:
                     report_skipped(log, guard, [example.row.where for example in examples], step, where)
-                if stop.agreed() or step == total or (recipe.save.every and step % recipe.save.every == 0):
-                    stage.save(step)
-                stage.saver.poll()
+                with phases("save"):
+                    if stop.agreed() or step == total or (recipe.save.every and step % recipe.save.every == 0):
+                        stage.save(step)
+                    stage.saver.poll()
                 if stop.asked:
                     stage.saver.wait()
                     raise stop.stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
@@ -98,20 +108,30 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
 
 
 def _accumulate(
-    policy: Policy, processor: Processor, sequences: list[Sequence], recipe: SFTRecipe, where: World, stop: Stop = NEVER
+    policy: Policy,
+    processor: Processor,
+    sequences: list[Sequence],
+    recipe: SFTRecipe,
+    where: World,
+    stop: Stop = NEVER,
+    account: Account | None = None,
 ) -> tuple[Tensor, int]:
     """Gradients of the global batch's loss, from this rank's sequences; returns the global loss, on the device, and answer tokens."""
     lengths = np.array([s.trained[1:].sum() for s in sequences], np.int64)
     counts = where.total([lengths.sum(), len(sequences)])
     total = torch.zeros((), device=where.device)
-    (rounds,) = passes([Pass(policy, sequences, trained=True)], recipe, processor, where)
+    update = Pass(policy, sequences, trained=True)
+    (rounds,) = passes([update], recipe, processor, where)
     for each in stop.until(rounds, together=is_sharded(policy)):
         weights = _token_weights([sequences[k] for k in each.members], recipe.loss_weighting, counts)
         token_weight = torch.from_numpy(np.append(weights, np.zeros(each.idle, np.float32))).to(where.device, non_blocking=True)
         loss = policy(each.batch, lambda hidden, head, b=each.batch, w=token_weight: ops.linear_cross_entropy(hidden, head, b.targets, w))
-        loss.backward()
+        with named("backward"):
+            loss.backward()
         total += loss.detach()
     stop.leave()
+    if account is not None:
+        account.passes([update])
     return where.sum(total), int(counts[0])
 
 

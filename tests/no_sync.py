@@ -44,6 +44,7 @@ def fake_cuda() -> Iterator[torch.device]:
     with contextlib.ExitStack() as stack:
         if not torch.cuda.is_available():
             stack.enter_context(_device_guard())
+            stack.enter_context(mock.patch("torch.cuda.Event", _Event))
             stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True))
             stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
         for kernel in ("interpreter.InterpretedFunction", "jit.JITFunction"):
@@ -65,6 +66,21 @@ def put(module: nn.Module, device: torch.device) -> nn.Module:
                     moved[id(x)] = nn.Parameter(y, x.requires_grad) if isinstance(x, nn.Parameter) else y
                 tensors[name] = None if x is None else moved[id(x)]
     return module
+
+
+class _Event:
+    """An event that may be recorded, and not asked for."""
+
+    def __init__(self, enable_timing: bool = False):
+        assert enable_timing
+
+    def record(self) -> None:
+        """Enqueued."""
+
+    def synchronize(self) -> None:
+        raise HostSync("Event.synchronize: the host waits for the device")
+
+    query = elapsed_time = lambda self, *_: self.synchronize()
 
 
 class _Watch(TorchDispatchMode):

@@ -10,7 +10,11 @@ from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.ops.spec import GRPOSpec
 from actial_fast.settings.recipe import LoRAConfig, ModelConfig, SFTRecipe
+from actial_fast.train.account import Account
 from actial_fast.train.dist import World, clip_gradients
+from actial_fast.train.mismatch import Mismatch
+from actial_fast.train.phases import Phases
+from actial_fast.train.rounds import Pass
 from actial_fast.train.stage import parameters_of
 from tests.no_sync import HostSync, fake_cuda, put
 from tests.train.test_rounds import recipe_of, samples_of
@@ -40,15 +44,20 @@ def grpo_step(lab, processor, where: World, move, changes) -> Policy:
     recipe = recipe_of(lab, prompts=2, minibatch=1, pack_tokens=90, importance_correction=True, loss=GRPOSpec(beta=0.05))
     samples = [replace(s, old=None, ref=None) for s in samples_of(processor, [(2, 5), (0, 2), (1, 3)])]
     minibatches = [samples[:5], samples[5:]]
+    phases, mismatch = Phases(where), Mismatch(where)
     ahead = grpo._passes(policy, reference, processor, minibatches, recipe, where)
-    ready = grpo._log_probs(policy, reference, minibatches, ahead, recipe)
+    ready = grpo._log_probs(policy, reference, minibatches, ahead, recipe, phases)
     stats = torch.zeros(len(grpo.ops.STATS), device=where.device)
-    for each, rounds in zip(ready, ahead.updates, strict=True):
-        stats += grpo._accumulate(policy, each, (sum(map(len, each)), len(each)), rounds, recipe, where)
-        clip_gradients(parameters_of(policy), 1.0)
-        optimizer.step()
-        if rounds is not ahead.updates[-1]:
-            optimizer.zero_grad(set_to_none=True)
+    with phases("update"):
+        for each, rounds in zip(ready, ahead.updates, strict=True):
+            stats += grpo._accumulate(policy, each, (sum(map(len, each)), len(each)), rounds, recipe, where, mismatch)
+            clip_gradients(parameters_of(policy), 1.0)
+            optimizer.step()
+            if rounds is not ahead.updates[-1]:
+                optimizer.zero_grad(set_to_none=True)
+    with phases("plan"):
+        Account(phases).passes(ahead.wanted)
+    assert mismatch.total().device == where.device and len(phases._marks) == 8
     return policy
 
 
@@ -56,9 +65,12 @@ def sft_step(lab, processor, where: World, move, changes) -> Policy:
     policy = policy_on(lab, move, changes=changes)
     optimizer = torch.optim.AdamW(parameters_of(policy), fused=True)
     sequences = [s.sequence for s in samples_of(processor, [(2, 3), (0, 2), (1, 1)])]
-    sft._accumulate(policy, processor, sequences, SFTRecipe(pack_tokens=150), where)
-    clip_gradients(parameters_of(policy), 1.0)
-    optimizer.step()
+    phases = Phases(where)
+    with phases("update"):
+        sft._accumulate(policy, processor, sequences, SFTRecipe(pack_tokens=150), where)
+        clip_gradients(parameters_of(policy), 1.0)
+        optimizer.step()
+    Account(phases).passes([Pass(policy, sequences, trained=True)])
     return policy
 
 
@@ -79,6 +91,14 @@ def test_a_step_that_reads_its_loss_is_caught(lab, processor, monkeypatch):
     monkeypatch.setattr(sft.ops, "linear_cross_entropy", lambda *a: plain(*a) * float(plain(*a)))
     with pytest.raises(HostSync), fake_cuda() as device:
         sft_step(lab, processor, World(0, 1, device), lambda module: put(module, device), {})
+
+
+def test_the_clock_is_read_where_the_host_has_waited_and_nowhere_else():
+    with pytest.raises(HostSync), fake_cuda() as device:
+        phases = Phases(World(0, 1, device))
+        with phases("update"):
+            pass
+        phases.metrics()
 
 
 @pytest.mark.gpu

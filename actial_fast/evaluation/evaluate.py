@@ -16,6 +16,7 @@ from actial_fast.report.metrics import MetricLog
 from actial_fast.rollout.embedded import generate
 from actial_fast.settings.recipe import EvalConfig, GRPORecipe, ModelConfig, SFTRecipe
 from actial_fast.train.dist import Agreed, World, gathered, recover, world
+from actial_fast.train.phases import Phases
 from actial_fast.train.stopping import NEVER, Stop
 
 
@@ -70,7 +71,7 @@ def attempt(
 
 
 def held_out(
-    policy: Policy, processor: Processor, recipe: SFTRecipe | GRPORecipe, where: World, log: MetricLog, step: int, stop: Stop
+    policy: Policy, processor: Processor, recipe: SFTRecipe | GRPORecipe, where: World, log: MetricLog, step: int, stop: Stop, phases: Phases
 ) -> dict[str, dict[str, Any]] | None:
     """The tables of the evaluation that belongs behind `step`, logged; those that the log has already, in a run that goes on; None where no
     evaluation is due.
@@ -84,7 +85,9 @@ def held_out(
         return None
     if before := where.gather([log.evaluated(step)])[0]:
         return before
-    tables, failures = attempt(policy, processor, config, where, seed=recipe.seed, on_bad_row=recipe.data.on_bad_row, stop=stop)
+    with phases("eval"):
+        tables, failures = attempt(policy, processor, config, where, seed=recipe.seed, on_bad_row=recipe.data.on_bad_row, stop=stop)
+    phases.add("eval", tokens=reply_tokens(tables) / where.size)
     log.event("eval", tables, step)
     for name, cause in failures.items():
         log.event("eval_failed", {"name": name, "cause": cause}, step)
@@ -92,6 +95,11 @@ def held_out(
     if failures and config.fatal:
         raise Agreed("eval.fatal: " + "; ".join(f"{name}: {cause}" for name, cause in failures.items()))
     return tables
+
+
+def reply_tokens(results: dict[str, dict[str, Any]]) -> float:
+    """The tokens of all replies that `evaluate` drew, on all ranks."""
+    return sum(table["overall"]["n"] * table["overall"]["mean_response_length"] for table in results.values())
 
 
 def evaluate_checkpoint(model: Path | str, config: EvalConfig, seed: int = 0) -> dict[str, dict[str, Any]]:

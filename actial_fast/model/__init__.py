@@ -2,6 +2,6 @@
 
 Here lives all that knows the architecture; no optimizer, no ranks, no loss. In order of reading: policy.py (load, freeze, adapters, the
 forward passes), processor.py (rows to tokens, the only preprocessing there is), attention.py (prompt-once attention, put on an unmodified
-model; ../kernels on CUDA), vision.py (the tower without host syncs), features.py (its output over micro-batches and passes), tiny.py (a
-model of under a million parameters, for the quickstart and the tests).
+model; ../kernels on CUDA), vision.py (the tower without host syncs), features.py (its output over micro-batches and passes), flops.py (the
+least that a pass needs), tiny.py (a model of under a million parameters, for the quickstart and the tests).
 """

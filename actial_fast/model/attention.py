@@ -27,6 +27,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from actial_fast.ops.ranges import named
 from actial_fast.packing.batch import Segments
 
 # transformers hands a vision tower's cu_seqlens only to implementations with "flash" in their name; others loop over the windows
@@ -58,11 +59,13 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, cau
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, cross: Any, causal: bool, scale: float) -> Tensor:
-        out, lse = _forward(q, k, v, segments, segments, causal, scale)
-        if cross is not None:
-            prefix, suffix = slice(cross.prefix_rows), slice(cross.prefix_rows, cross.prefix_rows + cross.suffix_rows)
-            part = _forward(q[suffix], k[prefix], v[prefix], cross.cross_q, cross.cross_k, False, scale)
-            _merge(out[suffix], lse[:, suffix], *part)
+        with named("attention"):
+            out, lse = _forward(q, k, v, segments, segments, causal, scale)
+            if cross is not None:
+                prefix, suffix = slice(cross.prefix_rows), slice(cross.prefix_rows, cross.prefix_rows + cross.suffix_rows)
+                part = _forward(q[suffix], k[prefix], v[prefix], cross.cross_q, cross.cross_k, False, scale)
+                with named("attention merge"):
+                    _merge(out[suffix], lse[:, suffix], *part)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.segments, ctx.cross, ctx.causal, ctx.scale = segments, cross, causal, scale
         return out
@@ -70,16 +73,21 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        grad, cross = grad.contiguous(), ctx.cross
-        dq, dk, dv = _backward(grad, q, k, v, out, lse, ctx.segments, ctx.segments, ctx.causal, ctx.scale)
-        if cross is not None:
-            prefix, suffix = slice(cross.prefix_rows), slice(cross.prefix_rows, cross.prefix_rows + cross.suffix_rows)
-            seen = (q[suffix], k[prefix], v[prefix], out[suffix], lse[:, suffix].contiguous())
-            parts = _backward(grad[suffix], *seen, cross.cross_q, cross.cross_k, False, ctx.scale)
-            for total, rows, part in zip((dq, dk, dv), (suffix, prefix, prefix), parts, strict=True):
-                total[rows].add_(part)  # += would copy the sum onto itself
-        return dq, dk, dv, None, None, None, None
+        with named("attention backward"):
+            return *_gradients(ctx, grad), None, None, None, None
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, out, lse = ctx.saved_tensors
+    grad, cross = grad.contiguous(), ctx.cross
+    dq, dk, dv = _backward(grad, q, k, v, out, lse, ctx.segments, ctx.segments, ctx.causal, ctx.scale)
+    if cross is not None:
+        prefix, suffix = slice(cross.prefix_rows), slice(cross.prefix_rows, cross.prefix_rows + cross.suffix_rows)
+        seen = (q[suffix], k[prefix], v[prefix], out[suffix], lse[:, suffix].contiguous())
+        parts = _backward(grad[suffix], *seen, cross.cross_q, cross.cross_k, False, ctx.scale)
+        for total, rows, part in zip((dq, dk, dv), (suffix, prefix, prefix), parts, strict=True):
+            total[rows].add_(part)  # += would copy the sum onto itself
+    return dq, dk, dv
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

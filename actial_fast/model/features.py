@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actial_fast.ops.ranges import named
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -88,7 +90,8 @@ class Features:
         elif not call.left:
             grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in call.leaves.values()]
             grads = [grad.to(x.dtype) for grad, x in zip(grads, call.outputs.values(), strict=True)]
-            torch.autograd.backward(list(call.outputs.values()), grads)
+            with named("tower backward"):
+                torch.autograd.backward(list(call.outputs.values()), grads)
 
     def __enter__(self) -> Features:
         return self

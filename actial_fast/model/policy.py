@@ -20,6 +20,7 @@ from actial_fast.integrations.liger import apply_liger
 from actial_fast.model.attention import IMPLEMENTATION, use_packed_attention
 from actial_fast.model.vision import VisionArguments, encode_images, vision_arguments
 from actial_fast.model.weights import draw_adapters, fill, misfits, open_weights, parameters_on_meta, resolve, skeleton
+from actial_fast.ops.ranges import named
 from actial_fast.packing.batch import Batch, PackedBatch
 from actial_fast.packing.packed_ops import PixelBatch, embed, patchify
 from actial_fast.settings.recipe import ModelConfig
@@ -86,30 +87,39 @@ class Policy(nn.Module):
         low = self.compute_dtype != torch.float32
         with torch.autocast(self.device.type, self.compute_dtype, enabled=low):
             if isinstance(inputs, ImageBatch):
-                patches = patchify(inputs.pixels, self.compute_dtype if low else torch.float32)
-                return encode_images(base.model.visual, patches.to(patches.dtype if low else base.model.visual.dtype), inputs.arguments)
+                with named("patchify"):
+                    patches = patchify(inputs.pixels, self.compute_dtype if low else torch.float32)
+                with named("tower"):
+                    return encode_images(base.model.visual, patches.to(patches.dtype if low else base.model.visual.dtype), inputs.arguments)
             assert head is not None, "only images go without a head"
-            if isinstance(inputs, dict):
-                return head(base.model(**inputs), base.lm_head.weight)
             if isinstance(inputs, PackedBatch):
-                hidden = self._packed(inputs)
+                hidden = self._packed(inputs)[inputs.loss_rows]
+            elif isinstance(inputs, Batch):
+                with named("patchify"):
+                    arguments = inputs.model_inputs()
+                with named("trunk"):
+                    hidden = base.model(**arguments, use_cache=False).last_hidden_state.flatten(0, 1)[inputs.loss_rows]
             else:
-                hidden = base.model(**inputs.model_inputs(), use_cache=False).last_hidden_state.flatten(0, 1)
-            return head(hidden[inputs.loss_rows], base.lm_head.weight)
+                with named("trunk"):
+                    hidden = base.model(**inputs)
+            with named("head"):
+                return head(hidden, base.lm_head.weight)
 
     def _packed(self, batch: PackedBatch) -> Tensor:
         """Hidden states (L, H) of a packed batch, whose shared prefixes pass the layers once."""
         assert self.base.config._attn_implementation == IMPLEMENTATION, "packed rows would see each other: load with packed=True"
         assert batch.features is not None or not batch.images, "the images of a packed batch pass the tower first (features.Features)"
         trunk, features = self.base.model, batch.features
-        embeds = embed(batch.input_ids, trunk.get_input_embeddings().weight, features, batch.image_slots, batch.image_rows)
-        out = trunk.language_model(
-            inputs_embeds=embeds[None],
-            position_ids=batch.position_ids[:, None],
-            attention_mask={"full_attention": None},  # none is built: the attention reads the batch's segments
-            use_cache=False,
-            packed=batch,
-        )
+        with named("embedding"):
+            embeds = embed(batch.input_ids, trunk.get_input_embeddings().weight, features, batch.image_slots, batch.image_rows)
+        with named("trunk"):
+            out = trunk.language_model(
+                inputs_embeds=embeds[None],
+                position_ids=batch.position_ids[:, None],
+                attention_mask={"full_attention": None},  # none is built: the attention reads the batch's segments
+                use_cache=False,
+                packed=batch,
+            )
         return out.last_hidden_state[0]
 
     def trained(self) -> dict[str, nn.Parameter]:

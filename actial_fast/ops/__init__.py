@@ -3,7 +3,7 @@
 Here lives what is computed and how it is called, not the Triton code (../kernels, reached through library.py alone), no model and no data.
 Needs torch and numpy. In order of reading: spec.py (what a loss is, as data), reference.py (the same in plain torch, the truth of the
 tests), api.py (what users call), checks.py (their arguments); then chunked*.py (a CPU, chunk by chunk) and library.py, operators*.py
-(torch.library operators, for compiled callers).
+(torch.library operators, for compiled callers). ranges.py names what a profile shows, for the whole package.
 """
 
 import importlib

@@ -1,7 +1,8 @@
-"""Line charts over the steps of a run's stages, as inline SVG: a few kilobytes each, coloured by the page's CSS, readable without a script.
+"""Charts over the steps of a run's stages, as inline SVG: a few kilobytes each, coloured by the page's CSS, readable without a script.
 
 The x axis gives every stage its own steps and its own stretch, at least half the mean width, so that 60 steps of GRPO beside 2,000 of SFT
-stay visible; a rule and a name mark where a stage begins. Many points are drawn as their per-bucket extremes: no spike gets lost.
+stay visible; a rule and a name mark where a stage begins. Many points of a line are drawn as their per-bucket extremes: no spike gets
+lost. Stacked bars are of one stage, and many steps share a bar, which has their mean.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from statistics import median
 
 WIDTH, WIDE, HEIGHT = 470.0, 965.0, 240.0  # viewBox units, about CSS pixels; WIDE fills a row of two charts and the gap between them
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 20.0, 26.0
 MIN_SHARE = 0.5
 BUCKETS = 300
+BARS = 120
 SMOOTHED = 15  # fewer points than this are not averaged
+TALL = 4.0  # medians of the bars, that a bar may be high
 LOG_RATIO = 10.0  # positive values spanning more than this go on a log axis
 COLOURS = 7  # --c0 ... --c6 in the page's CSS
 
@@ -78,22 +82,7 @@ def line_chart(
     label: Callable[[float], str] = (lambda v: f"{100 * v:.3g}%") if percent else number
     y = _y_scale(low, high, log)
 
-    out = []
-    ticks = _log_ticks(low, high) if log else _ticks(low, high, 5)
-    digits = next((d for d in range(3, 9) if len({number(tick, d) for tick in ticks}) == len(ticks)), 9)  # 0.9996 and 0.9998 differ
-    for tick in ticks:
-        text = label(tick) if percent else number(tick, digits)
-        out.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        out.append(f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}">{text}</text>')
-    for index, (stage, (x0, x1, last)) in enumerate(spans.items()):
-        first, final = ("start", x0 + 3) if index else ("middle", x0), ("end", x1 - 3 if index < len(spans) - 1 else x1)
-        labels: list[tuple[float, str, float]] = [(0, *first), (last, *final)] if last else [(0, *first)]
-        between = ((tick, "middle", x0 + (x1 - x0) * tick / max(1, last)) for tick in _ticks(0, last, int((x1 - x0) / 70)))
-        labels += [(tick, anchor, x) for tick, anchor, x in between if x0 + 34 < x < x1 - 44 and tick == int(tick)]
-        out += [f'<text class="tick" text-anchor="{how}" x="{x:.1f}" y="{HEIGHT - 8}">{tick:,.0f}</text>' for tick, how, x in labels]
-        if index:
-            out.append(f'<line class="rule" x1="{x0:.1f}" x2="{x0:.1f}" y1="{TOP - 12}" y2="{HEIGHT - BOTTOM}"/>')
-        out.append(f'<text class="stage" x="{x0 + 4:.1f}" y="{TOP - 5}">{escape(stage)}</text>')
+    out = _frame(spans, width, _log_ticks(low, high) if log else _ticks(low, high, 5), y, label if percent else None)
     for guide in guides:
         style = f' style="stroke:var(--c{guide.colour % COLOURS})"' if guide.colour is not None else ""
         out.append(f'<line class="guide"{style} x1="{LEFT}" x2="{width - RIGHT}" y1="{y(guide.value):.1f}" y2="{y(guide.value):.1f}"/>')
@@ -116,10 +105,87 @@ def line_chart(
     for guide in guides:
         style = f' style="border-color:var(--c{guide.colour % COLOURS})"' if guide.colour is not None else ""
         legend.append(f'<span><i class="dash"{style}></i>{escape(guide.name)} <b>{label(guide.value)}</b></span>')
-    note = ' <span class="muted">(log scale)</span>' if log else ""
+    return _figure(title, legend, caption, out, width, ' <span class="muted">(log scale)</span>' if log else "")
+
+
+def stacked_bars(
+    title: str, parts: Mapping[str, Mapping[int, float]], stage: str, last: int, colours: Mapping[str, str], *, wide: bool = False
+) -> str:
+    """An HTML `<figure>` of a bar per step of one stage, its parts on top of one another in their order; "" when there are none.
+
+    parts: per part (step -> value), from 1, none negative; a step without a part has 0 of it, and one that no part has, no bar. last: step
+    at the right end; more than BARS steps are put together in bars of equally many, each with the mean of those that there are. colours:
+    of each part, a CSS colour. Bars end where they rise above several times the median; how many do, and how far, is said.
+    """
+    steps = sorted({step for values in parts.values() for step in values})
+    if not steps:
+        return ""
+    width = WIDE if wide else WIDTH
+    together = math.ceil(last / BARS)
+    members: dict[int, list[int]] = {}
+    for step in steps:
+        members.setdefault((step - 1) // together, []).append(step)
+    heights = {
+        name: {bar: math.fsum(v for s in of if math.isfinite(v := values.get(s, 0.0))) / len(of) for bar, of in members.items()}
+        for name, values in parts.items()
+    }
+    totals = {bar: math.fsum(heights[name][bar] for name in parts) for bar in members}
+    highest = max(totals.values())
+    top = min(highest, TALL * median(totals.values())) or highest or 1.0
+    (x0, x1, _), y = _spans({stage: last}, width)[stage], _y_scale(0.0, 1.04 * top, False)
+    out = _frame({stage: (x0, x1, last)}, width, _ticks(0.0, 1.04 * top, 5), y)
+    step_wide = (x1 - x0) / max(1, last)
+    gap = min(1.0, 0.15 * step_wide * together)
+    base, legend = dict.fromkeys(members, 0.0), []
+    for name in parts:
+        shapes = []
+        for bar, value in heights[name].items():
+            low, base[bar] = base[bar], base[bar] + value
+            tall = y(min(low, top)) - y(min(base[bar], top))
+            if tall >= 0.05:
+                left, right = x0 + step_wide * bar * together, x0 + step_wide * min(last, (bar + 1) * together)
+                shapes.append(f"M{left:.1f},{y(min(base[bar], top)):.1f}h{right - left - gap:.1f}v{tall:.1f}H{left:.1f}z")
+        if shapes:
+            out.append(f'<path class="bars" style="fill:{colours[name]}" d="{"".join(shapes)}"/>')
+        mean = math.fsum(v for v in parts[name].values() if math.isfinite(v)) / len(steps)
+        legend.append(f'<span><i style="background:{colours[name]}"></i>{escape(name)} <b>{number(mean)}</b></span>')
+    above = [total for total in totals.values() if total > top]
+    caption = f'<p class="muted">{len(above):,} of {len(totals):,} bars above the axis, up to {number(max(above))}</p>' if above else ""
+    note = f' <span class="muted">(a bar is the mean of {together:,} steps)</span>' if together > 1 else ""
+    return _figure(title, legend, caption, out, width, note)
+
+
+def _frame(
+    spans: Mapping[str, tuple[float, float, int]],
+    width: float,
+    ticks: Sequence[float],
+    y: Callable[[float], float],
+    label: Callable[[float], str] | None = None,
+) -> list[str]:
+    """Grid, ticks and the stages' names. label: of a tick, a number with as many digits as tell them apart when None."""
+    out = []
+    digits = next((d for d in range(3, 9) if len({number(tick, d) for tick in ticks}) == len(ticks)), 9)  # 0.9996 and 0.9998 differ
+    for tick in ticks:
+        text = label(tick) if label else number(tick, digits)
+        out.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        out.append(f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}">{text}</text>')
+    for index, (stage, (x0, x1, last)) in enumerate(spans.items()):
+        first, final = ("start", x0 + 3) if index else ("middle", x0), ("end", x1 - 3 if index < len(spans) - 1 else x1)
+        labels: list[tuple[float, str, float]] = [(0, *first), (last, *final)] if last else [(0, *first)]
+        between = ((tick, "middle", x0 + (x1 - x0) * tick / max(1, last)) for tick in _ticks(0, last, int((x1 - x0) / 70)))
+        labels += [(tick, anchor, x) for tick, anchor, x in between if x0 + 34 < x < x1 - 44 and tick == int(tick)]
+        out += [f'<text class="tick" text-anchor="{how}" x="{x:.1f}" y="{HEIGHT - 8}">{tick:,.0f}</text>' for tick, how, x in labels]
+        if index:
+            out.append(f'<line class="rule" x1="{x0:.1f}" x2="{x0:.1f}" y1="{TOP - 12}" y2="{HEIGHT - BOTTOM}"/>')
+        out.append(f'<text class="stage" x="{x0 + 4:.1f}" y="{TOP - 5}">{escape(stage)}</text>')
+    return out
+
+
+def _figure(title: str, legend: Sequence[str], caption: str, shapes: Sequence[str], width: float, note: str) -> str:
+    css = ' class="whole"' if width == WIDE else ""
     return (
         f'<figure{css}><figcaption>{escape(title)}{note}</figcaption><div class="legend">{"".join(legend)}</div>{caption}'
-        f'<svg viewBox="0 0 {width:g} {HEIGHT:g}" role="img" aria-label="{escape(title)}">{"".join(out)}</svg></figure>'
+        f'<svg viewBox="0 0 {width:g} {HEIGHT:g}" role="img" aria-label="{escape(title)}">{"".join(shapes)}</svg></figure>'
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from actial_fast.report.cards import rollout_cards
 from actial_fast.report.chart import Guide, Series, line_chart, moving_average, number
 from actial_fast.report.metrics import read_events, read_metrics
+from actial_fast.report.speed import TAKEN, speed_charts
 from actial_fast.report.style import CSS
 
 GRPO_CHARTS = (  # title, metrics drawn in one chart, whether they are shares on an axis from 0 to 100%
@@ -87,8 +88,9 @@ def write_report(run_dir: Path) -> Path:
         _section("Learning", _grid(_learning(metrics, evals, rl, steps))),
         _section("GRPO", _grid(_grpo(metrics, evals, rl, steps))),
         *(_section(f"Sampled replies: {stage}", rollout_cards(run_dir, stage, events)) for stage in steps),
+        _section("Where the time goes", _grid(speed_charts(metrics, events, steps))),
         _section("Speed and optimisation", _grid(_optimisation(metrics, steps))),
-        _section("Stages", _stage_table(metrics, steps)),
+        _section("Stages", _stage_table(metrics, events, steps)),
         _section("Summary", _pairs(summary)),
         _section("Versions and machine", _pairs(versions)),
         *(_folded(name, f"<pre>{escape(text)}</pre>") for name, text in recipes.items()),
@@ -317,22 +319,32 @@ def _optimisation(metrics: Sequence[Mapping[str, Any]], steps: Mapping[str, int]
     for title, keys in ALL_CHARTS:
         yield partial(line_chart, title, _series(metrics, keys, list(steps)), steps, may_log=keys[0] in MAY_LOG)
     drawn = {"stage", "step", "time", "loss", *(key for _, keys, *_ in (*GRPO_CHARTS, *ALL_CHARTS) for key in keys)}
-    for key in dict.fromkeys(key for m in metrics for key in m if key not in drawn and not key.startswith("reward")):
+    for key in dict.fromkeys(key for m in metrics for key in m if key not in drawn and not key.startswith(("reward", *TAKEN))):
         yield partial(line_chart, key, _series(metrics, [key], list(steps)), steps)
 
 
 # --- the rest ------------------------------------------------------------------------------------------------------------------------
 
 
-def _stage_table(metrics: Sequence[Mapping[str, Any]], steps: Mapping[str, int]) -> str:
+def _stage_table(metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]], steps: Mapping[str, int]) -> str:
     rows = []
+    rates = {e["stage"]: e["rate"] for e in events if e["kind"] == "rate"}
     for stage, last in steps.items():
         own = [m for m in metrics if m["stage"] == stage]
         seconds = math.fsum(m["seconds"] for m in own if math.isfinite(m.get("seconds", math.nan)))
         speed = [m["tokens_per_s"] for m in own if "tokens_per_s" in m]
-        cells = (f"{last:,}", f"{seconds:,.1f}" if seconds else "&ndash;", number(median(speed)) if speed else "&ndash;")
+        share, peak = ([m[name] for m in own if name in m] for name in ("mfu", "peak_gib"))
+        cells = (
+            f"{last:,}",
+            f"{seconds:,.1f}" if seconds else "&ndash;",
+            number(median(speed)) if speed else "&ndash;",
+            f"{100 * median(share):.1f}%" if share else "&ndash;",
+            f"{number(rates[stage]['tflops'])}<small> {escape(rates[stage]['what'])}</small>" if stage in rates else "&ndash;",
+            f"{max(peak):.2f}" if peak else "&ndash;",
+        )
         rows.append(f"<tr><th>{escape(stage)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    head = "<tr><th>stage</th><th>steps</th><th>seconds in steps</th><th>tokens/s, median</th></tr>"
+    names = ("stage", "steps", "seconds in steps", "tokens/s, median", "MFU, median", "of measured TFLOP/s", "peak GiB")
+    head = f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
     return f'<table class="figures"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
 
 

@@ -140,6 +140,25 @@ class SaveConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """A window of steps to look at in https://ui.perfetto.dev: RUN/profile has a trace of each."""
+
+    steps: tuple[int, int] = (0, 0)
+    """First and last step to record; [0, 0] = none. Recorded steps are slower, and their files large: two or three will do."""
+    all_ranks: bool = False
+    """Record every rank, not rank 0 alone."""
+    memory: bool = False
+    """Record allocations as well."""
+    stacks: bool = False
+    """Record where in the Python code each operator was called, which slows the host down."""
+
+    def __post_init__(self) -> None:
+        first, last = self.steps
+        if not (first == last == 0 or 1 <= first <= last):
+            raise ValueError(f"steps: expected the first and the last step, from 1, or [0, 0] for none, got {list(self.steps)}")
+
+
+@dataclass(frozen=True)
 class DistConfig:
     """How the ranks share the work."""
 
@@ -198,6 +217,8 @@ class SFTRecipe:
     """Checkpoints and logs."""
     dist: DistConfig = DistConfig()
     """Ranks."""
+    profile: ProfileConfig = ProfileConfig()
+    """Steps to record for a profile."""
     epochs: float = 2.0
     """Passes over the data; ignored when `steps` is given."""
     steps: int = 0
@@ -282,6 +303,8 @@ class GRPORecipe:
     """Checkpoints and logs."""
     dist: DistConfig = DistConfig()
     """Ranks."""
+    profile: ProfileConfig = ProfileConfig()
+    """Steps to record for a profile."""
     steps: int = 150
     """Sampling steps."""
     prompts: int = 1024

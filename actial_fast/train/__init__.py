@@ -2,5 +2,6 @@
 
 Here lives nothing that knows which loop it serves; the loops themselves are ../sft.py and ../grpo.py. In order of reading: stage.py (open a
 stage, resume, optimizer, stop), rounds.py (the passes of a step) with balance.py (groups moved between ranks), dist.py (the ranks, FSDP2),
-checkpoint.py (written whole or not at all, no pickle).
+checkpoint.py (written whole or not at all, no pickle); what a step is seen by: phases.py (where its time goes) with account.py (tokens and
+FLOPs), mismatch.py (the sampler against the trainer), profile.py (a window of steps for Perfetto).
 """

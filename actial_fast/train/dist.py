@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from actial_fast.model.policy import Policy
+from actial_fast.ops.ranges import named
 
 
 class Agreed(ValueError):
@@ -169,15 +170,17 @@ def reduce_gradients(parameters: list[nn.Parameter], where: World) -> None:
         if parameter.grad is None:  # this rank had no row that reaches it
             parameter.grad = torch.zeros_like(parameter)
         by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    for dtype in sorted(by_dtype, key=str):
-        grads = by_dtype[dtype]
-        flat = torch.cat([g.reshape(-1) for g in grads])
-        dist.all_reduce(flat)
-        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+    with named("gradient reduction"):
+        for dtype in sorted(by_dtype, key=str):
+            grads = by_dtype[dtype]
+            flat = torch.cat([g.reshape(-1) for g in grads])
+            dist.all_reduce(flat)
+            for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Scale the gradients down to the global norm `limit` (0: leave them); the norm before, over all ranks, on the device."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
+    with named("gradient reduction"):
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

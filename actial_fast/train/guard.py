@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from actial_fast.ops.ranges import named
 from actial_fast.train.dist import Agreed
 
 
@@ -34,8 +35,9 @@ class Guard:
         """Make the step and drop the gradients. loss, norm: scalars on the device, over all ranks. Returns, there, if it was made."""
         bad = ~(loss.isfinite() & norm.isfinite())
         self._optimizer.found_inf, self._optimizer.grad_scale = bad.float(), None  # type: ignore[attr-defined]  # GradScaler sets these
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        with named("optimizer"):
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
         self._bad.append(bad)
         return ~bad
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Hashable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -29,11 +30,19 @@ Pieces = list[tuple[Group, int, int]]  # of one micro-batch: a group, and from w
 
 @dataclass(frozen=True)
 class Pass:
-    """Sequences that pass through a policy once. trained: with gradients."""
+    """Sequences that pass through a policy once. trained: with gradients; phase: what its time counts as; adapters: on, where there are
+    any."""
 
     policy: Policy
     sequences: Many[Sequence]
     trained: bool
+    phase: str = "update"
+    adapters: bool = True
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The sequences in groups that begin alike."""
+        return share(self.sequences, self.policy.base.config.image_token_id)
 
 
 @dataclass(frozen=True)
@@ -101,8 +110,7 @@ def _plain(each: Pass, recipe: Recipe, processor: Processor, where: World) -> It
 
 def _cut(each: Pass, recipe: Recipe, processor: Processor, where: World) -> list[Pieces]:
     """What each micro-batch of a pass holds; nothing, for those by which another sharded rank has more."""
-    sequences = each.sequences
-    groups = share(sequences, processor.image_token)
+    sequences, groups = each.sequences, each.groups
     made = plan(
         *lengths_of(_sizes(groups, sequences)),
         capacity=Capacity(recipe.pack_tokens, recipe.pack_patches),

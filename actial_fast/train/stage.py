@@ -28,9 +28,11 @@ from actial_fast.train import checkpoint
 from actial_fast.train.dist import World, shard
 from actial_fast.train.guard import Guard
 from actial_fast.train.lock import locked
+from actial_fast.train.phases import Phases, measured_rate
 from actial_fast.train.preflight import Encode, Unready, problems_of
+from actial_fast.train.profile import Window
 
-MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "data.image_cache", "dist.")  # keys that a resumed run may set anew
+MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "data.image_cache", "dist.", "profile.")  # keys that a resumed run may set anew
 
 
 def stage_folder(recipe: SFTRecipe | GRPORecipe) -> Path:
@@ -199,6 +201,16 @@ def report_skipped(log: MetricLog, guard: Guard, rows: list[str], step: int, whe
     log.event("skipped", {"rows": everyone}, step)
     log.say(f"{log.stage} step {step}: loss or gradient is NaN or infinite, not applied; its rows are in events.jsonl: {everyone[0]}, ...")
     guard.check(everyone)
+
+
+def open_clock(
+    recipe: SFTRecipe | GRPORecipe, start: int, where: World, log: MetricLog, stack: contextlib.ExitStack
+) -> tuple[Phases, Window]:
+    """The clock of a loop's phases, with the device's measured rate in the log, and the window of steps that are profiled until `stack`
+    ends."""
+    rate = measured_rate(where.device)
+    log.event("rate", rate, start)
+    return Phases(where, rate["tflops"]), stack.enter_context(Window(recipe.profile, Path(recipe.run), recipe.name, where))
 
 
 def build_optimizer(policy: Policy, config: OptimConfig) -> torch.optim.AdamW:

@@ -11,7 +11,7 @@ attention. --lora: adapters of that rank on the language model in the place of i
 Executed FLOPs are counted at the dispatcher, operator by operator, during the real step on the CPU: products by PyTorch's own formulas,
 attention by `attention_forward` and `attention_backward` below; everything else (norms, activations, softmax, optimizer) is left out. At
 the 7B's widths the step runs as it is, but for its products, which give zeros at once. Vision and language model are told apart by hooks;
-the rest, forward and backward together, is the head. The minimum is that of `bench.step.minimum`.
+the rest, forward and backward together, is the head. The minimum is that of `actial_fast.model.flops`.
 
 TRL does what the recipe asks by its own code, the reference pass included. It prepares images when it generates and is handed their patches
 here, so its image preparations are not counted.
@@ -39,6 +39,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 
 from actial_fast import grpo
 from actial_fast.grpo import Sample
+from actial_fast.model.flops import PARTS, Work, images_once, minimum
 from actial_fast.model.policy import Policy, _add_adapters, load_policy, load_reference
 from actial_fast.model.processor import Processor
 from actial_fast.quickstart import _resolved
@@ -46,7 +47,7 @@ from actial_fast.settings.config import load_recipe
 from actial_fast.settings.recipe import GRPORecipe, LoRAConfig, ModelConfig
 from actial_fast.train.stage import open_stage
 from bench.harness.timing import machine
-from bench.step.minimum import PARTS, Work, images_once, minimum, work_of
+from bench.step.minimum import work_of
 from bench.step.shapes import SHAPES
 from bench.step.update import WHERE, Case, config_of, make_case, narrow_model, our_side, trl_side
 

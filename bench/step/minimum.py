@@ -1,170 +1,20 @@
-"""The least FLOPs that the passes of a GRPO step need, part by part.
-
-A linear layer of W weights (each of an adapter's two is a layer of its own, kept apart from what it adapts) over R rows needs
-
-    forward           2 W R
-    weight gradient   2 W R   where its weights are trained
-    input gradient    2 W R   where anything before it, in the order of the forward pass, is trained: how deep that must go, the first
-                              trained layer decides
-
-and attention over a number of pairs (a query and a key), with d the width of all query heads,
-
-    forward           4 d pairs   two products
-    backward         10 d pairs   flash attention's five, where anything up to its queries, keys and values is trained
-
-Rows and pairs, for samples that each n share a prompt with U distinct images, and T predicted tokens:
-
-    vision     patches of the U images (merged tokens in the merger); pairs within their windows, or in full layers within their frames
-    language   of each group its longest common beginning once, c, and of each member i what follows, r_i, but its last token: it predicts
-               nothing; pairs c (c + 1) / 2 + sum of r_i c + r_i (r_i + 1) / 2
-    head       T
-
-so a layer that is trained amid trained ones takes 6 W R, the patch embedding 4 W R, a frozen head 4 W R, a frozen tower its forward pass.
-A pass without gradients needs the forward terms. A tower of which nothing is trained sees an image once for all passes of a step. Every
-row counts in every layer, and every target in the head, though rows that predict nothing need of the last layer keys and values only, and
-targets behind the same tokens share their logits. Norms, activations, softmax, embeddings and the optimizer are left out.
-"""
+"""The least FLOPs of an update's samples: `actial_fast.model.flops` has the formulas."""
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-
 import numpy as np
-from torch import Tensor, nn
 
 from actial_fast.grpo import Sample
-
-PARTS = ("vision_forward", "vision_backward", "language_forward", "language_backward", "head")
-MERGE, PATCH = 2, 14
-
-
-@dataclass(frozen=True)
-class Work:
-    """What samples, in groups of n, need at the least. predicted: tokens; tokens: what a path that shares nothing sees; images: grids of
-    the distinct ones by their keys."""
-
-    rows: int
-    pairs: int
-    predicted: int
-    tokens: int
-    images: dict[str, tuple[int, int, int]]
+from actial_fast.model import flops
+from actial_fast.model.flops import Work
 
 
 def work_of(samples: list[Sample], n: int) -> Work:
     """The least rows, pairs and images of the samples, of which each n share a prompt."""
-    rows = pairs = 0
-    images: dict[str, tuple[int, int, int]] = {}
+    groups = []
     for start in range(0, len(samples), n):
         group = [s.sequence for s in samples[start : start + n]]
-        shortest = min(map(len, group)) - 1  # a last token is no input
+        shortest = min(map(len, group))
         same = np.all([s.ids[:shortest] == group[0].ids[:shortest] for s in group], axis=0)
-        common = shortest if same.all() else int(same.argmin())
-        rest = [len(s) - 1 - common for s in group]
-        rows += common + sum(rest)
-        pairs += common * (common + 1) // 2 + sum(r * common + r * (r + 1) // 2 for r in rest)
-        images |= zip(group[0].images, group[0].grids, strict=True)
-    return Work(rows, pairs, sum(map(len, samples)), sum(len(s.sequence) for s in samples), images)
-
-
-def images_once(works: Sequence[Work]) -> list[Work]:
-    """The works of a step's passes, in order, each with the images that none before it had: what a frozen tower sees."""
-    seen: set[str] = set()
-    out = []
-    for work in works:
-        out.append(replace(work, images={key: grid for key, grid in work.images.items() if key not in seen}))
-        seen |= work.images.keys()
-    return out
-
-
-def minimum(model: nn.Module, work: Work, *, backward: bool, adapters: bool = True) -> dict[str, int]:
-    """FLOPs per part of one pass of a transformers Qwen2.5-VL as it is, adapters and what is frozen included, by the formulas above.
-
-    backward: with gradients; adapters: on, where there are any.
-    """
-    tower, text = model.model.visual, model.model.language_model
-    vision, tower_trained = _both(_tower(tower, work.images), False, adapters)
-    trained = (tower_trained and bool(work.images)) or _trained(text.embed_tokens)
-    language, trained = _both(_language(text, work), trained, adapters)
-    (forward, gradients), _ = _both([Layers((model.lm_head,), work.predicted)], trained, adapters)
-    return {
-        "vision_forward": vision[0],
-        "vision_backward": vision[1] * backward,
-        "language_forward": language[0],
-        "language_backward": language[1] * backward,
-        "head": forward + gradients * backward,
-    }
-
-
-@dataclass(frozen=True)
-class Layers:
-    """Layers that read the same input, over `rows`, and then attention over `pairs` times the width of all heads. norm: before them."""
-
-    layers: tuple[nn.Module, ...]
-    rows: int
-    attended: int = 0
-    norm: nn.Module | None = None
-
-
-def _tower(tower: nn.Module, images: dict[str, tuple[int, int, int]]) -> Iterator[Layers]:
-    config, patches = tower.config, sum(map(math.prod, images.values()))
-    full = sum(frames * (rows * columns) ** 2 for frames, rows, columns in images.values())
-    windows = sum(size**2 for grid in images.values() for size in window_sizes(grid, config.window_size // PATCH))
-    yield Layers((tower.patch_embed.proj,), patches)
-    for index, block in enumerate(tower.blocks):
-        pairs = full if index in config.fullatt_block_indexes else windows
-        yield Layers((block.attn.qkv,), patches, config.hidden_size * pairs, block.norm1)
-        yield Layers((block.attn.proj,), patches)
-        yield Layers((block.mlp.gate_proj, block.mlp.up_proj), patches, norm=block.norm2)
-        yield Layers((block.mlp.down_proj,), patches)
-    yield Layers((tower.merger.mlp[0],), patches // MERGE**2, norm=tower.merger.ln_q)
-    yield Layers((tower.merger.mlp[2],), patches // MERGE**2)
-
-
-def _language(text: nn.Module, work: Work) -> Iterator[Layers]:
-    width = text.layers[0].self_attn.head_dim * text.config.num_attention_heads
-    for layer in text.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        yield Layers((attention.q_proj, attention.k_proj, attention.v_proj), work.rows, width * work.pairs, layer.input_layernorm)
-        yield Layers((attention.o_proj,), work.rows)
-        yield Layers((mlp.gate_proj, mlp.up_proj), work.rows, norm=layer.post_attention_layernorm)
-        yield Layers((mlp.down_proj,), work.rows)
-    yield Layers((), work.rows, norm=text.norm)
-
-
-def _both(order: Iterable[Layers], trained: bool, adapters: bool) -> tuple[tuple[int, int], bool]:
-    """FLOPs forward and backward of layers in the order of the forward pass, and whether anything up to their end is trained, given
-    whether anything before them is."""
-    forward = backward = 0
-    for at in order:
-        trained |= at.norm is not None and _trained(at.norm)
-        for layer in at.layers:
-            for weight, follows in _weights(layer, trained, adapters):
-                forward += 2 * weight.numel() * at.rows
-                backward += 2 * weight.numel() * at.rows * (weight.requires_grad + follows)
-        trained |= any(map(_trained, at.layers))
-        forward += 4 * at.attended
-        backward += 10 * at.attended * trained
-    return (forward, backward), trained
-
-
-def _weights(layer: nn.Module, trained: bool, adapters: bool) -> Iterator[tuple[Tensor, bool]]:
-    """The weights of a layer and its adapters, and whether anything before each is trained, given whether anything before the layer is."""
-    yield (layer.base_layer if hasattr(layer, "base_layer") else layer).weight, trained
-    if adapters and hasattr(layer, "lora_A"):
-        for down, up in zip(layer.lora_A.values(), layer.lora_B.values(), strict=True):
-            yield down.weight, trained
-            yield up.weight, trained or _trained(down)
-
-
-def _trained(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters())
-
-
-def window_sizes(grid: tuple[int, int, int], side: int) -> list[int]:
-    """Patches in each attention window of an image (frames, rows, columns): squares of `side` patches, cut off at its edges."""
-    frames, *sides = grid
-    high, wide = ([min(side, length - at) for at in range(0, length, side)] for length in sides)
-    return [a * b for a, b in itertools.product(high, wide)] * frames
+        groups.append((shortest if same.all() else int(same.argmin()), group))
+    return flops.work_of(groups)

@@ -13,7 +13,7 @@ Each side has a process of its own, so that one that crashes, or needs more memo
 memory, it is tried again with micro-batches of half the size. Sides run in order of importance while the budget lasts, and the result is
 written after each one. Its gradient must be that of the plain path (of ours, where that is missing), or its status is "wrong".
 
-MFU: the FLOPs that the step needs (bench.step.minimum: vision, language model, attention and head; no recomputation, no padding, no
+MFU: the FLOPs that the step needs (actial_fast.model.flops: vision, language model, attention and head; no recomputation, no padding, no
 gradients of frozen weights) per second, over the best torch.mm measured in the same process. Outside kernels: 1 - (time in which a
 kernel, copy or fill runs) / (the median's seconds). Parts are the device's time between marks: "other" is packing, planning, copies and
 embedding, as far as the device waits for them.

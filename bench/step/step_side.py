@@ -20,12 +20,13 @@ from transformers.utils import is_flash_attn_2_available
 
 from actial_fast import grpo, ops, sft
 from actial_fast.model.attention import use_packed_attention
+from actial_fast.model.flops import minimum
 from actial_fast.model.policy import Policy, _add_adapters
 from actial_fast.ops.spec import GRPOSpec
 from actial_fast.settings.recipe import GRPORecipe, LoRAConfig, ModelConfig, SFTRecipe
 from actial_fast.train.dist import World
 from bench.harness.timing import CUDA, DEVICE, Tick, clock, gemm, gpu_state, release, seconds_of
-from bench.step.minimum import minimum, work_of
+from bench.step.minimum import work_of
 from bench.step.shapes import Shape
 from bench.step.update import CLIP_NORM, LEARNING_RATE, Case, _status, config_of, make_case, trl_side
 

@@ -10,15 +10,22 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.vision_utils import get_vision_window_index
 
+from actial_fast import grpo
 from actial_fast.data.sources.source import SourceConfig
-from actial_fast.model.policy import _add_adapters
+from actial_fast.model.flops import Least, Work, images_once, minimum, window_sizes
+from actial_fast.model.policy import _add_adapters, load_policy
+from actial_fast.model.processor import Processor
 from actial_fast.ops.spec import GRPOSpec
 from actial_fast.settings.config import to_yaml
 from actial_fast.settings.recipe import DataConfig, GRPORecipe, LoRAConfig, ModelConfig, SamplingConfig
 from actial_fast.tasks.rewards import RewardConfig
+from actial_fast.train.account import Account
+from actial_fast.train.phases import Phases
 from bench.step import ledger, update
 from bench.step.ledger import Count, attention_forward, counted, recipe_steps, shape_steps
-from bench.step.minimum import Work, images_once, minimum, window_sizes, work_of
+from bench.step.minimum import work_of
+from tests.loops import ALONE
+from tests.train.test_rounds import samples_of
 
 FIRST_LAYER = ("model.visual", "model.language_model.embed_tokens", "model.language_model.layers.0")
 
@@ -78,6 +85,51 @@ def test_a_layer_that_is_trained_takes_three_products_and_a_frozen_one_what_lies
     assert backward() == mlp + (mlp - first) + layer
     model.model.language_model.layers[2].input_layernorm.requires_grad_(True)
     assert backward() == mlp + 2 * layer  # in all of the layer, since q, k and v read what the norm gives
+
+
+@pytest.mark.parametrize("frozen", [(), ("model.visual",), FIRST_LAYER, ("model.language_model", "model.visual.blocks")], ids=str)
+def test_what_a_step_is_charged_is_the_minimum(case, frozen):
+    """With images of several sizes and without, of whole models and such with frozen parts and adapters."""
+    model = update.narrow_model(case.tokenizer)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen) if frozen else True)
+    work = work_of(case.samples, case.n)
+    works = [work, replace(work, images={}), replace(work, images={"a": (1, 4, 6), "b": (1, 16, 8)}), Work(0, 0, 0, 0, {})]
+    adapted = _add_adapters(update.narrow_model(case.tokenizer), ModelConfig(lora=LoRAConfig(rank=8)), seed=0).get_base_model()
+    for base in (model, adapted):
+        least = Least(base)
+        for each, backward, adapters in itertools.product(works, (True, False), (True, False)):
+            how = {"backward": backward, "adapters": adapters}
+            assert least(each, **how) == sum(minimum(base, each, **how).values())
+
+
+@pytest.mark.parametrize("model", [{}, {"freeze": ("model.visual",)}, {"lora": LoRAConfig(rank=4)}], ids=str)
+def test_a_step_of_the_loop_is_charged_what_the_ledger_says(lab, recipe, model):
+    """By the groups that are packed, and not by those of n samples."""
+    recipe = replace(recipe, minibatch=2, model=replace(recipe.model, **model), sampling=SamplingConfig(n=3))
+    processor = Processor.load(str(lab.model), min_pixels=28 * 28, max_pixels=28 * 28 * 40)
+    policy = load_policy(recipe.model, ALONE.device, 0, packed=True)
+    samples = samples_of(processor, [(2, 3), (1, 3), (0, 3)])
+    minibatches = [samples[:3], samples[3:]]
+    works, needed = ledger.passes_of(policy, minibatches, recipe)
+    phases = Phases(ALONE)
+    Account(phases).passes(grpo._passes(policy, None, processor, minibatches, recipe, ALONE).wanted)
+    assert sum(phases._flops.values()) == sum(needed.values()) and phases._flops.keys() == {"old", "reference", "update"}
+    assert sum(phases._tokens.values()) == sum(work.tokens for work in works)
+    phases = Phases(ALONE)
+    Account(phases).sampled(policy, [s.sequence for s in samples], 3)
+    prompts = [s.sequence.trained.argmax() for s in samples]  # a reply's first token is drawn where its prompt ends
+    rows = sum(prompts[::3]) + sum(len(s) - 1 for s in samples)
+    pairs = sum(p * (p + 1) // 2 for p in prompts[::3]) + sum(sum(range(p + 1, p + len(s))) for p, s in zip(prompts, samples, strict=True))
+    drawn = Work(
+        int(rows),
+        int(pairs),
+        sum(map(len, samples)),
+        0,
+        dict(zip(*([x for s in samples for x in getattr(s.sequence, name)] for name in ("images", "grids")), strict=True)),
+    )
+    assert phases._tokens["sample"] == phases._tokens["score"] == drawn.predicted
+    assert phases._flops["sample"] == sum(minimum(policy.base, drawn, backward=False).values())
 
 
 # ---- the counter

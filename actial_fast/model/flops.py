@@ -1,0 +1,217 @@
+"""The least FLOPs that the passes of a step need, part by part: what MFU is a share of, and what bench.step.ledger counts against.
+
+A linear layer of W weights (each of an adapter's two is a layer of its own, kept apart from what it adapts) over R rows needs
+
+    forward           2 W R
+    weight gradient   2 W R   where its weights are trained
+    input gradient    2 W R   where anything before it, in the order of the forward pass, is trained: how deep that must go, the first
+                              trained layer decides
+
+and attention over a number of pairs (a query and a key), with d the width of all query heads,
+
+    forward           4 d pairs   two products
+    backward         10 d pairs   flash attention's five, where anything up to its queries, keys and values is trained
+
+Rows and pairs, for sequences in groups that begin alike, with U distinct images, and T predicted tokens:
+
+    vision     patches of the U images (merged tokens in the merger); pairs within their windows, or in full layers within their frames
+    language   of each group its longest common beginning once, c, and of each member i what follows, r_i, but its last token: it predicts
+               nothing; pairs c (c + 1) / 2 + sum of r_i c + r_i (r_i + 1) / 2
+    head       T
+
+so a layer that is trained amid trained ones takes 6 W R, the patch embedding 4 W R, a frozen head 4 W R, a frozen tower its forward pass.
+A pass without gradients needs the forward terms, and so does sampling: a prompt once, every token of a reply once. A tower of which nothing
+is trained sees an image once for all passes of a step. Every row counts in every layer, and every target in the head, though rows that
+predict nothing need of the last layer keys and values only, and targets behind the same tokens share their logits. Norms, activations,
+softmax, embeddings and the optimizer are left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from actial_fast.model.vision import WINDOWED
+from actial_fast.packing.batch import Sequence
+
+PARTS = ("vision_forward", "vision_backward", "language_forward", "language_backward", "head")
+MERGE, PATCH = 2, 14
+
+
+@dataclass(frozen=True)
+class Work:
+    """What sequences in groups need at the least. predicted: tokens; tokens: what a path that shares nothing sees; images: grids of the
+    distinct ones by their keys."""
+
+    rows: int
+    pairs: int
+    predicted: int
+    tokens: int
+    images: dict[str, tuple[int, int, int]]
+
+
+def work_of(groups: Iterable[tuple[int, Many[Sequence]]]) -> Work:
+    """The rows, pairs and images of groups of sequences: how many tokens the members begin with alike, and the members, which have the same
+    images."""
+    rows = pairs = predicted = tokens = 0
+    images: dict[str, tuple[int, int, int]] = {}
+    for alike, members in groups:
+        lengths = [len(s.ids) for s in members]
+        common = min(alike, *lengths, min(lengths) - 1)  # a last token is no input
+        rows += common
+        pairs += common * (common + 1) // 2
+        for length in lengths:
+            rest = length - 1 - common
+            rows += rest
+            pairs += rest * common + rest * (rest + 1) // 2
+        predicted += sum(int(np.count_nonzero(s.trained[1:])) for s in members)
+        tokens += sum(lengths)
+        images |= zip(members[0].images, members[0].grids, strict=True)
+    return Work(rows, pairs, predicted, tokens, images)
+
+
+def images_once(works: Many[Work]) -> list[Work]:
+    """The works of a step's passes, in order, each with the images that none before it had: what a frozen tower sees."""
+    seen: set[str] = set()
+    out = []
+    for work in works:
+        out.append(replace(work, images={key: grid for key, grid in work.images.items() if key not in seen}))
+        seen |= work.images.keys()
+    return out
+
+
+def known(model: Any) -> bool:
+    """Whether the formulas are those of this transformers model: Qwen2.5-VL."""
+    return model.config.vision_config.model_type in WINDOWED
+
+
+def minimum(model: Any, work: Work, *, backward: bool, adapters: bool = True) -> dict[str, int]:
+    """FLOPs per part of one pass of a transformers Qwen2.5-VL as it is, adapters and what is frozen included, by the formulas above.
+
+    backward: with gradients; adapters: on, where there are any.
+    """
+    tower, text = model.model.visual, model.model.language_model
+    vision, tower_trained = _both(_tower(tower, work.images), False, adapters)
+    trained = (tower_trained and bool(work.images)) or _trained(text.embed_tokens)
+    language, trained = _both(_language(text, work), trained, adapters)
+    (forward, gradients), _ = _both([Layers((model.lm_head,), work.predicted)], trained, adapters)
+    return {
+        "vision_forward": vision[0],
+        "vision_backward": vision[1] * backward,
+        "language_forward": language[0],
+        "language_backward": language[1] * backward,
+        "head": forward + gradients * backward,
+    }
+
+
+class Least:
+    """The sum of `minimum` over its parts, for the passes of a run: what is trained stays so. The layers are looked at once, after which a
+    step costs the host next to nothing: FLOPs are so many a row, a pair, a predicted token and an image of a size."""
+
+    def __init__(self, model: Any):
+        self._model = model
+        self._found: dict[Any, int] = {}
+
+    def __call__(self, work: Work, *, backward: bool, adapters: bool = True) -> int:
+        """FLOPs of one pass."""
+        grids, how = list(work.images.values()), (backward, adapters)
+        total = sum(self._one(0, grid, how) for grid in grids)
+        for unit, count in enumerate((work.rows, work.pairs, work.predicted)):
+            total += count * self._one(unit + 1, grids[0] if grids else None, how)
+        return total
+
+    def _one(self, unit: int, grid: tuple[int, int, int] | None, how: tuple[bool, bool]) -> int:
+        """Of one row, pair or predicted token (unit 1, 2, 3), given whether there are images, or of an image (0)."""
+        key = unit, grid if unit == 0 else grid is not None, how
+        if key not in self._found:
+            images = {} if grid is None else {"": grid}
+            rows, pairs, predicted = (int(unit == k) for k in (1, 2, 3))
+            with_it, without = Work(rows, pairs, predicted, 0, images), Work(0, 0, 0, 0, images if unit else {})
+            one, none = (sum(minimum(self._model, work, backward=how[0], adapters=how[1]).values()) for work in (with_it, without))
+            self._found[key] = one - none
+        return self._found[key]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Layers that read the same input, over `rows`, and then attention over `pairs` times the width of all heads. norm: before them."""
+
+    layers: tuple[nn.Module, ...]
+    rows: int
+    attended: int = 0
+    norm: nn.Module | None = None
+
+
+def _tower(tower: Any, images: dict[str, tuple[int, int, int]]) -> Iterator[Layers]:
+    config, patches = tower.config, sum(map(math.prod, images.values()))
+    full = sum(frames * (rows * columns) ** 2 for frames, rows, columns in images.values())
+    windows = sum(_window_pairs(grid, config.window_size // PATCH) for grid in images.values())
+    yield Layers((tower.patch_embed.proj,), patches)
+    for index, block in enumerate(tower.blocks):
+        pairs = full if index in config.fullatt_block_indexes else windows
+        yield Layers((block.attn.qkv,), patches, config.hidden_size * pairs, block.norm1)
+        yield Layers((block.attn.proj,), patches)
+        yield Layers((block.mlp.gate_proj, block.mlp.up_proj), patches, norm=block.norm2)
+        yield Layers((block.mlp.down_proj,), patches)
+    yield Layers((tower.merger.mlp[0],), patches // MERGE**2, norm=tower.merger.ln_q)
+    yield Layers((tower.merger.mlp[2],), patches // MERGE**2)
+
+
+def _language(text: Any, work: Work) -> Iterator[Layers]:
+    width = text.layers[0].self_attn.head_dim * text.config.num_attention_heads
+    for layer in text.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        yield Layers((attention.q_proj, attention.k_proj, attention.v_proj), work.rows, width * work.pairs, layer.input_layernorm)
+        yield Layers((attention.o_proj,), work.rows)
+        yield Layers((mlp.gate_proj, mlp.up_proj), work.rows, norm=layer.post_attention_layernorm)
+        yield Layers((mlp.down_proj,), work.rows)
+    yield Layers((), work.rows, norm=text.norm)
+
+
+def _both(order: Iterable[Layers], trained: bool, adapters: bool) -> tuple[tuple[int, int], bool]:
+    """FLOPs forward and backward of layers in the order of the forward pass, and whether anything up to their end is trained, given
+    whether anything before them is."""
+    forward = backward = 0
+    for at in order:
+        trained |= at.norm is not None and _trained(at.norm)
+        for layer in at.layers:
+            for weight, follows in _weights(layer, trained, adapters):
+                forward += 2 * weight.numel() * at.rows
+                backward += 2 * weight.numel() * at.rows * (weight.requires_grad + follows)
+        trained |= any(map(_trained, at.layers))
+        forward += 4 * at.attended
+        backward += 10 * at.attended * trained
+    return (forward, backward), trained
+
+
+def _weights(layer: Any, trained: bool, adapters: bool) -> Iterator[tuple[Tensor, bool]]:
+    """The weights of a layer and its adapters, and whether anything before each is trained, given whether anything before the layer is."""
+    yield (layer.base_layer if hasattr(layer, "base_layer") else layer).weight, trained
+    if adapters and hasattr(layer, "lora_A"):
+        for down, up in zip(layer.lora_A.values(), layer.lora_B.values(), strict=True):
+            yield down.weight, trained
+            yield up.weight, trained or _trained(down)
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def window_sizes(grid: tuple[int, int, int], side: int) -> list[int]:
+    """Patches in each attention window of an image (frames, rows, columns): squares of `side` patches, cut off at its edges."""
+    frames, *sides = grid
+    high, wide = ([min(side, length - at) for at in range(0, length, side)] for length in sides)
+    return [a * b for a, b in itertools.product(high, wide)] * frames
+
+
+@lru_cache(maxsize=4096)  # a run's images come in a few sizes
+def _window_pairs(grid: tuple[int, int, int], side: int) -> int:
+    return sum(size**2 for size in window_sizes(grid, side))
