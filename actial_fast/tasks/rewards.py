@@ -282,7 +282,9 @@ def _terms(rewards: Sequence[RewardConfig]) -> tuple[list[_Term], list[str]]:
         except ValueError as error:
             problems.append(str(error))
             continue
-        coroutine = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(vars(type(function)).get("__call__"))
+        coroutine = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+            inspect.getattr_static(type(function), "__call__", None)
+        )
         wanted = {"one": "(response, row)", "batch": "(responses, rows)", "group": "(responses, row)"}[config.call]
         if not _takes_two(function):
             problems.append(f"reward {config.name!r} takes {inspect.signature(function)}; with call: {config.call} it gets {wanted}")
