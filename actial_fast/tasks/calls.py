@@ -2,14 +2,16 @@
 
 One thread, an event loop in which nothing but this file's code runs, watches the time. Plain functions run in daemon threads: Python cannot
 stop a thread, so one that is out of time is left behind and another takes its place. Coroutines run in one more event loop in one more
-thread and are cancelled; one that blocks that loop (time.sleep, requests) is left behind with it, and another loop takes its place.
+thread and are cancelled; one that blocks that loop (time.sleep, requests) is left behind with it, and another loop takes its place. All of
+them are the process's, started by its first call: what a function keeps for its thread or its event loop (a client, say) stays usable.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import os
 import threading
-import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -59,32 +61,21 @@ async def _attempt(run: Callable[[], Awaitable[Any]]) -> Outcome:
         return Outcome(error=error)
 
 
-class Calls:
-    """Calls under way. Threads start with the first one; close() abandons what has not ended."""
+def start(run: Callable[[], Any], lane: Lane, *, coroutine: bool = False) -> Future[Outcome]:
+    """Call `run` (coroutine: await what it returns) as soon as the lane has a slot free. Cancelling the future abandons the call."""
+    engine = _engine()
+    return asyncio.run_coroutine_threadsafe(engine.tries(run, lane, coroutine), engine.watch.loop)
+
+
+class _Engine:
+    """The process's threads and event loops."""
 
     def __init__(self) -> None:
-        self._threads = _DaemonThreads()
-        self._watch: _Loop | None = None
-        self._loops: list[_Loop] = []  # where coroutines run: in the last one; those before it are blocked
+        self.threads = _DaemonThreads()
+        self.watch = _Loop("calls", self.threads)
+        self.coroutines = _Loop("coroutines", self.threads)
 
-    def start(self, run: Callable[[], Any], lane: Lane, *, coroutine: bool = False) -> Future[Outcome]:
-        """Call `run` (coroutine: await what it returns) as soon as one of the slots is free. Cancelling the future abandons the call."""
-        if self._watch is None:
-            self._watch = _Loop("calls", self._threads)
-        return asyncio.run_coroutine_threadsafe(self._tries(run, lane, coroutine), self._watch.loop)
-
-    def close(self) -> None:
-        """Abandon what has not ended, and end all threads but those that hang."""
-        for loops in ([self._watch] if self._watch else []), self._loops:  # the first cancels what runs in the others
-            for loop in loops:
-                loop.stop()
-            patience = time.monotonic() + 2 * PATIENCE
-            for loop in loops:
-                loop.thread.join(max(0.0, patience - time.monotonic()))
-        self._threads.stop()
-        self._watch, self._loops = None, []
-
-    async def _tries(self, run: Callable[[], Any], lane: Lane, coroutine: bool) -> Outcome:
+    async def tries(self, run: Callable[[], Any], lane: Lane, coroutine: bool) -> Outcome:
         async with lane.slots:
             pause, tries = FIRST_PAUSE, 1
             while True:
@@ -95,26 +86,28 @@ class Calls:
                 pause, tries = min(2 * pause, LONGEST_PAUSE), tries + 1
 
     async def _try(self, run: Callable[[], Any], timeout: float, coroutine: bool) -> Outcome:
-        if coroutine:
-            loop = self._coroutine_loop()
-            future = asyncio.run_coroutine_threadsafe(_attempt(run), loop.loop)
-        else:
-            future = self._threads.submit(attempt, run)
+        if coroutine and not self.coroutines.thread.is_alive():  # something raised SystemExit in a task of its own
+            self.coroutines = _Loop("coroutines", self.threads)
+        loop = self.coroutines
+        future = asyncio.run_coroutine_threadsafe(_attempt(run), loop.loop) if coroutine else self.threads.submit(attempt, run)
         try:
             async with asyncio.timeout(timeout):
                 return await asyncio.wrap_future(future)
         except TimeoutError:  # ours: those of the function are in its outcome
             hint = ""
-            if coroutine and not await _answers(loop):
+            if coroutine and not await loop.answers():
                 hint = "; it blocks the event loop: await asyncio.to_thread(...) what does not await, or make it a plain function"
-                if loop is self._loops[-1]:
-                    self._loops.append(_Loop("coroutines", self._threads))
+                if loop is self.coroutines:
+                    self.coroutines = _Loop("coroutines", self.threads)
             return Outcome(error=TimeoutError(f"no answer within {timeout:g} s{hint}"))
 
-    def _coroutine_loop(self) -> _Loop:
-        if not self._loops or not self._loops[-1].thread.is_alive():
-            self._loops.append(_Loop("coroutines", self._threads))
-        return self._loops[-1]
+
+@functools.cache
+def _engine() -> _Engine:
+    return _Engine()
+
+
+os.register_at_fork(after_in_child=_engine.cache_clear)  # threads stay in the parent
 
 
 class _DaemonThreads(ThreadPoolExecutor):
@@ -123,8 +116,7 @@ class _DaemonThreads(ThreadPoolExecutor):
 
     def __init__(self) -> None:
         super().__init__(1)
-        self._free: list[SimpleQueue[Callable[[], None] | None]] = []
-        self._ended = False
+        self._free: list[SimpleQueue[tuple[Future[Any], Callable[[], Any]]]] = []
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -133,32 +125,25 @@ class _DaemonThreads(ThreadPoolExecutor):
         except IndexError:
             inbox = SimpleQueue()
             threading.Thread(target=self._serve, args=(inbox,), name="call", daemon=True).start()
-        inbox.put(partial(_resolve, future, partial(function, *args, **kwargs)))
+        inbox.put((future, partial(function, *args, **kwargs)))
         return future
 
-    def _serve(self, inbox: SimpleQueue[Callable[[], None] | None]) -> None:
-        while (job := inbox.get()) is not None:
-            job()
-            del job
-            self._free.append(inbox)
-            if self._ended:
-                return
+    def _serve(self, inbox: SimpleQueue[tuple[Future[Any], Callable[[], Any]]]) -> None:
+        while True:
+            future, run = inbox.get()
+            value, error = None, None
+            if called := future.set_running_or_notify_cancel():
+                try:
+                    value = run()
+                except BaseException as raised:
+                    error = raised
+            self._free.append(inbox)  # before whoever waits for the future makes the next call
+            if called:
+                future.set_exception(error) if error is not None else future.set_result(value)
+            del future, run, value, error
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Nothing: event loops call it when they close, and there are several."""
-
-    def stop(self) -> None:
-        self._ended = True
-        for inbox in self._free:
-            inbox.put(None)
-
-
-def _resolve(future: Future[Any], run: Callable[[], Any]) -> None:
-    if future.set_running_or_notify_cancel():
-        try:
-            future.set_result(run())
-        except BaseException as error:
-            future.set_exception(error)
+        """Nothing: an event loop that closes calls it, and there are others."""
 
 
 class _Loop:
@@ -167,35 +152,16 @@ class _Loop:
     def __init__(self, name: str, threads: ThreadPoolExecutor) -> None:
         self.loop = asyncio.new_event_loop()
         self.loop.set_default_executor(threads)
-        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
         self.thread.start()
 
-    def _run(self) -> None:
+    async def answers(self) -> bool:
+        """False when one of its tasks blocks it."""
+        if not self.thread.is_alive():
+            return True
         try:
-            self.loop.run_forever()
-        finally:
-            self.loop.close()
-
-    def stop(self) -> None:
-        """Have it cancel its tasks and end, now or once it is no longer blocked."""
-        if self.thread.is_alive():
-            asyncio.run_coroutine_threadsafe(self._finish(), self.loop)
-
-    async def _finish(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=PATIENCE)
-        self.loop.call_soon(self.loop.stop)
-
-
-async def _answers(loop: _Loop) -> bool:
-    if not loop.thread.is_alive():
-        return False
-    try:
-        async with asyncio.timeout(PATIENCE):
-            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop.loop))
-        return True
-    except TimeoutError:
-        return False
+            async with asyncio.timeout(PATIENCE):
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop))
+            return True
+        except TimeoutError:
+            return False

@@ -40,7 +40,7 @@ import numpy as np
 
 from actial_fast.data.sources.row import Row
 from actial_fast.data.sources.tags import is_well_formed, same_answer, tagged_answer
-from actial_fast.tasks.calls import Calls, Lane, Outcome, attempt
+from actial_fast.tasks.calls import Lane, Outcome, attempt, start
 
 Reward = Callable[..., Any]  # what it takes and gives depends on RewardConfig.call
 LARGEST = float(np.finfo(np.float32).max)
@@ -145,7 +145,6 @@ class Scorer:
         self._terms, problems = _terms(rewards)
         if problems:
             raise ValueError("; ".join(problems))
-        self._calls = Calls()
         self._started: list[_Started] = []
         self._groups: dict[Hashable, np.ndarray] = {}
 
@@ -153,7 +152,7 @@ class Scorer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._calls.close()
+        self._forget()
 
     def submit(self, key: Hashable, responses: Sequence[str], row: Row) -> None:
         """Start scoring all replies to one prompt. key: names the group in results(), once until then. Failures are told by results()."""
@@ -180,9 +179,7 @@ class Scorer:
         """
         for term in self._terms:
             self._start(term, term.waiting)
-            term.waiting = []
         groups, started = self._groups, self._started
-        self._groups, self._started = {}, []
         replies, failed = sum(map(len, groups.values())), [0] * len(self._terms)
         causes: dict[int, str] = {}
         try:
@@ -201,9 +198,15 @@ class Scorer:
                     share = f"{failed[k]} or more of {replies} replies went without, max_failures is {config.max_failures:g}"
                     raise ValueError(f"{causes[k]}; {share}") from outcome.error
         finally:
-            for call in started:
-                call.future.cancel()
+            self._forget()
         return Scores(groups, tuple(failed), tuple(causes[k] for k in sorted(causes)))
+
+    def _forget(self) -> None:
+        for call in self._started:
+            call.future.cancel()
+        self._started, self._groups = [], {}
+        for term in self._terms:
+            term.waiting = []
 
     def _start(self, term: _Term, replies: list[_Reply]) -> None:
         if not replies:
@@ -213,7 +216,7 @@ class Scorer:
             future: Future[Outcome] = Future()
             future.set_result(_passing(attempt(run)))
         else:
-            future = self._calls.start(run, term.lane, coroutine=term.coroutine)
+            future = start(run, term.lane, coroutine=term.coroutine)
         self._started.append(_Started(term, replies, future))
 
 

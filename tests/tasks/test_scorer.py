@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import math
+import multiprocessing
 import os
 import random
 import subprocess
@@ -157,23 +158,52 @@ def test_built_ins_and_workers_0_are_called_on_the_spot(own):
         np.testing.assert_array_equal(scorer.results().groups[0], np.array([[1, 1, math.nan], [0, 0, math.nan]], np.float32))
 
 
-def test_threads_are_reused_and_end_with_the_scorer(own):
-    threads = set()
+def test_threads_and_the_loop_are_daemons_and_reused_by_the_next_scorer(own):
+    """So a function may keep a client for its thread or its event loop."""
+    threads, loops = set(), set()
 
-    def judge(response, row):
+    def plain(response, row):
         threads.add(threading.current_thread())
         return 1
 
-    before = set(threading.enumerate())
-    with Scorer([own(judge, workers=3), own(both(judge)[1], workers=3)]) as scorer:
-        for g in range(40):
-            scorer.submit(g, ["a"], ROW)
-        scorer.results()
-        assert len(threads) <= 6 and all(thread.daemon for thread in set(threading.enumerate()) - before)
-    until = time.perf_counter() + LONG
-    while set(threading.enumerate()) - before and time.perf_counter() < until:
-        time.sleep(0.01)
-    assert set(threading.enumerate()) <= before
+    async def coroutine(response, row):
+        loops.add((threading.current_thread(), asyncio.get_running_loop()))
+        return await asyncio.to_thread(plain, response, row)
+
+    for _ in range(3):
+        with Scorer([own(plain, workers=3), own(coroutine, workers=3)]) as scorer:
+            for g in range(40):
+                scorer.submit(g, ["a"], ROW)
+            scorer.results()
+    assert len(threads) <= 6 and len(loops) == 1
+    assert all(thread.daemon for thread in threads | {thread for thread, _ in loops})
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_loop_that_was_ended_is_replaced(own):
+    async def ends_it(response, row):
+        async def leaves():
+            raise SystemExit
+
+        if response == "end":
+            asyncio.create_task(leaves())  # noqa: RUF006
+            await asyncio.sleep(LONG)
+        return 1
+
+    config = own(ends_it, workers=1, timeout=0.2, retries=0, on_error="nan", max_failures=1.0)
+    with Scorer([config]) as scorer:
+        scorer.submit(0, ["end", "b", "c"], ROW)
+        np.testing.assert_array_equal(scorer.results().groups[0][:, 0], [math.nan, 1, 1])
+
+
+def test_a_forked_child_makes_its_own_threads(own):
+    config = own(lambda response, row: 1, timeout=5.0, retries=0)
+    score(["a"], [ROW], [config])
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=score, args=(["a"], [ROW], [config]))
+    child.start()
+    child.join(LONG)
+    assert child.exitcode == 0
 
 
 def test_nothing_to_score():
