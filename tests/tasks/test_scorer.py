@@ -203,6 +203,7 @@ def test_a_forked_child_makes_its_own_threads(own):
     child = context.Process(target=score, args=(["a"], [ROW], [config]))
     child.start()
     child.join(LONG)
+    child.kill()
     assert child.exitcode == 0
 
 
@@ -536,9 +537,12 @@ def test_exit_and_interrupt_pass_whatever_the_policy(own, error, kind):
         return plain(response, row)
 
     def plain(response, row):
+        seen.append(response)
         if response == "bad":
             raise error("enough")
         return 1
+
+    seen = []
 
     config = own(coroutine if kind == "async def" else plain, workers=0 if kind == "on the spot" else 2, on_error="nan", max_failures=1.0)
     with Scorer([config]) as scorer:
@@ -548,6 +552,7 @@ def test_exit_and_interrupt_pass_whatever_the_policy(own, error, kind):
             scorer.results()
         scorer.submit(1, ["fine"], ROW)  # its threads are whole
         assert scorer.results().groups[1].tolist() == [[1]]
+    assert seen == ["bad", "fine"], "nothing to retry"
 
 
 @pytest.mark.parametrize("raised", [asyncio.CancelledError("inner"), StopIteration("inner")])
