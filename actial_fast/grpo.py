@@ -155,8 +155,10 @@ def _sample(
     stop: Stop = NEVER,
     phase: Timer = untimed,
 ) -> list[Sample]:
-    """n scored replies to each of this rank's prompts, in order, with their advantages. Every rank calls. Groups are scored while others are
-    still being sampled; kept: where finished groups go, and those of an interrupted run come from."""
+    """n scored replies to each of this rank's prompts, in order, with their advantages. Every rank calls.
+
+    Groups are scored while others are still being sampled. kept: where finished groups go, and those of an interrupted run come from.
+    """
     n, weights = recipe.sampling.n, torch.tensor([r.weight for r in recipe.rewards])
     prompts, positions = [example.encoded for example in examples], [example.position for example in examples]
     texts: dict[int, list[str]] = {}

@@ -39,9 +39,10 @@ from actial_fast.settings.recipe import (
     SaveConfig,
     SFTRecipe,
 )
-from actial_fast.tasks.rewards import RewardConfig
+from actial_fast.tasks.rewards import RewardConfig, Scorer
 from actial_fast.train import checkpoint
 from actial_fast.train.preflight import FIRST
+from actial_fast.train.samples import figures
 from actial_fast.train.stage import build_optimizer
 from tests.loops import ALONE, accumulate, log_probs
 
@@ -191,9 +192,9 @@ def test_importance_correction_weighs_by_the_samplers_probability(grpo_recipe, l
     assert_same(corrected, {name: 2 * g for name, g in plain.items()}, atol=1e-5)
     stats = accumulate(policy, processor, twice, recipe).double().numpy()
     named = dict(zip(grpo.ops.STATS, stats, strict=True))
-    metrics = grpo._metrics(twice, stats, recipe, ALONE, 1.0)
+    metrics = figures(twice, stats, recipe, ALONE, 1.0)
     assert metrics["importance"] == pytest.approx(2, rel=1e-4) and metrics["ratio"] == 1 and metrics["loss"] == named["loss"]
-    empty = grpo._metrics(twice, 0 * stats, recipe, ALONE, 1.0)
+    empty = figures(twice, 0 * stats, recipe, ALONE, 1.0)
     assert metrics.keys() - empty.keys() == {"kl", "entropy", "ratio", "importance", "clip_fraction"}, "means of nothing"
 
 
@@ -230,7 +231,7 @@ def test_old_logprobs_only_after_the_first_minibatch_and_equal_the_samplers(grpo
     policy, processor = load_policy(grpo_recipe.model, ALONE.device, 0, packed=True), Processor.load(str(lab.model))
     reference = load_policy(grpo_recipe.model, ALONE.device, 0, packed=True).eval()
     examples = Stream(grpo_recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4)
-    samples = grpo._sample(policy, processor, examples, grpo_recipe, ALONE)
+    samples = grpo._sample(policy, processor, examples, grpo_recipe, ALONE, Scorer(grpo_recipe.rewards))
     minibatches = [[s for s in samples if s.minibatch == m] for m in range(2)]
     ahead = grpo._passes(policy, reference, processor, minibatches, grpo_recipe, ALONE)
     samples = [s for each in grpo._log_probs(policy, reference, minibatches, ahead, grpo_recipe) for s in each]
@@ -261,7 +262,7 @@ def test_what_is_skipped_does_not_change_the_update(switch, grpo_recipe, lab):
     with torch.no_grad():
         reference.base.lm_head.weight.mul_(1.1)
     examples = Stream(grpo_recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4)
-    samples = grpo._sample(policy, processor, examples, grpo_recipe, ALONE)
+    samples = grpo._sample(policy, processor, examples, grpo_recipe, ALONE, Scorer(grpo_recipe.rewards))
     found = []
     for value in (True, False):
         recipe = replace(grpo_recipe, loss=GRPOSpec(beta=0.0), skip_zero_variance=False, **{switch: value})

@@ -71,7 +71,14 @@ def attempt(
 
 
 def held_out(
-    policy: Policy, processor: Processor, recipe: SFTRecipe | GRPORecipe, where: World, log: MetricLog, step: int, stop: Stop, phases: Phases
+    policy: Policy,
+    processor: Processor,
+    recipe: SFTRecipe | GRPORecipe,
+    where: World,
+    log: MetricLog,
+    step: int,
+    stop: Stop,
+    phases: Phases,
 ) -> dict[str, dict[str, Any]] | None:
     """The tables of the evaluation that belongs behind `step`, logged; those that the log has already, in a run that goes on; None where no
     evaluation is due.

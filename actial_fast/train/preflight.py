@@ -11,7 +11,7 @@ from actial_fast.data.sources.stream import Example
 from actial_fast.model.processor import Processor
 from actial_fast.packing.batch import Sequence
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
-from actial_fast.tasks.rewards import score
+from actial_fast.tasks.rewards import probe
 from actial_fast.train.dist import Agreed
 
 FIRST = 4  # rows of a source that are read and encoded
@@ -53,7 +53,7 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode) -> Iterator[str]:
         rows, problems = _first(source, processor, Processor.encode_prompt, skip=recipe.data.on_bad_row == "skip", truths=True)
         yield from (f"eval.sources: {problem}" for problem in problems)
     if isinstance(recipe, GRPORecipe) and row is not None:
-        yield from _rewards(recipe, row)
+        yield from (f"rewards: {problem}" for problem in probe(recipe.rewards, row))
     for package, wanted, off in (
         ("tensorboard", recipe.save.tensorboard, "save.tensorboard=false"),
         ("wandb", bool(recipe.save.wandb), "save.wandb="),
@@ -102,12 +102,3 @@ def _has_truth(source: Source) -> bool:
         except BadRow:
             continue
     return False
-
-
-def _rewards(recipe: GRPORecipe, row: Row) -> Iterator[str]:
-    reply = f"<think>A reply that the preflight made up.</think><answer>{row.truth or 'A'}</answer>"
-    for reward in recipe.rewards:
-        try:
-            score([reply], [row], [reward])
-        except ValueError as error:
-            yield f"rewards: {error}"

@@ -20,6 +20,7 @@ here, so its image preparations are not counted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import tempfile
@@ -45,6 +46,7 @@ from actial_fast.model.processor import Processor
 from actial_fast.quickstart import _resolved
 from actial_fast.settings.config import load_recipe
 from actial_fast.settings.recipe import GRPORecipe, LoRAConfig, ModelConfig
+from actial_fast.tasks.rewards import Scorer
 from actial_fast.train.stage import open_stage
 from bench.harness.timing import machine
 from bench.step.minimum import work_of
@@ -198,10 +200,11 @@ def recipe_steps(args: argparse.Namespace, folder: str) -> Callable[[str], Step]
     recipe = _resolved(recipe).grpo if recipe.kind == "quickstart" else recipe
     if not isinstance(recipe, GRPORecipe):
         raise ValueError(f"{args.recipe}: a recipe of kind {recipe.kind}; the ledger counts a GRPO step, so give a grpo or quickstart one")
-    stage = open_stage(replace(recipe, data=replace(recipe.data, workers=0, image_cache=folder)), 0, WHERE, Processor.encode_prompt)
+    alone = replace(recipe, data=replace(recipe.data, workers=0, image_cache=folder))
+    stage = open_stage(alone, 0, WHERE, Processor.encode_prompt, contextlib.ExitStack())
     processor, examples = stage.processor, stage.stream.next_batch(recipe.prompts)
     stage.stream.close()
-    samples = grpo._sample(stage.policy, processor, examples, recipe, WHERE)
+    samples = grpo._sample(stage.policy, processor, examples, recipe, WHERE, Scorer(recipe.rewards))
     minibatches = [[s for s in samples if s.minibatch == m] for m in range(recipe.prompts // recipe.minibatch)]
 
     def step(side: str) -> Step:
