@@ -144,7 +144,9 @@ def stacked_bars(
             tall = y(min(low, top)) - y(min(base[bar], top))
             if tall >= 0.05:
                 left, right = x0 + step_wide * bar * together, x0 + step_wide * min(last, (bar + 1) * together)
-                shapes.append(f"M{left:.1f},{y(min(base[bar], top)):.1f}h{right - left - gap:.1f}v{tall:.1f}H{left:.1f}z")
+                shapes.append(
+                    f"M{left:.1f},{y(min(base[bar], top)):.1f}h{max(right - left - gap, (right - left) / 2):.1f}v{tall:.1f}H{left:.1f}z"
+                )
         if shapes:
             out.append(f'<path class="bars" style="fill:{colours[name]}" d="{"".join(shapes)}"/>')
         mean = math.fsum(v for v in parts[name].values() if math.isfinite(v)) / len(steps)
