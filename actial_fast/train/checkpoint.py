@@ -30,10 +30,10 @@ from torch.distributed.tensor import DTensor
 
 from actial_fast.model.policy import Policy, save_settings
 from actial_fast.model.processor import Processor
-from actial_fast.model.tensors import Stored, sync, write
+from actial_fast.model.tensors import sync, write
 from actial_fast.model.weights import local, rows_of, share
 from actial_fast.train.dist import World
-from actial_fast.train.export import export, facts
+from actial_fast.train.export import export, facts, open_ranks
 
 PREFIX = "step-"
 PATIENCE = 20.0  # seconds that rank 0 waits for the others' files when a run ends with an error
@@ -121,8 +121,8 @@ class Saver:
     ) -> None:
         """Begin the checkpoint of `step`: on return a copy of this rank's part is made and is being written, and training may go on.
 
-        final: the stage is done; wait for the checkpoint and write RUN/NAME/final from it. An earlier save that is still under way is
-        finished first. Raises NonFinite, or NotSaved for this or the earlier checkpoint, on all ranks.
+        final: `finish` at once. An earlier save that is still under way is finished first. Raises NonFinite, or NotSaved for this or the
+        earlier checkpoint, on all ranks.
         """
         self.wait()
         rows = _rows(policy, optimizer, self.where)
@@ -149,8 +149,17 @@ class Saver:
         self._thread = threading.Thread(target=self._work, args=(copies,), name=f"checkpoint {step}")
         self._thread.start()
         if final:
-            self.wait()
-            _write_final(self.folder, step, self.where)
+            self.finish(step)
+
+    def finish(self, step: int) -> None:
+        """The stage is done with `step`, which has been saved: wait for that and write RUN/NAME/final. Raises NotSaved on all ranks."""
+        self.wait()
+        if self.where.main:
+            about = path_of(self.folder, step) / "state.json"
+            part = about.with_suffix(".part")
+            part.write_text(json.dumps(json.loads(about.read_text()) | {"final": True}, indent=1))
+            os.replace(part, about)
+        _write_final(self.folder, step, self.where)
 
     def poll(self) -> None:
         """At a step's end: see whether the checkpoint under way is in place. Raises NotSaved on all ranks when one could not write."""
@@ -200,7 +209,7 @@ class Saver:
     def _publish(self) -> None:
         temporary, target = self._temporary(self._step), path_of(self.folder, self._step)
         sync(temporary)
-        if target.exists():
+        if target.exists():  # no loop saves a step twice
             self._drop(target)
         os.replace(temporary, target)
         sync(self.folder, deep=False)
@@ -238,7 +247,7 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
     Each rank reads its own rows, whatever the number of ranks that wrote them. ValueError where the checkpoint is of another model.
     """
     source = path_of(folder, step)
-    stored = Stored(sorted(source.glob("rank-*.safetensors")))
+    stored = open_ranks(source)
     kinds = sorted({name.split("/")[0] for name in stored.names} - {"weight", "rng"})
     for name, parameter in policy.trained().items():
         if (key := f"weight/{name}") not in stored or stored.shape(key) != tuple(parameter.shape):

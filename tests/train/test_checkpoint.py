@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from actial_fast.model import tensors
@@ -121,14 +121,18 @@ def test_a_checkpoint_of_another_model_is_refused(run, lab, tmp_path):
         restored(lab, tmp_path, 1, "adapters")
 
 
-def test_a_lost_rank_file_is_an_error(lab, processor, tmp_path):
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_rank_file_is_an_error(lost, lab, processor, tmp_path):
     policy, optimizer = trained(config(lab.model), ALONE)
     for saver in (savers := [checkpoint.Saver(tmp_path, World(rank, 2, ALONE.device), 1) for rank in range(2)]):
         saver.save(1, policy, processor, optimizer, {})
     savers[0].wait()
-    (checkpoint.path_of(tmp_path, 1) / "rank-00000-of-00002.safetensors").unlink()
+    (checkpoint.path_of(tmp_path, 1) / f"rank-0000{lost}-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match="a file of the folder was lost"):
         restored(lab, tmp_path, 1)
+    with pytest.raises(ValueError, match="a file of the folder was lost"):
+        export.export_to(checkpoint.path_of(tmp_path, 1), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".tmp-*"))
 
 
 # ---- behind training's back
@@ -219,7 +223,7 @@ def test_at_every_moment_there_are_whole_checkpoints_only(run, lab, tmp_path):
     sys.addaudithook(look)
     try:
         run.saver.keep = 1
-        for step in (1, 2, 2):  # the second time the same step: it takes the other's place
+        for step in (1, 2):
             run.save(step)
         run.save(3, final=True)
     finally:
@@ -277,6 +281,16 @@ def test_large_weights_are_finite(run):
 # ---- the final folder
 
 
+def test_a_stage_may_be_finished_after_its_last_save(run, tmp_path):
+    run.save(1)
+    run.saver.finish(1)
+    about = json.loads((tmp_path / "step-000001" / "state.json").read_text())
+    assert checkpoint.final(tmp_path) and about["final"] and about["state"] == {"position": 1}
+    run.save(1)  # the same step again takes the other's place
+    run.saver.wait()
+    assert checkpoint.steps(tmp_path) == [1] and not json.loads((tmp_path / "step-000001" / "state.json").read_text())["final"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_final_model_is_the_policy(ranks, run, lab, tmp_path, monkeypatch):
     run.save(4)
@@ -330,7 +344,7 @@ def test_adapters_are_kept_for_peft_and_merged_in_float32(lab, processor, tmp_pa
             moved += 1
             expected = whole[name] - start[name]
             assert (change - expected).norm() < 1e-2 * expected.norm(), name
-    assert moved == 2 * 7, "every adapted matrix"
+    assert moved == 2 * 7 - 1, "every adapted matrix but the one without a gradient"
     layout = {p.name for p in (tmp_path / "final" / "adapter").iterdir()}
     adapted = peft.PeftModel.from_pretrained(Qwen2_5_VLForConditionalGeneration.from_pretrained(lab.model), tmp_path / "final" / "adapter")
     adapted.save_pretrained(tmp_path / "theirs")
@@ -351,7 +365,7 @@ def test_a_kill_between_the_last_checkpoint_and_the_final_folder_is_made_good(ru
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_write_final", lambda *_: None)
         run.save(2, final=True)
-    assert checkpoint.final(tmp_path) is None
+    assert checkpoint.final(tmp_path) is None and json.loads((tmp_path / "step-000002" / "state.json").read_text())["final"]
     model = checkpoint.finish(tmp_path, ALONE)
     assert model == tmp_path / "final" / "model" and Qwen2_5_VLForConditionalGeneration.from_pretrained(model)
     before = model.stat().st_mtime_ns
@@ -372,6 +386,10 @@ def test_a_tied_head_stays_tied(lab, tmp_path):
     about = json.loads((model / "config.json").read_text())
     about["tie_word_embeddings"] = about["text_config"]["tie_word_embeddings"] = True
     (model / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"says that lm_head.weight is the embedding, but the files have another one"):
+        load_policy(config(model), ALONE.device, 0)
+    stored = load_file(model / "model.safetensors")
+    save_file({name: value for name, value in stored.items() if name != "lm_head.weight"}, model / "model.safetensors", {"format": "pt"})
     reference = Qwen2_5_VLForConditionalGeneration.from_pretrained(model)
     assert reference.lm_head.weight is reference.model.language_model.embed_tokens.weight
     policy = load_policy(config(model), ALONE.device, 0)
