@@ -144,7 +144,7 @@ def fill(model: nn.Module, stored: Stored, device: torch.device) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_" not in name:
             start, stop = rows_of(parameter)
-            local(parameter).copy_(stored.rows(names[base_name(name)], start, stop))
+            stored.into(local(parameter), names[base_name(name)], start)
             if base_name(name) == EMBEDDING and HEAD in names and HEAD not in own:  # tied, and there all the same
                 if not torch.equal(*(stored.rows(names[each], start, stop) for each in (EMBEDDING, HEAD))):
                     raise ValueError(f"model.path: config.json says that {HEAD} is the embedding, but the files have another one")

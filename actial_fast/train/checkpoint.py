@@ -252,15 +252,15 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
     for name, parameter in policy.trained().items():
         if (key := f"weight/{name}") not in stored or stored.shape(key) != tuple(parameter.shape):
             raise ValueError(f"{source}: has no {name} of shape {tuple(parameter.shape)}; the checkpoint is of another model")
-        start, stop = rows_of(parameter)
-        local(parameter).copy_(stored.rows(key, start, stop))
+        start, _ = rows_of(parameter)
+        stored.into(local(parameter), key, start)
         entry = {}
         for kind in kinds:  # none where no gradient had reached it yet
             if (key := f"{kind}/{name}") not in stored:
                 continue
             if stored.shape(key) == tuple(parameter.shape):
-                entry[kind] = torch.zeros_like(parameter, dtype=stored.dtype(key), memory_format=torch.preserve_format).detach()
-                local(entry[kind]).copy_(stored.rows(key, start, stop))
+                entry[kind] = torch.empty_like(parameter, dtype=stored.dtype(key), requires_grad=False)
+                stored.into(local(entry[kind]), key, start)
             else:
                 entry[kind] = stored.rows(key).to(parameter.device)
         if entry:

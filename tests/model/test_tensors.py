@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from actial_fast.model import tensors
 from actial_fast.model.tensors import DTYPES, Stored, pieces, write
 
 
@@ -48,7 +49,7 @@ def test_the_package_reads_what_is_written_and_the_reverse(tmp_path):
 
 
 @pytest.mark.parametrize("cuts", [(0, 7), (0, 3, 7), (0, 1, 1, 6, 7)])
-def test_rows_over_several_files(cuts, tmp_path):
+def test_rows_over_several_files(cuts, tmp_path, monkeypatch):
     value = torch.arange(28.0).reshape(7, 4)
     for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
         part = {"x": value[start:stop], f"own/{i}": torch.tensor(i)}
@@ -58,6 +59,11 @@ def test_rows_over_several_files(cuts, tmp_path):
     for start in range(8):
         for stop in range(start, 8):
             assert torch.equal(stored.rows("x", start, stop), value[start:stop])
+            low = torch.empty(stop - start, 4, dtype=torch.bfloat16)
+            for chunk in (16, 40, 1 << 20):  # one row at a time, two, all
+                monkeypatch.setattr(tensors, "CHUNK", chunk)
+                stored.into(low.zero_(), "x", start)
+                assert torch.equal(low, value[start:stop].bfloat16())
 
 
 @pytest.mark.parametrize("starts", [(0, 4), (0, 2), (3, 6), (0, 0)])

@@ -20,6 +20,7 @@ from actial_fast.model import tensors
 from actial_fast.model.policy import load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.model.tensors import Stored
+from actial_fast.model.tiny import TinyConfig, create
 from actial_fast.settings.recipe import OptimConfig
 from actial_fast.train import checkpoint, export
 from actial_fast.train.dist import World
@@ -401,3 +402,24 @@ def test_a_tied_head_stays_tied(lab, tmp_path):
     final: Path = tmp_path / "run" / "final" / "model"
     assert "lm_head.weight" not in load_file(final / "model.safetensors")
     assert not torch.equal(Qwen2_5_VLForConditionalGeneration.from_pretrained(final).lm_head.weight, reference.lm_head.weight)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+def test_no_rank_holds_more_than_its_shard_and_a_tensor(lab, tmp_path):
+    """Resident memory of two ranks, on a model of more than 100 million parameters.
+
+    Prints the figures: pytest -m slow -s tests/train/test_checkpoint.py
+    """
+    shape = TinyConfig(hidden=1536, heads=16, layers=5, vision_hidden=64)
+    create(tmp_path / "model", ["a question?", "an answer"], shape, seed=0)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")  # as on the hub; it is trained in float32
+    del model
+    for rank, found in enumerate(on_ranks("memory", tmp_path / "run", tmp_path / "model", lab.model)):
+        print(f"rank {rank}: " + ", ".join(f"{name} {value / 1e6:.1f}" for name, value in found.items()) + " (millions, bytes)")
+        assert found["parameters"] > 100e6 and found["state"] == pytest.approx(3 * found["shard"], rel=0.1)
+        assert found["load"] <= found["shard"] + found["largest"]
+        assert found["save"] <= 1.2 * found["state"]
+        assert found["final"] <= 4 * found["largest"]
+        assert found["restore"] <= found["state"] - found["shard"] + found["largest"]
