@@ -317,7 +317,17 @@ def test_grpo_raises_the_reward(grpo_recipe):
     assert rollouts[0]["rollouts"][0]["images"][0].startswith("data:image/png;base64,")
 
 
+@pytest.fixture
+def one_thread():
+    """As many as the processes that `launch` starts, since sums depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
+@pytest.mark.usefixtures("one_thread")
 def test_resume_is_bit_for_bit(kind, sft_recipe, grpo_recipe, tmp_path):
     """kill -9 in the middle of a step, run again: the same losses and weights as a run that was left alone."""
     recipe = sft_recipe if kind == "sft" else grpo_recipe

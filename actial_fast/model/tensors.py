@@ -34,6 +34,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CHUNK = 1 << 25  # bytes read at a time where they must be converted or moved
 LONGEST_HEADER = 100_000_000  # the format's own limit
 SHARDING = "DCP_SHARDING_INFO"
 
@@ -63,7 +64,7 @@ class Stored:
             for name, piece in pieces(path).items():
                 self._pieces.setdefault(name, []).append(piece)
         for name, found in self._pieces.items():
-            found.sort(key=lambda piece: piece.row)
+            found.sort(key=lambda piece: (piece.row, piece.rows))
             ends = [0, *(piece.row + piece.rows for piece in found)]
             if any(piece.row != end for piece, end in zip(found, ends, strict=False)):
                 raise ValueError(
@@ -92,12 +93,24 @@ class Stored:
         shape = self.shape(name)
         stop = (shape[0] if shape else 1) if stop is None else stop
         out = torch.empty((stop - start, *shape[1:]) if shape else (), dtype=self.dtype(name))
-        flat = out.reshape(-1) if out.ndim == 0 else out
-        for piece in self._pieces[name]:
-            first, last = max(start, piece.row), min(stop, piece.row + piece.rows)
-            if first < last:
-                _read(piece, first - piece.row, flat[first - start : last - start])
+        self.into(out, name, start)
         return out
+
+    def into(self, out: Tensor, name: str, start: int = 0) -> None:
+        """Fill `out` with rows of a tensor from `start` on, whatever its dtype and device; CHUNK bytes beside it at most, or one row."""
+        rows = out.reshape(1) if out.ndim == 0 else out
+        direct = out.device.type == "cpu" and out.dtype == self.dtype(name) and out.is_contiguous()
+        for piece in self._pieces[name]:
+            first, last = max(start, piece.row), min(start + len(rows), piece.row + piece.rows)
+            if direct and first < last:
+                _read(piece, first - piece.row, rows[first - start : last - start])
+                continue
+            each = max(1, CHUNK // max(1, math.prod(piece.shape[1:]) * piece.dtype.itemsize))
+            for begin in range(first, last, each):
+                end = min(begin + each, last)
+                part = torch.empty((end - begin, *piece.shape[1:]), dtype=piece.dtype)
+                _read(piece, begin - piece.row, part)
+                rows[begin - start : end - start].copy_(part)
 
 
 def pieces(path: Path) -> dict[str, Piece]:

@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 from actial_fast.model.tensors import Stored
 
 FAMILY = "qwen2_5_vl"
+EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -135,13 +136,18 @@ def misfits(model: nn.Module, stored: Stored, path: str) -> list[str]:
 def fill(model: nn.Module, stored: Stored, device: torch.device) -> None:
     """Give a model on the meta device, sharded or not, its memory on `device` and its weights from a checkpoint that fits it, converted to
     each parameter's dtype. Adapters stay undefined. Every rank reads its own rows, one parameter at a time; no rank waits for another.
+    ValueError where a head that should be the embedding is not.
     """
     materialise(model, device)
     names = {module_name(name): name for name in stored.names}
+    own = {base_name(name) for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         if ".lora_" not in name:
             start, stop = rows_of(parameter)
-            local(parameter).copy_(stored.rows(names[base_name(name)], start, stop))
+            stored.into(local(parameter), names[base_name(name)], start)
+            if base_name(name) == EMBEDDING and HEAD in names and HEAD not in own:  # tied, and there all the same
+                if not torch.equal(*(stored.rows(names[each], start, stop) for each in (EMBEDDING, HEAD))):
+                    raise ValueError(f"model.path: config.json says that {HEAD} is the embedding, but the files have another one")
 
 
 def draw_adapters(model: nn.Module, seed: int) -> None:

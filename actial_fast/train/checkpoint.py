@@ -30,10 +30,10 @@ from torch.distributed.tensor import DTensor
 
 from actial_fast.model.policy import Policy, save_settings
 from actial_fast.model.processor import Processor
-from actial_fast.model.tensors import Stored, sync, write
+from actial_fast.model.tensors import sync, write
 from actial_fast.model.weights import local, rows_of, share
 from actial_fast.train.dist import World
-from actial_fast.train.export import export, facts
+from actial_fast.train.export import export, facts, open_ranks
 from actial_fast.train.guard import NonFinite
 
 PREFIX = "step-"
@@ -139,7 +139,7 @@ class Saver:
         self._thread.start()
 
     def finish(self, step: int) -> None:
-        """The stage is done: write RUN/NAME/final from the checkpoint of `step`. Raises NotSaved on all ranks."""
+        """The stage is done at `step`, which has been saved: wait for that, and write RUN/NAME/final. Raises NotSaved on all ranks."""
         self.wait()
         _write_final(self.folder, step, self.where)
 
@@ -191,7 +191,7 @@ class Saver:
     def _publish(self) -> None:
         temporary, target = self._temporary(self._step), path_of(self.folder, self._step)
         sync(temporary)
-        if target.exists():
+        if target.exists():  # no loop saves a step twice
             self._drop(target)
         os.replace(temporary, target)
         sync(self.folder, deep=False)
@@ -229,20 +229,20 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
     Each rank reads its own rows, whatever the number of ranks that wrote them. ValueError where the checkpoint is of another model.
     """
     source = path_of(folder, step)
-    stored = Stored(sorted(source.glob("rank-*.safetensors")))
+    stored = open_ranks(source)
     kinds = sorted({name.split("/")[0] for name in stored.names} - {"weight", "rng"})
     for name, parameter in policy.trained().items():
         if (key := f"weight/{name}") not in stored or stored.shape(key) != tuple(parameter.shape):
             raise ValueError(f"{source}: has no {name} of shape {tuple(parameter.shape)}; the checkpoint is of another model")
-        start, stop = rows_of(parameter)
-        local(parameter).copy_(stored.rows(key, start, stop))
+        start, _ = rows_of(parameter)
+        stored.into(local(parameter), key, start)
         entry = {}
         for kind in kinds:  # none where no gradient had reached it yet
             if (key := f"{kind}/{name}") not in stored:
                 continue
             if stored.shape(key) == tuple(parameter.shape):
-                entry[kind] = torch.zeros_like(parameter, dtype=stored.dtype(key), memory_format=torch.preserve_format).detach()
-                local(entry[kind]).copy_(stored.rows(key, start, stop))
+                entry[kind] = torch.empty_like(parameter, dtype=stored.dtype(key), requires_grad=False)
+                stored.into(local(entry[kind]), key, start)
             else:
                 entry[kind] = stored.rows(key).to(parameter.device)
         if entry:

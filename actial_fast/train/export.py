@@ -20,7 +20,7 @@ from torch import Tensor
 
 from actial_fast.model.policy import Policy
 from actial_fast.model.tensors import Stored, sync, write
-from actial_fast.model.weights import INDEX, SINGLE, base_name, module_name, open_weights, resolve, stored_name
+from actial_fast.model.weights import HEAD, INDEX, SINGLE, base_name, module_name, open_weights, resolve, stored_name
 
 FILE_BYTES = 5_000_000_000  # as transformers cuts them
 PEFT_FILE = "adapter_model.safetensors"
@@ -35,6 +35,14 @@ def facts(policy: Policy) -> dict[str, Any]:
     # merged in 16 bits, an adapter's small changes would be rounded away
     dtype = "float32" if policy.adapted else config.dtype
     return {"base": "" if whole else path, "frozen_dtype": config.frozen_dtype, "dtype": dtype, "adapter_scale": scale}
+
+
+def open_ranks(source: Path) -> Stored:
+    """What the ranks have written into a checkpoint. ValueError where a file is missing or broken."""
+    ranks, files = json.loads((source / "state.json").read_text())["ranks"], sorted(source.glob("rank-*.safetensors"))
+    if len(files) != ranks:
+        raise ValueError(f"{source}: {ranks} ranks wrote it, files of {len(files)} are there; a file of the folder was lost or added")
+    return Stored(files)
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ class _Weights:
     def __init__(self, source: Path, dtype: str):
         about = json.loads((source / "state.json").read_text())["model"]
         self.dtype: torch.dtype = getattr(torch, dtype or about["dtype"])
-        self.stored = Stored(sorted(source.glob("rank-*.safetensors")))
+        self.stored = open_ranks(source)
         self._frozen_dtype: torch.dtype = getattr(torch, about["frozen_dtype"])
         self._scale: float = about["adapter_scale"]
         self._changed = self._lost = 0.0
@@ -118,7 +126,7 @@ class _Weights:
                 raise ValueError(f"{source}: what was not trained is read from {about['base']} again, and that fails: {error}") from None
             tied = json.loads((source / "model" / "config.json").read_text()).get("tie_word_embeddings")
             self._frozen = {stored_name(module_name(name)): name for name in self._base.names if not name.endswith("rotary_emb.inv_freq")}
-            self._frozen = {name: key for name, key in self._frozen.items() if not (tied and name == "lm_head.weight")}
+            self._frozen = {name: key for name, key in self._frozen.items() if not (tied and name == HEAD)}
         self.names = sorted(self._frozen.keys() | self._trained.keys())
 
     @property

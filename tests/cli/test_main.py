@@ -26,6 +26,7 @@ COMMANDS = [
     ["sft"],
     ["grpo"],
     ["eval"],
+    ["export"],
     ["report"],
     ["doctor"],
     ["recipe"],

@@ -5,13 +5,16 @@ python tests/train/saved.py SCENE FOLDER    with torchrun's environment; rank 0 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import functools
+import gc
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
+from actial_fast.model.weights import local
 from actial_fast.settings.recipe import LoRAConfig, ModelConfig, OptimConfig
 from actial_fast.train import checkpoint
 from actial_fast.train.dist import World, shard, world
@@ -100,7 +104,8 @@ def sharded(folder: Path, where: World, model: str) -> Any:
     for kind in KINDS:
         policy, optimizer = trained(config(Path(model), kind), where, fsdp=True)
         with checkpoint.Saver(folder / kind, where, 2) as saver:
-            saver.save(1, policy, processor, optimizer, {"position": 7}, final=True)
+            saver.save(1, policy, processor, optimizer, {"position": 7})
+            saver.finish(1)
             before = everything(policy, optimizer)
         again = load_policy(config(Path(model), kind), where.device, 1, place=functools.partial(shard, where=where))
         new = build_optimizer(again, OptimConfig())
@@ -138,8 +143,54 @@ def tied(folder: Path, where: World, model: str) -> Any:
     logits.square().mean().backward()
     optimizer.step()
     with checkpoint.Saver(folder, where, 1) as saver:
-        saver.save(1, policy, Processor.load(model), optimizer, {}, final=True)
+        saver.save(1, policy, Processor.load(model), optimizer, {})
+        saver.finish(1)
     return [len(policy.trained()), float(logits.detach().abs().sum())]
+
+
+def memory(folder: Path, where: World, model: str, tiny: str) -> Any:
+    """Peak resident bytes above those before, of loading, of saving, of the final folder and of restoring, beside what a rank must hold."""
+    place, settings = functools.partial(shard, where=where), config(Path(model))
+    _peak(lambda: trained(config(Path(tiny)), where, fsdp=True))  # what is loaded and allocated once
+    found: dict[str, Any] = {}
+    processor = Processor.load(model)
+    policy, found["load"] = _peak(lambda: load_policy(settings, where.device, 0, place=place))
+    weights = sum(local(p).numel() * 4 for p in policy.parameters())
+    found |= {
+        "shard": weights,
+        "largest": max(p.numel() * 4 for p in policy.parameters()),
+        "parameters": sum(p.numel() for p in policy.parameters()),
+    }
+    del policy
+    policy, optimizer = trained(settings, where, fsdp=True)
+    found["state"] = weights + sum(local(t).nbytes for entry in optimizer.state.values() for t in entry.values())
+    saver = checkpoint.Saver(folder, where, 1)
+
+    def save() -> None:
+        saver.save(1, policy, processor, optimizer, {})
+        saver.wait()
+
+    _, found["save"] = _peak(save)
+    _, found["final"] = _peak(lambda: saver.finish(1))
+    del policy, optimizer
+    policy = load_policy(settings, where.device, 0, place=place)
+    optimizer = build_optimizer(policy, OptimConfig())
+    _, found["restore"] = _peak(lambda: checkpoint.restore(folder, 1, policy, optimizer, where))
+    return where.gather([found])
+
+
+def _peak(work: Callable[[], Any]) -> tuple[Any, int]:
+    """What `work` returns, and how far the resident memory of this process rose above what it was."""
+
+    def resident(line: str) -> int:
+        return next(int(each.split()[1]) * 1024 for each in Path("/proc/self/status").read_text().splitlines() if each.startswith(line))
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before and not given back would hide what is asked for now
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+    before = resident("VmRSS:")
+    result = work()
+    return result, resident("VmHWM:") - before
 
 
 def _full_disk(*_: Any, **__: Any) -> None:
@@ -149,6 +200,6 @@ def _full_disk(*_: Any, **__: Any) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with world() as where:
-        result = {"sharded": sharded, "tied": tied}[sys.argv[1]](Path(sys.argv[2]), where, *sys.argv[3:])
+        result = {"sharded": sharded, "tied": tied, "memory": memory}[sys.argv[1]](Path(sys.argv[2]), where, *sys.argv[3:])
         if where.main:
             print(json.dumps(result))
