@@ -86,6 +86,7 @@ def test_the_judge_is_asked_side_by_side_and_its_marks_are_rewards(monkeypatch):
             scorer.submit("x", [f"reply {i % 11} ." for i in range(16)], ROW)
             scores = scorer.results()
     np.testing.assert_allclose(scores.groups["x"][:, 0], [i % 11 / 10 for i in range(16)], rtol=1e-6)
+    assert sys.modules["judge_reward"].client.cache_info().misses == 1, "one client, and so its connections, for preflight and run"
     text = requests[0]["messages"][0]["content"]
     assert "Which way?" in text and "Right answer: B" in text and "Be brief." not in text
     assert requests[0]["model"] == "m" and requests[0]["temperature"] == 0
