@@ -285,9 +285,8 @@ def _terms(rewards: Sequence[RewardConfig]) -> tuple[list[_Term], list[str]]:
         except ValueError as error:
             problems.append(str(error))
             continue
-        coroutine = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-            inspect.getattr_static(type(function), "__call__", None)
-        )
+        either = function, inspect.getattr_static(type(function), "__call__", None)  # an object may be called with await, too
+        coroutine = any(map(inspect.iscoroutinefunction, either))
         wanted = {"one": "(response, row)", "batch": "(responses, rows)", "group": "(responses, row)"}[config.call]
         if not _takes_two(function):
             problems.append(f"reward {config.name!r} takes {inspect.signature(function)}; with call: {config.call} it gets {wanted}")

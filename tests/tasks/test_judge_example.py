@@ -86,6 +86,7 @@ def test_the_judge_is_asked_side_by_side_and_its_marks_are_rewards(monkeypatch):
             scorer.submit("x", [f"reply {i % 11} ." for i in range(16)], ROW)
             scores = scorer.results()
     np.testing.assert_allclose(scores.groups["x"][:, 0], [i % 11 / 10 for i in range(16)], rtol=1e-6)
+    assert sys.modules["judge_reward"].client.cache_info().misses == 1, "one client, and so its connections, for preflight and run"
     text = requests[0]["messages"][0]["content"]
     assert "Which way?" in text and "Right answer: B" in text and "Be brief." not in text
     assert requests[0]["model"] == "m" and requests[0]["temperature"] == 0
@@ -98,7 +99,7 @@ def test_busy_servers_and_replies_that_are_no_mark_are_tried_again_and_then_coun
         reply = text.split("reply ")[-1].split()[0]
         tries[reply] = tries.get(reply, 0) + 1
         if reply == "never":
-            return 200, "I would say 11"
+            return 200, "11"
         return [(500, "busy"), (200, "seven"), (200, "7")][tries[reply] - 1]
 
     with server(answer) as (url, _):
@@ -107,7 +108,7 @@ def test_busy_servers_and_replies_that_are_no_mark_are_tried_again_and_then_coun
             scorer.submit("x", ["reply a .", "reply b .", "reply c .", "reply never ."], ROW)
             scores = scorer.results()
     np.testing.assert_allclose(scores.groups["x"][:, 0], [0.7, 0.7, 0.7, np.nan], rtol=1e-6)
-    assert scores.failed == (1,) and "row 'file.jsonl:7': ValueError: no mark from 0 to 10: 'I would say 11' (3 tries)" in scores.causes[0]
+    assert scores.failed == (1,) and "row 'file.jsonl:7': ValueError: no mark from 0 to 10: '11' (3 tries)" in scores.causes[0]
 
 
 def test_the_preflight_tells_that_no_judge_is_there(monkeypatch):

@@ -19,7 +19,7 @@ import pytest
 
 from actial_fast.data.sources.row import Row
 from actial_fast.settings.config import from_dict
-from actial_fast.tasks import calls
+from actial_fast.tasks import calls, rewards
 from actial_fast.tasks.rewards import DEFAULT_REWARDS, RewardConfig, Scorer, probe, score
 
 ROW, OTHER = Row((), truth="B", where="file.jsonl:7"), Row((), truth="C", where="file.jsonl:8")
@@ -149,12 +149,12 @@ def test_results_do_not_depend_on_the_order_in_which_calls_end(own, seed):
         np.testing.assert_array_equal(table, np.array([expected] * 4, np.float32).T)
 
 
-def test_built_ins_and_workers_0_are_called_on_the_spot(own):
-    before, seen = threading.active_count(), []
+def test_built_ins_and_workers_0_are_called_on_the_spot(own, monkeypatch):
+    monkeypatch.setattr(rewards, "start", None)  # what leads to threads
+    seen = []
     with Scorer([*DEFAULT_REWARDS, own(lambda response, row: seen.append(threading.current_thread()), workers=0)]) as scorer:
         scorer.submit(0, [GOOD, ""], ROW)
         assert seen == [threading.main_thread()] * 2, "before submit returns"
-        assert threading.active_count() == before
         np.testing.assert_array_equal(scorer.results().groups[0], np.array([[1, 1, math.nan], [0, 0, math.nan]], np.float32))
 
 
@@ -495,7 +495,7 @@ def test_the_functions_own_timeouterror_is_its_own(own):
 HANGS = """
 import asyncio, threading, time
 from actial_fast.data.sources.row import Row
-from actial_fast.tasks import calls
+from actial_fast.tasks import calls, rewards
 from actial_fast.tasks.rewards import RewardConfig, Scorer
 calls.PATIENCE = 0.2
 def plain(response, row): threading.Event().wait()
