@@ -14,6 +14,7 @@ from model.path again. Rows can be read by any number of ranks, sharded or not. 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -154,11 +155,6 @@ class Saver:
     def finish(self, step: int) -> None:
         """The stage is done with `step`, which has been saved: wait for that and write RUN/NAME/final. Raises NotSaved on all ranks."""
         self.wait()
-        if self.where.main:
-            about = path_of(self.folder, step) / "state.json"
-            part = about.with_suffix(".part")
-            part.write_text(json.dumps(json.loads(about.read_text()) | {"final": True}, indent=1))
-            os.replace(part, about)
         _write_final(self.folder, step, self.where)
 
     def poll(self) -> None:
@@ -214,7 +210,8 @@ class Saver:
         os.replace(temporary, target)
         sync(self.folder, deep=False)
         for old in steps(self.folder)[: -self.keep]:
-            self._drop(path_of(self.folder, old))
+            with contextlib.suppress(OSError):  # tried again at the next save
+                self._drop(path_of(self.folder, old))
 
     def _drop(self, path: Path) -> None:
         """Remove a checkpoint; cut short, it leaves debris and no half checkpoint."""
@@ -311,10 +308,17 @@ def _not_finite(rows: dict[str, tuple[Tensor, int]]) -> list[str]:
 
 def _write_final(folder: Path, step: int, where: World) -> None:
     """RUN/NAME/final from the checkpoint of `step`, every rank some of its files. Raises NotSaved on all ranks."""
-    temporary, target = folder / ".tmp-final", folder / "final"
+    source, temporary, target = path_of(folder, step), folder / ".tmp-final", folder / "final"
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        about = json.loads((source / "state.json").read_text())
+        part = source / "state.json.part"
+        part.write_text(json.dumps(about | {"final": True}, indent=1))
+        os.replace(part, source / "state.json")  # from here on `finish` makes good what a kill cuts short
 
     def export_part() -> None:
-        export(path_of(folder, step), temporary / "model", temporary / "adapter", rank=where.rank, ranks=where.size)
+        export(source, temporary / "model", temporary / "adapter", rank=where.rank, ranks=where.size)
 
     def publish() -> None:
         sync(temporary)
@@ -322,10 +326,7 @@ def _write_final(folder: Path, step: int, where: World) -> None:
         os.replace(temporary, target)
         sync(folder, deep=False)
 
-    if where.main:
-        shutil.rmtree(temporary, ignore_errors=True)
-    where.barrier()
-    for work, all_ranks in ((export_part, True), (publish, False)):
+    for work, all_ranks in ((begin, False), (export_part, True), (publish, False)):
         error = ""
         try:
             if where.main or all_ranks:
