@@ -63,6 +63,16 @@ def lab(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(root=root, captures=captures, questions=questions, spatial=spatial, model=model)
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A checkpoint folder of a tiny model alone, for tests that need no data."""
+    from actial_fast.model.tiny import TinyConfig, create
+
+    folder: Path = tmp_path_factory.mktemp("tiny") / "model"
+    create(folder, ["Which way? A. left B. right", "<answer>A</answer>"] * 2, TinyConfig(hidden=32, vision_hidden=32, layers=2), seed=0)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def image_cache(tmp_path_factory) -> Iterator[None]:
     """Images of tests stay out of the user's cache."""

@@ -12,6 +12,7 @@ from actial_fast.ops.spec import GRPOSpec
 from actial_fast.settings.recipe import LoRAConfig, ModelConfig, SFTRecipe
 from actial_fast.train.account import Account
 from actial_fast.train.dist import World, clip_gradients
+from actial_fast.train.guard import Guard
 from actial_fast.train.mismatch import Mismatch
 from actial_fast.train.phases import Phases
 from actial_fast.train.rounds import Pass
@@ -40,21 +41,20 @@ def grpo_step(lab, processor, where: World, move, changes) -> Policy:
     """Two mini-batches: old log-probs for the second, reference ones for both, two optimizer steps."""
     policy = policy_on(lab, move, changes=changes)
     reference = None if policy.adapted else policy_on(lab, move).requires_grad_(False)
-    optimizer = torch.optim.AdamW(parameters_of(policy), fused=True)
+    guard = Guard(torch.optim.AdamW(parameters_of(policy), fused=True), 5)
     recipe = recipe_of(lab, prompts=2, minibatch=1, pack_tokens=90, importance_correction=True, loss=GRPOSpec(beta=0.05))
     samples = [replace(s, old=None, ref=None) for s in samples_of(processor, [(2, 5), (0, 2), (1, 3)])]
     minibatches = [samples[:5], samples[5:]]
     phases, mismatch = Phases(where), Mismatch(where)
     ahead = grpo._passes(policy, reference, processor, minibatches, recipe, where)
-    ready = grpo._log_probs(policy, reference, minibatches, ahead, recipe, phases)
+    ready = grpo._log_probs(policy, reference, minibatches, ahead, recipe, phase=phases)
     stats = torch.zeros(len(grpo.ops.STATS), device=where.device)
     with phases("update"):
         for each, rounds in zip(ready, ahead.updates, strict=True):
-            stats += grpo._accumulate(policy, each, (sum(map(len, each)), len(each)), rounds, recipe, where, mismatch)
-            clip_gradients(parameters_of(policy), 1.0)
-            optimizer.step()
-            if rounds is not ahead.updates[-1]:
-                optimizer.zero_grad(set_to_none=True)
+            found = grpo._accumulate(policy, each, (sum(map(len, each)), len(each)), rounds, recipe, where, mismatch=mismatch)
+            norm = clip_gradients(parameters_of(policy), 1.0)
+            assert all(p.grad is not None for p in parameters_of(policy))
+            stats += torch.where(guard.step(found[0], norm), found, 0)
     with phases("plan"):
         Account(phases).passes(ahead.wanted)
     assert mismatch.total().device == where.device and len(phases._marks) == 8
@@ -63,13 +63,13 @@ def grpo_step(lab, processor, where: World, move, changes) -> Policy:
 
 def sft_step(lab, processor, where: World, move, changes) -> Policy:
     policy = policy_on(lab, move, changes=changes)
-    optimizer = torch.optim.AdamW(parameters_of(policy), fused=True)
+    guard = Guard(torch.optim.AdamW(parameters_of(policy), fused=True), 5)
     sequences = [s.sequence for s in samples_of(processor, [(2, 3), (0, 2), (1, 1)])]
     phases = Phases(where)
     with phases("update"):
-        sft._accumulate(policy, processor, sequences, SFTRecipe(pack_tokens=150), where)
-        clip_gradients(parameters_of(policy), 1.0)
-        optimizer.step()
+        loss, _ = sft._accumulate(policy, processor, sequences, SFTRecipe(pack_tokens=150), where)
+        assert all(p.grad is not None for p in parameters_of(policy))
+        guard.step(loss, clip_gradients(parameters_of(policy), 1.0))
     Account(phases).passes([Pass(policy, sequences, trained=True)])
     return policy
 
@@ -82,8 +82,7 @@ STEPS = {"sft": sft_step, "grpo": grpo_step}
 def test_a_step_never_waits(step, model, lab, processor):
     with fake_cuda() as device:
         policy = STEPS[step](lab, processor, World(0, 1, device), lambda module: put(module, device), MODELS[model])
-    missing = [name for name, p in policy.trained().items() if p.grad is None]
-    assert not missing and all(p.is_cuda for p in policy.parameters())
+    assert all(p.is_cuda for p in policy.parameters())
 
 
 def test_a_step_that_reads_its_loss_is_caught(lab, processor, monkeypatch):

@@ -203,9 +203,8 @@ def _moved(recipe, lab):
     processor = Processor.load(str(lab.model))
     policy = load_policy(recipe.model, ALONE.device, 0, packed=True)
     reference = load_policy(recipe.model, ALONE.device, 0, packed=True).eval()
-    samples = grpo._sample(
-        policy, processor, Stream(recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4), recipe, ALONE
-    )
+    examples = Stream(recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4)
+    samples = grpo._sample(policy, processor, examples, recipe, ALONE, Scorer(recipe.rewards))
     samples = [replace(s, minibatch=0, advantage=0.0 if i < 4 else s.advantage) for i, s in enumerate(samples)]
     ahead = grpo._passes(policy, reference, processor, [samples], recipe, ALONE)
     (samples,) = grpo._log_probs(policy, reference, [samples], ahead, recipe)

@@ -14,6 +14,7 @@ from model.path again. Rows can be read by any number of ranks, sharded or not. 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -196,7 +197,8 @@ class Saver:
         os.replace(temporary, target)
         sync(self.folder, deep=False)
         for old in steps(self.folder)[: -self.keep]:
-            self._drop(path_of(self.folder, old))
+            with contextlib.suppress(OSError):  # tried again at the next save
+                self._drop(path_of(self.folder, old))
 
     def _drop(self, path: Path) -> None:
         """Remove a checkpoint; cut short, it leaves debris and no half checkpoint."""
@@ -306,6 +308,9 @@ def _write_final(folder: Path, step: int, where: World) -> None:
     """RUN/NAME/final from the checkpoint of `step`, every rank some of its files. Raises NotSaved on all ranks."""
     temporary, target = folder / ".tmp-final", folder / "final"
 
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+
     def export_part() -> None:
         export(path_of(folder, step), temporary / "model", temporary / "adapter", rank=where.rank, ranks=where.size)
 
@@ -315,10 +320,7 @@ def _write_final(folder: Path, step: int, where: World) -> None:
         os.replace(temporary, target)
         sync(folder, deep=False)
 
-    if where.main:
-        shutil.rmtree(temporary, ignore_errors=True)
-    where.barrier()
-    for work, all_ranks in ((export_part, True), (publish, False)):
+    for work, all_ranks in ((begin, False), (export_part, True), (publish, False)):
         error = ""
         try:
             if where.main or all_ranks:

@@ -16,16 +16,16 @@ from tests.train.saved import config, trained
 
 
 @pytest.fixture(scope="module")
-def stages(lab, tmp_path_factory):
+def stages(tiny, tmp_path_factory):
     """kind -> the folder of a stage with checkpoints of steps 1 and 2, written by two ranks; between them the weights change."""
     folders = {}
     for kind in ("full", "adapters"):
         folders[kind] = folder = tmp_path_factory.mktemp("run") / kind
-        policy, optimizer = trained(config(lab.model, kind), ALONE)
+        policy, optimizer = trained(config(tiny, kind), ALONE)
         savers = [checkpoint.Saver(folder, World(rank, 2, ALONE.device), 2) for rank in range(2)]
         for step in (1, 2):
             for saver in savers:
-                saver.save(step, policy, Processor.load(str(lab.model)), optimizer, {})
+                saver.save(step, policy, Processor.load(str(tiny)), optimizer, {})
             for saver in savers:
                 saver.wait()
             with torch.no_grad():
@@ -59,19 +59,19 @@ def test_in_another_dtype(dtype, stages, tmp_path):
     assert about["dtype"] == dtype and about["text_config"].get("dtype", dtype) == dtype
 
 
-def test_adapters_and_what_rounding_costs(stages, lab, tmp_path, capsys):
+def test_adapters_and_what_rounding_costs(stages, tiny, tmp_path, capsys):
     assert main(["export", str(stages["adapters"]), "-o", str(tmp_path / "exact")]) == 0
     told = capsys.readouterr().out
     assert "its adapters, for PEFT" in told and "rounding" not in told
     assert main(["export", str(stages["adapters"]), "-o", str(tmp_path / "low"), "--dtype", "bfloat16"]) == 0
     told = capsys.readouterr().out
-    base, exact, low = weights(lab.model, torch.bfloat16), weights(tmp_path / "exact"), weights(tmp_path / "low")
+    base, exact, low = weights(tiny, torch.bfloat16), weights(tmp_path / "exact"), weights(tmp_path / "low")
     changed = [name for name in base if not torch.equal(base[name].float(), exact[name])]
     assert len(changed) == 2 * 7 and {v.dtype for v in exact.values()} == {torch.float32}
     lost = sum((low[name].float() - exact[name]).square().sum() for name in changed).sqrt()
     change = sum((exact[name] - base[name].float()).square().sum() for name in changed).sqrt()
     assert f"changed the merged weights by {lost / change:.2g} of what the adapters changed" in told and lost / change > 1e-4
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(lab.model, dtype=torch.bfloat16).float()
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny, dtype=torch.bfloat16).float()
     merged = peft.PeftModel.from_pretrained(model, tmp_path / "low" / "adapter").merge_and_unload()
     assert all(torch.allclose(value, exact[name], atol=1e-6) for name, value in merged.named_parameters())
 

@@ -30,16 +30,16 @@ from tests.train.saved import KINDS, config, everything, on_ranks, trained
 
 
 @pytest.fixture(scope="module")
-def processor(lab):
-    return Processor.load(str(lab.model))
+def processor(tiny):
+    return Processor.load(str(tiny))
 
 
 @pytest.fixture
-def run(lab, processor, tmp_path):
+def run(tiny, processor, tmp_path):
     """A trained policy, its optimizer, and save(step, **options) into tmp_path with a saver that keeps two."""
 
     class Run:
-        policy, optimizer = trained(config(lab.model), ALONE)
+        policy, optimizer = trained(config(tiny), ALONE)
         saver = checkpoint.Saver(tmp_path, ALONE, 2)
 
         def save(self, step, final=False):
@@ -50,8 +50,8 @@ def run(lab, processor, tmp_path):
     return Run()
 
 
-def restored(lab, folder, step, kind="full", where=ALONE):
-    policy = load_policy(config(lab.model, kind), where.device, seed=1)
+def restored(tiny, folder, step, kind="full", where=ALONE):
+    policy = load_policy(config(tiny, kind), where.device, seed=1)
     optimizer = build_optimizer(policy, OptimConfig())
     state = checkpoint.restore(folder, step, policy, optimizer, where)
     return everything(policy, optimizer), state
@@ -66,8 +66,8 @@ def same(a, b):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_replicated_ranks_write_a_part_each_and_any_number_reads_them(ranks, kind, lab, processor, tmp_path):
-    policy, optimizer = trained(config(lab.model, kind), ALONE)
+def test_replicated_ranks_write_a_part_each_and_any_number_reads_them(ranks, kind, tiny, processor, tmp_path):
+    policy, optimizer = trained(config(tiny, kind), ALONE)
     savers = [checkpoint.Saver(tmp_path, World(rank, ranks, ALONE.device), 2) for rank in range(ranks)]
     generators = []
     for saver in savers:  # rank 0 first: it makes the folder, and publishes when it sees the others' files
@@ -85,17 +85,17 @@ def test_replicated_ranks_write_a_part_each_and_any_number_reads_them(ranks, kin
         torch.manual_seed(99)
         torch.rand(1)
         fresh = torch.get_rng_state()
-        after, state = restored(lab, tmp_path, 5, kind, World(reader, 3, ALONE.device))
+        after, state = restored(tiny, tmp_path, 5, kind, World(reader, 3, ALONE.device))
         assert same(before, after) and state == {"position": 40}
         assert torch.equal(torch.get_rng_state(), generators[reader] if reader < ranks else fresh)
 
 
-def test_sharded_ranks_write_their_shards_and_one_rank_reads_them(lab, tmp_path):
-    found = on_ranks("sharded", tmp_path, lab.model)
+def test_sharded_ranks_write_their_shards_and_one_rank_reads_them(tiny, tmp_path):
+    found = on_ranks("sharded", tmp_path, tiny)
     for kind in KINDS:
         assert found[kind] == [True, True, {"position": 7}], "read by as many ranks as wrote"
-        here, _ = restored(lab, tmp_path / kind, 1, kind)
-        policy, optimizer = trained(config(lab.model, kind), ALONE)
+        here, _ = restored(tiny, tmp_path / kind, 1, kind)
+        policy, optimizer = trained(config(tiny, kind), ALONE)
         there = everything(policy, optimizer)
         assert same(here, there), "sharded, the same weights were loaded, adapters were drawn alike, and all came back"
         files = sorted((checkpoint.path_of(tmp_path / kind, 1)).glob("rank-*"))
@@ -106,8 +106,8 @@ def test_sharded_ranks_write_their_shards_and_one_rank_reads_them(lab, tmp_path)
     assert checkpoint.steps(tmp_path / "full") == [1] and not list((tmp_path / "full").glob(".tmp-*"))
 
 
-def test_pytorchs_reader_of_distributed_checkpoints_reads_ours(lab, processor, tmp_path):
-    policy, optimizer = trained(config(lab.model), ALONE)
+def test_pytorchs_reader_of_distributed_checkpoints_reads_ours(tiny, processor, tmp_path):
+    policy, optimizer = trained(config(tiny), ALONE)
     for saver in (savers := [checkpoint.Saver(tmp_path, World(rank, 2, ALONE.device), 1) for rank in range(2)]):
         saver.save(1, policy, processor, optimizer, {})
     savers[0].wait()
@@ -117,22 +117,22 @@ def test_pytorchs_reader_of_distributed_checkpoints_reads_ours(lab, processor, t
     assert same(got, wanted) and any(value.abs().sum() for value in got.values())
 
 
-def test_a_checkpoint_of_another_model_is_refused(run, lab, tmp_path):
+def test_a_checkpoint_of_another_model_is_refused(run, tiny, tmp_path):
     run.save(1)
     run.saver.wait()
     with pytest.raises(ValueError, match=r"step-000001: has no model.base_model.*lora_A.default.weight of shape \(4, 32\)"):
-        restored(lab, tmp_path, 1, "adapters")
+        restored(tiny, tmp_path, 1, "adapters")
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_lost_rank_file_is_an_error(lost, lab, processor, tmp_path):
-    policy, optimizer = trained(config(lab.model), ALONE)
+def test_a_lost_rank_file_is_an_error(lost, tiny, processor, tmp_path):
+    policy, optimizer = trained(config(tiny), ALONE)
     for saver in (savers := [checkpoint.Saver(tmp_path, World(rank, 2, ALONE.device), 1) for rank in range(2)]):
         saver.save(1, policy, processor, optimizer, {})
     savers[0].wait()
     (checkpoint.path_of(tmp_path, 1) / f"rank-0000{lost}-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match="a file of the folder was lost"):
-        restored(lab, tmp_path, 1)
+        restored(tiny, tmp_path, 1)
     with pytest.raises(ValueError, match="a file of the folder was lost"):
         export.export_to(checkpoint.path_of(tmp_path, 1), tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".tmp-*"))
@@ -141,7 +141,7 @@ def test_a_lost_rank_file_is_an_error(lost, lab, processor, tmp_path):
 # ---- behind training's back
 
 
-def test_training_goes_on_while_a_save_is_written_and_the_saved_values_are_the_steps(run, lab, tmp_path, monkeypatch):
+def test_training_goes_on_while_a_save_is_written_and_the_saved_values_are_the_steps(run, tiny, tmp_path, monkeypatch):
     release, entered = threading.Event(), threading.Event()
 
     def slow(*args, **kwargs):
@@ -163,7 +163,7 @@ def test_training_goes_on_while_a_save_is_written_and_the_saved_values_are_the_s
     release.set()
     run.saver.wait()
     assert checkpoint.steps(tmp_path) == [1]
-    assert same(restored(lab, tmp_path, 1)[0], before)
+    assert same(restored(tiny, tmp_path, 1)[0], before)
 
 
 def test_a_second_save_waits_for_the_first_and_the_newest_are_kept(run, tmp_path):
@@ -184,9 +184,9 @@ def test_leaving_finishes_what_is_under_way_also_after_an_error(run, tmp_path):
     assert checkpoint.steps(tmp_path) == [1, 2]
 
 
-def test_an_error_does_not_wait_for_ever_for_another_rank(lab, processor, tmp_path, monkeypatch):
+def test_an_error_does_not_wait_for_ever_for_another_rank(tiny, processor, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "PATIENCE", 0.2)
-    policy, optimizer = trained(config(lab.model), ALONE)
+    policy, optimizer = trained(config(tiny), ALONE)
     saver = checkpoint.Saver(tmp_path, World(0, 2, ALONE.device), 1)
     with pytest.raises(RuntimeError, match="rank 1 is gone"), saver:
         saver.save(1, policy, processor, optimizer, {})
@@ -197,7 +197,7 @@ def test_an_error_does_not_wait_for_ever_for_another_rank(lab, processor, tmp_pa
 # ---- whole or not at all
 
 
-def test_at_every_moment_there_are_whole_checkpoints_only(run, lab, tmp_path):
+def test_at_every_moment_there_are_whole_checkpoints_only(run, tiny, tmp_path):
     """Looks at the folder before each of the file system's calls, as whoever comes after a kill -9 at that moment would."""
     looking, moments, newest = threading.local(), [], [0]
 
@@ -236,7 +236,7 @@ def test_at_every_moment_there_are_whole_checkpoints_only(run, lab, tmp_path):
     assert checkpoint.steps(tmp_path) == [3] and checkpoint.final(tmp_path)
 
 
-def test_a_full_disk_is_told_and_nothing_is_lost(run, lab, tmp_path, monkeypatch):
+def test_a_full_disk_is_told_and_nothing_is_lost(run, tiny, tmp_path, monkeypatch):
     run.save(1)
     run.saver.wait()
     whole, left = tensors._write, [200_000]
@@ -258,7 +258,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(run, lab, tmp_path, monkeypatch
     run.saver.wait()  # told once
     run.save(3)
     run.saver.wait()
-    assert checkpoint.steps(tmp_path) == [1, 3] and restored(lab, tmp_path, 3)
+    assert checkpoint.steps(tmp_path) == [1, 3] and restored(tiny, tmp_path, 3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -284,18 +284,8 @@ def test_large_weights_are_finite(run):
 # ---- the final folder
 
 
-def test_a_stage_may_be_finished_after_its_last_save(run, tmp_path):
-    run.save(1)
-    run.saver.finish(1)
-    about = json.loads((tmp_path / "step-000001" / "state.json").read_text())
-    assert checkpoint.final(tmp_path) and about["final"] and about["state"] == {"position": 1}
-    run.save(1)  # the same step again takes the other's place
-    run.saver.wait()
-    assert checkpoint.steps(tmp_path) == [1] and not json.loads((tmp_path / "step-000001" / "state.json").read_text())["final"]
-
-
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_final_model_is_the_policy(ranks, run, lab, tmp_path, monkeypatch):
+def test_the_final_model_is_the_policy(ranks, run, tiny, tmp_path, monkeypatch):
     run.save(4)
     run.saver.wait()
     if ranks == 2:  # files of a few weights each, every rank half of them
@@ -305,7 +295,7 @@ def test_the_final_model_is_the_policy(ranks, run, lab, tmp_path, monkeypatch):
     assert (len(list((tmp_path / "m").glob("*.safetensors"))) > 2) == (ranks == 2) and not (tmp_path / "a").exists()
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "m", dtype="auto")
     assert same(dict(model.named_parameters()), {n.removeprefix("model."): p for n, p in run.policy.named_parameters()})
-    reference = Qwen2_5_VLForConditionalGeneration.from_pretrained(lab.model)
+    reference = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny)
     assert model.config.to_diff_dict() | {"_name_or_path": ""} == reference.config.to_diff_dict() | {"_name_or_path": ""}
     assert model.generation_config == reference.generation_config
     reference.save_pretrained(tmp_path / "theirs")
@@ -316,9 +306,9 @@ def test_the_final_model_is_the_policy(ranks, run, lab, tmp_path, monkeypatch):
     assert AutoTokenizer.from_pretrained(tmp_path / "m").chat_template
 
 
-def test_adapters_are_kept_for_peft_and_merged_in_float32(lab, processor, tmp_path):
+def test_adapters_are_kept_for_peft_and_merged_in_float32(tiny, processor, tmp_path):
     """A base in 16 bits and changes far below its last bit, which merging in 16 bits would lose."""
-    settings = replace(config(lab.model, "adapters"), frozen_dtype="bfloat16")
+    settings = replace(config(tiny, "adapters"), frozen_dtype="bfloat16")
     policy, optimizer = trained(settings, ALONE)
     with torch.no_grad():
         for name, parameter in policy.trained().items():
@@ -329,15 +319,14 @@ def test_adapters_are_kept_for_peft_and_merged_in_float32(lab, processor, tmp_pa
         saver.finish(1)
     merged = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint.final(tmp_path), dtype="auto")
     assert {p.dtype for p in merged.parameters()} == {torch.float32}
-    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(lab.model, dtype=torch.bfloat16).float()
+    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny, dtype=torch.bfloat16).float()
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "final" / "adapter")
-    assert adapted.peft_config["default"].base_model_name_or_path == str(lab.model)
+    assert adapted.peft_config["default"].base_model_name_or_path == str(tiny)
     theirs = {n.replace(".default.", "."): p for n, p in adapted.named_parameters() if ".lora_" in n}
     ours = {n.replace(".default.", ".").removeprefix("model."): p for n, p in policy.trained().items()}
     assert same({n: p.detach() for n, p in theirs.items()}, {n: p.detach() for n, p in ours.items()})
     start = {
-        n: p.clone()
-        for n, p in Qwen2_5_VLForConditionalGeneration.from_pretrained(lab.model, dtype=torch.bfloat16).float().named_parameters()
+        n: p.clone() for n, p in Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny, dtype=torch.bfloat16).float().named_parameters()
     }
     whole = dict(adapted.merge_and_unload().named_parameters())
     moved = 0
@@ -350,7 +339,7 @@ def test_adapters_are_kept_for_peft_and_merged_in_float32(lab, processor, tmp_pa
             assert (change - expected).norm() < 1e-2 * expected.norm(), name
     assert moved == 2 * 7 - 1, "every adapted matrix but the one without a gradient"
     layout = {p.name for p in (tmp_path / "final" / "adapter").iterdir()}
-    adapted = peft.PeftModel.from_pretrained(Qwen2_5_VLForConditionalGeneration.from_pretrained(lab.model), tmp_path / "final" / "adapter")
+    adapted = peft.PeftModel.from_pretrained(Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny), tmp_path / "final" / "adapter")
     adapted.save_pretrained(tmp_path / "theirs")
     assert layout == {p.name for p in (tmp_path / "theirs").iterdir()} - {"README.md"}
     assert json.loads((tmp_path / "theirs/adapter_config.json").read_text()) == json.loads(
@@ -369,10 +358,10 @@ def test_a_final_folder_that_cannot_be_written_is_told(run, tmp_path, monkeypatc
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
 
 
-def test_a_tied_head_stays_tied(lab, tmp_path):
+def test_a_tied_head_stays_tied(tiny, tmp_path):
     """Sharded, trained and exported, with the embedding's weight as the head's."""
     model = tmp_path / "tied"
-    shutil.copytree(lab.model, model)
+    shutil.copytree(tiny, model)
     about = json.loads((model / "config.json").read_text())
     about["tie_word_embeddings"] = about["text_config"]["tie_word_embeddings"] = True
     (model / "config.json").write_text(json.dumps(about))
@@ -395,7 +384,7 @@ def test_a_tied_head_stays_tied(lab, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
-def test_no_rank_holds_more_than_its_shard_and_a_tensor(lab, tmp_path):
+def test_no_rank_holds_more_than_its_shard_and_a_tensor(tiny, tmp_path):
     """Resident memory of two ranks, on a model of more than 100 million parameters.
 
     Prints the figures: pytest -m slow -s tests/train/test_checkpoint.py
@@ -405,7 +394,7 @@ def test_no_rank_holds_more_than_its_shard_and_a_tensor(lab, tmp_path):
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "model")  # as on the hub; it is trained in float32
     del model
-    for rank, found in enumerate(on_ranks("memory", tmp_path / "run", tmp_path / "model", lab.model)):
+    for rank, found in enumerate(on_ranks("memory", tmp_path / "run", tmp_path / "model", tiny)):
         print(f"rank {rank}: " + ", ".join(f"{name} {value / 1e6:.1f}" for name, value in found.items()) + " (millions, bytes)")
         assert found["parameters"] > 100e6 and found["state"] == pytest.approx(3 * found["shard"], rel=0.1)
         assert found["load"] <= found["shard"] + found["largest"]
