@@ -207,6 +207,7 @@ def test_at_every_moment_there_are_whole_checkpoints_only(run, tiny, tmp_path):
         looking.now = True
         try:
             found = checkpoint.steps(tmp_path)
+            assert len(found) == len(list(tmp_path.glob("step-*"))), "a folder of that name is whole from the start"
             for step in found:
                 source = checkpoint.path_of(tmp_path, step)
                 about = json.loads((source / "state.json").read_text())
