@@ -120,8 +120,9 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
                 means = np.array(sums) / max(1, len(norms) - len(skipped))
                 metrics = figures(samples, means, recipe, where, times["seconds"]) | {"lr": rate, "grad_norm": norm, **times}
                 metrics |= Mismatch.metrics(compared, distance, largest)
-                if rejected := where.total([stream.rejected])[0]:
-                    metrics["rejected_rows"] = rejected
+                rejected, *failed = where.total([stream.rejected, *scorer.failed])
+                metrics |= {"rejected_rows": rejected} if rejected else {}
+                metrics |= {f"reward_failures/{r.name}": n for r, n in zip(recipe.rewards, failed, strict=True) if n}
                 log.step(step, metrics | {"skipped_updates": len(skipped)})
                 if recipe.log_rollouts and step in (1, (total + 1) // 2, total):
                     log.event("rollouts", shown(processor.store, examples, samples, recipe), step)

@@ -145,6 +145,8 @@ class Scorer:
         self._terms, problems = _terms(rewards)
         if problems:
             raise ValueError("; ".join(problems))
+        self.failed = (0,) * len(self._terms)
+        """Replies that went without a reward because a call failed, one number a reward, in the last `results`."""
         self._started: list[_Started] = []
         self._groups: dict[Hashable, np.ndarray] = {}
 
@@ -199,6 +201,7 @@ class Scorer:
                     raise ValueError(f"{causes[k]}; {share}") from outcome.error
         finally:
             self._forget()
+        self.failed = tuple(failed)
         return Scores(groups, tuple(failed), tuple(causes[k] for k in sorted(causes)))
 
     def _forget(self) -> None:

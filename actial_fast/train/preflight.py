@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from actial_fast.data.sources.row import BadRow, Row, decode
 from actial_fast.data.sources.source import Source, SourceConfig, open_source
 from actial_fast.data.sources.stream import Example
 from actial_fast.model.processor import Processor
+from actial_fast.model.weights import check_checkpoint, module_name, open_weights, resolve
 from actial_fast.packing.batch import Sequence
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.tasks.rewards import probe
-from actial_fast.train.dist import Agreed
+from actial_fast.train.dist import Agreed, World
 
 FIRST = 4  # rows of a source that are read and encoded
 TRUTHS = 64  # rows among which one must have a truth to evaluate with
+NEIGHBOURS = 64  # rows by which it is guessed how many share their images
+STATE_BYTES = 12  # of a trained weight in a checkpoint: itself and AdamW's two moments in float32
+GB = 1e9
 
 Encode = Callable[[Processor, Example], Sequence]
 
@@ -28,27 +35,42 @@ class Unready(Agreed):
         self.problems = problems
 
 
-def problems_of(recipe: SFTRecipe | GRPORecipe, encode: Encode) -> list[str]:
+def problems_of(recipe: SFTRecipe | GRPORecipe, encode: Encode, folder: Path, where: World) -> list[str]:
     """What would end a run of this recipe, one line each; nothing is changed but that the images of the rows looked at are stored.
 
-    encode: what the loop makes of each row.
+    encode: what the loop makes of each row; folder: the stage's.
     """
-    return [" ".join(problem.split()) for problem in _problems(recipe, encode)]
+    return [" ".join(problem.split()) for problem in _problems(recipe, encode, folder, where)]
 
 
-def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode) -> Iterator[str]:
+def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, folder: Path, where: World) -> Iterator[str]:
+    yield from (misfits := check_checkpoint(recipe.model.path))
+    if not misfits:
+        yield from _room(recipe, folder, where)
     processor = None
     try:
         processor = _processor(recipe)
     except (ValueError, OSError) as error:
-        yield f"model.path: {recipe.model.path!r} has no tokenizer and image processor that can be read ({error})"
+        if not misfits:
+            yield f"model.path: {recipe.model.path!r} has no tokenizer and image processor that can be read ({error})"
     if not recipe.data.sources:
         yield "data.sources: none given"
     row: Row | None = None
+    pixels = 0.0
     for source in recipe.data.sources:
         rows, problems = _first(source, processor, encode, skip=recipe.data.on_bad_row == "skip")
         yield from (f"data.sources: {problem}" for problem in problems)
         row = row or next(iter(rows), None)
+        if processor is not None and rows and not problems:
+            pixels += _pixel_bytes(source, rows, processor)
+    if processor is not None:
+        store = processor.store.folder
+        kept = (store / "pixels").stat().st_size if (store / "pixels").exists() else 0
+        if pixels - kept > (free := shutil.disk_usage(store).free):
+            yield (
+                f"data.image_cache: the images need about {pixels / GB:.1f} GB, of which {store} has {kept / GB:.1f} and room for "
+                f"{free / GB:.1f}; name a folder on a larger disk, or lower model.max_pixels"
+            )
     for source in recipe.eval.sources:
         rows, problems = _first(source, processor, Processor.encode_prompt, skip=recipe.data.on_bad_row == "skip", truths=True)
         yield from (f"eval.sources: {problem}" for problem in problems)
@@ -60,6 +82,49 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode) -> Iterator[str]:
     ):
         if wanted and importlib.util.find_spec(package) is None:
             yield f"save.{package}: {package} is not installed; pip install {package}, or {off}"
+
+
+def _room(recipe: SFTRecipe | GRPORecipe, folder: Path, where: World) -> Iterator[str]:
+    """Too little disk for the checkpoints, or host memory for the run."""
+    weights = open_weights(resolve(recipe.model.path))
+    sizes = {module_name(name): math.prod(weights.shape(name)) for name in weights.names}
+    everything = sum(sizes.values())
+    frozen = sum(n for name, n in sizes.items() if name.startswith(recipe.model.freeze)) if recipe.model.freeze else 0
+    trained = 0 if recipe.model.lora.rank else everything - frozen  # adapters are small
+    checkpoint, final = STATE_BYTES * trained, 4 * everything
+    needed = (recipe.save.keep + 1) * checkpoint + final
+    there = sum(path.stat().st_size for path in folder.glob("step-*/*.safetensors"))
+    if needed - there > (free := shutil.disk_usage(folder if folder.exists() else Path.cwd()).free):
+        yield (
+            f"run: {folder} has room for {free / GB:.1f} GB; {recipe.save.keep + 1} checkpoints of {checkpoint / GB:.1f} GB (save.keep, and "
+            f"one under way) and the final model of {final / GB:.1f} GB need {needed / GB:.1f}; name a run folder on a larger disk"
+        )
+    memory = checkpoint  # the copy that is written while training goes on, over all ranks
+    if where.device.type == "cpu":
+        copies = 1 if recipe.dist.fsdp else where.size
+        memory += copies * (16 * trained + 4 * (everything - trained))  # weights, gradients and two moments
+    if memory > (available := _available()):
+        told = f"{memory / GB:.1f} GB of this machine's memory for weights, optimizer and the checkpoint being written"
+        yield f"the run needs about {told}, and {available / GB:.1f} are free"
+
+
+def _available() -> float:
+    """Bytes of memory that processes may still take; infinity where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return math.inf
+
+
+def _pixel_bytes(config: SourceConfig, rows: list[Row], processor: Processor) -> float:
+    """About how much a source's images take in the store: those of its first rows, for as many rows as show images of their own."""
+    source = open_source(config)
+    looked = min(NEIGHBOURS, len(source))
+    shown = [source.images(index) for index in range(looked)]
+    own = len(set(shown)) / looked if all(shown) else 1.0  # rows about the same images stand together
+    keys = [key for row in rows for key in (processor.store.put(image, row.where) for image in row.images)]
+    return own * len(source) * sum(processor.store.pixels(key).nbytes for key in keys) / len(rows)
 
 
 def _processor(recipe: SFTRecipe | GRPORecipe) -> Processor:

@@ -60,7 +60,7 @@ def begin(recipe: SFTRecipe | GRPORecipe, where: World, encode: Encode, stack: c
             stack.enter_context(locked(folder))
         except (ValueError, OSError) as error:
             problems.append(str(error) if isinstance(error, ValueError) else f"run: {folder} cannot be written ({error.strerror})")
-        problems += [*_changes(recipe, folder), *problems_of(recipe, encode)]
+        problems += [*_changes(recipe, folder), *problems_of(recipe, encode, folder, where)]
     if problems := where.gather(problems):
         raise Unready(problems)
     if where.main:
