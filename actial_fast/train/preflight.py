@@ -96,7 +96,7 @@ def _room(recipe: SFTRecipe | GRPORecipe, folder: Path, where: World) -> Iterato
     there = sum(path.stat().st_size for path in folder.glob("step-*/*.safetensors"))
     if needed - there > (free := shutil.disk_usage(folder if folder.exists() else Path.cwd()).free):
         yield (
-            f"run: {folder} has room for {free / GB:.1f} GB; {recipe.save.keep + 1} checkpoints of {checkpoint / GB:.1f} GB (save.keep, and "
+            f"run: {folder} has room for {free / GB:.1f} GB; {recipe.save.keep + 1} checkpoints of {checkpoint / GB:.1f} GB (save.keep and "
             f"one under way) and the final model of {final / GB:.1f} GB need {needed / GB:.1f}; name a run folder on a larger disk"
         )
     memory = checkpoint  # the copy that is written while training goes on, over all ranks
