@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -248,7 +250,7 @@ def test_torchrun_hands_the_signal_on_and_waits_for_the_save(recipes, tmp_path):
 
 @pytest.mark.slow
 def test_two_runs_on_one_folder(recipes, tmp_path):
-    each = case(tmp_path, "run", recipes["sft"], "sft")
+    each = case(tmp_path, "run", replace(recipes["sft"], steps=60), "sft")
     first = start(Path(each["recipe"]), "sft", "slow:update:0:1 slow:update:1:1")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not read_metrics(tmp_path / "run"):
@@ -280,6 +282,52 @@ def test_an_image_that_cannot_be_read_in_the_middle_of_a_run(recipes, lab, tmp_p
     again = start(Path(each["recipe"]), "sft")
     said, _ = again.communicate(timeout=180)
     assert again.returncode == 0 and "finished:" in said, said[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_kills_at_random_moments_change_nothing(kind, ranks, recipes, tmp_path):
+    """kill -9 to every process of the run, again and again, at random moments from its start to its end: the weights are the same to the last
+    bit. ACTIAL_TEST_KILLS: how often in each of the four cases (3)."""
+    kills, rng = int(os.environ.get("ACTIAL_TEST_KILLS", 3)), random.Random(f"{kind}{ranks}")
+    recipe = replace(
+        recipes[kind], dist=replace(recipes[kind].dist, fsdp=ranks > 1), steps=10, save=SaveConfig(every=3, keep=2, tensorboard=False)
+    )
+    whole = case(tmp_path, "undisturbed", recipe, kind)
+    began = time.monotonic()
+    process = start(Path(whole["recipe"]), kind, ranks=ranks)
+    said, _ = process.communicate(timeout=300)
+    seconds = time.monotonic() - began
+    assert process.returncode == 0, said[-2000:]
+    done = runs = 0
+    while done < kills:
+        runs += 1
+        each = case(tmp_path, f"run{runs}", recipe, kind)
+        while done < kills:
+            process = start(Path(each["recipe"]), kind, ranks=ranks)
+            try:
+                process.communicate(timeout=rng.uniform(0.3, 1.0) * seconds)
+                break  # it has finished before
+            except subprocess.TimeoutExpired:
+                kill_all(each["recipe"])
+                process.communicate(timeout=60)
+                done += 1
+        process = start(Path(each["recipe"]), kind, ranks=ranks)
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0 and "finished:" in said, said[-2000:]
+        assert equal(weights(tmp_path / f"run{runs}", kind), weights(tmp_path / "undisturbed", kind)), f"run {runs}"
+        assert [m["step"] for m in read_metrics(tmp_path / f"run{runs}")] == list(range(1, 11))
+    print(f"{kind}, {ranks} ranks: {done} kills, {runs} runs, all weights equal")
+
+
+def kill_all(word: str) -> None:
+    """SIGKILL to every process with `word` on its command line: a launcher and its ranks, which are sessions of their own."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if word.encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 # ---- what needs one rank only

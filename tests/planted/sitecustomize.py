@@ -5,4 +5,4 @@ import os
 if "RANK" in os.environ and os.environ.get("ACTIAL_TEST_FAULTS"):
     from tests.faults import plant
 
-    plant(os.environ["ACTIAL_TEST_FAULTS"], int(os.environ["RANK"]))
+    planted = plant(os.environ["ACTIAL_TEST_FAULTS"], int(os.environ["RANK"]))  # kept: they go with it
