@@ -53,14 +53,12 @@ ACCELERATORS = (
         "flash-attn 2",
         "flash-attn",
         "flash_attn",
-        "attention (PyTorch's own serves too)",
+        "attention under packing: plain (packed attention has PyTorch's own)",
         "flash-attn --no-build-isolation",
     ),
     ("flash-attn 3", "flash-attn-3", "flash_attn_interface", "attention on Hopper", "from source (hopper/ of Dao-AILab/flash-attention)"),
     ("flash-attn 4", "flash-attn-4", "flash_attn.cute", "attention on Hopper and Blackwell", "flash-attn-4 --pre"),
     ("Liger kernel", "liger-kernel", "", "fused layers", "liger-kernel"),
-    ("bitsandbytes", "bitsandbytes", "bitsandbytes", "8-bit optimizer states", "bitsandbytes"),
-    ("vLLM", "vllm", "", "fast sampling", "vllm"),
     ("quack", "quack-kernels", "quack", "CuTe kernels, a peer on the benches", "quack-kernels"),
 )
 

@@ -19,7 +19,11 @@ if not torch.cuda.is_available():  # before any kernel is imported: without a GP
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from actial_fast.data.sources.row import Row, Turn
+from actial_fast.data.sources.source import SourceConfig
 from actial_fast.data.sources.stream import Example
+from actial_fast.ops.spec import GRPOSpec
+from actial_fast.settings.recipe import DataConfig, GRPORecipe, ModelConfig, OptimConfig, SamplingConfig, SaveConfig, SFTRecipe
+from actial_fast.tasks.rewards import RewardConfig
 
 # the same examples on every run, so that whoever changes nothing sees nothing fail; HYPOTHESIS_RANDOM=1 draws new ones
 settings.register_profile("repeatable", derandomize=not os.environ.get("HYPOTHESIS_RANDOM"))
@@ -98,3 +102,39 @@ def example():
         return Example(Row(turns=turns, images=images, truth=truth, where=f"test:{seed}"), seed)
 
     return make
+
+
+@pytest.fixture
+def sft_recipe(lab, tmp_path) -> SFTRecipe:
+    """Six steps on the lab's questions."""
+    return SFTRecipe(
+        run=str(tmp_path / "run"),
+        model=ModelConfig(path=str(lab.model)),
+        data=DataConfig(sources=(SourceConfig(str(lab.questions / "train.jsonl")),), workers=1),
+        optim=OptimConfig(lr=1e-3, warmup_steps=2, weight_decay=0.01),
+        save=SaveConfig(every=2, keep=2, tensorboard=False),
+        steps=6,
+        batch_size=8,
+        micro_batch=3,
+    )
+
+
+@pytest.fixture
+def grpo_recipe(lab, tmp_path) -> GRPORecipe:
+    """Three steps. Replies are random, so the reward is one that random replies earn now and then."""
+    return GRPORecipe(
+        run=str(tmp_path / "run"),
+        model=ModelConfig(path=str(lab.model)),
+        data=DataConfig(
+            sources=(SourceConfig(str(lab.questions / "train.jsonl")), SourceConfig(str(lab.spatial / "train.parquet"))), workers=1
+        ),
+        rewards=(RewardConfig("tests.helpers:short", 1.0), RewardConfig("format", 0.5)),
+        sampling=SamplingConfig(n=4, max_new_tokens=8, batch_size=3),
+        loss=GRPOSpec(beta=0.05),
+        optim=OptimConfig(lr=3e-3, warmup_steps=0),
+        save=SaveConfig(every=1, keep=3, tensorboard=False),
+        steps=3,
+        prompts=4,
+        minibatch=2,
+        micro_batch=5,
+    )

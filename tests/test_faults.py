@@ -12,14 +12,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from actial_fast import grpo, sft
+from actial_fast import sft
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.report.metrics import read_events, read_metrics
 from actial_fast.settings.config import to_yaml
@@ -289,8 +288,8 @@ def test_an_image_that_cannot_be_read_in_the_middle_of_a_run(recipes, lab, tmp_p
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
 def test_kills_at_random_moments_change_nothing(kind, ranks, recipes, tmp_path):
-    """kill -9 to every process of the run, again and again, at random moments from its start to its end: the weights are the same to the last
-    bit. ACTIAL_TEST_KILLS: how often in each of the four cases (3)."""
+    """kill -9 to every process of the run, again and again, at random moments from its start to its end: the weights are the same to the
+    last bit. ACTIAL_TEST_KILLS: how often in each of the four cases (3)."""
     kills, rng = int(os.environ.get("ACTIAL_TEST_KILLS", 3)), random.Random(f"{kind}{ranks}")
     recipe = replace(
         recipes[kind], dist=replace(recipes[kind].dist, fsdp=ranks > 1), steps=10, save=SaveConfig(every=3, keep=2, tensorboard=False)
@@ -354,30 +353,3 @@ def test_a_failing_evaluation_is_logged_and_the_run_goes_on(recipes, lab, tmp_pa
     with pytest.raises(ValueError, match=r"eval.fatal: .*CUDA out of memory"):
         sft.train(replace(recipe, run=str(tmp_path / "fatal"), eval=replace(recipe.eval, fatal=True)))
     assert checkpoint.steps(tmp_path / "fatal" / "sft") == [1, 2], "the checkpoint of the step comes first"
-
-
-def test_b8_one_rank_has_the_advantages_of_many(recipes):
-    """Statistics of the whole batch do not depend on how it is spread over ranks."""
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randn(24, 2, generator=generator).numpy()
-    weights_ = torch.tensor([0.5, 2.0])
-    for scale in ("std", "batch_std", "none"):
-        for combine in ("sum_then_normalize", "normalize_then_sum"):
-            spec = replace(recipes["grpo"].advantages, scale=scale, combine=combine)
-            recipe = replace(recipes["grpo"], advantages=spec)
-            alone = SimpleNamespace(rank=0, gather=lambda items: items)
-            whole = grpo._advantages(table, weights_, recipe, alone)
-            parts = []
-            for rank, part in enumerate((table[:8], table[8:])):
-                ranks = SimpleNamespace(rank=rank, gather=lambda items: [table[:8], table[8:]])
-                parts.append(grpo._advantages(part, weights_, recipe, ranks))
-            assert torch.equal(torch.cat(parts), whole), (scale, combine)
-
-
-def test_b7_normalize_then_sum_happens(recipes):
-    """The example of the review: without it sample 0 has the other sign."""
-    rewards = torch.tensor([[1, 0], [0, 0], [1, 3], [0, 9], [0, 1], [1, 1], [1, 8], [0, 2]], dtype=torch.float32).numpy()
-    spec = replace(recipes["grpo"].advantages, combine="normalize_then_sum")
-    alone = SimpleNamespace(rank=0, gather=lambda items: items)
-    found = grpo._advantages(rewards, torch.tensor([0.5, 0.5]), replace(recipes["grpo"], advantages=spec), alone)
-    assert torch.allclose(found, torch.tensor([0.118, -1.171, 0.645, 0.408, -1.087, 0.202, 1.75, -0.866]), atol=1e-3)

@@ -31,55 +31,15 @@ from actial_fast.settings.recipe import (
     DataConfig,
     DistConfig,
     EvalConfig,
-    GRPORecipe,
     LoRAConfig,
-    ModelConfig,
-    OptimConfig,
-    SamplingConfig,
     SaveConfig,
-    SFTRecipe,
 )
-from actial_fast.tasks.rewards import RewardConfig, Scorer
+from actial_fast.tasks.rewards import Scorer
 from actial_fast.train import checkpoint
 from actial_fast.train.preflight import FIRST
 from actial_fast.train.samples import figures
 from actial_fast.train.stage import build_optimizer
 from tests.loops import ALONE, accumulate, log_probs
-
-
-@pytest.fixture
-def sft_recipe(lab, tmp_path):
-    return SFTRecipe(
-        run=str(tmp_path / "run"),
-        model=ModelConfig(path=str(lab.model)),
-        data=DataConfig(sources=(SourceConfig(str(lab.questions / "train.jsonl")),), workers=1),
-        optim=OptimConfig(lr=1e-3, warmup_steps=2, weight_decay=0.01),
-        save=SaveConfig(every=2, keep=2, tensorboard=False),
-        steps=6,
-        batch_size=8,
-        micro_batch=3,
-    )
-
-
-@pytest.fixture
-def grpo_recipe(lab, tmp_path):
-    """Replies are random, so the reward is one that random replies earn now and then."""
-    return GRPORecipe(
-        run=str(tmp_path / "run"),
-        model=ModelConfig(path=str(lab.model)),
-        data=DataConfig(
-            sources=(SourceConfig(str(lab.questions / "train.jsonl")), SourceConfig(str(lab.spatial / "train.parquet"))), workers=1
-        ),
-        rewards=(RewardConfig("tests.helpers:short", 1.0), RewardConfig("format", 0.5)),
-        sampling=SamplingConfig(n=4, max_new_tokens=8, batch_size=3),
-        loss=GRPOSpec(beta=0.05),
-        optim=OptimConfig(lr=3e-3, warmup_steps=0),
-        save=SaveConfig(every=1, keep=3, tensorboard=False),
-        steps=3,
-        prompts=4,
-        minibatch=2,
-        micro_batch=5,
-    )
 
 
 def losses(run: str, stage: str) -> list[float]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
 
 from actial_fast.integrations.liger import apply_liger
-from actial_fast.model.attention import IMPLEMENTATION, use_packed_attention
+from actial_fast.model.attention import IMPLEMENTATION, use_flash, use_packed_attention
 from actial_fast.model.vision import VisionArguments, encode_images, vision_arguments
 from actial_fast.model.weights import draw_adapters, fill, misfits, open_weights, parameters_on_meta, resolve, skeleton
 from actial_fast.ops.ranges import named
@@ -144,7 +144,7 @@ def load_policy(
     stored = open_weights(folder)
     lora = config.lora.rank > 0
     dtype = getattr(torch, config.frozen_dtype if lora else config.dtype)
-    model: Qwen2_5_VLForConditionalGeneration | PeftModel = skeleton(folder, dtype, config.attention)
+    model: Qwen2_5_VLForConditionalGeneration | PeftModel = skeleton(folder, dtype, "sdpa" if packed else config.attention)
     if wrong := misfits(model, stored, config.path):
         raise ValueError("; ".join(wrong))
     if lora:
@@ -168,11 +168,22 @@ def load_policy(
     if not policy.trained():
         raise ValueError("model.freeze: every parameter is frozen, nothing is left to train")
     if packed:
+        _choose_flash(config.attention, device)
         use_packed_attention(policy.base)
     policy = place(policy) if place else policy
     fill(policy, stored, device)
     draw_adapters(policy, seed)
     return policy.train()
+
+
+def _choose_flash(attention: str, device: torch.device) -> None:
+    """The kernels of packed attention by their name in a recipe, for the whole process."""
+    if attention == "eager":
+        raise ValueError("model.attention: packed attention has no eager form; set it to sdpa, or packing to plain")
+    if device.type == "cuda":
+        use_flash({"flash_attention_3": "FA3", "flash_attention_4": "FA4"}.get(attention, "FA2"))
+    elif attention != "sdpa":
+        raise ValueError(f"model.attention: {attention} needs CUDA, and this is {device.type}; set it to sdpa")
 
 
 def load_reference(

@@ -51,8 +51,9 @@ class ModelConfig:
     """Low-rank adapters."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention of transformers to use."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"] = "sdpa"
+    """Kernels of the attention. packing: packed: sdpa and flash_attention_2 are the flash kernels compiled into PyTorch, 3 (Hopper) and 4
+    (Hopper, Blackwell) those of the packages flash-attn-3 and flash-attn-4. packing: plain: transformers' attention of that name."""
     liger: Literal["auto", "on", "off"] = "auto"
     """Liger's RMSNorm, SwiGLU and rotary kernels in the model, on CUDA; auto = where liger-kernel is installed."""
     min_pixels: int = 0

@@ -65,7 +65,7 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, folder: Path, wher
             pixels += _pixel_bytes(source, rows, processor)
     if processor is not None:
         store = processor.store.folder
-        kept = (store / "pixels").stat().st_size if (store / "pixels").exists() else 0
+        kept = 512 * (store / "pixels").stat().st_blocks if (store / "pixels").exists() else 0  # the file has holes
         if pixels - kept > (free := shutil.disk_usage(store).free):
             yield (
                 f"data.image_cache: the images need about {pixels / GB:.1f} GB, of which {store} has {kept / GB:.1f} and room for "

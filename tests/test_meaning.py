@@ -1,0 +1,142 @@
+"""Numbers and words that mean what they say: each test is named after the fault of the review that it keeps away."""
+
+import itertools
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from actial_fast import grpo, sft
+from actial_fast.data.sources.source import SourceConfig
+from actial_fast.model.policy import load_policy
+from actial_fast.packing.batch import Sequence
+from actial_fast.settings.recipe import ModelConfig, OptimConfig, SaveConfig
+from actial_fast.tasks.rewards import RewardConfig
+from actial_fast.train import checkpoint
+from actial_fast.train.preflight import Unready
+from actial_fast.train.samples import Sample, figures
+from actial_fast.train.stage import set_learning_rate
+from tests.loops import ALONE
+
+
+@pytest.mark.parametrize(
+    ("attention", "says"),
+    [("eager", "packed attention has no eager form"), ("flash_attention_3", "flash_attention_3 needs CUDA, and this is cpu")],
+)
+def test_b16_attention_that_packed_passes_cannot_have_is_an_error(attention, says, lab):
+    config = ModelConfig(path=str(lab.model), attention=attention)
+    with pytest.raises(ValueError, match=f"model.attention: {says}"):
+        load_policy(config, ALONE.device, 0, packed=True)
+    if attention == "eager":
+        assert load_policy(config, ALONE.device, 0).base.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(("schedule", "total"), [("cosine", 7), ("linear", 7), ("linear", 1)])
+def test_b15_no_step_has_a_learning_rate_of_nothing(schedule, total):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+    config = OptimConfig(lr=1.0, warmup_steps=0, schedule=schedule)
+    rates = [set_learning_rate(optimizer, config, step, total) for step in range(1, total + 1)]
+    assert rates[0] == 1 and all(a > b > 0 for a, b in itertools.pairwise(rates))
+
+
+def test_b12_one_reply_a_prompt_teaches_nothing(grpo_recipe):
+    with pytest.raises(ValueError, match="n: must be at least 2, got 1"):
+        replace(grpo_recipe.sampling, n=1)
+
+
+def test_b10_weights_that_would_not_move_are_refused(sft_recipe):
+    with pytest.raises(ValueError, match=r"model.dtype: bfloat16 weights do not move"):
+        replace(sft_recipe, model=replace(sft_recipe.model, dtype="bfloat16"))
+
+
+def test_b11_what_no_reward_could_score_is_told_and_is_not_zero(grpo_recipe):
+    """Means are over what was scored; a group without a score is not one of equal rewards alone."""
+
+    def sample(reward):
+        rewards = np.array([reward], np.float32)
+        return Sample(Sequence(*[np.zeros(3, np.int64)] * 2, np.zeros((3, 3), np.int64)), "", np.zeros(2), rewards, reward, 0.0, 0, True)
+
+    recipe = replace(grpo_recipe, rewards=(RewardConfig("accuracy"),), sampling=replace(grpo_recipe.sampling, n=2))
+    stats = np.zeros(len(grpo.ops.STATS))
+    found = figures([sample(1.0), sample(np.nan), sample(0.5), sample(0.0)], stats, recipe, ALONE, 1.0)
+    assert found["reward"] == found["reward/accuracy"] == 0.5 and found["unscored"] == 0.25 and found["zero_variance_groups"] == 0.5
+    nothing = figures([sample(np.nan)] * 4, stats, recipe, ALONE, 1.0)
+    assert np.isnan(nothing["reward"]) and nothing["unscored"] == 1 and nothing["zero_variance_groups"] == 1
+
+
+def test_b13_a_preflight_names_everything_at_once(grpo_recipe, tmp_path, capsys):
+    sources = (SourceConfig(str(tmp_path / "gone.jsonl")),)
+    recipe = replace(
+        grpo_recipe,
+        data=replace(grpo_recipe.data, sources=(*sources, *grpo_recipe.data.sources)),
+        eval=replace(grpo_recipe.eval, sources=sources),
+        rewards=(RewardConfig("no.such.module:reward"), RewardConfig("format")),
+        save=SaveConfig(wandb="project", tensorboard=False),
+    )
+    with pytest.raises(Unready) as found:
+        grpo.train(recipe)
+    told = found.value.problems
+    assert [p.split(":")[0] for p in told] == ["data.sources", "eval.sources", "rewards", "save.wandb"], told
+    assert not (Path(recipe.run) / "grpo" / "recipe.yaml").exists()
+    with pytest.raises(Unready, match="qwen3_vl, this project trains qwen2_5_vl"):
+        other = tmp_path / "other"
+        shutil.copytree(grpo_recipe.model.path, other)
+        config = (other / "config.json").read_text()
+        (other / "config.json").write_text(config.replace('"qwen2_5_vl"', '"qwen3_vl"'))
+        grpo.train(replace(grpo_recipe, model=replace(grpo_recipe.model, path=str(other))))
+
+
+def test_b13_too_little_disk_is_told_before_the_run(sft_recipe, tmp_path, monkeypatch):
+    from actial_fast.train import preflight
+
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(Unready, match=r"room for 0.0 GB; 3 checkpoints .* name a run folder on a larger disk") as found:
+        sft.train(replace(sft_recipe, data=replace(sft_recipe.data, image_cache=str(tmp_path / "images"))))
+    assert any("image_cache" in p for p in found.value.problems)
+
+
+def test_b18_nothing_but_rows_that_are_too_long_ends_the_run(sft_recipe):
+    data = replace(sft_recipe.data, max_prompt_tokens=3, on_bad_row="skip")
+    with pytest.raises(Unready, match="over max_prompt_tokens=3"):
+        sft.train(replace(sft_recipe, data=data))
+
+
+def test_a_stage_whose_last_moment_was_cut_off_is_finished_from_its_checkpoint(sft_recipe, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Saver, "finish", lambda self, step: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sft.train(replace(sft_recipe, steps=2))
+    folder = Path(sft_recipe.run) / "sft"
+    assert checkpoint.final(folder) is None and checkpoint.steps(folder)[-1] == 2
+    assert sft.train(replace(sft_recipe, steps=2)) == checkpoint.final(folder)
+
+
+def test_b8_one_rank_has_the_advantages_of_many(grpo_recipe):
+    """Statistics of the whole batch do not depend on how it is spread over ranks."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(24, 2, generator=generator).numpy()
+    weights_ = torch.tensor([0.5, 2.0])
+    for scale in ("std", "batch_std", "none"):
+        for combine in ("sum_then_normalize", "normalize_then_sum"):
+            spec = replace(grpo_recipe.advantages, scale=scale, combine=combine)
+            recipe = replace(grpo_recipe, advantages=spec)
+            alone = SimpleNamespace(rank=0, gather=lambda items: items)
+            whole = grpo._advantages(table, weights_, recipe, alone)
+            parts = []
+            for rank, part in enumerate((table[:8], table[8:])):
+                ranks = SimpleNamespace(rank=rank, gather=lambda items: [table[:8], table[8:]])
+                parts.append(grpo._advantages(part, weights_, recipe, ranks))
+            assert torch.equal(torch.cat(parts), whole), (scale, combine)
+
+
+def test_b7_normalize_then_sum_happens(grpo_recipe):
+    """The example of the review: without it sample 0 has the other sign."""
+    rewards = torch.tensor([[1, 0], [0, 0], [1, 3], [0, 9], [0, 1], [1, 1], [1, 8], [0, 2]], dtype=torch.float32).numpy()
+    spec = replace(grpo_recipe.advantages, combine="normalize_then_sum")
+    alone = SimpleNamespace(rank=0, gather=lambda items: items)
+    found = grpo._advantages(rewards, torch.tensor([0.5, 0.5]), replace(grpo_recipe, advantages=spec), alone)
+    assert torch.allclose(found, torch.tensor([0.118, -1.171, 0.645, 0.408, -1.087, 0.202, 1.75, -0.866]), atol=1e-3)
