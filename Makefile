@@ -1,5 +1,7 @@
 # make quickstart   the whole job on a CPU: data, SFT, GRPO, evaluation, report (about 4 minutes after installation)
 # make test         all CPU tests, always the same (HYPOTHESIS_RANDOM=1: new examples); make test-slow adds the three full quickstart seeds; make lint: ruff, mypy
+# make test-faults  runs on two ranks with faults planted in them: signals, killed ranks, full disks (about 5 minutes); KILLS=25: and so many
+#                   kill -9 at random moments in each of four cases (an hour)
 # make gpu          on one GPU, 12 minutes: build, GPU tests, memcheck, errors, microbenchmarks, one 7B step; GPU_PYTHON=python3: that Python, as it is
 # make docs         the pages, into build/site; make package: wheel and sdist built, installed and tried in clean environments (about 2 minutes)
 # make bench        times the ops (CPU paths without a GPU) and compares with this machine's baseline; make bench-data: making the data
@@ -7,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-slow docs package gpu bench bench-data lint
+.PHONY: quickstart test test-slow test-faults docs package gpu bench bench-data lint
 quickstart: $(VENV)/installed
 	$(VENV)/bin/actial quickstart
 
@@ -15,7 +17,10 @@ test: $(VENV)/installed lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 
 test-slow: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -m slow -s
+	$(VENV)/bin/python -m pytest -m slow -s --ignore=tests/test_faults.py
+
+test-faults: $(VENV)/installed
+	ACTIAL_TEST_KILLS=$(or $(KILLS),1) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m slow -s tests/test_faults.py
 
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet

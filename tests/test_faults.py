@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from actial_fast import sft
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.report.metrics import read_events, read_metrics
+from actial_fast.report.page import write_report
 from actial_fast.settings.config import to_yaml
 from actial_fast.settings.recipe import (
     DataConfig,
@@ -349,6 +350,7 @@ def test_a_failing_evaluation_is_logged_and_the_run_goes_on(recipes, lab, tmp_pa
     (failed,) = [e for e in events if e["kind"] == "eval_failed"]
     assert failed["step"] == 2 and "OutOfMemoryError: CUDA out of memory" in failed["eval_failed"]["cause"]
     assert [e["step"] for e in events if e["kind"] == "eval"] == [4]
+    assert "step 2: questions/test was not evaluated: OutOfMemoryError" in write_report(tmp_path / "run").read_text()
     monkeypatch.setattr(evaluate, "generate", once)
     with pytest.raises(ValueError, match=r"eval.fatal: .*CUDA out of memory"):
         sft.train(replace(recipe, run=str(tmp_path / "fatal"), eval=replace(recipe.eval, fatal=True)))

@@ -84,6 +84,7 @@ def write_report(run_dir: Path) -> Path:
     body = [
         f'<header><p class="muted">actial_fast run &middot; {time.strftime("%Y-%m-%d %H:%M")} &middot; {escape(state)}</p>',
         f"<h1>{escape(run_dir.resolve().name)}</h1>{_headline(tables, rl)}</header>",
+        _section("What went wrong", _troubles(events)),
         _section("Evaluation", _evaluation(evals, tables, steps)),
         _section("Learning", _grid(_learning(metrics, evals, rl, steps))),
         _section("GRPO", _grid(_grpo(metrics, evals, rl, steps))),
@@ -121,6 +122,21 @@ def _section(title: str, content: str) -> str:
 
 def _folded(title: str, content: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{content}</details>"
+
+
+def _troubles(events: Sequence[Mapping[str, Any]]) -> str:
+    """Evaluations that failed and steps that were skipped, a line each; "" when all went well."""
+    lines = []
+    for event in events:
+        where = f"{event['stage']} step {event['step']:,}"
+        if event["kind"] == "eval_failed":
+            told = event["eval_failed"]
+            lines.append(f"{where}: {told['name']} was not evaluated: {told['cause']}")
+        elif event["kind"] == "skipped":
+            rows = event["skipped"]["rows"]
+            more = f" and {len(rows) - 3:,} more" if len(rows) > 3 else ""
+            lines.append(f"{where}: loss or gradient was NaN or infinite and was not applied; rows {', '.join(rows[:3])}{more}")
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
 
 
 # --- evaluations ---------------------------------------------------------------------------------------------------------------------
