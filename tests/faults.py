@@ -1,8 +1,9 @@
 """Faults planted in a run, and a program that 2 ranks run to go through many of them in one process each.
 
 A fault is written what:place:rank:call, for example kill:update:1:3: at its 3rd call, on rank 1, the place does it. Places: sample (each
-token), update (each forward and backward pass), save (each file a rank writes), eval (each source), reward (each call). What: kill
-(SIGKILL to this process), term (SIGTERM), raise, full (the disk), nan (the loss), slow (half a second, at this and all later calls).
+token), update (each forward and backward pass), save (each file a rank writes), eval (each source), forward (the sampler's forward passes,
+inside of the model), reward (each call). What: kill (SIGKILL to this process), term (SIGTERM), raise, full (the disk), nan (the loss), slow
+(half a second, at this and all later calls).
 In another program: PYTHONPATH=tests/planted and ACTIAL_TEST_FAULTS="kill:update:1:3 slow:sample:0:1".
 """
 
@@ -42,6 +43,7 @@ def plant(faults: str, rank: int) -> contextlib.ExitStack:
         "update": [(sft.ops, "linear_cross_entropy"), (grpo.ops, "linear_grpo_loss")],
         "save": [(checkpoint, "write")],
         "eval": [(evaluate, "generate")],
+        "forward": [(embedded, "_last_logits")],
         "reward": [(sys.modules[short.__module__], "short")],
     }
     stack = contextlib.ExitStack()

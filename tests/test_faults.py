@@ -109,6 +109,7 @@ def run_cases(folder: Path, cases: list[dict[str, Any]], seconds: float = 500) -
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "returned a view tensor" not in done.stderr, "B17: FSDP2 warns of what a pass returns"
     first, second = ({x["name"]: x for x in map(json.loads, Path(f"{out}.{rank}").read_text().splitlines())} for rank in (0, 1))
     assert first.keys() == second.keys() == {c["name"] for c in cases}
     assert all(first[name]["outcome"] == second[name]["outcome"] for name in first), "ranks that do not end alike"
@@ -119,7 +120,8 @@ def run_cases(folder: Path, cases: list[dict[str, Any]], seconds: float = 500) -
 
 
 def test_evaluations_of_every_size_and_numbers_that_are_not_finite(recipes, undisturbed, lab, tmp_path):
-    """20 sizes of an evaluation in batches of 4, a NaN in any forward pass of a step on either rank, and NaNs that do not end."""
+    """20 sizes of an evaluation in batches of 4, one that fails on one rank inside of the model, a NaN in any forward pass of a step on
+    either rank, and NaNs that do not end."""
     sizes = tuple(SourceConfig(str(lab.questions / "train.jsonl"), limit=n) for n in range(1, 21))
     measured = replace(recipes["sft"], steps=1, eval=EvalConfig(sources=sizes, batch_size=4, max_new_tokens=2))
     plants = {
@@ -131,6 +133,10 @@ def test_evaluations_of_every_size_and_numbers_that_are_not_finite(recipes, undi
     }
     cases = [case(tmp_path, "sizes", measured, "sft")]
     cases += [case(tmp_path, name, recipes[name.split()[0]], name.split()[0], faults) for name, faults in plants.items()]
+    evaluated = replace(
+        recipes["sft"], eval=EvalConfig((SourceConfig(str(lab.questions / "test.jsonl"), limit=5),), every=2, max_new_tokens=3)
+    )
+    cases.append(case(tmp_path, "broken pass", evaluated, "sft", "raise:forward:1:2"))
     endless = " ".join(f"nan:update:0:{call}" for call in range(5, 40))
     limited = replace(recipes["sft"], steps=12, optim=replace(recipes["sft"].optim, max_skipped=3))
     cases.append(case(tmp_path, "endless", limited, "sft", endless))
@@ -147,6 +153,10 @@ def test_evaluations_of_every_size_and_numbers_that_are_not_finite(recipes, undi
         (event,) = [e for e in read_events(tmp_path / name) if e["kind"] == "skipped"]
         assert event["skipped"]["rows"] and all("train.jsonl:" in row for row in event["skipped"]["rows"])
         assert not equal(weights(tmp_path / name, kind), undisturbed[kind]), "the step was not skipped"
+    assert found["broken pass"]["outcome"] == "finished"
+    events = read_events(tmp_path / "broken pass")
+    assert [(e["kind"], e["step"]) for e in events if "eval" in e["kind"]] == [("eval_failed", 2), ("eval", 4)]
+    assert equal(weights(tmp_path / "broken pass", "sft"), undisturbed["sft"]), "a pass that broke off has left something behind"
     assert found["endless"]["outcome"] == "NonFinite" and "3 optimizer steps in a row" in found["endless"]["said"]
     folder = tmp_path / "endless" / "sft"
     assert checkpoint.final(folder) is None, 'no wrong "finished"'

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from actial_fast import grpo, sft
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.model.policy import load_policy
+from actial_fast.ops.spec import NAMED, AdvantageSpec, GRPOSpec
 from actial_fast.packing.batch import Sequence
 from actial_fast.settings.recipe import ModelConfig, OptimConfig, SaveConfig
 from actial_fast.tasks.rewards import RewardConfig
@@ -21,6 +23,7 @@ from actial_fast.train.preflight import Unready
 from actial_fast.train.samples import Sample, figures
 from actial_fast.train.stage import set_learning_rate
 from tests.loops import ALONE
+from tests.test_faults import case, run_cases, weights
 
 
 @pytest.mark.parametrize(
@@ -131,6 +134,30 @@ def test_b8_one_rank_has_the_advantages_of_many(grpo_recipe):
                 ranks = SimpleNamespace(rank=rank, gather=lambda items: [table[:8], table[8:]])
                 parts.append(grpo._advantages(part, weights_, recipe, ranks))
             assert torch.equal(torch.cat(parts), whole), (scale, combine)
+
+
+def test_one_rank_equals_two_for_every_named_loss(grpo_recipe, tmp_path):
+    """And for statistics of the whole batch: weights after two steps of two updates."""
+    base = replace(
+        grpo_recipe,
+        data=replace(grpo_recipe.data, workers=0, max_prompt_tokens=220),
+        optim=OptimConfig(lr=1e-3, eps=1e-4, warmup_steps=0),  # an epsilon that keeps rounding of tiny gradients small
+        rewards=(RewardConfig("tests.faults:short", workers=0), RewardConfig("format", 0.5)),
+        save=SaveConfig(every=0, tensorboard=False),
+        pack_tokens=300,
+        log_rollouts=0,
+        steps=2,
+    )
+    recipes = {name: replace(base, loss=GRPOSpec.named(name)) for name in NAMED}
+    whole = AdvantageSpec(scale="batch_std", combine="normalize_then_sum")
+    recipes["whole batch"] = replace(base, advantages=whole)
+    recipes["whole batch, leave one out"] = replace(base, advantages=replace(whole, baseline="leave_one_out"))
+    found = run_cases(tmp_path, [case(tmp_path, name, recipe, "grpo") for name, recipe in recipes.items()])
+    assert {each["outcome"] for each in found.values()} == {"finished"}, found
+    for name, recipe in recipes.items():
+        alone = load_file(grpo.train(replace(recipe, run=str(tmp_path / "one" / name))) / "model.safetensors")
+        for key, value in weights(tmp_path / name, "grpo").items():
+            assert torch.allclose(value, alone[key], rtol=0, atol=2e-6), (name, key, (value - alone[key]).abs().max())
 
 
 def test_b7_normalize_then_sum_happens(grpo_recipe):

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -81,8 +80,6 @@ class Saver:
 
     def __init__(self, folder: Path, where: World, keep: int):
         self.folder, self.where, self.keep = folder, where, max(keep, 1)
-        # of its own, so that agreeing on files asks no device
-        self._group = None if where.mesh is None else dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._given_up = threading.Event()
         self._step = 0
@@ -126,7 +123,7 @@ class Saver:
                 (temporary / "state.json").write_text(json.dumps(about, indent=1))
             except OSError as problem:
                 error = _said(problem)
-        told = self._gather((_not_finite(rows), error))
+        told = self.where.gather([(_not_finite(rows), error)])
         if bad := sorted({name for names, _ in told for name in names}):
             self._discard(temporary)
             shown = ", ".join(bad[:5]) + (f" ({len(bad)} in all)" if len(bad) > 5 else "")
@@ -148,7 +145,7 @@ class Saver:
         """At a step's end: see whether the checkpoint under way is in place. Raises NotSaved on all ranks when one could not write."""
         if self._thread is None:
             return
-        told = self._gather((self._thread.is_alive(), self._error))
+        told = self.where.gather([(self._thread.is_alive(), self._error)])
         errors = [error for _, error in told if error]
         # rank 0 puts the checkpoint in place when it sees the others' files, which it would await for ever after an error
         if any(busy for busy, _ in (told[1:] if errors else told)):
@@ -215,14 +212,6 @@ class Saver:
         self._discard(temporary)
         message = f"{path_of(self.folder, step)}: the checkpoint was not written: {errors[0]}; older ones are untouched"
         raise NotSaved(message)
-
-    def _gather(self, item: Any) -> list[Any]:
-        """The items of all ranks, in rank order."""
-        if self._group is None:
-            return [item]
-        items = [None] * self.where.size
-        dist.all_gather_object(items, item, group=self._group)
-        return items
 
 
 def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, where: World) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import shutil
@@ -49,7 +50,7 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, folder: Path, wher
         yield from _room(recipe, folder, where)
     processor = None
     try:
-        processor = _processor(recipe)
+        processor = processor_of(recipe)
     except (ValueError, OSError) as error:
         if not misfits:
             yield f"model.path: {recipe.model.path!r} has no tokenizer and image processor that can be read ({error})"
@@ -121,13 +122,16 @@ def _pixel_bytes(config: SourceConfig, rows: list[Row], processor: Processor) ->
     """About how much a source's images take in the store: those of its first rows, for as many rows as show images of their own."""
     source = open_source(config)
     looked = min(NEIGHBOURS, len(source))
-    shown = [source.images(index) for index in range(looked)]
-    own = len(set(shown)) / looked if all(shown) else 1.0  # rows about the same images stand together
+    own = 1.0
+    with contextlib.suppress(BadRow):
+        shown = [source.images(index) for index in range(looked)]
+        own = len(set(shown)) / looked if all(shown) else 1.0  # rows about the same images stand together
     keys = [key for row in rows for key in (processor.store.put(image, row.where) for image in row.images)]
     return own * len(source) * sum(processor.store.pixels(key).nbytes for key in keys) / len(rows)
 
 
-def _processor(recipe: SFTRecipe | GRPORecipe) -> Processor:
+def processor_of(recipe: SFTRecipe | GRPORecipe) -> Processor:
+    """The recipe's preprocessing: its checkpoint's, within its limits."""
     model, data = recipe.model, recipe.data
     limits = {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels, "max_prompt": data.max_prompt_tokens}
     return Processor.load(model.path, **limits, image_cache=data.image_cache)

@@ -29,7 +29,7 @@ from actial_fast.train.dist import World, shard
 from actial_fast.train.guard import Guard
 from actial_fast.train.lock import locked
 from actial_fast.train.phases import Phases, measured_rate
-from actial_fast.train.preflight import Encode, Unready, problems_of
+from actial_fast.train.preflight import Encode, Unready, problems_of, processor_of
 from actial_fast.train.profile import Window
 
 MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "data.image_cache", "dist.", "profile.")  # keys that a resumed run may set anew
@@ -152,8 +152,7 @@ def open_stage(recipe: SFTRecipe | GRPORecipe, start: int, where: World, encode:
     torch.manual_seed(recipe.seed)
     place = functools.partial(shard, where=where) if recipe.dist.fsdp else None
     policy = load_policy(model, where.device, recipe.seed, packed=recipe.packing == "packed", place=place)
-    limits = {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels, "max_prompt": data.max_prompt_tokens}
-    processor = Processor.load(model.path, **limits, image_cache=data.image_cache)
+    processor = processor_of(recipe)
     optimizer = build_optimizer(policy, recipe.optim)
     stream = Stream(
         data.sources,
