@@ -1,4 +1,4 @@
-"""The models and sizes that bench.step.step times: Qwen2.5-VL-7B, and a tiny one to try the benchmark with where there is no GPU."""
+"""The models and sizes that bench.step times: Qwen2.5-VL-7B, a tiny one to try step.py with without a GPU, and update.py's narrow one."""
 
 from __future__ import annotations
 
@@ -82,3 +82,28 @@ SHAPES = {
         ceiling=512,
     ),
 }
+
+
+def narrow(vocabulary: int, hidden: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of the two configs of a Qwen2.5-VL that a CPU can train at real lengths: 4 layers, a tower of 4 blocks."""
+    text = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": 8 * hidden // 3,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.08,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]},
+        "max_position_embeddings": 8192,
+    }
+    vision = {
+        "depth": 4,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_heads": 4,
+        "out_hidden_size": hidden,
+        "fullatt_block_indexes": [3],
+        "initializer_range": 0.08,
+    }
+    return text, vision

@@ -52,6 +52,7 @@ from actial_fast.packing.packed_ops import collect, patchify
 from actial_fast.settings.recipe import GRPORecipe
 from actial_fast.train.dist import World
 from bench.harness.timing import machine
+from bench.step.shapes import narrow
 
 VOCABULARY, HIDDEN = 8192, 128
 SETTINGS = ImageSettings(14, 2, 2, 1, 10**9, 3, mean=(0.5,) * 3, std=(0.3,) * 3)
@@ -112,26 +113,7 @@ def _ids(tokenizer: PreTrainedTokenizerFast, *names: str) -> list[int]:
 
 def narrow_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     """The narrow Qwen2.5-VL, float32, the same weights for the same seed."""
-    text = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 8 * HIDDEN // 3,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.08,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]},
-        "max_position_embeddings": 8192,
-    }
-    vision = {
-        "depth": 4,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
-        "num_heads": 4,
-        "out_hidden_size": HIDDEN,
-        "fullatt_block_indexes": [3],
-        "initializer_range": 0.08,
-    }
+    text, vision = narrow(VOCABULARY, HIDDEN)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Qwen2_5_VLForConditionalGeneration(config_of(tokenizer, text, vision)).train()
