@@ -93,17 +93,17 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
                 window.at(step)
                 rate = set_learning_rate(optimizer, recipe.optim, step, total)
                 with phases("data"):
-                    examples = draw(stream, recipe.prompts, where)
-                samples = _sample(policy, processor, examples, recipe, where, scorer, replies.at(step), stop, phases)
+                    examples, kept = draw(stream, recipe.prompts, where), replies.at(step)
+                samples = _sample(policy, processor, examples, recipe, where, scorer, kept, stop, phases)
                 with phases("plan"):
                     minibatches = [[s for s in samples if s.minibatch == m] for m in range(recipe.prompts // recipe.minibatch)]
                     counts = [where.total([sum(map(len, each)), len(each)]) for each in minibatches]
-                    kept = [balanced(_kept(each, recipe), lambda s: s.sequence, recipe, processor, where) for each in minibatches]
-                    ahead = _passes(policy, reference, processor, kept, recipe, where)
-                kept = _log_probs(policy, reference, kept, ahead, recipe, stop, phases)
+                    moved = [balanced(_kept(each, recipe), lambda s: s.sequence, recipe, processor, where) for each in minibatches]
+                    ahead = _passes(policy, reference, processor, moved, recipe, where)
+                ready = _log_probs(policy, reference, moved, ahead, recipe, stop, phases)
                 stats, norms, mismatch = torch.zeros(len(ops.STATS), device=where.device), [], Mismatch(where)
                 with phases("update"):
-                    for m, (minibatch, count, rounds) in enumerate(zip(kept, counts, ahead.updates, strict=True)):
+                    for m, (minibatch, count, rounds) in enumerate(zip(ready, counts, ahead.updates, strict=True)):
                         # until the first optimizer step nothing has changed, so that the step may be given up
                         found = _accumulate(policy, minibatch, count, rounds, recipe, where, stop if m == 0 else NEVER, mismatch)
                         reduce_gradients(parameters, where)
@@ -123,18 +123,19 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
                 rejected, *failed = where.total([stream.rejected, *scorer.failed])
                 metrics |= {"rejected_rows": rejected} if rejected else {}
                 metrics |= {f"reward_failures/{r.name}": n for r, n in zip(recipe.rewards, failed, strict=True) if n}
-                log.step(step, metrics | {"skipped_updates": len(skipped)})
-                if recipe.log_rollouts and step in (1, (total + 1) // 2, total):
-                    log.event("rollouts", shown(processor.store, examples, samples, recipe), step)
-                if skipped:
-                    rows = [e.row.where for e in examples if e.position % len(norms) in skipped]
-                    report_skipped(log, guard, rows, step, where)
-                with phases("save"):
-                    if stop.agreed() or step == total or (recipe.save.every and step % recipe.save.every == 0):
+                with phases("log"):
+                    log.step(step, metrics | {"skipped_updates": len(skipped)})
+                    if recipe.log_rollouts and step in (1, (total + 1) // 2, total):
+                        log.event("rollouts", shown(processor.store, examples, samples, recipe), step)
+                    if skipped:
+                        rows = [e.row.where for e in examples if e.position % len(norms) in skipped]
+                        report_skipped(log, guard, rows, step, where)
+                    if where.main:
+                        replies.clear()
+                if stop.agreed() or step == total or (recipe.save.every and step % recipe.save.every == 0):
+                    with phases("save"):
                         stage.save(step)
-                    stage.saver.poll()
-                if where.main:
-                    replies.clear()
+                stage.saver.poll()
                 if stop.asked:
                     stage.saver.wait()
                     raise stop.stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
@@ -171,12 +172,12 @@ def _sample(
             texts[i] = [processor.decode(reply.ids) for reply in group]
             scorer.submit(i, texts[i], examples[i].row)
 
-    there = kept.load(positions, n) if kept else {}
-    have = {i: there[position] for i, position in enumerate(positions) if position in there}
     with contextlib.ExitStack() as whole:
         with phase("sync"):
             whole.enter_context(gathered(policy))
         with phase("sample"):
+            there = kept.load(positions, n) if kept else {}
+            have = {i: there[position] for i, position in enumerate(positions) if position in there}
             drawn(have, new=False)
             groups = generate(
                 policy,

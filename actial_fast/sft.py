@@ -91,13 +91,14 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
                     **times,
                     **({"rejected_rows": rejected} if rejected else {}),
                 }
-                log.step(step, metrics | {"skipped_updates": len(skipped)})
-                if skipped:
-                    report_skipped(log, guard, [example.row.where for example in examples], step, where)
-                with phases("save"):
-                    if stop.agreed() or step == total or (recipe.save.every and step % recipe.save.every == 0):
+                with phases("log"):
+                    log.step(step, metrics | {"skipped_updates": len(skipped)})
+                    if skipped:
+                        report_skipped(log, guard, [example.row.where for example in examples], step, where)
+                if stop.agreed() or step == total or (recipe.save.every and step % recipe.save.every == 0):
+                    with phases("save"):
                         stage.save(step)
-                    stage.saver.poll()
+                stage.saver.poll()
                 if stop.asked:
                     stage.saver.wait()
                     raise stop.stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")

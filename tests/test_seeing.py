@@ -85,7 +85,7 @@ def test_the_checkpoint_and_the_evaluation_are_told_behind_the_step(ran):
     found = {e["step"]: e["phases"] for e in read_events(run) if e["kind"] == "phases"}
     names = {step: {name.removeprefix("seconds/") for name in f if name.startswith("seconds/")} for step, f in found.items()}
     beginning = {0: {"eval", "other"}} if kind == "grpo" else {}
-    assert names == {**beginning, 1: {"save", "other"}, 2: {*AFTER, "other"}, 3: {*AFTER, "other"}}
+    assert names == {**beginning, 1: {"log", "save", "other"}, 2: {"log", *AFTER, "other"}, 3: {"log", *AFTER, "other"}}
     assert found[2]["tokens_per_s/eval"] > 0
 
 

@@ -24,6 +24,7 @@ COLOUR = {
     "old": 9,
     "reference": 3,
     "update": 1,
+    "log": 13,
     "save": 11,
     "eval": 2,
 }

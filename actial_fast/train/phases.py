@@ -33,8 +33,8 @@ from actial_fast.ops.ranges import named
 from actial_fast.train.dist import World
 
 # In the order of a step. data: rows, as far as the step waits for them; sync: weights to the sampler; plan: how passes are cut and shared
-# out; old, reference: passes without gradients for log-probs; update: forward, backward and optimizer.
-PHASES = ("data", "sync", "sample", "score", "plan", "old", "reference", "update", "save", "eval")
+# out; old, reference: passes without gradients for log-probs; update: forward, backward and optimizer; log: what is written down.
+PHASES = ("data", "sync", "sample", "score", "plan", "old", "reference", "update", "log", "save", "eval")
 Timer = Callable[[str], contextlib.AbstractContextManager[None]]
 
 
@@ -76,8 +76,8 @@ class Phases:
 
     @property
     def used(self) -> bool:
-        """Whether the window has a phase yet."""
-        return bool(self._marks)
+        """Whether the window has a checkpoint or an evaluation."""
+        return any(name in ("save", "eval") for _, _, name in self._marks)
 
     def metrics(self) -> dict[str, float]:
         """The window's figures, and a new window. To be called where the host has just waited for the device; every rank calls.

@@ -41,7 +41,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 from actial_fast import grpo
 from actial_fast.grpo import Sample
 from actial_fast.model.flops import PARTS, Work, images_once, minimum
-from actial_fast.model.policy import Policy, _add_adapters, load_policy, load_reference
+from actial_fast.model.policy import Policy, load_policy, load_reference
 from actial_fast.model.processor import Processor
 from actial_fast.quickstart import _resolved
 from actial_fast.settings.config import load_recipe
@@ -50,8 +50,9 @@ from actial_fast.tasks.rewards import Scorer
 from actial_fast.train.stage import open_stage
 from bench.harness.timing import machine
 from bench.step.minimum import work_of
+from bench.step.models import config_of, narrow_model, with_adapters
 from bench.step.shapes import SHAPES
-from bench.step.update import WHERE, Case, config_of, make_case, narrow_model, our_side, trl_side
+from bench.step.update import WHERE, Case, make_case, our_side, trl_side
 
 ABOUT = {"narrow": "narrow", "7b": "Qwen2.5-VL-7B's widths, 2 language layers, 2 vision blocks of which 1 has full attention"}
 
@@ -184,7 +185,7 @@ def _wide_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalG
 
 
 def _with_adapters(model: Qwen2_5_VLForConditionalGeneration, rank: int) -> Qwen2_5_VLForConditionalGeneration | PeftModel:
-    return _add_adapters(model, ModelConfig(lora=LoRAConfig(rank=rank)), seed=0) if rank else model
+    return with_adapters(model, ModelConfig(lora=LoRAConfig(rank=rank))) if rank else model
 
 
 def _base(model: Qwen2_5_VLForConditionalGeneration | PeftModel) -> Qwen2_5_VLForConditionalGeneration:

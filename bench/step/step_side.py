@@ -21,14 +21,15 @@ from transformers.utils import is_flash_attn_2_available
 from actial_fast import grpo, ops, sft
 from actial_fast.model.attention import use_packed_attention
 from actial_fast.model.flops import minimum
-from actial_fast.model.policy import Policy, _add_adapters
+from actial_fast.model.policy import Policy
 from actial_fast.ops.spec import GRPOSpec
 from actial_fast.settings.recipe import GRPORecipe, LoRAConfig, ModelConfig, SFTRecipe
 from actial_fast.train.dist import World
 from bench.harness.timing import CUDA, DEVICE, Tick, clock, gemm, gpu_state, release, seconds_of
 from bench.step.minimum import work_of
+from bench.step.models import config_of, with_adapters
 from bench.step.shapes import Shape
-from bench.step.update import CLIP_NORM, LEARNING_RATE, Case, _status, config_of, make_case, trl_side
+from bench.step.update import CLIP_NORM, LEARNING_RATE, Case, _status, make_case, trl_side
 
 DEVICE_TYPE = torch.autograd.DeviceType.CUDA if CUDA else torch.autograd.DeviceType.CPU
 DTYPE = torch.bfloat16 if CUDA else torch.float32
@@ -59,7 +60,7 @@ def measure(
     model, settings = random_model(shape, case, packed=path == "ours")
     settings |= {"divide": divide, "clip_norm": CLIP_NORM}
     if trained == "lora":
-        tuned, settings["lora_rank"] = _add_adapters(model, ModelConfig(lora=LoRAConfig(rank=RANK)), seed=0), RANK
+        tuned, settings["lora_rank"] = with_adapters(model, ModelConfig(lora=LoRAConfig(rank=RANK))), RANK
     else:
         tuned = model.requires_grad_(True)
     work = work_of(case.samples, case.n)

@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from actial_fast import grpo
 from actial_fast.grpo import Sample
@@ -52,9 +52,8 @@ from actial_fast.packing.packed_ops import collect, patchify
 from actial_fast.settings.recipe import GRPORecipe
 from actial_fast.train.dist import World
 from bench.harness.timing import machine
-from bench.step.shapes import narrow
+from bench.step.models import VOCABULARY, narrow_model, token_ids
 
-VOCABULARY, HIDDEN = 8192, 128
 SETTINGS = ImageSettings(14, 2, 2, 1, 10**9, 3, mean=(0.5,) * 3, std=(0.3,) * 3)
 LEARNING_RATE, CLIP_NORM = 1e-5, 1.0
 LOSS_AGREES, GRADIENT_AGREES = 1e-4, 1e-3
@@ -83,7 +82,7 @@ class Case:
 def make_case(prompts: int, n: int, mean: float, folder: str, seed: int = 0) -> Case:
     """Prompts with two images of about 320 merged tokens each (noise, kept in a store in `folder`) and n completions of `mean` tokens."""
     tokenizer, rng = build_tokenizer(["text"], 10), np.random.default_rng(seed)
-    start, pad, end = _ids(tokenizer, "vision_start", "image_pad", "vision_end")
+    start, pad, end = token_ids(tokenizer, "vision_start", "image_pad", "vision_end")
     store, samples = ImageStore(SETTINGS, Path(folder)), []
     for _ in range(prompts):
         pieces, grids, images = [_text(rng, 60)], [], []
@@ -107,34 +106,6 @@ def _text(rng: np.random.Generator, length: int) -> np.ndarray:
     return rng.integers(1000, VOCABULARY, length)
 
 
-def _ids(tokenizer: PreTrainedTokenizerFast, *names: str) -> list[int]:
-    return [tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names]
-
-
-def narrow_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
-    """The narrow Qwen2.5-VL, float32, the same weights for the same seed."""
-    text, vision = narrow(VOCABULARY, HIDDEN)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Qwen2_5_VLForConditionalGeneration(config_of(tokenizer, text, vision)).train()
-
-
-def config_of(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any], vision: dict[str, Any]) -> Qwen2_5_VLConfig:
-    """The config of a Qwen2.5-VL of these widths for this tokenizer's special tokens."""
-    pad, video, start, end = _ids(tokenizer, "image_pad", "video_pad", "vision_start", "vision_end")
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return Qwen2_5_VLConfig(
-        text_config=text | ends,
-        vision_config=vision,
-        image_token_id=pad,
-        video_token_id=video,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
-        initializer_range=text.get("initializer_range", 0.02),
-        attn_implementation="sdpa",
-    )
-
-
 @dataclass(frozen=True)
 class Side:
     """One way to make the update. prepare: builds its inputs, outside of the clock; accumulate: loss and backward, returns the loss.
@@ -154,7 +125,7 @@ def our_side(model: Qwen2_5_VLForConditionalGeneration | PeftModel, case: Case, 
         use_packed_attention(model)
     policy = Policy(model, torch.float32)
     recipe = GRPORecipe(packing=packing, micro_batch=micro_batch, loss=GRPOSpec(beta=0.0), prompts=case.prompts, minibatch=case.prompts)
-    (image,) = _ids(case.tokenizer, "image_pad")
+    (image,) = token_ids(case.tokenizer, "image_pad")
     processor = SimpleNamespace(image_token=image, pad=case.tokenizer.pad_token_id, merge=2, store=case.store)
 
     def accumulate() -> float:
@@ -219,7 +190,7 @@ def _trl_inputs(case: Case) -> dict[str, Any]:
     for b, (sequence, size) in enumerate(zip(sequences, sizes, strict=True)):
         span = slice(longest - size, longest - size + len(sequence))
         ids[b, span], mask[b, span] = torch.from_numpy(sequence.ids), 1
-    (image,) = _ids(case.tokenizer, "image_pad")
+    (image,) = token_ids(case.tokenizer, "image_pad")
     images, grids = [key for s in sequences for key in s.images], [g for s in sequences for g in s.grids]
     shown = {"pixel_values": patchify(collect(case.store, images)), "image_grid_thw": torch.tensor(grids)} if images else {}
     return {

@@ -13,7 +13,7 @@ from transformers.vision_utils import get_vision_window_index
 from actial_fast import grpo
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.model.flops import Least, Work, images_once, minimum, window_sizes
-from actial_fast.model.policy import _add_adapters, load_policy
+from actial_fast.model.policy import load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.ops.spec import GRPOSpec
 from actial_fast.settings.config import to_yaml
@@ -21,7 +21,7 @@ from actial_fast.settings.recipe import DataConfig, GRPORecipe, LoRAConfig, Mode
 from actial_fast.tasks.rewards import RewardConfig
 from actial_fast.train.account import Account
 from actial_fast.train.phases import Phases
-from bench.step import ledger, update
+from bench.step import ledger, models, update
 from bench.step.ledger import Count, attention_forward, counted, recipe_steps, shape_steps
 from bench.step.minimum import work_of
 from tests.loops import ALONE
@@ -56,7 +56,7 @@ def test_the_least_rows_and_pairs_are_those_that_predict_something(case):
 
 
 def test_without_images_the_tower_needs_nothing(case):
-    needed = minimum(update.narrow_model(case.tokenizer), Work(10, 55, 5, 10, {}), backward=False)
+    needed = minimum(models.narrow_model(case.tokenizer), Work(10, 55, 5, 10, {}), backward=False)
     assert needed["vision_forward"] == needed["vision_backward"] == needed["language_backward"] == 0 < needed["language_forward"]
 
 
@@ -69,7 +69,7 @@ def test_a_frozen_tower_sees_an_image_in_its_first_pass_only():
 
 def test_a_layer_that_is_trained_takes_three_products_and_a_frozen_one_what_lies_behind_asks_for(case):
     """By hand, in weights of the language model that 64 rows without images meet."""
-    model, work = update.narrow_model(case.tokenizer), Work(64, 0, 0, 64, {})
+    model, work = models.narrow_model(case.tokenizer), Work(64, 0, 0, 64, {})
     layer = sum(m.weight.numel() for m in model.model.language_model.layers[0].modules() if isinstance(m, torch.nn.Linear))
 
     def backward() -> float:
@@ -90,12 +90,12 @@ def test_a_layer_that_is_trained_takes_three_products_and_a_frozen_one_what_lies
 @pytest.mark.parametrize("frozen", [(), ("model.visual",), FIRST_LAYER, ("model.language_model", "model.visual.blocks")], ids=str)
 def test_what_a_step_is_charged_is_the_minimum(case, frozen):
     """With images of several sizes and without, of whole models and such with frozen parts and adapters."""
-    model = update.narrow_model(case.tokenizer)
+    model = models.narrow_model(case.tokenizer)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen) if frozen else True)
     work = work_of(case.samples, case.n)
     works = [work, replace(work, images={}), replace(work, images={"a": (1, 4, 6), "b": (1, 16, 8)}), Work(0, 0, 0, 0, {})]
-    adapted = _add_adapters(update.narrow_model(case.tokenizer), ModelConfig(lora=LoRAConfig(rank=8)), seed=0).get_base_model()
+    adapted = models.with_adapters(models.narrow_model(case.tokenizer), ModelConfig(lora=LoRAConfig(rank=8))).get_base_model()
     for base in (model, adapted):
         least = Least(base)
         for each, backward, adapters in itertools.product(works, (True, False), (True, False)):
@@ -184,7 +184,7 @@ def test_the_packed_step_does_what_is_needed_and_the_plain_one_repeats_it(tmp_pa
     ids=["tower", "head", "language model", "first layer", "first block"],
 )
 def test_a_step_with_frozen_parts_does_what_is_needed(case, frozen):
-    model = update.narrow_model(case.tokenizer)
+    model = models.narrow_model(case.tokenizer)
     whole = minimum(model, work_of(case.samples, case.n), backward=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen))
@@ -194,7 +194,7 @@ def test_a_step_with_frozen_parts_does_what_is_needed(case, frozen):
 
 
 def test_a_step_with_adapters_does_what_is_needed(case):
-    model = _add_adapters(update.narrow_model(case.tokenizer), ModelConfig(lora=LoRAConfig(rank=8, targets=("v_proj", "up_proj"))), seed=0)
+    model = models.with_adapters(models.narrow_model(case.tokenizer), ModelConfig(lora=LoRAConfig(rank=8, targets=("v_proj", "up_proj"))))
     base = model.get_base_model()
     work, found = count_packed(case, model)
     assert found == minimum(base, work, backward=True)

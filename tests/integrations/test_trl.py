@@ -28,7 +28,7 @@ from actial_fast.integrations import trl as ours
 from actial_fast.integrations.trl import FusedGRPOTrainer, LogProbFunction, patch_trl, spec_of, unpatch
 from actial_fast.model.tiny import build_tokenizer
 from bench.kernels import loss_memory
-from bench.step.update import config_of
+from bench.step.models import config_of
 from tests.head_cases import difference
 from tests.ops.test_equal_to_trl import importance_ratio
 

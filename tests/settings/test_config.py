@@ -164,7 +164,7 @@ def test_rejected_overrides(overrides, message):
         (SFTRecipe, "eval.batch_size=0", r"^eval\.batch_size: must be at least 1"),
         (SFTRecipe, "eval.temperature=-1", r"^eval\.temperature: must be at least 0"),
         (GRPORecipe, "minibatch=0", r"^minibatch: must be at least 1, got 0$"),
-        (GRPORecipe, "sampling.n=0", r"^sampling\.n: must be at least 1"),
+        (GRPORecipe, "sampling.n=0", r"^sampling\.n: must be at least 2"),
         (GRPORecipe, "sampling.temperature=0", r"^sampling\.temperature: must be above 0"),
         (GRPORecipe, "loss.clip_low=-0.1", r"^loss\.clip_low: must be >= 0, got -0\.1$"),
         (GRPORecipe, "loss.beta=-1", r"^loss\.beta: must be >= 0"),
