@@ -1,0 +1,112 @@
+"""Replies that outlive their run: what was drawn is read back to the last bit, and drawn no second time."""
+
+import numpy as np
+import pytest
+import torch
+
+from actial_fast import grpo
+from actial_fast.data.sources.stream import Stream
+from actial_fast.model.policy import load_policy
+from actial_fast.model.processor import Processor
+from actial_fast.rollout import embedded
+from actial_fast.rollout.embedded import Reply, generate
+from actial_fast.rollout.kept import Kept
+from actial_fast.tasks.rewards import Scorer
+from tests.loops import ALONE
+
+
+def replies(seed: int, n: int = 3) -> list[Reply]:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 6, n)
+    return [Reply(rng.integers(0, 99, k), rng.normal(size=k).astype(np.float32), bool(rng.integers(2))) for k in lengths]
+
+
+def same(a: list[Reply], b: list[Reply]) -> bool:
+    return all(
+        np.array_equal(x.ids, y.ids) and np.array_equal(x.logprobs, y.logprobs) and x.finished == y.finished
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def test_what_was_kept_is_read_back(tmp_path):
+    kept = Kept(tmp_path, "d1").at(7)
+    groups = {position: replies(position) for position in (12, 5, 8)}
+    kept.add({12: groups[12], 5: groups[5]})
+    kept.add({8: groups[8]})
+    found = Kept(tmp_path, "d1").at(7).load([5, 8, 12, 99], 3)
+    assert found.keys() == {5, 8, 12} and all(same(found[p], groups[p]) for p in found)
+    assert Kept(tmp_path, "d1").at(7).load([8], 3).keys() == {8} and not Kept(tmp_path, "d1").at(7).load([8], 4), (
+        "another number of replies"
+    )
+    kept.clear()
+    assert not kept.load([5], 3)
+
+
+@pytest.mark.parametrize(("digest", "step"), [("d2", 7), ("d1", 8)])
+def test_replies_of_other_weights_go(digest, step, tmp_path):
+    Kept(tmp_path, "d1").at(7).add({5: replies(5)})
+    other = Kept(tmp_path, digest).at(step)
+    assert not other.load([5], 3)
+    assert not Kept(tmp_path, "d1").at(7).load([5], 3), "they are not there for the next either"
+
+
+def test_a_torn_file_is_drawn_again(tmp_path):
+    kept = Kept(tmp_path, "d1").at(7)
+    kept.add({5: replies(5)})
+    (file,) = kept.folder.iterdir()
+    file.write_bytes(file.read_bytes()[:50])
+    kept.add({8: replies(8)})
+    assert kept.load([5, 8], 3).keys() == {8}
+
+
+def test_a_disk_that_takes_nothing_is_named(tmp_path):
+    (tmp_path / "replies").write_text("no folder")
+    kept = Kept(tmp_path, "d1")
+    kept.folder = tmp_path / "replies" / "step"
+    with pytest.raises(ValueError, match=r"cannot keep replies .*free space"):
+        kept.add({5: replies(5)})
+
+
+@pytest.fixture
+def setup(lab, grpo_recipe):
+    processor = Processor.load(str(lab.model))
+    policy = load_policy(grpo_recipe.model, torch.device("cpu"), 0, packed=True)
+    examples = Stream(grpo_recipe.data.sources, seed=0, workers=0, encode=processor.encode_prompt).next_batch(5)
+    return policy, processor, examples
+
+
+def draw(setup, **more):
+    policy, processor, examples = setup
+    keys = [(0, e.position) for e in examples]
+    return generate(policy, processor, [e.encoded for e in examples], 3, keys=keys, max_new_tokens=6, batch_size=2, **more)
+
+
+def test_only_the_rest_is_drawn_and_it_is_what_it_would_have_been(setup, monkeypatch):
+    batches = []
+    whole = draw(setup, drawn=batches.append)
+    assert sorted(i for batch in batches for i in batch) == list(range(5)) and len(batches) == 3
+    decoded = []
+    plain = embedded._decode
+    monkeypatch.setattr(embedded, "_decode", lambda *a: decoded.append(len(a[2])) or plain(*a))
+    again = draw(setup, have=batches[0] | batches[2])
+    assert decoded == [len(batches[1])], "a batch that is there was decoded again, or others with it"
+    assert all(same(a, b) for a, b in zip(again, whole, strict=True))
+
+
+def test_nothing_is_drawn_once_a_stop_is_asked(setup):
+    asked = iter([False] * 8 + [True] * 99)  # in the second batch
+    batches = []
+    found = draw(setup, drawn=batches.append, asked=lambda: next(asked))
+    assert len(batches) == 1 and [bool(group) for group in found] == [i in batches[0] for i in range(5)]
+
+
+def test_a_step_takes_what_an_interrupted_one_has_drawn(setup, grpo_recipe, tmp_path, monkeypatch):
+    policy, processor, examples = setup
+    kept = Kept(tmp_path, "d").at(1)
+    with Scorer(grpo_recipe.rewards) as scorer:
+        first = grpo._sample(policy, processor, examples, grpo_recipe, ALONE, scorer, kept)
+        monkeypatch.setattr(embedded, "_decode", lambda *a: pytest.fail("drawn again"))
+        second = grpo._sample(policy, processor, examples, grpo_recipe, ALONE, scorer, Kept(tmp_path, "d").at(1))
+    for a, b in zip(first, second, strict=True):
+        assert np.array_equal(a.sequence.ids, b.sequence.ids) and np.array_equal(a.sampled, b.sampled)
+        assert (a.text, a.advantage, a.reward, a.finished) == (b.text, b.advantage, b.reward, b.finished)
