@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
+PEER_LOST = 3  # the exit status of a rank that ended because another one had
 GRACE = 300  # seconds between being asked to stop and being ended: a forward pass, and a checkpoint, at the 7B's size
 
 
@@ -32,7 +34,9 @@ def launch(gpus: int, words: Sequence[str]) -> int:
         print(f"actial: asked to stop ({asked.sigval.name}); the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # ranks that ended because another had, or that torchrun then ended, are no cause; a signal is one, then an error of a rank's own
+        caused = (PEER_LOST, -signal.SIGTERM)
+        rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode in caused, item[1].exitcode >= 0, item[0]))
         if failure.exitcode == 2:  # the user's mistake, which a rank has named
             return 2
         why = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with status {failure.exitcode}"

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from actial_fast.cli import data, doctor, eval, export, recipe, report, train
+from actial_fast.cli.launch import PEER_LOST
 from actial_fast.cli.shared import one_line
 
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         for line in getattr(error, "problems", None) or [one_line(error)]:
             print(f"actial: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
-        return 2
+        return PEER_LOST if getattr(error, "peer_lost", False) else 2
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -33,6 +33,8 @@ class Agreed(ValueError):
 class PeerLost(ValueError):
     """Another rank has ended, or did not come for too long."""
 
+    peer_lost = True
+
 
 @dataclass(frozen=True)
 class World:
