@@ -1,6 +1,6 @@
 # make quickstart   the whole job on a CPU: data, SFT, GRPO, evaluation, report (about 4 minutes after installation)
 # make test         all CPU tests, always the same (HYPOTHESIS_RANDOM=1: new examples); make test-slow adds the three full quickstart seeds; make lint: ruff, mypy
-# make test-faults  runs on two ranks with faults planted in them: signals, killed ranks, full disks (about 5 minutes); KILLS=25: and so many
+# make test-faults  runs on two ranks with faults planted in them: signals, killed ranks, full disks (about 8 minutes); KILLS=25: and so many
 #                   kill -9 at random moments in each of four cases (an hour)
 # make gpu          on one GPU, 12 minutes: build, GPU tests, memcheck, errors, microbenchmarks, one 7B step; GPU_PYTHON=python3: that Python, as it is
 # make docs         the pages, into build/site; make package: wheel and sdist built, installed and tried in clean environments (about 2 minutes)

@@ -19,7 +19,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +129,6 @@ def run(train: Callable[[Any], Path], recipe: Any) -> dict[str, Any]:
         return {"outcome": type(error).__name__, "said": str(error), "trace": traceback.format_exc()}
     tensors = load_file(final / "model.safetensors")
     return {"outcome": "finished", "said": "", "finite": all(bool(t.isfinite().all()) for t in tensors.values())}
-
-
-def without(recipe: Any) -> Any:
-    """A recipe without logs that cost time."""
-    return replace(recipe, save=replace(recipe.save, tensorboard=False))
 
 
 if __name__ == "__main__":
