@@ -27,12 +27,13 @@ from actial_fast.model.policy import Policy, load_reference
 from actial_fast.model.processor import Processor
 from actial_fast.ops.ranges import named
 from actial_fast.packing.batch import Sequence
-from actial_fast.rollout.embedded import Reply, generate
+from actial_fast.rollout.engines import open_engine
 from actial_fast.rollout.kept import Kept
+from actial_fast.rollout.protocol import Draw, Engine, Reply, Watch, awake
 from actial_fast.settings.recipe import GRPORecipe
 from actial_fast.tasks.rewards import Scorer
 from actial_fast.train.account import Account
-from actial_fast.train.dist import Agreed, World, clip_gradients, gathered, is_sharded, reduce_gradients, shard, world
+from actial_fast.train.dist import Agreed, World, clip_gradients, is_sharded, reduce_gradients, shard, world
 from actial_fast.train.guard import Guard
 from actial_fast.train.mismatch import Mismatch
 from actial_fast.train.phases import Timer, untimed
@@ -81,11 +82,11 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
         log, stop = stack.enter_context(open_log(recipe, start, total, where)), stack.enter_context(Stop(where))
         scorer, replies = stack.enter_context(Scorer(recipe.rewards)), Kept(stage.folder, digest(recipe))
         phases, window = open_clock(recipe, start, where, log, stack)
-        account = Account(phases)
+        account, engine = Account(phases), open_engine(recipe, policy, processor, where, stack)
         try:
             for step in range(start + 1, total + 2):
                 mark = stage.mark()
-                held_out(policy, processor, recipe, where, log, step - 1, stop, phases)
+                held_out(engine, processor, recipe, where, log, step - 1, stop, phases)
                 if phases.used:
                     log.event("phases", phases.metrics(), step - 1)
                 if step > total:
@@ -94,7 +95,7 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
                 rate = set_learning_rate(optimizer, recipe.optim, step, total)
                 with phases("data"):
                     examples, kept = draw(stream, recipe.prompts, where), replies.at(step)
-                samples = _sample(policy, processor, examples, recipe, where, scorer, kept, stop, phases)
+                samples = _sample(engine, processor, examples, recipe, where, scorer, step - 1, kept, stop, phases)
                 with phases("plan"):
                     minibatches = [[s for s in samples if s.minibatch == m] for m in range(recipe.prompts // recipe.minibatch)]
                     counts = [where.total([sum(map(len, each)), len(each)]) for each in minibatches]
@@ -147,17 +148,19 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
 
 
 def _sample(
-    policy: Policy,
+    engine: Engine,
     processor: Processor,
     examples: Many[Example],
     recipe: GRPORecipe,
     where: World,
     scorer: Scorer,
+    version: int = 0,
     kept: Kept | None = None,
     stop: Stop = NEVER,
     phase: Timer = untimed,
 ) -> list[Sample]:
-    """n scored replies to each of this rank's prompts, in order, with their advantages. Every rank calls.
+    """n scored replies to each of this rank's prompts, in order, with their advantages, from the weights of step `version`. Every rank
+    calls.
 
     Groups are scored while others are still being sampled. kept: where finished groups go, and those of an interrupted run come from.
     """
@@ -174,24 +177,15 @@ def _sample(
 
     with contextlib.ExitStack() as whole:
         with phase("sync"):
-            whole.enter_context(gathered(policy))
+            whole.enter_context(awake(engine, version))
         with phase("sample"):
             there = kept.load(positions, n) if kept else {}
             have = {i: there[position] for i, position in enumerate(positions) if position in there}
             drawn(have, new=False)
-            groups = generate(
-                policy,
-                processor,
-                prompts,
-                n,
-                keys=[(recipe.seed, position) for position in positions],
-                temperature=recipe.sampling.temperature,
-                max_new_tokens=recipe.sampling.max_new_tokens,
-                batch_size=recipe.sampling.batch_size,
-                have=have,
-                drawn=drawn,
-                asked=lambda: stop.asked,
-            )
+            sampling = recipe.sampling
+            asked = Draw(n, sampling.temperature, sampling.max_new_tokens, sampling.kv_tokens)
+            keys = [(recipe.seed, position) for position in positions]
+            groups = engine.generate(prompts, asked, keys, Watch(have, drawn, asked=lambda: stop.asked))
     with phase("score"):
         stop.leave()
         rewards = _scores(scorer, len(examples), recipe, where)

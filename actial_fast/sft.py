@@ -21,6 +21,7 @@ from actial_fast.model.policy import Policy
 from actial_fast.model.processor import Processor
 from actial_fast.ops.ranges import named
 from actial_fast.packing.batch import Sequence
+from actial_fast.rollout.engines import open_engine
 from actial_fast.settings.recipe import SFTRecipe
 from actial_fast.train.account import Account
 from actial_fast.train.dist import World, clip_gradients, is_sharded, reduce_gradients, world
@@ -59,11 +60,11 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
         total = recipe.steps or max(1, round(recipe.epochs * stream.epoch_length / recipe.batch_size))
         log, stop = stack.enter_context(open_log(recipe, start, total, where)), stack.enter_context(Stop(where))
         phases, window = open_clock(recipe, start, where, log, stack)
-        account = Account(phases)
+        account, engine = Account(phases), open_engine(recipe, policy, processor, where, stack)
         try:
             for step in range(start + 1, total + 2):
                 mark = stage.mark()
-                results = held_out(policy, processor, recipe, where, log, step - 1, stop, phases)
+                results = held_out(engine, processor, recipe, where, log, step - 1, stop, phases)
                 if phases.used:
                     log.event("phases", phases.metrics(), step - 1)
                 if step > total or (results and _reached(results, recipe, step - 1)):

@@ -129,7 +129,7 @@ def grpo_recipe(lab, tmp_path) -> GRPORecipe:
             sources=(SourceConfig(str(lab.questions / "train.jsonl")), SourceConfig(str(lab.spatial / "train.parquet"))), workers=1
         ),
         rewards=(RewardConfig("tests.helpers:short", 1.0), RewardConfig("format", 0.5)),
-        sampling=SamplingConfig(n=4, max_new_tokens=8, batch_size=3),
+        sampling=SamplingConfig(n=4, max_new_tokens=8),
         loss=GRPOSpec(beta=0.05),
         optim=OptimConfig(lr=3e-3, warmup_steps=0),
         save=SaveConfig(every=1, keep=3, tensorboard=False),

@@ -41,7 +41,7 @@ def plant(faults: str, rank: int) -> contextlib.ExitStack:
         "sample": [(embedded, "_draw")],
         "update": [(sft.ops, "linear_cross_entropy"), (grpo.ops, "linear_grpo_loss")],
         "save": [(checkpoint, "write")],
-        "eval": [(evaluate, "generate")],
+        "eval": [(evaluate, "_replies")],
         "forward": [(embedded, "_last_logits")],
         "reward": [(sys.modules[short.__module__], "short")],
     }

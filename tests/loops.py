@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,10 +13,13 @@ from actial_fast.grpo import Sample
 from actial_fast.model.policy import Policy
 from actial_fast.model.processor import Processor
 from actial_fast.packing.batch import Sequence
+from actial_fast.rollout.embedded import Embedded
+from actial_fast.rollout.protocol import Draw, Reply, Watch, awake
 from actial_fast.settings.recipe import GRPORecipe
 from actial_fast.train.dist import World
 from actial_fast.train.rounds import Pass, Round, passes
 
+Key = tuple[int, ...]
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -33,3 +38,20 @@ def accumulate(policy: Policy, processor: Processor, samples: list[Sample], reci
     kept = grpo._kept(samples, recipe)
     (each,) = passes([Pass(policy, [s.sequence for s in kept], True)], recipe, processor, ALONE)
     return grpo._accumulate(policy, kept, (sum(map(len, samples)), len(samples)), each, recipe, ALONE)
+
+
+def generate(
+    policy: Policy,
+    processor: Processor,
+    prompts: list[Sequence],
+    n: int,
+    *,
+    keys: list[Key] | tuple[Key, ...] = (),
+    temperature: float = 1.0,
+    max_new_tokens: int,
+    kv_tokens: int = 0,
+    **watched: Any,
+) -> list[list[Reply]]:
+    """Replies of the embedded engine."""
+    with awake(Embedded(policy, processor), 0) as engine:
+        return engine.generate(prompts, Draw(n, temperature, max_new_tokens, kv_tokens), keys, Watch(**watched))

@@ -347,13 +347,13 @@ def kill_all(word: str) -> None:
 def test_a_failing_evaluation_is_logged_and_the_run_goes_on(recipes, lab, tmp_path, monkeypatch):
     from actial_fast.evaluation import evaluate
 
-    plain = evaluate.generate
+    plain = evaluate._replies
 
     def once(*args: Any, **kwargs: Any) -> Any:
-        monkeypatch.setattr(evaluate, "generate", plain)
+        monkeypatch.setattr(evaluate, "_replies", plain)
         raise torch.OutOfMemoryError("CUDA out of memory (a test)")
 
-    monkeypatch.setattr(evaluate, "generate", once)
+    monkeypatch.setattr(evaluate, "_replies", once)
     sources = (SourceConfig(str(lab.questions / "test.jsonl"), limit=3),)
     recipe = replace(recipes["sft"], run=str(tmp_path / "run"), dist=DistConfig(), eval=EvalConfig(sources, every=2, max_new_tokens=2))
     sft.train(recipe)
@@ -362,7 +362,7 @@ def test_a_failing_evaluation_is_logged_and_the_run_goes_on(recipes, lab, tmp_pa
     assert failed["step"] == 2 and "OutOfMemoryError: CUDA out of memory" in failed["eval_failed"]["cause"]
     assert [e["step"] for e in events if e["kind"] == "eval"] == [4]
     assert "step 2: questions/test was not evaluated: OutOfMemoryError" in write_report(tmp_path / "run").read_text()
-    monkeypatch.setattr(evaluate, "generate", once)
+    monkeypatch.setattr(evaluate, "_replies", once)
     with pytest.raises(ValueError, match=r"eval.fatal: .*CUDA out of memory"):
         sft.train(replace(recipe, run=str(tmp_path / "fatal"), eval=replace(recipe.eval, fatal=True)))
     assert checkpoint.steps(tmp_path / "fatal" / "sft") == [1, 2], "the checkpoint of the step comes first"

@@ -28,7 +28,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 SWAPPED = ("model.path", "run", "dist.fsdp")
 DATA = (".path", ".format")
 SIZES = {
-    *("steps", "batch_size", "prompts", "minibatch", "sampling.n", "sampling.max_new_tokens", "sampling.batch_size"),
+    *("steps", "batch_size", "prompts", "minibatch", "sampling.n", "sampling.max_new_tokens"),
     *("eval.every", "eval.limit", "eval.max_new_tokens", "save.every"),
 }
 

@@ -26,6 +26,7 @@ from actial_fast.model.processor import Processor
 from actial_fast.ops.spec import GRPOSpec
 from actial_fast.packing.packed_ops import collect, patchify
 from actial_fast.report.metrics import read_events, read_metrics
+from actial_fast.rollout.embedded import Embedded
 from actial_fast.settings.config import to_yaml
 from actial_fast.settings.recipe import (
     DataConfig,
@@ -164,7 +165,7 @@ def _moved(recipe, lab):
     policy = load_policy(recipe.model, ALONE.device, 0, packed=True)
     reference = load_policy(recipe.model, ALONE.device, 0, packed=True).eval()
     examples = Stream(recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4)
-    samples = grpo._sample(policy, processor, examples, recipe, ALONE, Scorer(recipe.rewards))
+    samples = grpo._sample(Embedded(policy, processor), processor, examples, recipe, ALONE, Scorer(recipe.rewards))
     samples = [replace(s, minibatch=0, advantage=0.0 if i < 4 else s.advantage) for i, s in enumerate(samples)]
     ahead = grpo._passes(policy, reference, processor, [samples], recipe, ALONE)
     (samples,) = grpo._log_probs(policy, reference, [samples], ahead, recipe)
@@ -190,7 +191,7 @@ def test_old_logprobs_only_after_the_first_minibatch_and_equal_the_samplers(grpo
     policy, processor = load_policy(grpo_recipe.model, ALONE.device, 0, packed=True), Processor.load(str(lab.model))
     reference = load_policy(grpo_recipe.model, ALONE.device, 0, packed=True).eval()
     examples = Stream(grpo_recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4)
-    samples = grpo._sample(policy, processor, examples, grpo_recipe, ALONE, Scorer(grpo_recipe.rewards))
+    samples = grpo._sample(Embedded(policy, processor), processor, examples, grpo_recipe, ALONE, Scorer(grpo_recipe.rewards))
     minibatches = [[s for s in samples if s.minibatch == m] for m in range(2)]
     ahead = grpo._passes(policy, reference, processor, minibatches, grpo_recipe, ALONE)
     samples = [s for each in grpo._log_probs(policy, reference, minibatches, ahead, grpo_recipe) for s in each]
@@ -221,7 +222,7 @@ def test_what_is_skipped_does_not_change_the_update(switch, grpo_recipe, lab):
     with torch.no_grad():
         reference.base.lm_head.weight.mul_(1.1)
     examples = Stream(grpo_recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4)
-    samples = grpo._sample(policy, processor, examples, grpo_recipe, ALONE, Scorer(grpo_recipe.rewards))
+    samples = grpo._sample(Embedded(policy, processor), processor, examples, grpo_recipe, ALONE, Scorer(grpo_recipe.rewards))
     found = []
     for value in (True, False):
         recipe = replace(grpo_recipe, loss=GRPOSpec(beta=0.0), skip_zero_variance=False, **{switch: value})

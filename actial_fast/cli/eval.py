@@ -20,7 +20,7 @@ def add(commands: Commands) -> None:
     test.add_argument("--limit", type=int, default=0, help="first rows of each source (default: all)")
     test.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
     test.add_argument("--max-new-tokens", type=int, default=1024, help="longest reply (default: %(default)s)")
-    test.add_argument("--batch-size", type=int, default=64, help="prompts decoded together (default: %(default)s)")
+    test.add_argument("--kv-tokens", type=int, default=0, help="most tokens whose keys and values are held (default: what fits)")
     test.add_argument("--seed", type=int, default=0, help="seed of sampling")
     test.add_argument("--json", type=Path, help="also write the figures to this file")
     test.set_defaults(run=_eval)
@@ -33,7 +33,7 @@ def _eval(args: argparse.Namespace) -> int:
     config = EvalConfig(
         sources=tuple(SourceConfig(path, args.format, system=args.system) for path in args.source),
         limit=args.limit,
-        batch_size=args.batch_size,
+        kv_tokens=args.kv_tokens,
         temperature=args.temperature,
         max_new_tokens=args.max_new_tokens,
     )

@@ -7,56 +7,58 @@ from typing import Any
 
 from actial_fast.data.sources.row import Row
 from actial_fast.data.sources.source import SourceConfig
-from actial_fast.data.sources.stream import Pass
+from actial_fast.data.sources.stream import Example, Pass
 from actial_fast.data.sources.tags import extract_answer, is_well_formed, same_answer
 from actial_fast.evaluation.statistics import Record, accuracy_table
-from actial_fast.model.policy import Policy, load_policy
+from actial_fast.model.policy import load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.report.metrics import MetricLog
-from actial_fast.rollout.embedded import generate
+from actial_fast.rollout.embedded import Embedded
+from actial_fast.rollout.protocol import Draw, Engine, Reply, Watch, awake
 from actial_fast.settings.recipe import EvalConfig, GRPORecipe, ModelConfig, SFTRecipe
-from actial_fast.train.dist import Agreed, World, gathered, recover, world
+from actial_fast.train.dist import Agreed, World, world
 from actial_fast.train.phases import Phases
 from actial_fast.train.stopping import NEVER, Stop
 
 
 def evaluate(
-    policy: Policy, processor: Processor, config: EvalConfig, where: World, *, seed: int = 0, on_bad_row: str = "error"
+    engine: Engine, processor: Processor, config: EvalConfig, where: World, *, seed: int = 0, on_bad_row: str = "error"
 ) -> dict[str, dict[str, Any]]:
     """The accuracy table of each source, by its folder's and file's name; every rank calls and gets the same result.
 
     A reply counts as right when the text in its <answer> tags, or the whole reply where it has none, equals the truth. on_bad_row: as
     data.on_bad_row. Raises ValueError, the same on every rank, for the first source that could not be evaluated.
     """
-    tables, failures = attempt(policy, processor, config, where, seed=seed, on_bad_row=on_bad_row)
+    tables, failures = attempt(engine, processor, config, where, seed=seed, on_bad_row=on_bad_row)
     for name, cause in failures.items():
         raise Agreed(f"evaluation of {name}: {cause}")
     return tables
 
 
 def attempt(
-    policy: Policy,
+    engine: Engine,
     processor: Processor,
     config: EvalConfig,
     where: World,
     *,
     seed: int = 0,
     on_bad_row: str = "error",
+    version: int = 0,
     stop: Stop = NEVER,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """`evaluate` that goes on: the tables of the sources that could be evaluated, and why the others could not, the same on every rank.
 
-    Weights are gathered once for all sources, and once more after one that fails. A rank that fails, for a row or for want of memory, still
-    meets the others where they wait for its records. Raises GivenUp on every rank once `stop` is asked.
+    The engine wakes, with the weights of step `version`, once for all sources, and once more after one that fails. A rank that fails, for a
+    row or for want of memory, still meets the others where they wait for its records. Raises GivenUp on every rank once `stop` is asked.
     """
     tables, failures = {}, {}
     left = _named(config)
     while left:
-        with gathered(policy):
+        with awake(engine, version):
             broken = False
             while left and not broken:
                 name, source = left.pop(0)
-                records, cause = _records(policy, processor, config, source, where, seed, on_bad_row, stop)
+                records, cause = _records(engine, processor, config, source, where, seed, on_bad_row, stop)
                 stop.leave()
                 causes = [c for c in where.gather([cause]) if c]
                 records = where.gather(records)
@@ -66,12 +68,12 @@ def attempt(
                 else:
                     tables[name] = accuracy_table(records)
         if broken:
-            recover(policy)
+            engine.recover()
     return tables, failures
 
 
 def held_out(
-    policy: Policy,
+    engine: Engine,
     processor: Processor,
     recipe: SFTRecipe | GRPORecipe,
     where: World,
@@ -93,7 +95,9 @@ def held_out(
     if before := where.gather([log.evaluated(step)])[0]:
         return before
     with phases("eval"):
-        tables, failures = attempt(policy, processor, config, where, seed=recipe.seed, on_bad_row=recipe.data.on_bad_row, stop=stop)
+        tables, failures = attempt(
+            engine, processor, config, where, seed=recipe.seed, on_bad_row=recipe.data.on_bad_row, version=step, stop=stop
+        )
     phases.add("eval", tokens=reply_tokens(tables) / where.size)
     log.event("eval", tables, step)
     for name, cause in failures.items():
@@ -114,12 +118,12 @@ def evaluate_checkpoint(model: Path | str, config: EvalConfig, seed: int = 0) ->
     with world() as where:
         # the dtype of the computation, so that nothing is cast again for every token
         weights = ModelConfig(path=str(model), dtype="bfloat16" if where.device.type == "cuda" else "float32")
-        policy = load_policy(weights, where.device, seed).eval()
-        return evaluate(policy, Processor.load(str(model)), config, where, seed=seed)
+        policy, processor = load_policy(weights, where.device, seed).eval(), Processor.load(str(model))
+        return evaluate(Embedded(policy, processor), processor, config, where, seed=seed)
 
 
 def _records(
-    policy: Policy,
+    engine: Engine,
     processor: Processor,
     config: EvalConfig,
     source: SourceConfig,
@@ -132,23 +136,21 @@ def _records(
     try:
         rows = Pass(source, limit=config.limit, on_bad_row=on_bad_row, encode=processor.encode_prompt, rank=where.rank, world=where.size)
         examples = [example for example in rows if example.row.truth]
-        replies = generate(
-            policy,
-            processor,
-            [example.encoded for example in examples],
-            1,
-            keys=[(seed, example.position) for example in examples],
-            temperature=config.temperature,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-            asked=lambda: stop.asked,
-        )
+        replies = _replies(engine, examples, config, seed, stop)
         if stop.asked:
             return [], ""
         drawn = zip(examples, replies, strict=True)
         return [_record(example.row, processor.decode(reply.ids), len(reply.ids)) for example, (reply,) in drawn], ""
     except Exception as error:  # whatever it is, the run goes on without this evaluation
         return [], f"{type(error).__name__}: {' '.join(str(error).split())[:500]}" if not isinstance(error, ValueError) else str(error)
+
+
+def _replies(engine: Engine, examples: list[Example], config: EvalConfig, seed: int, stop: Stop) -> list[list[Reply]]:
+    """One reply to each, or none once `stop` is asked."""
+    prompts, keys = [example.encoded for example in examples], [(seed, example.position) for example in examples]
+    return engine.generate(
+        prompts, Draw(1, config.temperature, config.max_new_tokens, config.kv_tokens), keys, Watch(asked=lambda: stop.asked)
+    )
 
 
 def _record(row: Row, response: str, length: int) -> Record:

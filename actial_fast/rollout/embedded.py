@@ -6,10 +6,9 @@ replies do not depend on how prompts are batched or spread over ranks, and a res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -20,67 +19,71 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from actial_fast.model.policy import Policy
 from actial_fast.model.processor import Processor
 from actial_fast.packing.batch import Sequence, collate
-from actial_fast.train.dist import gathered
+from actial_fast.rollout.protocol import UNWATCHED, Draw, Reply, Watch
+from actial_fast.train.dist import gathered, recover
+
+BATCH = 64  # prompts decoded together
 
 
-@dataclass(frozen=True)
-class Reply:
-    """One sampled reply. ids (n,) int64, with the token that ended it; logprobs (n,) float32 at the sampling temperature over the whole
-    vocabulary, as the trainer computes them; finished is False where the length limit cut it."""
+class Embedded:
+    """The engine that replies with the trainer's own module, whose weights are gathered while it is awake."""
 
-    ids: np.ndarray
-    logprobs: np.ndarray
-    finished: bool
+    own = True
 
+    def __init__(self, policy: Policy, processor: Processor):
+        self.version = -1
+        self._policy, self._processor = policy, processor
+        self._held = contextlib.ExitStack()
 
-@torch.no_grad()
-def generate(
-    policy: Policy,
-    processor: Processor,
-    prompts: Many[Sequence],
-    n: int,
-    *,
-    keys: Many[tuple[int, ...]] = (),
-    temperature: float = 1.0,
-    max_new_tokens: int,
-    batch_size: int = 64,
-    have: Mapping[int, list[Reply]] = MappingProxyType({}),
-    drawn: Callable[[dict[int, list[Reply]]], None] = lambda groups: None,
-    asked: Callable[[], bool] = lambda: False,
-) -> list[list[Reply]]:
-    """n replies to each prompt.
+    def wake(self) -> None:
+        """Gather sharded weights."""
+        self._held.enter_context(gathered(self._policy))
 
-    keys: one tuple of non-negative integers per prompt that fixes its random numbers (unused when temperature is 0, which is greedy).
-    batch_size: prompts decoded together. have: replies, by their prompt's index, that were drawn before; batches are cut as if they had not
-    been, so that the rest is what it would have been to the last bit. drawn: called with each batch's replies by index, in turn with the
-    decoding. asked: looked at between tokens; once it is true nothing more is drawn, and what is missing comes back as empty lists.
-    Returns, per prompt, its n replies; vision tokens are never among them. Every rank calls, with any number of prompts.
-    """
-    assert temperature == 0 or len(keys) == len(prompts), "one key per prompt"
-    was_training = policy.training
-    policy.eval()
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: little padding
-    replies: list[list[Reply]] = [have.get(i, []) for i in range(len(prompts))]
-    try:
-        with gathered(policy):
-            for start in range(0, len(order), batch_size):
-                chosen = [i for i in order[start : start + batch_size] if i not in have]
+    def sync(self, version: int) -> None:
+        """They are the trainer's own."""
+        self.version = version
+
+    def sleep(self) -> None:
+        """Back to this rank's share of them."""
+        self._held.close()
+
+    def recover(self) -> None:
+        """Whatever a pass that broke off left of the module's state and of its memory."""
+        recover(self._policy)
+
+    def close(self) -> None:
+        """Nothing is left to end."""
+
+    @torch.no_grad()
+    def generate(self, prompts: Many[Sequence], draw: Draw, keys: Many[tuple[int, ...]], watch: Watch = UNWATCHED) -> list[list[Reply]]:
+        """As the protocol says."""
+        assert draw.temperature == 0 or len(keys) == len(prompts), "one key per prompt"
+        policy, have, n = self._policy, watch.have or {}, draw.n
+        was_training = policy.training
+        policy.eval()
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: little padding
+        replies: list[list[Reply]] = [have.get(i, []) for i in range(len(prompts))]
+        try:
+            for start in range(0, len(order), BATCH):
+                chosen = [i for i in order[start : start + BATCH] if i not in have]
                 if not chosen:
                     continue
                 uniforms = None
-                if temperature > 0:
-                    rows = [np.random.default_rng(keys[i]).random((n, max_new_tokens)) for i in chosen]
+                if draw.temperature > 0:
+                    rows = [np.random.default_rng(keys[i]).random((n, draw.max_new_tokens)) for i in chosen]
                     uniforms = torch.from_numpy(np.concatenate(rows)).to(policy.device)
-                made = _decode(policy, processor, [prompts[i] for i in chosen], n, uniforms, temperature, max_new_tokens, asked)
+                wanted = [prompts[i] for i in chosen]
+                made = _decode(policy, self._processor, wanted, n, uniforms, draw.temperature, draw.max_new_tokens, watch.asked)
                 if made is None:
                     break
                 groups = {i: made[k * n : (k + 1) * n] for k, i in enumerate(chosen)}
                 for i, group in groups.items():
                     replies[i] = group
-                drawn(groups)
-    finally:
-        policy.train(was_training)
-    return replies
+                if watch.drawn:
+                    watch.drawn(groups)
+        finally:
+            policy.train(was_training)
+        return replies
 
 
 def _decode(

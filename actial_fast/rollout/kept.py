@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from actial_fast.rollout.embedded import Reply
+from actial_fast.rollout.protocol import Reply
 
 PARTS = ("ids", "logprobs", "lengths", "finished")
 

@@ -108,18 +108,26 @@ class EvalConfig:
     """Steps between evaluations; 0 = only after the last step."""
     limit: int = 0
     """Rows per evaluation, taken in order; 0 = all."""
-    batch_size: int = 64
-    """Prompts decoded together on one rank."""
     temperature: float = 0.0
     """0 = greedy; otherwise replies are sampled at this temperature."""
     max_new_tokens: int = 1024
     """Longest reply, in tokens."""
+    kv_tokens: int = 0
+    """As sampling.kv_tokens."""
     fatal: bool = False
     """Whether an evaluation that fails (a bad row, too little memory) ends the run; otherwise it is logged with its cause."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "every", "limit", "temperature")
-        _at_least(self, 1, "batch_size", "max_new_tokens")
+        _at_least(self, 0, "every", "limit", "temperature", "kv_tokens")
+        _at_least(self, 1, "max_new_tokens")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Who draws replies, in training and in evaluation."""
+
+    engine: Literal["embedded", "vllm"] = "embedded"
+    """embedded: the trainer's own module. vllm: an engine in each rank's process, which gets the weights of every step."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +222,8 @@ class SFTRecipe:
     """Optimizer."""
     eval: EvalConfig = EvalConfig()
     """Held-out evaluation."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Who draws the replies of evaluations."""
     save: SaveConfig = SaveConfig()
     """Checkpoints and logs."""
     dist: DistConfig = DistConfig()
@@ -259,11 +269,13 @@ class SamplingConfig:
     """Softmax temperature of sampling and of the loss's log-probs."""
     max_new_tokens: int = 4096
     """Longest reply, in tokens."""
-    batch_size: int = 64
-    """Prompts per decoding batch on one rank (each is expanded to n rows)."""
+    kv_tokens: int = 0
+    """Embedded engine: most tokens of prompts and replies whose keys and values are held at once on one rank, a prompt's counted once for
+    all its replies; as many replies are decoded together as find room. 0 = as many as free memory takes."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "max_new_tokens", "batch_size")
+        _at_least(self, 1, "max_new_tokens")
+        _at_least(self, 0, "kv_tokens")
         if self.n < 2:
             raise ValueError(
                 f"n: must be at least 2, got {self.n}: advantages are relative to a prompt's other replies, so one teaches nothing"
@@ -290,6 +302,8 @@ class GRPORecipe:
     """Prompts; questions about the same images need not come together here, since each is sampled `sampling.n` times anyway."""
     sampling: SamplingConfig = SamplingConfig()
     """Replies."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Who draws them."""
     rewards: tuple[RewardConfig, ...] = (RewardConfig("format", 0.5), RewardConfig("accuracy", 0.5))
     """Rewards and their weights: names from the registry or module:function."""
     advantages: AdvantageSpec = AdvantageSpec()

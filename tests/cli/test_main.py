@@ -376,7 +376,7 @@ def test_mistakes_in_eval_come_before_the_model_is_loaded(lab, tmp_path, mistake
     (tmp_path / "runs").mkdir()
     assert "model runs/nowhere: no such folder" in mistake("eval", "runs/nowhere", source)
     assert "nowhere.jsonl does not exist" in mistake("eval", lab.model, source, tmp_path / "nowhere.jsonl")
-    assert "batch_size: must be at least 1" in mistake("eval", lab.model, source, "--batch-size", 0)
+    assert "kv_tokens: must be at least 0" in mistake("eval", lab.model, source, "--kv-tokens", -1)
 
 
 def test_eval_of_a_folder_without_a_model(lab, tmp_path, mistake):

@@ -21,8 +21,8 @@ from actial_fast.model.attention import IMPLEMENTATION, use_packed_attention
 from actial_fast.model.policy import Policy
 from actial_fast.packing.batch import Sequence, mrope_positions
 from actial_fast.packing.images import ImageSettings, ImageStore
-from actial_fast.rollout.embedded import generate
 from tests.attention_case import DEVICE, Packed, cpu, pack, relative
+from tests.loops import generate
 
 VISION = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14, "initializer_range": 0.15}
 TEXT = {

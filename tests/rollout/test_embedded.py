@@ -8,8 +8,9 @@ from actial_fast.model.policy import load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.ops.reference import linear_logprob
 from actial_fast.packing.batch import collate
-from actial_fast.rollout.embedded import _draw, generate
+from actial_fast.rollout.embedded import _draw
 from actial_fast.settings.recipe import ModelConfig
+from tests.loops import generate
 
 CPU = torch.device("cpu")
 

@@ -9,10 +9,11 @@ from actial_fast.data.sources.stream import Stream
 from actial_fast.model.policy import load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.rollout import embedded
-from actial_fast.rollout.embedded import Reply, generate
+from actial_fast.rollout.embedded import Embedded
 from actial_fast.rollout.kept import Kept
+from actial_fast.rollout.protocol import Reply
 from actial_fast.tasks.rewards import Scorer
-from tests.loops import ALONE
+from tests.loops import ALONE, generate
 
 
 def replies(seed: int, n: int = 3) -> list[Reply]:
@@ -78,7 +79,7 @@ def setup(lab, grpo_recipe):
 def draw(setup, **more):
     policy, processor, examples = setup
     keys = [(0, e.position) for e in examples]
-    return generate(policy, processor, [e.encoded for e in examples], 3, keys=keys, max_new_tokens=6, batch_size=2, **more)
+    return generate(policy, processor, [e.encoded for e in examples], 3, keys=keys, max_new_tokens=6, **more)
 
 
 def test_only_the_rest_is_drawn_and_it_is_what_it_would_have_been(setup, monkeypatch):
@@ -104,9 +105,9 @@ def test_a_step_takes_what_an_interrupted_one_has_drawn(setup, grpo_recipe, tmp_
     policy, processor, examples = setup
     kept = Kept(tmp_path, "d").at(1)
     with Scorer(grpo_recipe.rewards) as scorer:
-        first = grpo._sample(policy, processor, examples, grpo_recipe, ALONE, scorer, kept)
+        first = grpo._sample(Embedded(policy, processor), processor, examples, grpo_recipe, ALONE, scorer, kept=kept)
         monkeypatch.setattr(embedded, "_decode", lambda *a: pytest.fail("drawn again"))
-        second = grpo._sample(policy, processor, examples, grpo_recipe, ALONE, scorer, Kept(tmp_path, "d").at(1))
+        second = grpo._sample(Embedded(policy, processor), processor, examples, grpo_recipe, ALONE, scorer, kept=Kept(tmp_path, "d").at(1))
     for a, b in zip(first, second, strict=True):
         assert np.array_equal(a.sequence.ids, b.sequence.ids) and np.array_equal(a.sampled, b.sampled)
         assert (a.text, a.advantage, a.reward, a.finished) == (b.text, b.advantage, b.reward, b.finished)

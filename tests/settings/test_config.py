@@ -161,7 +161,7 @@ def test_rejected_overrides(overrides, message):
         (SFTRecipe, "model.lora.rank=-1", r"^model\.lora\.rank: must be at least 0"),
         (SFTRecipe, "save.keep=0", r"^save\.keep: must be at least 1"),
         (SFTRecipe, "data.workers=-1", r"^data\.workers: must be at least 0"),
-        (SFTRecipe, "eval.batch_size=0", r"^eval\.batch_size: must be at least 1"),
+        (SFTRecipe, "eval.kv_tokens=-1", r"^eval\.kv_tokens: must be at least 0"),
         (SFTRecipe, "eval.temperature=-1", r"^eval\.temperature: must be at least 0"),
         (GRPORecipe, "minibatch=0", r"^minibatch: must be at least 1, got 0$"),
         (GRPORecipe, "sampling.n=0", r"^sampling\.n: must be at least 2"),
