@@ -104,12 +104,12 @@ def _room(recipe: SFTRecipe | GRPORecipe, folder: Path, where: World) -> Iterato
     if where.device.type == "cpu":
         copies = 1 if recipe.dist.fsdp else where.size
         memory += copies * (16 * trained + 4 * (everything - trained))  # weights, gradients and two moments
-    if memory > (available := _available()):
+    if memory > (available := available_memory()):
         told = f"{memory / GB:.1f} GB of this machine's memory for weights, optimizer and the checkpoint being written"
         yield f"the run needs about {told}, and {available / GB:.1f} are free"
 
 
-def _available() -> float:
+def available_memory() -> float:
     """Bytes of memory that processes may still take; infinity where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
