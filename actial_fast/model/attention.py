@@ -276,18 +276,16 @@ def attention_forward(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     packed: Any = None,
-    pages: Any = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls: query (B, H, L, D), key and value (B, K, L, D) -> (B, L, H, D), None.
 
-    With cu_seq_lens_q (from a vision tower) segments attend to themselves, with `packed` it is `prompt_once`; `pages` (a paged.Pages) keep
-    the keys and values and, without `packed`, are what is attended to; B is 1 in all three. With none of them, transformers' own sdpa
-    function. Under autocast the inputs are cast as F.scaled_dot_product_attention would cast them.
+    With cu_seq_lens_q (from a vision tower) segments attend to themselves, with `packed` it is `prompt_once`, B being 1 in both; with
+    neither, transformers' own sdpa function. Under autocast the inputs are cast as F.scaled_dot_product_attention would cast them.
     """
-    if packed is None and pages is None and cu_seq_lens_q is None:
+    if packed is None and cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     if attention_mask is not None or dropout or len(query) != 1 or query.shape[2] != key.shape[2]:
         raise ValueError(
@@ -298,10 +296,6 @@ def attention_forward(
         low = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(low), key.to(low), value.to(low)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if pages is not None:
-        pages.write(module.layer_idx, k, v)
-        if packed is None:
-            return pages.attend(module.layer_idx, q, scaling)[None], None
     if cu_seq_lens_q is None:
         return prompt_once(q, k, v, packed, scaling)[None], None
     lengths = () if query.is_cuda else tuple(cu_seq_lens_q.diff().tolist())

@@ -2,8 +2,9 @@
 
     (a)  a row attends to its own reply's tokens, the new one among them,       out_a, lse_a
     (b)  the rows of a prompt's replies attend to the prompt,                   out_b, lse_b
-and the two are merged as in attention.py. CUDA: kernels/decode.py, which reads each item's blocks once for all its rows. CPU: blocks are
-gathered and PyTorch's flash attention reads them. R rows, H query heads, K key-value heads, D head dimension, S tokens a block.
+and the two are merged as in attention.py. CUDA: kernels/decode.py, which reads each item's blocks once for all its rows. CPU in float32:
+the C++ extension (csrc/decode.cpp); without it, and in other dtypes, blocks are gathered for PyTorch's flash attention.
+R rows, H query heads, K key-value heads, D head dimension, S tokens a block.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from actial_fast.model.attention import merge
+from actial_fast.packing import native
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,26 @@ class Pages:
         for held, new in ((self.keys, k), (self.values, v)):
             held[layer].flatten(0, 1).index_copy_(0, self.slots, new.to(held.dtype))
 
-    def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
-        """Attention (R, H, D) of the rows' queries (R, H, D), whose keys and values have been written."""
-        assert self.own is not None and self.prefix is not None, "rows of whole sequences attend to each other"
+    def step(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+        """Attention (R, H, D) of the next tokens of R replies: queries (R, H, D), keys and values (R, K, D), which are kept, and their
+        rotary cosines and sines (R, D)."""
+        own, prefix = self.own, self.prefix
+        assert own is not None and prefix is not None, "rows of whole sequences attend to each other"
         keys, values = self.keys[layer], self.values[layer]
-        out, lse = _read(q, keys, values, self.own, scale)
-        merge(out, lse, *_read(q, keys, values, self.prefix, scale))
+        if native.AVAILABLE and q.dtype == torch.float32 and not q.is_cuda:
+            given = (q, k, v, cos, sin, keys, values, self.slots, own.table, own.tokens, prefix.rows, prefix.table, prefix.tokens)
+            return torch.from_numpy(native.decode_step(*(x.numpy() for x in given), scale=scale))
+        q, k = turned(q, cos, sin), turned(k, cos, sin)
+        self.write(layer, k, v)
+        out, lse = _read(q, keys, values, own, scale)
+        merge(out, lse, *_read(q, keys, values, prefix, scale))
         return out
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys (L, heads, D) turned by their positions' cosines and sines (L, D), in their own dtype."""
+    first, second = x.chunk(2, -1)
+    return (x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]).to(x.dtype)
 
 
 def _read(q: Tensor, keys: Tensor, values: Tensor, reads: Reads, scale: float) -> tuple[Tensor, Tensor]:

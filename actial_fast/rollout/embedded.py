@@ -82,7 +82,7 @@ class Embedded:
 @dataclass
 class Places:
     """Of S places for replies of up to L tokens: tokens (S, L) int64 and logprobs (S, L) float32 drawn so far, and the uniform numbers
-    (S, L) float64 to draw with."""
+    (S, L) float64 to draw with, zeros for greedy."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
@@ -98,17 +98,18 @@ class Batching:
         self._prompts, self._draw, self._keys = prompts, draw, keys
         lengths, limit = [len(p) for p in prompts], draw.max_new_tokens
         replies = len(prompts) * draw.n
-        most = sum(blocks_for(n - 1, SIZE) for n in lengths) + replies * blocks_for(limit, SIZE)
-        blocks = min(most, (draw.kv_tokens or kv_budget(policy)) // SIZE)
+        everything = sum(blocks_for(n - 1, SIZE) for n in lengths) + replies * blocks_for(limit, SIZE)
+        blocks = min(everything, (draw.kv_tokens or kv_budget(policy)) // SIZE)
         places = min(replies, MOST_ROWS)
         self.schedule = Schedule(lengths, draw.n, limit, blocks=blocks, size=SIZE, places=places)
-        self._decoder = Decoder(policy, processor, blocks=blocks, size=SIZE, temperature=draw.temperature)
         shape = places, limit
-        self._at = Places(np.zeros(shape, np.int64), np.zeros(shape, np.float32), np.zeros(shape if draw.temperature else (0, 0)))
+        self._at = Places(np.zeros(shape, np.int64), np.zeros(shape, np.float32), np.zeros(shape))
         self._last = np.array([p.ids[-1] for p in prompts])
         self._next = np.array([p.positions[0, -1] for p in prompts])  # the position of that token
         self._held = np.array(lengths) - 1  # tokens of each prompt that are not its replies' own
         self._table = np.zeros((len(prompts), max(blocks_for(n - 1, SIZE) for n in lengths)), np.int32)
+        most = draw.n, self.schedule.table.shape[1], self._table.shape[1]
+        self._decoder = Decoder(policy, processor, blocks=blocks, size=SIZE, temperature=draw.temperature, most=most)
         self._random: dict[int, np.ndarray] = {}  # (n, L) of prompts whose replies are not all complete
         self._left: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # tokens and log-probs of replies that had to leave
         self._made: dict[int, dict[int, Reply]] = {}
@@ -203,7 +204,7 @@ class Batching:
             tokens=tokens,
             positions=self._next[prompts] + drawn,
             slots=table[rows, drawn // SIZE].astype(np.int64) * SIZE + drawn % SIZE,
-            uniforms=at.uniforms[places, drawn] if self._draw.temperature else None,
+            uniforms=at.uniforms[places, drawn],
             own_table=table[:, : int(drawn.max()) // SIZE + 1],
             own_tokens=drawn + 1,
             members=members,

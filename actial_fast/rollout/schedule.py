@@ -11,7 +11,7 @@ S places for replies, N replies to each prompt. Blocks are counted from 1: block
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import numpy as np
 
@@ -76,31 +76,36 @@ class Schedule:
     def admit(self) -> tuple[list[int], list[tuple[int, int]]]:
         """Give places to as many waiting replies as find room: the prompts that must be read for them, and (place, tokens drawn before)
         of those that come back, whose own tokens must be read too."""
-        prompts, back = [], []
+        prompts: list[int] = []
+        back: list[tuple[int, int]] = []
+        new: list[int] = []
+        limit = self.table.shape[1]
+        growing = int((self.table[self.active, -1] == 0).sum())  # replies that may want another block
         while self._waiting and self.free_places:
             reply = self._waiting[0]
             prompt, before = reply // self.n, self._returned.get(reply, 0)
             own = blocks_for(before + 1, self.size)
             prefix = 0 if prompt in self.prefixes else blocks_for(self._prompts[prompt] - 1, self.size)
             # room for the next block of everybody who may grow, so that nobody has to leave again at once
-            growing = int((self.table[self.active, -1] == 0).sum()) + (own < self.table.shape[1])
-            need = prefix + own + (growing if len(self.active) else 0)
+            need = prefix + own + (growing + (own < limit) if new or len(self.active) else 0)
             if need > self.free:
-                self._release_idle(but=prompt)
+                self._release_idle({prompt, *(self.reply[new] // self.n).tolist()})
             if need > self.free:
                 break
             self._waiting.popleft()
+            self._returned.pop(reply, None)
             if prefix:
                 self.prefixes[prompt] = self._take(prefix)
                 prompts.append(prompt)
             place = self.free_places.pop()
             self.reply[place], self.drawn[place] = reply, before
-            self.table[place] = 0
             self.table[place, :own] = self._take(own)
-            self.active = np.append(self.active, place)
+            new.append(place)
+            growing += own < limit
             if before:
                 back.append((place, before))
-            self._returned.pop(reply, None)
+        if new:
+            self.active = np.concatenate([self.active, np.array(new, np.int64)])
         return prompts, back
 
     def grow(self) -> np.ndarray:
@@ -141,9 +146,9 @@ class Schedule:
     def _release(self, prompt: int) -> None:
         self._free.extend(self.prefixes.pop(prompt, np.empty(0, np.int32)).tolist())
 
-    def _release_idle(self, but: int = -1) -> None:
+    def _release_idle(self, but: Set[int] = frozenset()) -> None:
         """Free the prompts that no active reply reads; they are read again when one does."""
-        needed = {but, *(self.reply[self.active] // self.n).tolist()}
+        needed = but | set((self.reply[self.active] // self.n).tolist())
         for prompt in [p for p in self.prefixes if p not in needed]:
             self._release(prompt)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from actial_fast.kernels.decode import decode
-from actial_fast.model.paged import Pages, Reads
+from actial_fast.model.paged import Pages, Reads, _read, turned
 from tests.attention_case import DEVICE, relative
 
 SIZE = 16
@@ -65,24 +65,37 @@ class Case:
         tokens = np.array([lengths[s] for s in spans], np.int32)
         return Reads(*(torch.from_numpy(np.ascontiguousarray(x)).to(DEVICE) for x in (rows, table, tokens, place)))
 
-    def exact(self, layer):
+    def exact(self, layer, queries):
         """(R, H, D) in float64, every row with all its keys."""
         out = []
-        for r, q in enumerate(self.q):
+        for r, q in enumerate(queries):
             k, v = (self.keys[2 * layer + part][r].repeat_interleave(len(q) // self.keys[0][r].shape[1], 1) for part in (0, 1))
             weights = (torch.einsum("hd,khd->hk", q, k) * self.scale).softmax(-1)
             out.append(torch.einsum("hk,khd->hd", weights, v))
         return torch.stack(out)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32] if DEVICE == "cpu" else [torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [24, 30])
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-def test_rows_attend_to_their_prompt_and_to_their_own(groups, heads):
-    dtype = torch.float64 if DEVICE == "cpu" else torch.bfloat16
-    case = Case(groups, heads, 24, dtype)
+def test_rows_attend_to_their_prompt_and_to_their_own(groups, heads, dim, dtype):
+    """With keys and queries turned by their positions, and the new token's key and value where they belong; float32 on the CPU is the
+    extension, float64 its twin."""
+    case = Case(groups, heads, dim, torch.float64)
+    make = torch.Generator().manual_seed(1)
+    k, v = (torch.randn(len(case.q), heads[1], dim, generator=make, dtype=torch.float64) for _ in range(2))
+    angles = torch.randn(len(case.q), dim // 2, generator=make, dtype=torch.float64).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    last = [(int(t) - 1) for t in case.own.tokens]
+    slots = torch.tensor([int(case.own.table[r, t // SIZE]) * SIZE + t % SIZE for r, t in enumerate(last)])
+    pages = Pages(*(x.to(DEVICE, dtype) for x in (case.pages.keys, case.pages.values)), slots.to(DEVICE), case.own, case.prefix)
     for layer in (0, 1):
-        found = case.pages.attend(layer, case.q.to(DEVICE, dtype), case.scale)
-        assert relative(found, case.exact(layer)) < (1e-12 if DEVICE == "cpu" else 2e-2)
+        found = pages.step(layer, *(x.to(DEVICE, dtype) for x in (case.q, k, v, cos, sin)), case.scale)
+        for r in range(len(case.q)):  # the oracle's new token
+            case.keys[2 * layer][r][-1], case.keys[2 * layer + 1][r][-1] = turned(k, cos, sin)[r], v[r]
+        exact = case.exact(layer, turned(case.q, cos, sin))
+        assert relative(found, exact) < {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])], ids=str)
@@ -103,7 +116,6 @@ def test_the_kernel_reads_blocks(groups, heads, dim, dtype):
             x[~read] = math.nan
         out, lse = decode(*(x.to(DEVICE) for x in (q, *poisoned)), reads.rows, reads.table, reads.tokens, case.scale)
         pages = Pages(keys.double()[None], values.double()[None], torch.empty(0), reads, reads)
-        from actial_fast.model.paged import _read
 
         expected, expected_lse = _read(
             q.double().cpu(), pages.keys[0], pages.values[0], Reads(*(x.cpu() for x in vars(reads).values())), case.scale

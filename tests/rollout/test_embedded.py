@@ -1,5 +1,7 @@
 """The embedded sampler against the trainer's own forward pass and against transformers' generate."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,9 @@ from actial_fast.model.policy import load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.ops.reference import linear_logprob
 from actial_fast.packing.batch import collate
-from actial_fast.rollout import embedded
+from actial_fast.rollout import embedded, graphs
 from actial_fast.rollout.decoder import Decoder, draw
+from actial_fast.rollout.graphs import Graphs
 from actial_fast.rollout.schedule import Schedule
 from actial_fast.settings.recipe import ModelConfig
 from tests.loops import generate
@@ -113,6 +116,40 @@ def test_a_prompt_is_read_once_and_an_image_seen_once(setup, prompts, monkeypatc
     generate(policy, processor, again, 3, keys=[*KEYS, (0, 4)], max_new_tokens=1)
     assert rows == [sum(len(p) - 1 for p in again), 3 * len(again)]
     assert images == [len({key for p in again for key in p.images})]
+
+
+class Replayed(Graphs):
+    """Graphs without a GPU: a replay runs the step anew on the tensors that were recorded."""
+
+    replays = 0
+
+    def _recorded(self, inputs):
+        outputs = self._run(*inputs)
+
+        def replay():
+            type(self).replays += 1
+            for held, new in zip(outputs, self._run(*inputs), strict=True):
+                held.copy_(new)
+
+        return SimpleNamespace(replay=replay), inputs, outputs
+
+
+def test_replayed_graphs_draw_what_plain_steps_draw(setup, prompts, monkeypatch):
+    """Rows are filled up to a graph's number, prompts and blocks to their most; nothing of a step before is left in the next."""
+    policy, processor = setup
+    plain = generate(policy, processor, prompts, 7, keys=KEYS, max_new_tokens=30)
+    made = Decoder.__init__
+
+    def recording(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self._graphs = Replayed(self._step)
+
+    monkeypatch.setattr(graphs, "ASKED", 2)
+    monkeypatch.setattr(Decoder, "__init__", recording)
+    found = generate(policy, processor, prompts, 7, keys=KEYS, max_new_tokens=30)
+    assert Replayed.replays > 20 and ids(found) == ids(plain)
+    for a, b in zip((r for g in found for r in g), (r for g in plain for r in g), strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
 
 
 def test_a_group_that_is_dropped_is_not_drawn_any_further(setup, prompts):

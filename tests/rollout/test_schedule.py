@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actial_fast.rollout.decoder import rows_of_graph
+from actial_fast.rollout.graphs import rows_of_graph
 from actial_fast.rollout.schedule import Schedule, blocks_for
 
 
