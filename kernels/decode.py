@@ -4,9 +4,10 @@ together, so that the prompt's keys and values are read once for all of them.
     out[r] = softmax(q[r] K^T scale) V,   lse[r] = logsumexp(q[r] K^T scale),   K, V the item's first `tokens` keys and values
 
 N items of up to M rows each, R rows, H query heads, K key-value heads (K divides H), D head dimension, S tokens a block, C blocks an item.
-One program has the rows of an item that share a key-value head, M * H / K queries in tiles, and walks over the item's blocks with an online
-softmax: scores, softmax and sums in fp32.
-Bytes: per item and tile of rows tokens * 2 K D elements of keys and values; q and out once.
+A program has the rows of an item that share a key-value head and walks over the item's blocks with an online softmax, all sums in fp32.
+Two names for one program: prompt_kernel has tiles of 64 queries, which a warpgroup's matrix instruction takes; reply_kernel one tile of 16,
+enough for the H / K queries of a single row.
+Bytes: per item and tile tokens * 2 K D elements of keys and values; q and out once.
 """
 
 from __future__ import annotations
@@ -16,33 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-KIND = {"decode_kernel": "memory"}
+KIND = {"prompt_kernel": "matrix", "reply_kernel": "thin"}
 LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def decode_kernel(
-    out,  # (R, H, D)
-    lse,  # (H, R) fp32
-    q,  # (R, H, D)
-    keys,  # (blocks, S, K, D)
-    values,
-    rows,  # (N, M) int32, -1 where an item has fewer
-    table,  # (N, C) int32
-    tokens,  # (N,) int32, at least 1
-    R,
-    M,
-    C,
-    scale_log2,  # of the scores, times log2(e)
-    row_out,
-    row_q,
-    row_kv,  # from a token to the next
-    SHARE: tl.constexpr,  # H / K
-    S: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def read_blocks(
+    out, lse, q, keys, values, rows, table, tokens, R, M, C, scale_log2, row_out, row_q, row_kv,
+    SHARE: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The program of both kernels; arguments are theirs."""
     item = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     query = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -74,7 +58,59 @@ def decode_kernel(
         total = total * shrink + tl.sum(p, 1)
         peak = above
     tl.store(out + row[:, None] * row_out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask)
-    tl.store(lse + (head * SHARE + query % SHARE) * R.to(tl.int64) + row, (peak + tl.log2(total)) / 1.4426950408889634, real)
+    tl.store(lse + (head * SHARE + query % SHARE) * R.to(tl.int64) + row, (peak + tl.log2(total)) * 0.6931471805599453, real)
+
+
+@triton.jit
+def prompt_kernel(
+    out,  # (R, H, D)
+    lse,  # (H, R) fp32
+    q,  # (R, H, D)
+    keys,  # (blocks, S, K, D)
+    values,
+    rows,  # (N, M) int32, -1 where an item has fewer
+    table,  # (N, C) int32
+    tokens,  # (N,) int32, at least 1
+    R,
+    M,
+    C,
+    scale_log2,  # of the scores, times log2(e)
+    row_out,
+    row_q,
+    row_kv,  # from a token to the next
+    SHARE: tl.constexpr,  # H / K
+    S: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    read_blocks(out, lse, q, keys, values, rows, table, tokens, R, M, C, scale_log2, row_out, row_q, row_kv, SHARE, S, D, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def reply_kernel(
+    out,  # all as above
+    lse,
+    q,
+    keys,
+    values,
+    rows,
+    table,
+    tokens,
+    R,
+    M,
+    C,
+    scale_log2,
+    row_out,
+    row_q,
+    row_kv,
+    SHARE: tl.constexpr,
+    S: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    read_blocks(out, lse, q, keys, values, rows, table, tokens, R, M, C, scale_log2, row_out, row_q, row_kv, SHARE, S, D, BLOCK_M, BLOCK_D)
 
 
 def decode(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, table: Tensor, tokens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -88,8 +124,8 @@ def decode(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, table: Tensor,
     assert q.stride()[1:] == (D, 1) and keys.stride() == values.stride() and keys.stride()[1:] == (K * D, D, 1)
     assert S >= 16 and S & (S - 1) == 0, "a block is the side of a matrix product"
     out, lse = torch.empty_like(q), torch.empty(H, R, dtype=torch.float32, device=q.device)
-    block_m = min(64, max(16, triton.next_power_of_2(M * share)))
-    decode_kernel[(N, K, triton.cdiv(M * share, block_m))](
+    block_m = 64 if M * share > 16 else 16
+    (prompt_kernel if block_m == 64 else reply_kernel)[(N, K, triton.cdiv(M * share, block_m))](
         out,
         lse,
         q,
