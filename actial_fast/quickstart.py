@@ -52,7 +52,9 @@ class QuickstartRecipe:
     spatial: SpatialConfig = SpatialConfig()
     """Other spatial questions from the same captures, for the second stage."""
     cot_rows: int = 1000
-    """Pseudo chain-of-thought rows for the cold start."""
+    """Pseudo chain-of-thought rows for the cold start, of viewpoint questions."""
+    spatial_cot_rows: int = 400
+    """The same, of other spatial questions."""
     model: tiny.TinyConfig = tiny.TinyConfig()
     """The model, from random weights."""
     front: SFTRecipe = SFTRecipe(name="front")
@@ -83,7 +85,9 @@ def run(recipe: QuickstartRecipe) -> dict[str, Any]:
     built = steps.do("viewpoint", lambda: build(captures, questions, recipe.viewpoint))
     held_out = viewpoint_test_objects(questions / "test.jsonl")
     steps.do("spatial", lambda: spatial_questions(captures, root / "spatial", recipe.spatial, held_out))
-    steps.do("cot", lambda: _cold_start(train, root / "cot.jsonl", recipe))
+    spatial = SourceConfig(str(root / "spatial/train.parquet"), letters=True)
+    steps.do("cot", lambda: _cold_start(SourceConfig(str(train)), root / "cot.jsonl", recipe.cot_rows, recipe.seed))
+    steps.do("spatial cot", lambda: _cold_start(spatial, root / "spatial-cot.jsonl", recipe.spatial_cot_rows, recipe.seed))
     steps.do("basics", lambda: _basics(questions, captures, root, recipe.seed))
     steps.do("model", lambda: tiny.create(root / "model", _texts(root), recipe.model, recipe.seed))
 
@@ -154,11 +158,10 @@ class _Steps:
         _write_json(self._path, self._done)
 
 
-def _cold_start(train: Path, out: Path, recipe: QuickstartRecipe) -> dict[str, Any]:
+def _cold_start(train: SourceConfig, out: Path, rows: int, seed: int) -> dict[str, Any]:
     """Pseudo chains of thought written from the poses, for a sample of the training rows."""
-    source = open_source(SourceConfig(str(train)))
-    count = min(recipe.cot_rows, len(source))
-    done = write_cot(source, out, lambda row, rng: geometric_cot(row, rng, style="short"), seed=recipe.seed, count=count)
+    source = open_source(train)
+    done = write_cot(source, out, lambda row, rng: geometric_cot(row, rng, style="short"), seed=seed, count=min(rows, len(source)))
     return dataclasses.asdict(done)
 
 
@@ -175,7 +178,7 @@ def _basics(questions: Path, captures: Path, root: Path, seed: int) -> dict[str,
 def _texts(root: Path) -> Iterator[str]:
     """All training texts, for the tokenizer."""
     spatial = SourceConfig(str(root / "spatial/train.parquet"), letters=True)
-    paths = (root / name for name in ("viewpoint/train.jsonl", "cot.jsonl", "ring-train.jsonl"))
+    paths = (root / name for name in ("viewpoint/train.jsonl", "cot.jsonl", "spatial-cot.jsonl", "ring-train.jsonl"))
     for source in map(open_source, (*(SourceConfig(str(path)) for path in paths), spatial)):
         for i in range(len(source)):
             for turn in source[i].turns:

@@ -34,6 +34,10 @@ SHORT = {  # one wording a kind and no figures: a tiny model has to learn these 
     "object_translation": "The camera moved to the {ego}. For the object that is the {object}. So the answer is {letter}.",
     "ego_rotation": "The camera turned to the {turn}. So the answer is {letter}.",
 }
+SHORT_SPATIAL = {  # of captures/spatial.py; the answer, which the poses decided, says it all
+    "facing_side": "We see the {choice}. So the answer is {letter}.",
+    "turn_size": "The camera travelled {choice} round the object. So the answer is {letter}.",
+}
 IDENTIFY = (
     "The first image shows the object from one viewpoint and the second shows the same object from another. The object stands still, so "
     "every difference between them comes from the camera.",
@@ -87,10 +91,11 @@ LEAK = re.compile(r"\b(?:given|true|provided|supplied|told)\s+(?:the\s+)?(?:true
 
 
 def geometric_cot(row: Row, rng: random.Random, style: str = "full") -> str:
-    """A chain of thought for a viewpoint row, in which the poses make every statement true.
+    """A chain of thought for a viewpoint row, in which the poses make every statement true; in short also for some spatial rows.
 
     Args:
-        row: as viewpoint.rows gives it: kind, choices, truth (a letter) and the pair's `meta`.
+        row: as viewpoint.rows gives it: kind, choices, truth (a letter) and the pair's `meta`. Or a row of SAT's with a kind of
+            SHORT_SPATIAL and answered by letter.
         rng: chooses the wordings.
         style: "full" follows the paper's steps (identify the images, compare from the camera's and the object's perspective, analyse
             the movement asked about, synthesise, answer); "short" is two or three fixed sentences from SHORT, without figures.
@@ -100,6 +105,12 @@ def geometric_cot(row: Row, rng: random.Random, style: str = "full") -> str:
     """
     assert style in ("full", "short"), style
     meta = row.meta
+    if style == "short" and row.kind in SHORT_SPATIAL:
+        index = ord(row.truth) - ord("A") if len(row.truth) == 1 else -1
+        if not 0 <= index < len(row.choices):
+            raise BadRow(row.where or row.id, f"the truth is {row.truth!r}, no letter of {len(row.choices)} choices; open it with letters")
+        thought = SHORT_SPATIAL[row.kind].format(choice=row.choices[index], letter=row.truth)
+        return f"<think>{thought}</think><answer>{row.truth}</answer>"
     if row.kind not in SHORT or not {"azimuth_change_deg", "yaw_deg", *SHORT} <= set(meta):
         raise BadRow(row.where or row.id, f"kind {row.kind!r} with meta {sorted(meta)} is no viewpoint row; its poses are needed")
     choice = meta[row.kind]

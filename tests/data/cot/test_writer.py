@@ -338,6 +338,27 @@ def test_bad_rows_of_the_source_and_embedded_images(tmp_path, captures):
     assert got.id == "f.parquet:1" and got.images[0].read_bytes() == buffer.getvalue() and got.images[0].suffix == ".jpeg"
 
 
+@pytest.mark.parametrize(
+    ("kind", "choices", "truth", "says"),
+    [
+        ("facing_side", ("back", "left side"), "B", "<think>We see the left side. So the answer is B.</think><answer>B</answer>"),
+        (
+            "turn_size",
+            ("about 30 degrees", "about 60 degrees"),
+            "A",
+            "<think>The camera travelled about 30 degrees round the object. So the answer is A.</think><answer>A</answer>",
+        ),
+    ],
+)
+def test_short_chains_for_spatial_rows(kind, choices, truth, says):
+    row = Row((Turn("user", "Which?"),), truth=truth, kind=kind, choices=choices)
+    assert geometric_cot(row, random.Random(0), style="short") == says and check_cot(says, row) is None
+    with pytest.raises(BadRow, match="no letter of 2 choices; open it with letters"):
+        geometric_cot(replace(row, truth=choices[0]), random.Random(0), style="short")
+    with pytest.raises(BadRow, match="is no viewpoint row"):
+        geometric_cot(row, random.Random(0))
+
+
 # --- the endpoint
 
 
