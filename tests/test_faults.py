@@ -57,7 +57,7 @@ def recipes(lab, tmp_path_factory) -> dict[str, Any]:
         "grpo": GRPORecipe(
             prompts=4,
             minibatch=2,
-            sampling=SamplingConfig(n=4, max_new_tokens=8, batch_size=1),
+            sampling=SamplingConfig(n=4, max_new_tokens=8),
             rewards=(RewardConfig("tests.faults:short", workers=0),),
             optim=OptimConfig(lr=1e-3, warmup_steps=0),
             log_rollouts=0,
@@ -123,7 +123,7 @@ def test_evaluations_of_every_size_and_numbers_that_are_not_finite(recipes, undi
     """20 sizes of an evaluation in batches of 4, one that fails on one rank inside of the model, a NaN in any forward pass of a step on
     either rank, and NaNs that do not end."""
     sizes = tuple(SourceConfig(str(lab.questions / "train.jsonl"), limit=n) for n in range(1, 21))
-    measured = replace(recipes["sft"], steps=1, eval=EvalConfig(sources=sizes, batch_size=4, max_new_tokens=2))
+    measured = replace(recipes["sft"], steps=1, eval=EvalConfig(sources=sizes, max_new_tokens=2))
     plants = {
         "sft nan first": "nan:update:0:3",
         "sft nan other rank": "nan:update:1:4",
