@@ -148,11 +148,12 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
                     if drawn.version == step - 1:  # older ones are as far off as an update takes the policy
                         band.look(step, metrics)
                     groups.forget(_needed(stage, recipe, step))
-                if stop.agreed() or step == total or (recipe.save.every and step % recipe.save.every == 0):
+                ends = stop.agreed()  # asked a moment later, this rank alone would end
+                if ends or step == total or (recipe.save.every and step % recipe.save.every == 0):
                     with phases("save"):
                         stage.save(step, groups.cursor)
                 stage.saver.poll()
-                if stop.asked:
+                if ends:
                     stage.saver.wait()
                     raise stop.stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
         except GivenUp:
