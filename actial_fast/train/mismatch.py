@@ -92,7 +92,7 @@ class Band:
     def look(self, step: int, metrics: Mapping[str, float]) -> None:
         """At the metrics of a step whose replies were drawn with the weights that it began with."""
         found = metrics.get("mismatch/mean_abs", 0.0)
-        if self._told or found <= self._limit:
+        if self._told or not found > self._limit:
             return
         self._told = True
         text = f"mean |d log p| between sampler and trainer is {found:.2g}, rounding explains {self._limit:g}; usual causes: {CAUSES}"
