@@ -15,9 +15,10 @@ from actial_fast.train.dist import World
 
 FAR = 20.0  # log-ratios beyond are held there in the estimate of the KL, which they would make infinite
 BAND = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-"""Largest mean |d log p| that two correct engines show under the same weights, by the dtype they compute in. float32: ten times what the
-embedded engine and another one have shown on whole models (1e-6 to 1e-5). bfloat16: it has 8 bits, so that one rounding of a logit of 20 is
-up to 0.06 off and the mean of many below; a tiny model shows 0.002. A wrong image, a wrong template or forgotten weights show 0.1 to 10."""
+"""Largest mean |d log p| that is taken for rounding, by the dtype that the model computes in. float32: the tiny models of the tests show
+2e-7; this is 500 times that, room for depth, and a tenth of what one forgotten update changes there. bfloat16: it has 8 bits, so one
+rounding of a logit of 20 is up to 0.06 off; tiny models show 0.002. Other inputs show at once; a single forgotten update at a learning rate
+of 1e-6 may not, many do."""
 CAUSES = (
     "weights that are stale after a sync, another image preprocessing, another chat template, tokens that one side bans before its "
     "softmax, another temperature, or a lower dtype than the trainer's"
