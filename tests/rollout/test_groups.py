@@ -123,7 +123,7 @@ class Picky(Embedded):
 
     def __init__(self, policy, processor, seed):
         super().__init__(policy, processor)
-        self.rng, self.gave_up = np.random.default_rng(seed), 0
+        self.rng, self.gave_up, self.drew = np.random.default_rng(seed), 0, 0
 
     def generate(self, prompts, draw, keys, watch):
         out = [[] for _ in prompts]
@@ -133,6 +133,7 @@ class Picky(Embedded):
             if i not in (watch.have or {}) and watch.dropped(i):
                 self.gave_up += 1
                 continue
+            self.drew += i not in (watch.have or {})
             part = replace(
                 watch,
                 have={0: watch.have[i]} if i in (watch.have or {}) else {},
@@ -146,7 +147,7 @@ class Picky(Embedded):
 @pytest.mark.parametrize("reward", ["tests.helpers:fifth", "tests.rollout.test_groups:late"])
 def test_what_is_chosen_does_not_depend_on_the_order_of_drawing_nor_on_what_is_given_up(reward, base, lab, monkeypatch):
     monkeypatch.setattr(choosing, "LOOK", 0.0)
-    recipe = dynamic(replace(base, rewards=(RewardConfig(reward, workers=0 if "fifth" in reward else 2),)), 4.0)
+    recipe = dynamic(replace(base, rewards=(RewardConfig(reward, workers=0 if "fifth" in reward else 2),)), 6.0)
     policy, processor = load_policy(recipe.model, torch.device("cpu"), 0, packed=True), Processor.load(str(lab.model))
     found, gave_up = [], 0
     for seed in range(4):
@@ -155,7 +156,7 @@ def test_what_is_chosen_does_not_depend_on_the_order_of_drawing_nor_on_what_is_g
         with Scorer(recipe.rewards) as scorer:
             groups = Groups(engine, processor, stream, recipe, ALONE, scorer)
             found.append([groups.of(step) for step in (1, 2)])
-        assert stream.position == 32
+        assert stream.position == 48
         gave_up += engine.gave_up if seed else 0
     assert gave_up > 5, "nothing was given up"
     for each in found[1:]:
@@ -165,7 +166,7 @@ def test_what_is_chosen_does_not_depend_on_the_order_of_drawing_nor_on_what_is_g
             for x, y in zip(a.samples, b.samples, strict=True):
                 assert np.array_equal(x.sequence.ids, y.sequence.ids) and (x.advantage, x.reward) == (y.advantage, y.reward)
     first = found[0][0]
-    assert first.figures["sampling/drawn"] == first.examples[-1].position + 1 < 16
+    assert first.figures["sampling/drawn"] == first.examples[-1].position + 1 < 24
     assert all(any(s.advantage for s in first.samples[g : g + 4]) for g in range(0, 16, 4))
 
 
@@ -180,15 +181,14 @@ def test_mini_batches_are_as_without_a_choice_where_all_differ(base, lab, tmp_pa
 def test_groups_given_up_are_not_looked_for_on_the_disk(base, lab, tmp_path, monkeypatch):
     """A step that goes on finds the groups that it needs, and draws no other anew once these are read."""
     monkeypatch.setattr(choosing, "LOOK", 0.0)
-    recipe = dynamic(base, 4.0)
+    recipe = dynamic(base, 6.0)
     policy, processor = load_policy(recipe.model, torch.device("cpu"), 0, packed=True), Processor.load(str(lab.model))
-    out = []
-    for engine in (Picky(policy, processor, 1), Picky(policy, processor, 2)):
+    out, engines = [], [Picky(policy, processor, seed) for seed in (1, 2)]
+    for engine in engines:
         stream = Stream(recipe.data.sources, seed=0, workers=0, encode=processor.encode_prompt)
         with Scorer(recipe.rewards) as scorer:
             out.append(Groups(engine, processor, stream, recipe, ALONE, scorer, replies=Kept(tmp_path, "d")).of(1))
-        monkeypatch.setattr(Embedded, "_decode", lambda *a: pytest.fail("drawn again"), raising=False)
-        monkeypatch.setattr("actial_fast.rollout.embedded._decode", lambda *a: pytest.fail("drawn again"), raising=False)
+    assert engines[0].drew and engines[0].gave_up and not engines[1].drew and engines[1].gave_up == engines[0].gave_up
     assert [s.advantage for s in out[0].samples] == [s.advantage for s in out[1].samples] and out[0].figures == out[1].figures
 
 
