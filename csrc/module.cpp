@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "decode.h"
 #include "layout.h"
 #include "patchify.h"
 #include "planner.h"
@@ -37,6 +38,31 @@ py::array_t<float> patchify(const Pixels& image, std::int64_t patch, std::int64_
     {
         py::gil_scoped_release unlocked;
         actial::patchify(in, grid, scale.data(), shift.data(), to);
+    }
+    return out;
+}
+
+template <class T>
+using Exact = py::array_t<T, py::array::c_style>;
+
+// keys and values are written in place, so nothing here may be a converted copy (noconvert); shapes are the caller's to keep.
+py::array_t<float> decode_step(const Exact<float>& q, const Exact<float>& k, const Exact<float>& v, const Exact<float>& cos,
+                               const Exact<float>& sin, Exact<float> keys, Exact<float> values, const Exact<std::int64_t>& slots,
+                               const Exact<std::int32_t>& own_table, const Exact<std::int32_t>& own_tokens,
+                               const Exact<std::int32_t>& members, const Exact<std::int32_t>& prefix_table,
+                               const Exact<std::int32_t>& prefix_tokens, float scale) {
+    if (q.ndim() != 3 || k.ndim() != 3 || keys.ndim() != 4 || own_table.ndim() != 2 || members.ndim() != 2 || prefix_table.ndim() != 2) {
+        throw py::value_error("decode_step: expected q (R, H, D), k (R, K, D), keys (blocks, S, K, D) and tables of two dimensions");
+    }
+    const actial::StepSizes sizes{q.shape(0),       q.shape(1),       k.shape(1),          q.shape(2),           keys.shape(1),
+                                  members.shape(0), members.shape(1), own_table.shape(1), prefix_table.shape(1)};
+    const actial::StepReads reads{slots.data(), own_table.data(), own_tokens.data(), members.data(), prefix_table.data(),
+                                  prefix_tokens.data()};
+    py::array_t<float> out({sizes.rows, sizes.heads, sizes.dim});
+    float *to = out.mutable_data(), *held_keys = keys.mutable_data(), *held_values = values.mutable_data();
+    {
+        py::gil_scoped_release released;
+        actial::decode_step(sizes, reads, q.data(), k.data(), v.data(), cos.data(), sin.data(), scale, held_keys, held_values, to);
     }
     return out;
 }
@@ -173,6 +199,10 @@ PYBIND11_MODULE(_C, m) {
     PYBIND11_NUMPY_DTYPE_EX(actial::Piece, group, "group", first, "first", end, "end", tokens, "tokens", patches, "patches", cost, "cost");
     m.def("patchify", &patchify, py::arg("image").noconvert(), py::arg("patch"), py::arg("merge"), py::arg("frames"), py::arg("scale"),
           py::arg("shift"));
+    m.def("decode_step", &decode_step, py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
+          py::arg("cos").noconvert(), py::arg("sin").noconvert(), py::arg("keys").noconvert(), py::arg("values").noconvert(),
+          py::arg("slots").noconvert(), py::arg("own_table").noconvert(), py::arg("own_tokens").noconvert(),
+          py::arg("members").noconvert(), py::arg("prefix_table").noconvert(), py::arg("prefix_tokens").noconvert(), py::arg("scale"));
     m.def("plan", &plan, py::arg("prefix"), py::arg("suffix"), py::arg("offsets"), py::arg("patches"), py::arg("capacity"),
           py::arg("costs"), py::arg("ranks"), py::arg("seed"), py::arg("names"));
     m.def("layout", &layout, py::arg("parts"), py::arg("image_token"));

@@ -1,8 +1,8 @@
 """Faults planted in a run, and a program that 2 ranks run to go through many of them in one process each.
 
 A fault is written what:place:rank:call, for example kill:update:1:3: at its 3rd call, on rank 1, the place does it. Places: sample (each
-token), update (each forward and backward pass), save (each file a rank writes), eval (each source), forward (the sampler's forward passes,
-inside of the model), reward (each call). What: kill (SIGKILL to this process), term (SIGTERM), raise, full (the disk), nan (the loss), slow
+token), update (each forward and backward pass), save (each file a rank writes), eval (each source), forward (the sampler's vision tower,
+inside of it), reward (each call). What: kill (SIGKILL to this process), term (SIGTERM), raise, full (the disk), nan (the loss), slow
 (half a second, at this and all later calls).
 In another program: PYTHONPATH=tests/planted and ACTIAL_TEST_FAULTS="kill:update:1:3 slow:sample:0:1".
 """
@@ -34,15 +34,16 @@ def plant(faults: str, rank: int) -> contextlib.ExitStack:
 
     from actial_fast import grpo, sft
     from actial_fast.evaluation import evaluate
-    from actial_fast.rollout import embedded
+    from actial_fast.model import policy
+    from actial_fast.rollout import decoder
     from actial_fast.train import checkpoint
 
     places: dict[str, list[tuple[Any, str]]] = {
-        "sample": [(embedded, "_draw")],
+        "sample": [(decoder, "draw")],
         "update": [(sft.ops, "linear_cross_entropy"), (grpo.ops, "linear_grpo_loss")],
         "save": [(checkpoint, "write")],
         "eval": [(evaluate, "_replies")],
-        "forward": [(embedded, "_last_logits")],
+        "forward": [(policy, "encode_images")],
         "reward": [(sys.modules[short.__module__], "short")],
     }
     stack = contextlib.ExitStack()
@@ -52,7 +53,11 @@ def plant(faults: str, rank: int) -> contextlib.ExitStack:
         if int(who) != rank:
             continue
         for module, name in places[place]:
-            patch.setattr(module, name, faulty(getattr(module, name), what, int(call)), raising=False)
+            plain = getattr(module, name)
+            made = faulty(plain, what, int(call))
+            if place == "forward":
+                made = lambda *args, bad=made, good=plain: (good if torch.is_grad_enabled() else bad)(*args)  # noqa: E731
+            patch.setattr(module, name, made, raising=False)
     return stack
 
 

@@ -120,7 +120,7 @@ def run_cases(folder: Path, cases: list[dict[str, Any]], seconds: float = 500) -
 
 
 def test_evaluations_of_every_size_and_numbers_that_are_not_finite(recipes, undisturbed, lab, tmp_path):
-    """20 sizes of an evaluation in batches of 4, one that fails on one rank inside of the model, a NaN in any forward pass of a step on
+    """20 sizes of an evaluation, one that fails on one rank inside of the model, a NaN in any forward pass of a step on
     either rank, and NaNs that do not end."""
     sizes = tuple(SourceConfig(str(lab.questions / "train.jsonl"), limit=n) for n in range(1, 21))
     measured = replace(recipes["sft"], steps=1, eval=EvalConfig(sources=sizes, max_new_tokens=2))
@@ -136,7 +136,7 @@ def test_evaluations_of_every_size_and_numbers_that_are_not_finite(recipes, undi
     evaluated = replace(
         recipes["sft"], eval=EvalConfig((SourceConfig(str(lab.questions / "test.jsonl"), limit=5),), every=2, max_new_tokens=3)
     )
-    cases.append(case(tmp_path, "broken pass", evaluated, "sft", "raise:forward:1:2"))
+    cases.append(case(tmp_path, "broken pass", evaluated, "sft", "raise:forward:1:1"))
     endless = " ".join(f"nan:update:0:{call}" for call in range(5, 40))
     limited = replace(recipes["sft"], steps=12, optim=replace(recipes["sft"].optim, max_skipped=3))
     cases.append(case(tmp_path, "endless", limited, "sft", endless))
@@ -164,12 +164,12 @@ def test_evaluations_of_every_size_and_numbers_that_are_not_finite(recipes, undi
         assert all(t.isfinite().all() for t in load_file(path).values() if t.is_floating_point())
 
 
-SLOW_SAMPLING = "slow:sample:0:1 slow:sample:1:1"  # half a second a token: 8 tokens, 2 batches a rank, 4 steps
+SLOW_SAMPLING = "slow:sample:0:1 slow:sample:1:1"  # half a second a token: 8 tokens, 4 steps
 SLOW_UPDATE = "slow:update:0:1 slow:update:1:1"
 ASKED = {
     "grpo sampling": f"{SLOW_SAMPLING} term:sample:0:20 term:sample:1:20",
     "grpo sampling, one rank is asked": "slow:sample:0:1 term:sample:1:20",
-    "grpo second batch": "term:sample:0:12 term:sample:1:12",
+    "grpo second step": "term:sample:0:12 term:sample:1:12",
     "grpo update": f"{SLOW_UPDATE} term:update:0:6 term:update:1:6",
     "grpo save": "term:save:0:2 term:save:1:2",
     "sft update": f"{SLOW_UPDATE} term:update:0:3 term:update:1:3",
@@ -214,7 +214,7 @@ def start(recipe: Path, kind: str, faults: str = "", ranks: int = 2) -> subproce
 
 
 ENDS = {  # name -> kind, faults, what the last lines say, steps that must have been saved
-    "a rank is killed in sampling": ("grpo", "kill:sample:1:40", "actial: rank 1 was ended by SIGKILL", 1),
+    "a rank is killed in sampling": ("grpo", "kill:sample:1:20", "actial: rank 1 was ended by SIGKILL", 1),
     "a rank is killed in the update": ("grpo", "kill:update:1:6", "actial: rank 1 was ended by SIGKILL", 1),
     "a rank is killed while it saves": ("sft", "kill:save:1:3", "actial: rank 1 was ended by SIGKILL", 1),
     "the first rank is killed": ("sft", "kill:update:0:3", "actial: rank 0 was ended by SIGKILL", 1),

@@ -29,7 +29,7 @@ DATA = [{"sources"}, {"captures", "cot"}]  # the same inside data
 TRANSFORMERS = {"model", "data", "rollout", "evaluation", "integrations"}  # rooms that may know them
 QUIET = "cli.shared"  # imports transformers to silence its progress bars
 TRAINERS = {"trl", "verl", "liger_kernel"}  # other people's, each in its module of integrations
-DOORS = {"ops.library", "model.attention", "packing.packed_ops"}  # what sends CUDA tensors to the kernels, each its own
+DOORS = {"ops.library", "model.attention", "model.paged", "packing.packed_ops"}  # what sends CUDA tensors to the kernels, each its own
 
 
 def modules_of(top: str) -> dict[str, Path]:

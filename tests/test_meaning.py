@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 from actial_fast import grpo, sft
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.model.policy import load_policy
+from actial_fast.model.weights import open_weights
 from actial_fast.ops.spec import NAMED, AdvantageSpec, GRPOSpec
 from actial_fast.packing.batch import Sequence
 from actial_fast.rollout.choosing import advantages_of
 from actial_fast.rollout.groups import Groups
 from actial_fast.rollout.protocol import Reply
-from actial_fast.settings.recipe import ModelConfig, OptimConfig, SaveConfig
+from actial_fast.settings.recipe import LoRAConfig, ModelConfig, OptimConfig, SaveConfig, SFTRecipe
 from actial_fast.tasks.rewards import RewardConfig
-from actial_fast.train import checkpoint
+from actial_fast.train import checkpoint, preflight
 from actial_fast.train.preflight import Unready
 from actial_fast.train.samples import Sample, figures
 from actial_fast.train.stage import set_learning_rate
@@ -96,9 +97,13 @@ def test_b13_a_preflight_names_everything_at_once(grpo_recipe, tmp_path, capsys)
         grpo.train(replace(grpo_recipe, model=replace(grpo_recipe.model, path=str(other))))
 
 
-def test_b13_too_little_disk_is_told_before_the_run(sft_recipe, tmp_path, monkeypatch):
-    from actial_fast.train import preflight
+def test_b13_room_for_adapters_is_that_of_the_adapters(lab):
+    recipe = SFTRecipe(model=ModelConfig(path=str(lab.model), lora=LoRAConfig(rank=3)))
+    policy = load_policy(recipe.model, torch.device("cpu"), 0)
+    assert preflight._adapters(recipe, open_weights(lab.model)) == sum(p.numel() for p in policy.trained().values())
 
+
+def test_b13_too_little_disk_is_told_before_the_run(sft_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(Unready, match=r"room for 0.0 GB; 3 checkpoints .* name a run folder on a larger disk") as found:
         sft.train(replace(sft_recipe, data=replace(sft_recipe.data, image_cache=str(tmp_path / "images"))))

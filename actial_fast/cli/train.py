@@ -19,9 +19,7 @@ def add(commands: Commands) -> None:
     for kind, text in (("sft", "supervised fine-tuning"), ("grpo", "reinforcement with verifiable rewards")):
         train = commands.add_parser(kind, help=f"{text}; run it again to go on from the last checkpoint")
         train.add_argument("recipe", help=f"a YAML recipe, for example recipes/actial-7b-{kind}.yaml")
-        train.add_argument(
-            "--gpus", type=int, default=0, metavar="N", help="this machine's GPUs to use, a rank each (default: one process)"
-        )
+        train.add_argument("--gpus", type=int, metavar="N", help="this machine's GPUs to use, a rank each (default: one process)")
         train.add_argument("--on-bad-row", choices=("error", "skip"), help="what a malformed row does (data.on_bad_row)")
         add_overrides(train)
         train.set_defaults(run=_train, kind=kind)
@@ -46,7 +44,7 @@ def _train(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, [*args.overrides, *extra])
     if recipe.kind != args.kind:
         raise ValueError(f"{args.recipe} is a recipe for `actial {recipe.kind}`, not for `actial {args.kind}`")
-    if args.gpus > 1 and "RANK" not in os.environ:
+    if args.gpus not in (None, 1) and "RANK" not in os.environ:
         from actial_fast.cli.launch import launch
 
         return launch(args.gpus, [args.kind, args.recipe, *args.overrides, *extra])

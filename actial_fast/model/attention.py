@@ -65,7 +65,7 @@ class _Attention(torch.autograd.Function):
                 prefix, suffix = slice(cross.prefix_rows), slice(cross.prefix_rows, cross.prefix_rows + cross.suffix_rows)
                 part = _forward(q[suffix], k[prefix], v[prefix], cross.cross_q, cross.cross_k, False, scale)
                 with named("attention merge"):
-                    _merge(out[suffix], lse[:, suffix], *part)
+                    merge(out[suffix], lse[:, suffix], *part)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.segments, ctx.cross, ctx.causal, ctx.scale = segments, cross, causal, scale
         return out
@@ -139,7 +139,7 @@ def _backward(
     return dq, dk, dv
 
 
-def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Folds part (S, H, D), part_lse (H, S) into out (S, H, D), lse (H, S), in place."""
     if out.is_cuda:
         from actial_fast.kernels.merge import merge_

@@ -83,6 +83,10 @@ class Processor:
         """Never sampled: a vision token in a reply has no image behind it and breaks the log-prob forward pass."""
         return tuple(self.tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)))
 
+    def never_sampled(self, vocabulary: int) -> tuple[int, ...]:
+        """`banned_tokens`, and the ids of a head of so many rows that the tokenizer does not know: they have no text."""
+        return (*self.banned_tokens, *range(len(self.tokenizer), vocabulary))
+
     def encode(self, example: Example) -> Sequence:
         """A row to train on: every assistant turn (and the token that ends it) is a target. BadRow when it has none or is too long."""
         turns = example.row.turns

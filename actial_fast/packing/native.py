@@ -36,6 +36,13 @@ def patchify(image: np.ndarray, *, patch: int, merge: int, frames: int, mean: np
     return patchify_numpy(image, patch, merge, frames, scale, shift)
 
 
+def decode_step(*given: np.ndarray, scale: float) -> np.ndarray:
+    """One decoding step of one layer: q (R, H, D), k, v (R, K, D), cos, sin (R, D), keys, values (blocks, S, K, D), which it writes to,
+    slots, own_table, own_tokens, members, prefix_table, prefix_tokens -> (R, H, D), all float32 or as csrc/decode.h says. The twin is
+    model/paged.py's, which is also what runs without the extension (AVAILABLE) and in other dtypes."""
+    return _C.decode_step(*given, scale)
+
+
 def patchify_numpy(image: np.ndarray, patch: int, merge: int, frames: int, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
     """The twin of the extension's patchify: the oracle of its test, and its stand-in where it was not built."""
     height, width, _ = image.shape

@@ -1,28 +1,34 @@
-"""Sampling from the trainer's own module: one prefill per group, its keys and values expanded to the group's replies.
+"""Replies drawn with the trainer's own module, by continuous batching: nothing to install, and no second copy of the weights.
 
-Each token is drawn by inverting the distribution's cumulative sum at a uniform number that is fixed by (seed, prompt, reply, place), so
-replies do not depend on how prompts are batched or spread over ranks, and a resumed run draws what the interrupted one would have.
+A prompt is read once, packed with others, each of its images once; its keys and values serve all of its replies, and a reply that ends
+makes room for the next one at once (schedule.py, decoder.py). Each token is drawn by inverting the distribution's cumulative sum at a
+uniform number that is fixed by the prompt's key, the reply's number and the place, so what is replied does not depend on what else is
+decoded beside it, nor on the number of ranks, and a run that goes on draws what the interrupted one would have. Only the last bits of
+log-probs depend on it, as of every matrix product of another size.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor
-from transformers import DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from actial_fast.model.policy import Policy
 from actial_fast.model.processor import Processor
-from actial_fast.packing.batch import Sequence, collate
+from actial_fast.packing.batch import Sequence
+from actial_fast.rollout.decoder import Decoder, Rows, serving
+from actial_fast.rollout.memory import kv_budget
 from actial_fast.rollout.protocol import UNWATCHED, Draw, Reply, Watch
+from actial_fast.rollout.schedule import Schedule, blocks_for
 from actial_fast.train.dist import gathered, recover
 
-BATCH = 64  # prompts decoded together
+SIZE = 16  # tokens of a block
+MOST_ROWS = 1024  # replies decoded at once: by then a step is bound by arithmetic, and more rows only wait for each other
+READ_TOKENS, READ_PATCHES = 8192, 32768  # of prompts read in one pass, unless a single one has more
+IMAGES_AHEAD = 64  # prompts ahead whose images' features are kept when they are there
 
 
 class Embedded:
@@ -54,109 +60,179 @@ class Embedded:
     def close(self) -> None:
         """Nothing is left to end."""
 
-    @torch.no_grad()
     def generate(self, prompts: Many[Sequence], draw: Draw, keys: Many[tuple[int, ...]], watch: Watch = UNWATCHED) -> list[list[Reply]]:
-        """As the protocol says."""
+        """As the protocol says. ValueError where the longest prompt with one reply does not fit into draw.kv_tokens, or into memory."""
         assert draw.temperature == 0 or len(keys) == len(prompts), "one key per prompt"
-        policy, have, n = self._policy, watch.have or {}, draw.n
-        was_training = policy.training
-        policy.eval()
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths together: little padding
-        replies: list[list[Reply]] = [have.get(i, []) for i in range(len(prompts))]
-        try:
-            for start in range(0, len(order), BATCH):
-                chosen = [i for i in order[start : start + BATCH] if i not in have]
-                if not chosen:
-                    continue
-                uniforms = None
-                if draw.temperature > 0:
-                    rows = [np.random.default_rng(keys[i]).random((n, draw.max_new_tokens)) for i in chosen]
-                    uniforms = torch.from_numpy(np.concatenate(rows)).to(policy.device)
-                wanted = [prompts[i] for i in chosen]
-                made = _decode(policy, self._processor, wanted, n, uniforms, draw.temperature, draw.max_new_tokens, watch.asked)
-                if made is None:
-                    break
-                groups = {i: made[k * n : (k + 1) * n] for k, i in enumerate(chosen)}
+        have = watch.have or {}
+        replies = [have.get(i, []) for i in range(len(prompts))]
+        wanted = [i for i in range(len(prompts)) if i not in have]
+        if not wanted:
+            return replies
+        with serving(self._policy):
+            batch = Batching(self._policy, self._processor, [prompts[i] for i in wanted], draw, [keys[i] for i in wanted] if keys else [])
+            for complete in batch.run(watch, wanted):
+                groups = {wanted[k]: group for k, group in complete.items()}
                 for i, group in groups.items():
                     replies[i] = group
                 if watch.drawn:
                     watch.drawn(groups)
-        finally:
-            policy.train(was_training)
         return replies
 
 
-def _decode(
-    policy: Policy,
-    processor: Processor,
-    prompts: list[Sequence],
-    n: int,
-    uniforms: Tensor | None,
-    temperature: float,
-    limit: int,
-    asked: Callable[[], bool],
-) -> list[Reply] | None:
-    """n replies to each of the prompts, one behind the other; None once `asked`."""
-    device = policy.device
-    batch = collate(prompts, processor.pad, processor.store, left=True).to(device)
-    stop = torch.tensor(processor.stop_tokens, device=device)
-    banned = torch.tensor(processor.banned_tokens, device=device)
-    cache = DynamicCache(config=policy.base.config.get_text_config())
-    logits, cache = policy({**batch.model_inputs(), "past_key_values": cache, "use_cache": True}, _last_logits)
-    cache.batch_repeat_interleave(n)
-    logits = logits.repeat_interleave(n, 0)
-    mask = batch.attention_mask.repeat_interleave(n, 0)
-    position = (batch.position_ids.amax((0, 2)) + 1).repeat_interleave(n, 0)
+@dataclass
+class Places:
+    """Of S places for replies of up to L tokens: tokens (S, L) int64 and logprobs (S, L) float32 drawn so far, and the uniform numbers
+    (S, L) float64 to draw with, zeros for greedy."""
 
-    rows = len(prompts) * n
-    tokens = torch.full((rows, limit), processor.pad, dtype=torch.int64, device=device)
-    logprobs = torch.zeros((rows, limit), dtype=torch.float32, device=device)
-    lengths = torch.full((rows,), limit, dtype=torch.int64, device=device)
-    finished = torch.zeros(rows, dtype=torch.bool, device=device)
-    alive = torch.arange(rows, device=device)  # rows still in the batch; finished ones leave it once they are half of it
-    for step in range(limit):
-        if asked():
-            return None
-        token, logp = _draw(logits, None if uniforms is None else uniforms[alive, step], temperature, banned)
-        running = ~finished[alive]
-        tokens[alive, step] = torch.where(running, token, processor.pad)
-        logprobs[alive, step] = torch.where(running, logp, 0.0)
-        ended = running & torch.isin(token, stop)
-        lengths[alive[ended]] = step + 1
-        finished[alive[ended]] = True
-        keep = (~finished[alive]).nonzero().squeeze(1)
-        if len(keep) == 0 or step + 1 == limit:
-            break
-        if 2 * len(keep) <= len(alive):
-            cache.batch_select_indices(keep)
-            alive, mask, position, token = alive[keep], mask[keep], position[keep], token[keep]
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
-        inputs = {
-            "input_ids": token[:, None],
-            "attention_mask": mask,
-            "position_ids": position[None, :, None].expand(3, -1, -1),
-            "past_key_values": cache,
-            "use_cache": True,
-        }
-        logits, cache = policy(inputs, _last_logits)
-        position = position + 1
-    drawn = zip(tokens.cpu().numpy(), logprobs.cpu().numpy(), lengths.tolist(), finished.tolist(), strict=True)
-    return [Reply(ids[:length], logp[:length], ended) for ids, logp, length, ended in drawn]
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    uniforms: np.ndarray
 
 
-def _last_logits(outputs: BaseModelOutputWithPast, weight: Tensor) -> tuple[Tensor, DynamicCache]:
-    return (outputs.last_hidden_state[:, -1] @ weight.T).float(), outputs.past_key_values
+class Batching:
+    """One `generate`: prompts P, places S, replies of up to L tokens."""
+
+    def __init__(self, policy: Policy, processor: Processor, prompts: Many[Sequence], draw: Draw, keys: Many[tuple[int, ...]]):
+        for prompt in prompts:
+            assert len(prompt) > 1 and (prompt.positions[:, -1] == prompt.positions.max()).all(), "a prompt ends with text"
+        self._prompts, self._draw, self._keys = prompts, draw, keys
+        lengths, limit = [len(p) for p in prompts], draw.max_new_tokens
+        replies = len(prompts) * draw.n
+        everything = sum(blocks_for(n - 1, SIZE) for n in lengths) + replies * blocks_for(limit, SIZE)
+        blocks = min(everything, (draw.kv_tokens or kv_budget(policy)) // SIZE)
+        places = min(replies, MOST_ROWS)
+        self.schedule = Schedule(lengths, draw.n, limit, blocks=blocks, size=SIZE, places=places)
+        shape = places, limit
+        self._at = Places(np.zeros(shape, np.int64), np.zeros(shape, np.float32), np.zeros(shape))
+        self._last = np.array([p.ids[-1] for p in prompts])
+        self._next = np.array([p.positions[0, -1] for p in prompts])  # the position of that token
+        self._held = np.array(lengths) - 1  # tokens of each prompt that are not its replies' own
+        self._table = np.zeros((len(prompts), max(blocks_for(n - 1, SIZE) for n in lengths)), np.int32)
+        most = draw.n, self.schedule.table.shape[1], self._table.shape[1]
+        self._decoder = Decoder(policy, processor, blocks=blocks, size=SIZE, temperature=draw.temperature, most=most)
+        self._random: dict[int, np.ndarray] = {}  # (n, L) of prompts whose replies are not all complete
+        self._left: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # tokens and log-probs of replies that had to leave
+        self._made: dict[int, dict[int, Reply]] = {}
+
+    def run(self, watch: Watch, names: Many[int]) -> Iterator[dict[int, list[Reply]]]:
+        """Replies by prompt, of those that are complete, after each step that completed any. names: the prompts', as `watch` knows them."""
+        schedule, n = self.schedule, self._draw.n
+        while not schedule.done and not watch.asked():
+            for prompt in [p for p in self._open() if watch.dropped(names[p])]:
+                schedule.skip(prompt)
+                self._forget(prompt)
+            self._admit()
+            for place in schedule.grow().tolist():
+                drawn = schedule.drawn[place]
+                self._left[int(schedule.reply[place])] = self._at.tokens[place, :drawn].copy(), self._at.logprobs[place, :drawn].copy()
+            if not len(schedule.active):
+                continue
+            ended = self._step()
+            complete = schedule.advance(ended)
+            if complete:
+                yield {prompt: [self._made[prompt][k] for k in range(n)] for prompt in complete}
+                for prompt in complete:
+                    self._forget(prompt)
+
+    def _open(self) -> list[int]:
+        """Prompts with replies that are not complete, and one begun."""
+        return list(self._random) if self._draw.temperature else sorted({*self._made, *self.schedule.prefixes})
+
+    def _forget(self, prompt: int) -> None:
+        self._made.pop(prompt, None)
+        self._random.pop(prompt, None)
+        for reply in [r for r in self._left if r // self._draw.n == prompt]:
+            del self._left[reply]
+
+    def _admit(self) -> None:
+        """Read what waiting replies need that now find room."""
+        schedule, n = self.schedule, self._draw.n
+        before = set(schedule.active.tolist())
+        prompts, back = schedule.admit()
+        reads: list[tuple[Sequence, np.ndarray]] = []
+        for prompt in prompts:
+            blocks = schedule.prefixes[prompt]
+            self._table[prompt, : len(blocks)] = blocks
+            reads.append((_cut(self._prompts[prompt]), _slots(blocks)[: self._held[prompt]]))
+        for place in [p for p in schedule.active.tolist() if p not in before]:
+            prompt, k = divmod(int(schedule.reply[place]), n)
+            if self._draw.temperature:
+                if prompt not in self._random:
+                    self._random[prompt] = np.random.default_rng(self._keys[prompt]).random((n, self._draw.max_new_tokens))
+                self._at.uniforms[place] = self._random[prompt][k]
+        for place, drawn in back:
+            prompt = int(schedule.reply[place]) // n
+            self._at.tokens[place, :drawn], self._at.logprobs[place, :drawn] = self._left.pop(int(schedule.reply[place]))
+            whole = self._prompts[prompt].extended(self._at.tokens[place, : drawn - 1])
+            own = _slots(schedule.table[place])[:drawn]
+            reads.append((whole, np.concatenate([np.zeros(self._held[prompt], np.int64), own])))
+        ahead = max(prompts, default=0) + 1
+        keep = {key for p in self._prompts[ahead : ahead + IMAGES_AHEAD] for key in p.images}
+        for chunk in _chunks(reads):
+            later = keep.union(*(s.images for s, _ in reads))
+            self._decoder.read([s for s, _ in chunk], np.concatenate([slots for _, slots in chunk]), list(later))
+
+    def _step(self) -> np.ndarray:
+        """A token for every active reply; the places of those that it ends."""
+        schedule, at = self.schedule, self._at
+        places = schedule.active
+        drawn = schedule.drawn[places]
+        tokens, logprobs, stops = self._decoder.step(self._rows(places, drawn))
+        at.tokens[places, drawn], at.logprobs[places, drawn] = tokens, logprobs
+        over = stops | (drawn + 1 == self._draw.max_new_tokens)
+        for place, length, stopped in zip(places[over].tolist(), (drawn[over] + 1).tolist(), stops[over].tolist(), strict=True):
+            prompt, k = divmod(int(schedule.reply[place]), self._draw.n)
+            reply = Reply(at.tokens[place, :length].copy(), at.logprobs[place, :length].copy(), stopped)
+            self._made.setdefault(prompt, {})[k] = reply
+        return places[over]
+
+    def _rows(self, places: np.ndarray, drawn: np.ndarray) -> Rows:
+        schedule, at = self.schedule, self._at
+        prompts = schedule.reply[places] // self._draw.n
+        table = schedule.table[places]
+        rows = np.arange(len(places))
+        tokens = np.where(drawn > 0, at.tokens[places, drawn - 1], self._last[prompts])
+        groups, of = np.unique(prompts, return_inverse=True)
+        order = np.argsort(of, kind="stable")
+        sizes = np.bincount(of)
+        within = np.empty_like(rows)
+        within[order] = rows - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        members = np.full((len(groups), sizes.max()), -1, np.int32)
+        members[of, within] = rows
+        held = self._held[groups]
+        return Rows(
+            tokens=tokens,
+            positions=self._next[prompts] + drawn,
+            slots=table[rows, drawn // SIZE].astype(np.int64) * SIZE + drawn % SIZE,
+            uniforms=at.uniforms[places, drawn],
+            own_table=table[:, : int(drawn.max()) // SIZE + 1],
+            own_tokens=drawn + 1,
+            members=members,
+            place=of * members.shape[1] + within,
+            prefix_table=self._table[groups, : blocks_for(int(held.max()), SIZE)],
+            prefix_tokens=held,
+        )
 
 
-def _draw(logits: Tensor, uniform: Tensor | None, temperature: float, banned: Tensor) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-prob: logits (R, V) float32, uniform (R,) float64 or None for greedy -> (R,) int64, (R,) float32."""
-    scaled = logits / (temperature or 1.0)
-    logp = scaled.log_softmax(-1)
-    allowed = logp.index_fill(-1, banned, -torch.inf)
-    if uniform is None:
-        token = allowed.argmax(-1)
-    else:
-        total = allowed.double().exp().cumsum(-1)  # float64: a float32 sum over 150,000 tokens would lose the rare ones
-        token = torch.searchsorted(total, (uniform * total[:, -1])[:, None], right=True).squeeze(1)
-        token = token.clamp(max=logits.shape[1] - 1)
-    return token, logp.gather(-1, token[:, None]).squeeze(1)
+def _cut(prompt: Sequence) -> Sequence:
+    """The prompt without its last token, which its replies begin with."""
+    return replace(prompt, ids=prompt.ids[:-1], trained=prompt.trained[:-1], positions=prompt.positions[:, :-1])
+
+
+def _slots(blocks: np.ndarray) -> np.ndarray:
+    return (blocks.astype(np.int64)[:, None] * SIZE + np.arange(SIZE)).reshape(-1)
+
+
+def _chunks(reads: list[tuple[Sequence, np.ndarray]]) -> Iterator[list[tuple[Sequence, np.ndarray]]]:
+    """In passes of bounded size, in order."""
+    chunk: list[tuple[Sequence, np.ndarray]] = []
+    tokens = patches = 0
+    for read in reads:
+        more = len(read[0]), read[0].patches
+        if chunk and (tokens + more[0] > READ_TOKENS or patches + more[1] > READ_PATCHES):
+            yield chunk
+            chunk, tokens, patches = [], 0, 0
+        chunk.append(read)
+        tokens, patches = tokens + more[0], patches + more[1]
+    if chunk:
+        yield chunk

@@ -13,6 +13,7 @@ from actial_fast.data.sources.row import BadRow, Row, decode
 from actial_fast.data.sources.source import Source, SourceConfig, open_source
 from actial_fast.data.sources.stream import Example
 from actial_fast.model.processor import Processor
+from actial_fast.model.tensors import Stored
 from actial_fast.model.weights import check_checkpoint, module_name, open_weights, resolve
 from actial_fast.packing.batch import Sequence
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
@@ -85,13 +86,20 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, folder: Path, wher
             yield f"save.{package}: {package} is not installed; pip install {package}, or {off}"
 
 
+def _adapters(recipe: SFTRecipe | GRPORecipe, weights: Stored) -> int:
+    """Parameters of low-rank adapters: rows and columns of each matrix they stand beside, times the rank."""
+    lora = recipe.model.lora
+    beside = (name for name in weights.names if "visual" not in name and name.removesuffix(".weight").endswith(lora.targets))
+    return lora.rank * sum(sum(weights.shape(name)) for name in beside if len(weights.shape(name)) == 2)
+
+
 def _room(recipe: SFTRecipe | GRPORecipe, folder: Path, where: World) -> Iterator[str]:
     """Too little disk for the checkpoints, or host memory for the run."""
     weights = open_weights(resolve(recipe.model.path))
     sizes = {module_name(name): math.prod(weights.shape(name)) for name in weights.names}
     everything = sum(sizes.values())
     frozen = sum(n for name, n in sizes.items() if name.startswith(recipe.model.freeze)) if recipe.model.freeze else 0
-    trained = 0 if recipe.model.lora.rank else everything - frozen  # adapters are small
+    trained = _adapters(recipe, weights) if recipe.model.lora.rank else everything - frozen
     checkpoint, final = STATE_BYTES * trained, 4 * everything
     needed = (recipe.save.keep + 1) * checkpoint + final
     there = sum(path.stat().st_size for path in folder.glob("step-*/*.safetensors"))
@@ -104,12 +112,12 @@ def _room(recipe: SFTRecipe | GRPORecipe, folder: Path, where: World) -> Iterato
     if where.device.type == "cpu":
         copies = 1 if recipe.dist.fsdp else where.size
         memory += copies * (16 * trained + 4 * (everything - trained))  # weights, gradients and two moments
-    if memory > (available := _available()):
+    if memory > (available := available_memory()):
         told = f"{memory / GB:.1f} GB of this machine's memory for weights, optimizer and the checkpoint being written"
         yield f"the run needs about {told}, and {available / GB:.1f} are free"
 
 
-def _available() -> float:
+def available_memory() -> float:
     """Bytes of memory that processes may still take; infinity where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

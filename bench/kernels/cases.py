@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actial_fast.kernels import advantages, embedding, linear_grpo, linear_kl, linear_logprob, logits, merge, patchify, token_kl
+from actial_fast.kernels import advantages, decode, embedding, linear_grpo, linear_kl, linear_logprob, logits, merge, patchify, token_kl
 from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
 
 T, H, V = 8192, 3584, 152064  # rows that carry loss, hidden size, vocabulary
@@ -159,6 +159,19 @@ def merges() -> Iterator[Case]:
         yield Case("merge_", "", name, lambda out=out, lse=lse: merge.merge_(out, lse, out, lse))
 
 
+def decodes() -> Iterator[Case]:
+    def call(dtype: torch.dtype, items: int, members: int) -> None:
+        rows, heads, kv_heads, width, block = 1024, 28, 4, 128, 16
+        held = meta(50_000, block, kv_heads, width, dtype=dtype)
+        table = meta(items, 64, dtype=torch.int32)
+        reads = meta(items, members, dtype=torch.int32), table, meta(items, dtype=torch.int32)
+        decode.decode(meta(rows, heads, width, dtype=dtype), held, held, *reads, width**-0.5)
+
+    for name, dtype in DTYPES.items():
+        yield Case("decode", "replies' own", name, lambda dtype=dtype: call(dtype, 1024, 1))
+        yield Case("decode", "prompts", name, lambda dtype=dtype: call(dtype, 64, 16))
+
+
 def patchifies() -> Iterator[Case]:
     def call(dtype: torch.dtype, patch: int) -> None:
         images, tokens = 16, 16 * 320
@@ -191,6 +204,7 @@ CASES: list[Case] = [
     *token_kls(),
     *group_advantages(),
     *merges(),
+    *decodes(),
     *patchifies(),
     *embeds(),
 ]

@@ -26,7 +26,7 @@ from bench.kernels.compile_only import CHIPS, Launch, compile_only
 from bench.kernels.usage import BITS, Usage, read
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-KINDS = ("matrix", "memory", "small")
+KINDS = ("matrix", "thin", "memory", "small")  # thin: matrix products of 16 rows, Ampere's instruction on every chip
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
 
@@ -45,13 +45,13 @@ def findings(used: Usage) -> list[str]:
             wrong.append(f"grid: {size} blocks along {axis}, at most {limit} can be launched")
     if used.kind not in KINDS:
         wrong.append(f"kind: {used.kind!r} in its module's KIND, expected one of {', '.join(KINDS)}")
-    elif (used.kind == "matrix") != bool(used.dots):
+    elif (used.kind in ("matrix", "thin")) != bool(used.dots):
         wrong.append(f"kind: declared {used.kind} with {len(used.dots)} tl.dot")
     if used.kind == "small" and used.largest_tensor >= T * H:
         wrong.append(f"kind: declared small but handed a tensor of {used.largest_tensor} elements; the hidden states have {T * H}")
-    if used.kind == "matrix":
+    if used.kind in ("matrix", "thin"):
         wrong += _dot_findings(used)
-    if used.kind in ("matrix", "memory"):
+    if used.kind != "small":
         wrong += _access_findings(used)
     return wrong
 
@@ -59,10 +59,10 @@ def findings(used: Usage) -> list[str]:
 def _dot_findings(used: Usage) -> list[str]:
     if used.dtype == "fp32":
         return [f"precision: tl.dot rounds fp32 to {how}" for dtype, how in used.dots if dtype == "f32" and how == "tf32"]
-    expected, wrong = CHIPS[used.arch].tensor_core, []
+    expected, wrong = CHIPS[80 if used.kind == "thin" else used.arch].tensor_core, []
     if not used.count(expected):
         wrong.append(f"tensor cores: no instruction like {expected}")
-    elif used.arch >= 90 and used.count(r"HMMA\b"):
+    elif used.kind == "matrix" and used.arch >= 90 and used.count(r"HMMA\b"):
         wrong.append(f"tensor cores: {used.count('HMMA')} HMMA beside {expected}: some of its dots fell back to Ampere's")
     wide = sorted({dtype for dtype, _ in used.dots if BITS.get(dtype, 8) > 16})
     if wide:
@@ -71,16 +71,17 @@ def _dot_findings(used: Usage) -> list[str]:
 
 
 def _access_findings(used: Usage) -> list[str]:
-    """Every large block must move 16 bytes at a time: a matrix kernel's tiles; of others, what is at least half the largest block."""
+    """Every large block must move 16 bytes at a time: a matrix kernel's tiles; of others, what is at least half the largest block. A thin
+    kernel's stores are left out: most of its 16 rows are masked."""
     wrong = []
-    if used.kind == "matrix":
+    if used.kind in ("matrix", "thin"):
         rows = [access for access in used.accesses if len(access.shape) > 1 and min(access.shape) > 1]
     else:
         largest = max((access.elements for access in used.accesses), default=0)
         rows = [access for access in used.accesses if 2 * access.elements >= largest]
     if not rows:
         wrong.append(f"memory: declared {used.kind} but it loads and stores no block")
-    for kind in ("load", "store"):
+    for kind in ("load", "store") if used.kind != "thin" else ("load",):
         through_tma = [access for access in rows if access.kind == kind and access.descriptor and used.arch >= 90]
         others = [access for access in rows if access.kind == kind and access not in through_tma]
         if through_tma and not used.tma(kind):

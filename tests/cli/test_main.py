@@ -195,6 +195,7 @@ def test_mistakes_in_recipes(mistake, tmp_path):
     assert "did you mean 'optim.lr'?" in mistake("recipe", "show", recipe, "optim.lrr=1")
     assert "expected key=value" in mistake("recipe", "show", recipe, "optim.lr")
     assert "nowhere.yaml does not exist" in mistake("sft", "nowhere.yaml")
+    assert "--gpus 0: " in mistake("sft", recipe, "--gpus", 0)
     assert "is a recipe for `actial sft`, not for `actial grpo`" in mistake("grpo", recipe, f"run={tmp_path}")
     assert not list(tmp_path.iterdir())
 

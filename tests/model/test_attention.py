@@ -100,7 +100,7 @@ def test_16_bit_on_the_cpu_is_as_good_as_dense(dtype):
 @cpu
 def test_a_wrong_merge_or_a_dropped_share_of_the_gradient_is_seen(monkeypatch):
     """The other tests would fail if one of these were broken."""
-    right_merge, right_backward = attention._merge, attention._backward
+    right_merge, right_backward = attention.merge, attention._backward
     case = GROUPS["uneven suffixes"], (4, 2), 32, torch.float32
 
     def heavier(out, lse, part, part_lse):
@@ -119,11 +119,11 @@ def test_a_wrong_merge_or_a_dropped_share_of_the_gradient_is_seen(monkeypatch):
 
         return backward
 
-    monkeypatch.setattr(attention, "_merge", heavier)
+    monkeypatch.setattr(attention, "merge", heavier)
     assert errors(*case)[0] > 1e-4
-    monkeypatch.setattr(attention, "_merge", stale_lse)
+    monkeypatch.setattr(attention, "merge", stale_lse)
     assert errors(*case)[0] < 1e-5 and min(errors(*case)[1:]) > 1e-2
-    monkeypatch.setattr(attention, "_merge", right_merge)
+    monkeypatch.setattr(attention, "merge", right_merge)
     for dropped in range(3):
         monkeypatch.setattr(attention, "_backward", without(dropped))
         assert [error > 1e-2 for error in errors(*case)] == [i == dropped + 1 for i in range(4)]

@@ -1,5 +1,7 @@
 """The embedded sampler against the trainer's own forward pass and against transformers' generate."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,10 @@ from actial_fast.model.policy import load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.ops.reference import linear_logprob
 from actial_fast.packing.batch import collate
-from actial_fast.rollout.embedded import _draw
+from actial_fast.rollout import embedded, graphs
+from actial_fast.rollout.decoder import Decoder, draw
+from actial_fast.rollout.graphs import Graphs
+from actial_fast.rollout.schedule import Schedule
 from actial_fast.settings.recipe import ModelConfig
 from tests.loops import generate
 
@@ -17,7 +22,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def setup(lab):
-    return load_policy(ModelConfig(path=str(lab.model)), CPU, seed=0), Processor.load(str(lab.model), max_pixels=28 * 28 * 16)
+    policy = load_policy(ModelConfig(path=str(lab.model)), CPU, seed=0, packed=True)
+    return policy, Processor.load(str(lab.model), max_pixels=28 * 28 * 16)
 
 
 @pytest.fixture
@@ -62,7 +68,7 @@ def test_greedy_equals_transformers_generate(setup, prompts):
             **images,
             do_sample=False,
             max_new_tokens=16,
-            suppress_tokens=list(processor.banned_tokens),
+            suppress_tokens=list(processor.never_sampled(policy.base.lm_head.weight.shape[0])),
             eos_token_id=list(processor.stop_tokens),
         )
         assert theirs[0, len(prompt) :].tolist() == reply.ids.tolist()
@@ -73,6 +79,113 @@ def test_replies_do_not_depend_on_the_batch(setup, prompts):
     together = generate(policy, processor, prompts, 3, keys=KEYS, max_new_tokens=12)
     apart = [generate(policy, processor, [p], 3, keys=[k], max_new_tokens=12)[0] for p, k in zip(prompts, KEYS, strict=True)]
     assert [[r.ids.tolist() for r in g] for g in together] == [[r.ids.tolist() for r in g] for g in apart]
+
+
+def ids(groups):
+    return [[r.ids.tolist() for r in group] for group in groups]
+
+
+def test_replies_do_not_depend_on_the_budget_nor_on_the_places(setup, prompts, monkeypatch):
+    """Replies leave and come back, prompts are read again, and places are few; log-probs differ by rounding alone."""
+    policy, processor = setup
+    ample = generate(policy, processor, prompts, 6, keys=KEYS, max_new_tokens=40)
+    longest = max(map(len, prompts))
+    left = []
+    grow = Schedule.grow
+    monkeypatch.setattr(Schedule, "grow", lambda self: left.append(grow(self)) or left[-1])
+    tight = generate(policy, processor, prompts, 6, keys=KEYS, max_new_tokens=40, kv_tokens=16 * (-(-longest // 16) + 6))
+    assert sum(map(len, left)) > 0, "the budget was not tight"
+    monkeypatch.setattr(embedded, "MOST_ROWS", 4)
+    few = generate(policy, processor, prompts, 6, keys=KEYS, max_new_tokens=40)
+    for other in (tight, few):
+        assert ids(other) == ids(ample)
+        for a, b in zip((r for g in other for r in g), (r for g in ample for r in g), strict=True):
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
+            assert a.finished == b.finished
+
+
+def test_a_prompt_is_read_once_and_an_image_seen_once(setup, prompts, monkeypatch):
+    """Prompts are packed, not padded, and two that show the same image share it."""
+    policy, processor = setup
+    rows, images = [], []
+    layers = Decoder._layers
+    monkeypatch.setattr(Decoder, "_layers", lambda self, embeds, *a: rows.append(len(embeds)) or layers(self, embeds, *a))
+    seen = policy.forward
+    monkeypatch.setattr(policy, "forward", lambda inputs, *a: images.append(len(inputs.pixels.grids)) or seen(inputs, *a))
+    again = [*prompts, prompts[0]]
+    generate(policy, processor, again, 3, keys=[*KEYS, (0, 4)], max_new_tokens=1)
+    assert rows == [sum(len(p) - 1 for p in again), 3 * len(again)]
+    assert images == [len({key for p in again for key in p.images})]
+
+
+class Replayed(Graphs):
+    """Graphs without a GPU: a replay runs the step anew on the tensors that were recorded."""
+
+    replays = 0
+
+    def _recorded(self, inputs):
+        outputs = self._run(*inputs)
+
+        def replay():
+            type(self).replays += 1
+            for held, new in zip(outputs, self._run(*inputs), strict=True):
+                held.copy_(new)
+
+        return SimpleNamespace(replay=replay), inputs, outputs
+
+
+def test_replayed_graphs_draw_what_plain_steps_draw(setup, prompts, monkeypatch):
+    """Rows are filled up to a graph's number, prompts and blocks to their most; nothing of a step before is left in the next."""
+    policy, processor = setup
+    plain = generate(policy, processor, prompts, 7, keys=KEYS, max_new_tokens=30)
+    made = Decoder.__init__
+
+    def recording(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self._graphs = Replayed(self._step)
+
+    monkeypatch.setattr(graphs, "ASKED", 2)
+    monkeypatch.setattr(Decoder, "__init__", recording)
+    found = generate(policy, processor, prompts, 7, keys=KEYS, max_new_tokens=30)
+    assert Replayed.replays > 20 and ids(found) == ids(plain)
+    for a, b in zip((r for g in found for r in g), (r for g in plain for r in g), strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
+
+
+def test_a_group_that_is_dropped_is_not_drawn_any_further(setup, prompts):
+    policy, processor = setup
+    whole = generate(policy, processor, prompts, 2, keys=KEYS, max_new_tokens=12)
+    looked = []
+
+    def dropped(index):
+        looked.append(index)
+        return index == 1 and len(looked) > 9
+
+    found = generate(policy, processor, prompts, 2, keys=KEYS, max_new_tokens=12, dropped=dropped)
+    assert found[1] == [] and [ids(found)[i] for i in (0, 2)] == [ids(whole)[i] for i in (0, 2)]
+
+
+def test_ids_that_no_tokenizer_knows_are_never_drawn(setup, prompts):
+    policy, processor = setup
+    weight = policy.base.lm_head.weight
+    known = len(processor.tokenizer)
+    assert weight.shape[0] > known
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight[known:] *= 50  # half of them loved
+    try:
+        replies = generate(policy, processor, prompts, 8, keys=KEYS, max_new_tokens=20)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    assert max(r.ids.max() for g in replies for r in g) < known
+
+
+def test_a_model_that_was_loaded_for_padded_batches_stays_as_it_was(lab, prompts, setup):
+    policy = load_policy(ModelConfig(path=str(lab.model)), CPU, seed=0)
+    assert policy.base.config._attn_implementation == "sdpa"
+    there, here = (generate(p, setup[1], prompts, 2, keys=KEYS, max_new_tokens=6) for p in (policy, setup[0]))
+    assert ids(there) == ids(here) and policy.base.config._attn_implementation == "sdpa"
 
 
 def test_keys_decide_the_replies(setup, prompts):
@@ -91,7 +204,7 @@ def test_vision_tokens_are_never_sampled(setup):
     logits = torch.full((64, len(processor.tokenizer)), -20.0)
     logits[:, banned] = 20.0
     for uniform in (None, torch.linspace(0, 1 - 1e-12, 64, dtype=torch.float64)):
-        token, _ = _draw(logits, uniform, 1.0, banned)
+        token, _ = draw(logits, uniform, 1.0, banned)
         assert not torch.isin(token, banned).any()
 
 
@@ -99,7 +212,7 @@ def test_sampling_follows_the_distribution():
     torch.manual_seed(0)
     logits = torch.randn(1, 12)
     uniform = torch.rand(40_000, dtype=torch.float64)
-    token, logp = _draw(logits.expand(len(uniform), -1), uniform, 0.7, torch.tensor([3]))
+    token, logp = draw(logits.expand(len(uniform), -1), uniform, 0.7, torch.tensor([3]))
     expected = (logits[0] / 0.7).softmax(0)
     expected[3] = 0
     expected /= expected.sum()

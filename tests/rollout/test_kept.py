@@ -7,7 +7,7 @@ import torch
 from actial_fast.data.sources.stream import Stream
 from actial_fast.model.policy import load_policy
 from actial_fast.model.processor import Processor
-from actial_fast.rollout import embedded
+from actial_fast.rollout.decoder import Decoder
 from actial_fast.rollout.kept import Kept
 from actial_fast.rollout.protocol import Reply
 from tests.loops import generate, sampled
@@ -77,33 +77,40 @@ def setup(lab, grpo_recipe):
 def draw(setup, **more):
     policy, processor, examples = setup
     keys = [(0, e.position) for e in examples]
-    return generate(policy, processor, [e.encoded for e in examples], 3, keys=keys, max_new_tokens=6, **more)
+    return generate(policy, processor, [e.encoded for e in examples], 3, keys=keys, max_new_tokens=60, **more)
 
 
 def test_only_the_rest_is_drawn_and_it_is_what_it_would_have_been(setup, monkeypatch):
-    batches = []
-    whole = draw(setup, drawn=batches.append)
-    assert sorted(i for batch in batches for i in batch) == list(range(5)) and len(batches) == 3
-    decoded = []
-    plain = embedded._decode
-    monkeypatch.setattr(embedded, "_decode", lambda *a: decoded.append(len(a[2])) or plain(*a))
-    again = draw(setup, have=batches[0] | batches[2])
-    assert decoded == [len(batches[1])], "a batch that is there was decoded again, or others with it"
-    assert all(same(a, b) for a, b in zip(again, whole, strict=True))
+    groups: dict[int, list[Reply]] = {}
+    whole = draw(setup, drawn=groups.update)
+    assert sorted(groups) == list(range(5)) and all(groups[i] is whole[i] for i in range(5))
+    read = []
+    plain = Decoder.read
+    monkeypatch.setattr(Decoder, "read", lambda self, sequences, *a: read.extend(map(len, sequences)) or plain(self, sequences, *a))
+    again = draw(setup, have={i: groups[i] for i in (0, 3)})
+    assert len(read) == 3, "a prompt whose replies are there was read again"
+    for a, b in zip(again, whole, strict=True):
+        assert [r.ids.tolist() for r in a] == [r.ids.tolist() for r in b]
+        for one, other in zip(a, b, strict=True):  # another number of rows rounds otherwise
+            np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+    assert again[0] is groups[0] and again[3] is groups[3]
 
 
 def test_nothing_is_drawn_once_a_stop_is_asked(setup):
-    asked = iter([False] * 8 + [True] * 99)  # in the second batch
-    batches = []
-    found = draw(setup, drawn=batches.append, asked=lambda: next(asked))
-    assert len(batches) == 1 and [bool(group) for group in found] == [i in batches[0] for i in range(5)]
+    groups: dict[int, list[Reply]] = {}
+    setup[1].__dict__["stop_tokens"] = tuple(range(0, 300, 10))  # so that replies have many lengths
+    lengths = [max(len(r.ids) for r in group) for group in draw(setup)]
+    assert max(lengths) > min(lengths), "every prompt ends together: nothing would be left"
+    asked = iter([False] * min(lengths) + [True] * 99)
+    found = draw(setup, drawn=groups.update, asked=lambda: next(asked))
+    assert 0 < len(groups) < 5 and [bool(group) for group in found] == [i in groups for i in range(5)]
 
 
 def test_a_step_takes_what_an_interrupted_one_has_drawn(setup, grpo_recipe, tmp_path, monkeypatch):
     policy, processor, examples = setup
     kept = Kept(tmp_path, "d")
     first = sampled(policy, processor, examples, grpo_recipe, kept)
-    monkeypatch.setattr(embedded, "_decode", lambda *a: pytest.fail("drawn again"))
+    monkeypatch.setattr(Decoder, "step", lambda *a: pytest.fail("drawn again"))
     second = sampled(policy, processor, examples, grpo_recipe, Kept(tmp_path, "d"))
     for a, b in zip(first, second, strict=True):
         assert np.array_equal(a.sequence.ids, b.sequence.ids) and np.array_equal(a.sampled, b.sampled)

@@ -1,0 +1,96 @@
+"""Keys and values in blocks, and attention of single new tokens over them, in which the replies to a prompt read its blocks together.
+
+    (a)  a row attends to its own reply's tokens, the new one among them,       out_a, lse_a
+    (b)  the rows of a prompt's replies attend to the prompt,                   out_b, lse_b
+and the two are merged as in attention.py. CUDA: kernels/decode.py, which reads each item's blocks once for all its rows. CPU in float32:
+the C++ extension (csrc/decode.cpp); without it, and in other dtypes, blocks are gathered for PyTorch's flash attention.
+R rows, H query heads, K key-value heads, D head dimension, S tokens a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from actial_fast.model.attention import merge
+from actial_fast.packing import native
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Which rows read which blocks. N items of up to M rows: rows (N, M) int32, -1 where an item has fewer; table (N, C) int32, an item's
+    blocks in order, anything after its last; tokens (N,) int32, how many of their tokens it reads, at least 1; place (R,) int64, where in
+    the flattened `rows` each row stands."""
+
+    rows: Tensor
+    table: Tensor
+    tokens: Tensor
+    place: Tensor
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Keys and values of all layers, each (layers, blocks, S, K, D), zeros at first, and what the forward pass under way does with them.
+
+    slots (L,) int64: block * S + place, where its L tokens' keys and values go; those of block 0 are nobody's. own, prefix: what its rows
+    read, when each is the next token of a reply; None when whole sequences are read.
+    """
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    own: Reads | None = None
+    prefix: Reads | None = None
+
+    def at(self, slots: Tensor, own: Reads | None = None, prefix: Reads | None = None) -> Pages:
+        """The same memory, for another pass."""
+        return replace(self, slots=slots, own=own, prefix=prefix)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Keep keys and values (L, K, D) of this pass's tokens."""
+        for held, new in ((self.keys, k), (self.values, v)):
+            held[layer].flatten(0, 1).index_copy_(0, self.slots, new.to(held.dtype))
+
+    def step(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+        """Attention (R, H, D) of the next tokens of R replies: queries (R, H, D), keys and values (R, K, D), which are kept, and their
+        rotary cosines and sines (R, D)."""
+        own, prefix = self.own, self.prefix
+        assert own is not None and prefix is not None, "rows of whole sequences attend to each other"
+        keys, values = self.keys[layer], self.values[layer]
+        if native.AVAILABLE and q.dtype == torch.float32 and not q.is_cuda:
+            given = (q, k, v, cos, sin, keys, values, self.slots, own.table, own.tokens, prefix.rows, prefix.table, prefix.tokens)
+            return torch.from_numpy(native.decode_step(*(x.numpy() for x in given), scale=scale))
+        q, k = turned(q, cos, sin), turned(k, cos, sin)
+        self.write(layer, k, v)
+        out, lse = _read(q, keys, values, own, scale)
+        merge(out, lse, *_read(q, keys, values, prefix, scale))
+        return out
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys (L, heads, D) turned by their positions' cosines and sines (L, D), in their own dtype."""
+    first, second = x.chunk(2, -1)
+    return (x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]).to(x.dtype)
+
+
+def _read(q: Tensor, keys: Tensor, values: Tensor, reads: Reads, scale: float) -> tuple[Tensor, Tensor]:
+    """out (R, H, D) and lse (H, R) of one part."""
+    if q.is_cuda:
+        from actial_fast.kernels.decode import decode
+
+        return decode(q, keys, values, reads.rows, reads.table, reads.tokens, scale)
+    (items, members), heads = reads.rows.shape, keys.shape[2]
+    share = q.shape[1] // heads
+    k, v = (x[reads.table].flatten(1, 2).transpose(1, 2) for x in (keys, values))  # (N, K, C * S, D)
+    length = k.shape[2]
+    mask = torch.zeros(items, 1, 1, length, dtype=q.dtype).masked_fill_(
+        (torch.arange(length) >= reads.tokens[:, None])[:, None, None], -torch.inf
+    )
+    # rows that an item lacks read what row 0 asks: nobody takes it
+    x = q[reads.rows.clamp(min=0)].unflatten(2, (heads, share)).permute(0, 2, 1, 3, 4).flatten(2, 3)  # (N, K, M * share, D)
+    part, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(x, k, v, 0.0, False, attn_mask=mask, scale=scale)
+    out = part.unflatten(2, (members, share)).permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)[reads.place]
+    lse = lse.unflatten(2, (members, share)).permute(1, 3, 0, 2).flatten(0, 1).flatten(1)[:, reads.place]
+    return out, lse

@@ -1,0 +1,224 @@
+"""The language model as a sampler uses it: whole prompts into key-value blocks, then a token at a time for all rows at once.
+
+A layer's parts are called past the hooks of FSDP and of activation checkpointing and past transformers' own forward pass, which cost as
+much as the layer does for a single token; sharded weights must be gathered. On CUDA the decoding of a number of rows is recorded once as a
+graph and replayed; numbers in between are filled up with rows that nobody reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actial_fast.model.attention import IMPLEMENTATION, prompt_once, use_packed_attention
+from actial_fast.model.paged import Pages, Reads, turned
+from actial_fast.model.policy import ImageBatch, Policy
+from actial_fast.model.processor import Processor
+from actial_fast.packing.batch import Group, PackedBatch, Sequence, pack
+from actial_fast.packing.packed_ops import collect, embed
+from actial_fast.rollout.graphs import Graphs, rows_of_graph
+
+DRAWN_AT_ONCE = 2**25  # elements of logits: what drawing holds beside them is 30 bytes for each
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one step decodes, on the host: R rows, the next tokens of replies to G prompts, up to M each.
+
+    tokens, positions, slots (R,) int64: the last token each has, its place in the sequence, and where its keys go; uniforms (R,) float64,
+    zeros for greedy. own_table (R, C) int32 and own_tokens (R,): a reply's blocks and how many tokens it reads there, the new one among
+    them. members (G, M) int32: the rows of a prompt's replies, -1 where it has fewer; place (R,): where a row stands in the flattened
+    members; prefix_table (G, D) int32 and prefix_tokens (G,): the prompts'.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    uniforms: np.ndarray
+    own_table: np.ndarray
+    own_tokens: np.ndarray
+    members: np.ndarray
+    place: np.ndarray
+    prefix_table: np.ndarray
+    prefix_tokens: np.ndarray
+
+    def filled(self, rows: int, members: int, own: int, prefix: int) -> Rows:
+        """So many rows, and as many prompts, each with so many members and blocks: those that are added read and write block 0."""
+        have, groups = len(self.tokens), len(self.members)
+
+        def grown(x: np.ndarray, *shape: int, fill: int = 0) -> np.ndarray:
+            out = np.full(shape, fill, x.dtype)
+            out[tuple(slice(n) for n in x.shape)] = x
+            return out
+
+        table = grown(self.members, rows, members, fill=-1)
+        place = self.place // self.members.shape[1] * members + self.place % self.members.shape[1]
+        extra = groups * members + np.arange(rows - have)  # behind the prompts there are, as many to each as it takes
+        table.reshape(-1)[extra] = np.arange(have, rows)
+        return Rows(
+            tokens=grown(self.tokens, rows),
+            positions=grown(self.positions, rows),
+            slots=grown(self.slots, rows),
+            uniforms=grown(self.uniforms, rows),
+            own_table=grown(self.own_table, rows, own),
+            own_tokens=grown(self.own_tokens, rows, fill=1),
+            members=table,
+            place=np.concatenate([place, extra]),
+            prefix_table=grown(self.prefix_table, rows, prefix),
+            prefix_tokens=grown(self.prefix_tokens, rows, fill=1),
+        )
+
+
+class Decoder:
+    """A policy's language model over `blocks` blocks of `size` tokens, and block 0.
+
+    temperature 0 is greedy. most: members of a prompt, blocks of a reply, blocks of a prompt, in any `Rows`. The policy is in eval mode,
+    its weights whole, and autocast on where it computes in 16 bits: `serving`.
+    """
+
+    def __init__(self, policy: Policy, processor: Processor, *, blocks: int, size: int, temperature: float, most: tuple[int, int, int]):
+        config = policy.base.config.get_text_config()
+        heads = config.num_key_value_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (config.num_hidden_layers, blocks + 1, size, heads, width)
+        keys, values = (torch.zeros(shape, dtype=policy.compute_dtype, device=policy.device) for _ in range(2))
+        self._policy, self._processor, self._temperature, self._device = policy, processor, temperature, policy.device
+        self._pages = Pages(keys, values, torch.empty(0, dtype=torch.int64))
+        self._stop = torch.tensor(processor.stop_tokens, device=policy.device)
+        self._banned = torch.tensor(processor.never_sampled(policy.base.lm_head.weight.shape[0]), device=policy.device)
+        self._features: dict[str, Tensor] = {}
+        self._most, self._graphs = most, Graphs(self._step) if policy.device.type == "cuda" else None
+
+    def read(self, sequences: Many[Sequence], slots: np.ndarray, keep: Many[str]) -> None:
+        """Keys and values of sequences, one behind the other, into slots (rows,). keep: images whose features will be needed again."""
+        pieces = [(Group((i,), len(s)), 0, 1) for i, s in enumerate(sequences)]
+        # a last token that is only a target has no row
+        ended = [s.extended(np.array([self._processor.pad])) for s in sequences]
+        batch, _ = pack(ended, pieces, self._processor.image_token, self._processor.merge)
+        batch = replace(batch.to(self._device), features=self._image_features(batch.images, keep))
+        weight = self._policy.base.model.get_input_embeddings().weight
+        embeds = embed(batch.input_ids, weight, batch.features, batch.image_slots, batch.image_rows)
+        self._layers(embeds, batch.position_ids, self._pages.at(torch.from_numpy(slots).to(self._device)), batch)
+
+    def step(self, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The next token (R,) int64 of each row, its log-prob (R,) float32, and whether it ends the reply (R,) bool."""
+        have = len(rows.tokens)
+        if self._graphs is None:
+            made: tuple[Tensor, ...] = self._step(*_tensors(rows))
+        else:
+            rows = rows.filled(rows_of_graph(have), *self._most)
+            made = self._graphs(len(rows.tokens), _tensors(rows), self._device)
+        token, logp, ends = (x[:have].cpu().numpy() for x in made)
+        return token, logp, ends
+
+    def _step(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        uniforms: Tensor,
+        own_table: Tensor,
+        own_tokens: Tensor,
+        members: Tensor,
+        place: Tensor,
+        prefix_table: Tensor,
+        prefix_tokens: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        base = self._policy.base
+        embeds = nn.functional.embedding(tokens, base.model.get_input_embeddings().weight)
+        alone = torch.arange(len(tokens), device=tokens.device)
+        own = Reads(alone.to(torch.int32)[:, None], own_table, own_tokens, alone)
+        pages = self._pages.at(slots, own, Reads(members, prefix_table, prefix_tokens, place))
+        hidden = self._layers(embeds, positions.expand(3, -1), pages)
+        drawn = []
+        part = max(1, DRAWN_AT_ONCE // base.lm_head.weight.shape[0])
+        for start in range(0, len(hidden), part):
+            logits = (hidden[start : start + part] @ base.lm_head.weight.T).float()
+            drawn.append(draw(logits, uniforms[start : start + part] if self._temperature else None, self._temperature, self._banned))
+        token, logp = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        return token, logp, torch.isin(token, self._stop)
+
+    def _layers(self, embeds: Tensor, positions: Tensor, pages: Pages, packed: PackedBatch | None = None) -> Tensor:
+        """Hidden states (L, H) of embeds (L, H) at positions (3, L): of whole sequences with `packed`, else of replies' next tokens."""
+        model = self._policy.base.model.language_model
+        cos, sin = (x[0] for x in model.rotary_emb(embeds[None], positions[:, None]))
+        x = embeds
+        for number, layer in enumerate(model.layers):
+            attention = layer.self_attn
+            h = _normed(x, layer.input_layernorm)
+            linears = attention.q_proj, attention.k_proj, attention.v_proj
+            q, k, v = (linear(h).unflatten(-1, (-1, attention.head_dim)) for linear in linears)
+            if packed is None:
+                mixed = pages.step(number, q, k, v, cos, sin, attention.scaling)
+            else:
+                q, k = turned(q, cos, sin), turned(k, cos, sin)
+                pages.write(number, k, v)
+                mixed = prompt_once(q, k, v, packed, attention.scaling)
+            x = x + attention.o_proj(mixed.flatten(1))
+            x = x + layer.mlp(_normed(x, layer.post_attention_layernorm))
+        return _normed(x, model.norm)
+
+    def _image_features(self, images: Many[str], keep: Many[str]) -> Tensor | None:
+        """The features of images, one behind the other; the tower sees those that are not there yet."""
+        if new := [key for key in images if key not in self._features]:
+            policy = self._policy
+            pixels = collect(self._processor.store, new, pin=self._device.type == "cuda")
+            batch = ImageBatch.of(pixels, policy.base.config.vision_config).to(self._device)
+            self._features |= zip(new, policy(batch).split(batch.arguments.rows), strict=True)
+        found = [self._features[key] for key in images]
+        self._features = {key: self._features[key] for key in keep if key in self._features}
+        return torch.cat(found) if found else None
+
+
+def _tensors(rows: Rows) -> tuple[Tensor, ...]:
+    """A `Rows` as `Decoder._step` takes it, on the host."""
+    wide = {"tokens", "positions", "slots", "place"}
+    types = {"uniforms": np.float64} | dict.fromkeys(wide, np.int64)
+    return tuple(torch.from_numpy(np.ascontiguousarray(getattr(rows, f.name), types.get(f.name, np.int32))) for f in fields(rows))
+
+
+def _normed(x: Tensor, norm: Any) -> Tensor:
+    """transformers' RMSNorm in one call."""
+    return nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+@contextlib.contextmanager
+def serving(policy: Policy) -> Iterator[None]:
+    """The policy as `Decoder` needs it, and afterwards as it was."""
+    was_training, low = policy.training, policy.compute_dtype != torch.float32
+    policy.eval()
+    restore = use_packed_attention(policy.base) if policy.base.config._attn_implementation != IMPLEMENTATION else None
+    try:
+        # one autocast for all steps: weights in 32 bits are cast once, not for every token
+        with torch.no_grad(), torch.autocast(policy.device.type, policy.compute_dtype, enabled=low):
+            yield
+    finally:
+        if restore:
+            restore()
+        policy.train(was_training)
+
+
+def draw(logits: Tensor, uniform: Tensor | None, temperature: float, banned: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row and its log-prob: logits (R, V) float32, uniform (R,) float64 or None for greedy -> (R,) int64, (R,) float32.
+
+    A token is where the cumulative probability of those that are not banned passes the row's uniform number.
+    """
+    scaled = logits / (temperature or 1.0)
+    logp = scaled.log_softmax(-1)
+    allowed = logp.index_fill(-1, banned, -torch.inf)
+    if uniform is None:
+        token = allowed.argmax(-1)
+    else:
+        total = allowed.exp().cumsum(-1, dtype=torch.float64)  # a float32 sum over 150,000 tokens would lose the rare ones
+        whole = total[:, -1:]
+        # below the sum, however it rounds: the token that passes it has a probability, and so is not banned
+        wanted = torch.minimum(uniform[:, None] * whole, torch.nextafter(whole, torch.zeros_like(whole)))
+        token = torch.searchsorted(total, wanted, right=True).squeeze(1)
+    return token, logp.gather(-1, token[:, None]).squeeze(1)
