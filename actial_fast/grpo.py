@@ -1,10 +1,10 @@
 """Group relative policy optimisation with verifiable rewards, in reading order.
 
-A step: draw prompts, sample n replies to each, score them, turn rewards into advantages within each group, and make one optimizer step
-per mini-batch of prompts. Simplified against a general trainer: replies come from the trainer's own weights, so the first mini-batch is
-on policy and needs no old log-probs (its ratio is exactly 1), and the reference is the starting weights, held frozen or reached by
-switching the adapter off. A group lives on one rank; every loss term is divided by a global count, so the number of ranks and micro-batches
-does not change the update.
+A step: draw prompts, sample n replies to each, score them, turn rewards into advantages within each group (rollout/groups.py), and make one
+optimizer step per mini-batch of prompts. Simplified against a general trainer: old log-probs are those of the weights that the step begins
+with, so the first mini-batch needs none (its ratio is exactly 1); what the sampler's own log-probs differ by, importance weights make up
+for. The reference is the starting weights, held frozen or reached by switching the adapter off. A group lives on one rank until the groups
+are balanced; every loss term is divided by a global count, so the number of ranks and micro-batches does not change the update.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ import torch
 from torch import Tensor
 
 from actial_fast import ops
-from actial_fast.data.sources.stream import Example
 from actial_fast.evaluation.evaluate import held_out
 from actial_fast.model.policy import Policy, load_reference
 from actial_fast.model.processor import Processor
 from actial_fast.ops.ranges import named
 from actial_fast.packing.batch import Sequence
 from actial_fast.rollout.engines import open_engine
+from actial_fast.rollout.groups import Groups, settled
 from actial_fast.rollout.kept import Kept
-from actial_fast.rollout.protocol import Draw, Engine, Reply, Watch, awake
 from actial_fast.settings.recipe import GRPORecipe
 from actial_fast.tasks.rewards import Scorer
+from actial_fast.train import checkpoint
 from actial_fast.train.account import Account
-from actial_fast.train.dist import Agreed, World, clip_gradients, is_sharded, reduce_gradients, shard, world
+from actial_fast.train.dist import World, clip_gradients, is_sharded, reduce_gradients, shard, world
 from actial_fast.train.guard import Guard
-from actial_fast.train.mismatch import Mismatch
+from actial_fast.train.mismatch import Band, Mismatch
 from actial_fast.train.phases import Timer, untimed
 from actial_fast.train.rounds import Pass, Round, balanced, passes
 from actial_fast.train.samples import Sample, figures, shown
 from actial_fast.train.stage import (
+    Stage,
     begin,
     digest,
-    draw,
     finished,
     open_clock,
     open_log,
@@ -83,9 +83,14 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
         scorer, replies = stack.enter_context(Scorer(recipe.rewards)), Kept(stage.folder, digest(recipe))
         phases, window = open_clock(recipe, start, where, log, stack)
         account, engine = Account(phases), open_engine(recipe, policy, processor, where, stack)
+        recipe, band = settled(recipe, engine), Band(log, policy.compute_dtype)
+        groups = Groups(
+            engine, processor, stream, recipe, where, scorer, cursor=stage.cursor, replies=replies, log=log, stop=stop, phase=phases
+        )
+        stack.enter_context(groups).forget(_needed(stage, recipe, start))
         try:
             for step in range(start + 1, total + 2):
-                mark = stage.mark()
+                mark = stage.mark(groups.cursor)
                 held_out(engine, processor, recipe, where, log, step - 1, stop, phases)
                 if phases.used:
                     log.event("phases", phases.metrics(), step - 1)
@@ -93,21 +98,26 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
                     break
                 window.at(step)
                 rate = set_learning_rate(optimizer, recipe.optim, step, total)
-                with phases("data"):
-                    examples, kept = draw(stream, recipe.prompts, where), replies.at(step)
-                samples = _sample(engine, processor, examples, recipe, where, scorer, step - 1, kept, stop, phases)
+                drawn = groups.of(step)
+                examples, samples = drawn.examples, drawn.samples
+                if recipe.rollout.ahead and step < total:
+                    groups.ahead(step + 1)
                 with phases("plan"):
-                    minibatches = [[s for s in samples if s.minibatch == m] for m in range(recipe.prompts // recipe.minibatch)]
+                    taught = [s for s in samples if s.finished or not recipe.overlong.mask]
+                    minibatches = [[s for s in taught if s.minibatch == m] for m in range(recipe.prompts // recipe.minibatch)]
                     counts = [where.total([sum(map(len, each)), len(each)]) for each in minibatches]
                     moved = [balanced(_kept(each, recipe), lambda s: s.sequence, recipe, processor, where) for each in minibatches]
                     ahead = _passes(policy, reference, processor, moved, recipe, where)
                 ready = _log_probs(policy, reference, moved, ahead, recipe, stop, phases)
-                stats, norms, mismatch = torch.zeros(len(ops.STATS), device=where.device), [], Mismatch(where)
+                stats, norms = torch.zeros(len(ops.STATS), device=where.device), []
+                weighed = recipe.importance_correction == "on"
+                mismatch = Mismatch(where, recipe.loss if weighed else None)
                 with phases("update"):
                     for m, (minibatch, count, rounds) in enumerate(zip(ready, counts, ahead.updates, strict=True)):
                         # until the first optimizer step nothing has changed, so that the step may be given up
                         found = _accumulate(policy, minibatch, count, rounds, recipe, where, stop if m == 0 else NEVER, mismatch)
-                        reduce_gradients(parameters, where)
+                        if count[0]:  # else no rank has a gradient: every reply was cut, and none is to be learned from
+                            reduce_gradients(parameters, where)
                         norms.append(clip_gradients(parameters, recipe.optim.clip_norm))
                         made = guard.step(found[ops.STATS.index("loss")], norms[-1])
                         stats += torch.where(made, found, 0)
@@ -116,12 +126,15 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
                     account.passes(ahead.wanted)
                     account.sampled(policy, [s.sequence for s in samples], recipe.sampling.n)
                 skipped = guard.skipped()  # the first wait for the device
-                *sums, norm, compared, distance, largest = told.tolist()
+                groups.settle()
+                numbers = told.tolist()
+                sums, norm = numbers[: len(ops.STATS)], numbers[len(ops.STATS)]
                 times = phases.metrics()
                 means = np.array(sums) / max(1, len(norms) - len(skipped))
                 metrics = figures(samples, means, recipe, where, times["seconds"]) | {"lr": rate, "grad_norm": norm, **times}
-                metrics |= Mismatch.metrics(compared, distance, largest)
-                rejected, *failed = where.total([stream.rejected, *scorer.failed])
+                metrics |= Mismatch.metrics(numbers[len(ops.STATS) + 1 :], weighed) | drawn.figures
+                rejected, untaught, *failed = where.total([stream.rejected, len(samples) - len(taught), *drawn.failed])
+                metrics |= {"masked_replies": untaught} if recipe.overlong.mask else {}
                 metrics |= {"rejected_rows": rejected} if rejected else {}
                 metrics |= {f"reward_failures/{r.name}": n for r, n in zip(recipe.rewards, failed, strict=True) if n}
                 with phases("log"):
@@ -129,106 +142,34 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
                     if recipe.log_rollouts and step in (1, (total + 1) // 2, total):
                         log.event("rollouts", shown(processor.store, examples, samples, recipe), step)
                     if skipped:
-                        rows = [e.row.where for e in examples if e.position % len(norms) in skipped]
+                        firsts = samples[:: recipe.sampling.n]
+                        rows = [e.row.where for e, first in zip(examples, firsts, strict=True) if first.minibatch in skipped]
                         report_skipped(log, guard, rows, step, where)
-                    if where.main:
-                        replies.clear()
-                if stop.agreed() or step == total or (recipe.save.every and step % recipe.save.every == 0):
+                    if drawn.version == step - 1:  # older ones are as far off as an update takes the policy
+                        band.look(step, metrics)
+                    groups.forget(_needed(stage, recipe, step))
+                ends = stop.agreed()  # asked a moment later, this rank alone would end
+                if ends or step == total or (recipe.save.every and step % recipe.save.every == 0):
                     with phases("save"):
-                        stage.save(step)
+                        stage.save(step, groups.cursor)
                 stage.saver.poll()
-                if stop.asked:
+                if ends:
                     stage.saver.wait()
                     raise stop.stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
         except GivenUp:
             stage.give_up(mark, step)
             kept_too = "the replies drawn since are kept; the same command goes on from here"
             raise stop.stopped(f"{recipe.name}: stopped at step {step - 1} of {total}; {kept_too}") from None
+        groups.forget([])
         return stage.finish(step - 1)
 
 
-def _sample(
-    engine: Engine,
-    processor: Processor,
-    examples: Many[Example],
-    recipe: GRPORecipe,
-    where: World,
-    scorer: Scorer,
-    version: int = 0,
-    kept: Kept | None = None,
-    stop: Stop = NEVER,
-    phase: Timer = untimed,
-) -> list[Sample]:
-    """n scored replies to each of this rank's prompts, in order, with their advantages, from the weights of step `version`. Every rank
-    calls.
-
-    Groups are scored while others are still being sampled. kept: where finished groups go, and those of an interrupted run come from.
-    """
-    n, weights = recipe.sampling.n, torch.tensor([r.weight for r in recipe.rewards])
-    prompts, positions = [example.encoded for example in examples], [example.position for example in examples]
-    texts: dict[int, list[str]] = {}
-
-    def drawn(groups: dict[int, list[Reply]], new: bool = True) -> None:
-        if kept and new:
-            kept.add({positions[i]: group for i, group in groups.items()})
-        for i, group in groups.items():
-            texts[i] = [processor.decode(reply.ids) for reply in group]
-            scorer.submit(i, texts[i], examples[i].row)
-
-    with contextlib.ExitStack() as whole:
-        with phase("sync"):
-            whole.enter_context(awake(engine, version))
-        with phase("sample"):
-            there = kept.load(positions, n) if kept else {}
-            have = {i: there[position] for i, position in enumerate(positions) if position in there}
-            drawn(have, new=False)
-            sampling = recipe.sampling
-            asked = Draw(n, sampling.temperature, sampling.max_new_tokens, sampling.kv_tokens)
-            keys = [(recipe.seed, position) for position in positions]
-            groups = engine.generate(prompts, asked, keys, Watch(have, drawn, asked=lambda: stop.asked))
-    with phase("score"):
-        stop.leave()
-        rewards = _scores(scorer, len(examples), recipe, where)
-        advantages = _advantages(rewards, weights, recipe, where)
-        totals = np.where(np.isnan(rewards).all(1), np.nan, np.nansum(rewards * weights.numpy(), axis=1))
-        steps = recipe.prompts // recipe.minibatch
-        return [
-            Sample(
-                sequence=replace(prompts[i], trained=np.zeros(len(prompts[i]), bool)).extended(reply.ids),
-                text=texts[i][k],
-                sampled=reply.logprobs,
-                rewards=rewards[i * n + k],
-                reward=float(totals[i * n + k]),
-                advantage=float(advantages[i * n + k]),
-                minibatch=positions[i] % steps,  # of the global batch, so that ranks do not change which prompts go together
-                finished=reply.finished,
-            )
-            for i, group in enumerate(groups)
-            for k, reply in enumerate(group)
-        ]
-
-
-def _scores(scorer: Scorer, groups: int, recipe: GRPORecipe, where: World) -> np.ndarray:
-    """The rewards (N, R) of this rank's replies, in order. Every rank calls; a reward that fails on one ends all with its name."""
-    problem, tables = "", [np.empty((0, len(recipe.rewards)), np.float32)]
-    try:
-        found = scorer.results().groups
-        tables += [found[i] for i in range(groups)]
-    except ValueError as error:
-        problem = str(error)
-    if problems := [p for p in where.gather([problem]) if p]:
-        raise Agreed(problems[0])
-    return np.concatenate(tables)
-
-
-def _advantages(rewards: np.ndarray, weights: Tensor, recipe: GRPORecipe, where: World) -> Tensor:
-    """The advantages (N,) of this rank's replies from their rewards (N, R). Some statistics are of the whole batch, so the rewards of all
-    ranks go in."""
-    everyone = where.gather([rewards])
-    before = sum(map(len, everyone[: where.rank]))
-    table = torch.from_numpy(np.concatenate(everyone))
-    owner = torch.arange(len(table)) // recipe.sampling.n
-    return ops.group_advantages(table, owner, recipe.advantages, weights=weights)[before : before + len(rewards)]
+def _needed(stage: Stage, recipe: GRPORecipe, step: int) -> list[int]:
+    """The steps whose replies a run may go on with once `step` is done: the next one's and, drawn ahead, those of the one behind it and of
+    the ones behind checkpoints, since the weights that drew them are gone."""
+    if not recipe.rollout.ahead:
+        return [step + 1]
+    return [step + 1, step + 2, *(saved + 1 for saved in [*stage.saver.under_way, *checkpoint.steps(stage.folder)])]
 
 
 @dataclass(frozen=True)
@@ -356,7 +297,7 @@ def _accumulate(
             "advantages": rows([np.full(len(s), s.advantage) for s in chosen]),
             "old_logp": joined(old) if old else None,
             "ref_logp": joined(ref) if len(ref) == len(chosen) else None,
-            "sampler_logp": sampled if recipe.importance_correction else None,
+            "sampler_logp": sampled if recipe.importance_correction == "on" else None,
             "token_weight": token_weight.to(where.device, non_blocking=True),
             "cu_seqlens": cu_seqlens,
         }
@@ -372,6 +313,6 @@ def _accumulate(
         if mismatch is not None:
             real = sum(map(len, chosen))
             own = result.logp if arguments["old_logp"] is None else arguments["old_logp"]
-            mismatch.add(sampled[:real], own[:real])
+            mismatch.add(sampled[:real], own[:real], [len(s) for s in chosen])
     stop.leave()
     return where.sum(stats)

@@ -96,11 +96,12 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
                     log.step(step, metrics | {"skipped_updates": len(skipped)})
                     if skipped:
                         report_skipped(log, guard, [example.row.where for example in examples], step, where)
-                if stop.agreed() or step == total or (recipe.save.every and step % recipe.save.every == 0):
+                ends = stop.agreed()  # asked a moment later, this rank alone would end
+                if ends or step == total or (recipe.save.every and step % recipe.save.every == 0):
                     with phases("save"):
                         stage.save(step)
                 stage.saver.poll()
-                if stop.asked:
+                if ends:
                     stage.saver.wait()
                     raise stop.stopped(f"{recipe.name}: stopped at step {step} of {total}; the same command goes on from here")
         except GivenUp:

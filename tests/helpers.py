@@ -11,6 +11,11 @@ def short(response: str, row) -> float:
     return 1.0 / (1 + len(response) / 8)
 
 
+def fifth(response: str, row) -> float:
+    """1 for one reply in five, so that groups of equal rewards are common."""
+    return float(len(response) % 5 == 0)
+
+
 def _plant() -> None:
     from actial_fast.report.metrics import MetricLog
 

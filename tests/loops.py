@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,19 @@ import torch
 from torch import Tensor
 
 from actial_fast import grpo
-from actial_fast.grpo import Sample
+from actial_fast.data.sources.stream import Example
 from actial_fast.model.policy import Policy
 from actial_fast.model.processor import Processor
 from actial_fast.packing.batch import Sequence
 from actial_fast.rollout.embedded import Embedded
+from actial_fast.rollout.groups import Groups
+from actial_fast.rollout.kept import Kept
 from actial_fast.rollout.protocol import Draw, Reply, Watch, awake
 from actial_fast.settings.recipe import GRPORecipe
+from actial_fast.tasks.rewards import Scorer
 from actial_fast.train.dist import World
 from actial_fast.train.rounds import Pass, Round, passes
+from actial_fast.train.samples import Sample
 
 Key = tuple[int, ...]
 ALONE = World(0, 1, torch.device("cpu"))
@@ -38,6 +43,13 @@ def accumulate(policy: Policy, processor: Processor, samples: list[Sample], reci
     kept = grpo._kept(samples, recipe)
     (each,) = passes([Pass(policy, [s.sequence for s in kept], True)], recipe, processor, ALONE)
     return grpo._accumulate(policy, kept, (sum(map(len, samples)), len(samples)), each, recipe, ALONE)
+
+
+def sampled(policy: Policy, processor: Processor, examples: list[Example], recipe: GRPORecipe, replies: Kept | None = None) -> list[Sample]:
+    """The samples of a step of which these are the prompts, from the embedded engine."""
+    stream: Any = SimpleNamespace(position=0, next_batch=lambda n, admit: examples)
+    with Scorer(recipe.rewards) as scorer:
+        return Groups(Embedded(policy, processor), processor, stream, recipe, ALONE, scorer, replies=replies).of(1).samples
 
 
 def generate(

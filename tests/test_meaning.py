@@ -17,6 +17,9 @@ from actial_fast.model.policy import load_policy
 from actial_fast.model.weights import open_weights
 from actial_fast.ops.spec import NAMED, AdvantageSpec, GRPOSpec
 from actial_fast.packing.batch import Sequence
+from actial_fast.rollout.choosing import advantages_of
+from actial_fast.rollout.groups import Groups
+from actial_fast.rollout.protocol import Reply
 from actial_fast.settings.recipe import LoRAConfig, ModelConfig, OptimConfig, SaveConfig, SFTRecipe
 from actial_fast.tasks.rewards import RewardConfig
 from actial_fast.train import checkpoint, preflight
@@ -126,19 +129,28 @@ def test_a_stage_whose_last_moment_was_cut_off_is_finished_from_its_checkpoint(s
 def test_b8_one_rank_has_the_advantages_of_many(grpo_recipe):
     """Statistics of the whole batch do not depend on how it is spread over ranks."""
     generator = torch.Generator().manual_seed(0)
-    table = torch.randn(24, 2, generator=generator).numpy()
-    weights_ = torch.tensor([0.5, 2.0])
+    grpo_tables = {g: torch.randn(4, 2, generator=generator).numpy() for g in range(6)}
     for scale in ("std", "batch_std", "none"):
         for combine in ("sum_then_normalize", "normalize_then_sum"):
             spec = replace(grpo_recipe.advantages, scale=scale, combine=combine)
-            recipe = replace(grpo_recipe, advantages=spec)
-            alone = SimpleNamespace(rank=0, gather=lambda items: items)
-            whole = grpo._advantages(table, weights_, recipe, alone)
-            parts = []
-            for rank, part in enumerate((table[:8], table[8:])):
-                ranks = SimpleNamespace(rank=rank, gather=lambda items: [table[:8], table[8:]])
-                parts.append(grpo._advantages(part, weights_, recipe, ranks))
-            assert torch.equal(torch.cat(parts), whole), (scale, combine)
+            recipe = replace(grpo_recipe, advantages=spec, rewards=(RewardConfig("accuracy", 0.5), RewardConfig("format", 2.0)))
+            whole = [s.advantage for s in _samples(grpo_tables, range(6), recipe)]
+            parts = [_samples(grpo_tables, range(first, 6, 2), recipe) for first in (0, 1)]
+            spread = [s.advantage for g in range(6) for s in parts[g % 2][g // 2 * 4 :][:4]]
+            assert spread == whole and any(whole), (scale, combine)
+
+
+def _samples(tables, mine, recipe):
+    """Those of a rank that drew `mine`, when all ranks together have the tables of rewards."""
+    nothing = Sequence(*[np.zeros(0, np.int64)] * 2, np.zeros((3, 0), np.int64))
+    begun = SimpleNamespace(
+        tables=tables,
+        replies={g: [Reply(np.ones(1, np.int64), np.zeros(1, np.float32), True)] * 4 for g in mine},
+        examples={g: SimpleNamespace(encoded=nothing) for g in mine},
+        texts={g: [""] * 4 for g in mine},
+        race=None,
+    )
+    return Groups(None, None, None, recipe, ALONE, None)._samples(begun, sorted(tables))
 
 
 def test_one_rank_equals_two_for_every_named_loss(grpo_recipe, tmp_path):
@@ -169,6 +181,6 @@ def test_b7_normalize_then_sum_happens(grpo_recipe):
     """The example of the review: without it sample 0 has the other sign."""
     rewards = torch.tensor([[1, 0], [0, 0], [1, 3], [0, 9], [0, 1], [1, 1], [1, 8], [0, 2]], dtype=torch.float32).numpy()
     spec = replace(grpo_recipe.advantages, combine="normalize_then_sum")
-    alone = SimpleNamespace(rank=0, gather=lambda items: items)
-    found = grpo._advantages(rewards, torch.tensor([0.5, 0.5]), replace(grpo_recipe, advantages=spec), alone)
+    terms = (RewardConfig("accuracy", 0.5), RewardConfig("format", 0.5))
+    found = advantages_of(rewards, replace(grpo_recipe, advantages=spec, rewards=terms))
     assert torch.allclose(found, torch.tensor([0.118, -1.171, 0.645, 0.408, -1.087, 0.202, 1.75, -0.866]), atol=1e-3)

@@ -116,13 +116,19 @@ def test_a_sampler_that_is_off_shows(lab, tmp_path, monkeypatch):
     """By half a nat on every token."""
     plain = Embedded.generate
 
-    def off(*args, **kwargs):
-        return [[replace(reply, logprobs=reply.logprobs - 0.5) for reply in group] for group in plain(*args, **kwargs)]
+    def off(self, prompts, draw, keys, watch):
+        def told(groups):
+            watch.drawn({i: [replace(reply, logprobs=reply.logprobs - 0.5) for reply in group] for i, group in groups.items()})
+
+        return plain(self, prompts, draw, keys, replace(watch, drawn=told))
 
     monkeypatch.setattr(Embedded, "generate", off)
-    grpo.train(recipe_of("grpo", lab, tmp_path, steps=1, eval=EvalConfig()))
-    (m,) = read_metrics(tmp_path)
-    assert m["mismatch/mean_abs"] == pytest.approx(0.5, abs=1e-4) and m["mismatch/max_ratio"] == pytest.approx(1.6487, rel=1e-3)
+    grpo.train(recipe_of("grpo", lab, tmp_path, steps=2, eval=EvalConfig()))
+    for m in read_metrics(tmp_path):
+        assert m["mismatch/mean_abs"] == pytest.approx(0.5, abs=1e-4) and m["mismatch/max_ratio"] == pytest.approx(1.6487, rel=1e-3)
+        assert m["mismatch/kl"] == pytest.approx(0.1487, rel=1e-3) and "mismatch/outside" not in m
+    (told,) = [e for e in read_events(tmp_path) if e["kind"] == "mismatch"]
+    assert told["step"] == 1 and "chat template" in write_report(tmp_path).read_text()
 
 
 def test_tensorboard_has_them(ran):

@@ -42,10 +42,10 @@ def grpo_step(lab, processor, where: World, move, changes) -> Policy:
     policy = policy_on(lab, move, changes=changes)
     reference = None if policy.adapted else policy_on(lab, move).requires_grad_(False)
     guard = Guard(torch.optim.AdamW(parameters_of(policy), fused=True), 5)
-    recipe = recipe_of(lab, prompts=2, minibatch=1, pack_tokens=90, importance_correction=True, loss=GRPOSpec(beta=0.05))
+    recipe = recipe_of(lab, prompts=2, minibatch=1, pack_tokens=90, importance_correction="on", loss=GRPOSpec(beta=0.05))
     samples = [replace(s, old=None, ref=None) for s in samples_of(processor, [(2, 5), (0, 2), (1, 3)])]
     minibatches = [samples[:5], samples[5:]]
-    phases, mismatch = Phases(where), Mismatch(where)
+    phases, mismatch = Phases(where), Mismatch(where, replace(recipe.loss, importance="sequence_mask"))
     ahead = grpo._passes(policy, reference, processor, minibatches, recipe, where)
     ready = grpo._log_probs(policy, reference, minibatches, ahead, recipe, phase=phases)
     stats = torch.zeros(len(grpo.ops.STATS), device=where.device)

@@ -26,7 +26,6 @@ from actial_fast.model.processor import Processor
 from actial_fast.ops.spec import GRPOSpec
 from actial_fast.packing.packed_ops import collect, patchify
 from actial_fast.report.metrics import read_events, read_metrics
-from actial_fast.rollout.embedded import Embedded
 from actial_fast.settings.config import to_yaml
 from actial_fast.settings.recipe import (
     DataConfig,
@@ -35,12 +34,11 @@ from actial_fast.settings.recipe import (
     LoRAConfig,
     SaveConfig,
 )
-from actial_fast.tasks.rewards import Scorer
 from actial_fast.train import checkpoint
 from actial_fast.train.preflight import FIRST
 from actial_fast.train.samples import figures
 from actial_fast.train.stage import build_optimizer
-from tests.loops import ALONE, accumulate, log_probs
+from tests.loops import ALONE, accumulate, log_probs, sampled
 
 
 def losses(run: str, stage: str) -> list[float]:
@@ -124,7 +122,7 @@ def test_row_weighting_counts_answers_not_tokens(sft_recipe, lab, example):
     ids=["token", "sequence", "constant", "sequence sum", "gspo", "entropy bonus"],
 )
 def test_grpo_gradient_does_not_depend_on_micro_batches_nor_on_skipping(grpo_recipe, lab, spec, correct):
-    recipe = replace(grpo_recipe, loss=spec, importance_correction=correct)
+    recipe = replace(grpo_recipe, loss=spec, importance_correction="on" if correct else "off")
     policy, processor, samples = _moved(recipe, lab)
     found = [_gradients(policy, processor, samples, recipe, size, skip) for size, skip in ((1, False), (7, True), (16, False))]
     assert max(g.abs().max() for g in found[0].values()) > 1e-5
@@ -142,14 +140,14 @@ def test_flat_groups_are_not_skipped_where_they_move_the_entropy_threshold(grpo_
 
 
 def test_importance_correction_weighs_by_the_samplers_probability(grpo_recipe, lab):
-    recipe = replace(grpo_recipe, loss=GRPOSpec(beta=0.0, importance_max=10.0), importance_correction=True)
+    recipe = replace(grpo_recipe, loss=GRPOSpec(beta=0.0, importance_max=10.0), importance_correction="on")
     policy, processor, samples = _moved(recipe, lab)
     twice = [
         replace(s, old=None, sampled=old.numpy() - np.log(2).astype(np.float32))
         for s, old in zip(samples, _now(policy, processor, samples, recipe), strict=True)
     ]
     corrected = _gradients(policy, processor, twice, recipe, 16, True)
-    plain = _gradients(policy, processor, twice, replace(recipe, importance_correction=False), 16, True)
+    plain = _gradients(policy, processor, twice, replace(recipe, importance_correction="off"), 16, True)
     assert_same(corrected, {name: 2 * g for name, g in plain.items()}, atol=1e-5)
     stats = accumulate(policy, processor, twice, recipe).double().numpy()
     named = dict(zip(grpo.ops.STATS, stats, strict=True))
@@ -165,7 +163,7 @@ def _moved(recipe, lab):
     policy = load_policy(recipe.model, ALONE.device, 0, packed=True)
     reference = load_policy(recipe.model, ALONE.device, 0, packed=True).eval()
     examples = Stream(recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4)
-    samples = grpo._sample(Embedded(policy, processor), processor, examples, recipe, ALONE, Scorer(recipe.rewards))
+    samples = sampled(policy, processor, examples, recipe)
     samples = [replace(s, minibatch=0, advantage=0.0 if i < 4 else s.advantage) for i, s in enumerate(samples)]
     ahead = grpo._passes(policy, reference, processor, [samples], recipe, ALONE)
     (samples,) = grpo._log_probs(policy, reference, [samples], ahead, recipe)
@@ -191,7 +189,7 @@ def test_old_logprobs_only_after_the_first_minibatch_and_equal_the_samplers(grpo
     policy, processor = load_policy(grpo_recipe.model, ALONE.device, 0, packed=True), Processor.load(str(lab.model))
     reference = load_policy(grpo_recipe.model, ALONE.device, 0, packed=True).eval()
     examples = Stream(grpo_recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4)
-    samples = grpo._sample(Embedded(policy, processor), processor, examples, grpo_recipe, ALONE, Scorer(grpo_recipe.rewards))
+    samples = sampled(policy, processor, examples, grpo_recipe)
     minibatches = [[s for s in samples if s.minibatch == m] for m in range(2)]
     ahead = grpo._passes(policy, reference, processor, minibatches, grpo_recipe, ALONE)
     samples = [s for each in grpo._log_probs(policy, reference, minibatches, ahead, grpo_recipe) for s in each]
@@ -222,7 +220,7 @@ def test_what_is_skipped_does_not_change_the_update(switch, grpo_recipe, lab):
     with torch.no_grad():
         reference.base.lm_head.weight.mul_(1.1)
     examples = Stream(grpo_recipe.data.sources, seed=0, encode=processor.encode_prompt).next_batch(4)
-    samples = grpo._sample(Embedded(policy, processor), processor, examples, grpo_recipe, ALONE, Scorer(grpo_recipe.rewards))
+    samples = sampled(policy, processor, examples, grpo_recipe)
     found = []
     for value in (True, False):
         recipe = replace(grpo_recipe, loss=GRPOSpec(beta=0.0), skip_zero_variance=False, **{switch: value})

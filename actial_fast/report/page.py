@@ -29,6 +29,7 @@ GRPO_CHARTS = (  # title, metrics drawn in one chart, whether they are shares on
     ("Entropy (nats per token)", ("entropy",), False),
     ("Groups of equal rewards", ("zero_variance_groups",), True),
     ("Finished replies", ("finished",), True),
+    ("Groups: drawn, with rewards that differ", ("sampling/drawn", "sampling/kept"), False),
     ("Clip fraction", ("clip_fraction",), False),
     ("Probability ratio", ("ratio", "ratio_max"), False),
     ("Importance weight", ("importance",), False),
@@ -125,7 +126,7 @@ def _folded(title: str, content: str) -> str:
 
 
 def _troubles(events: Sequence[Mapping[str, Any]]) -> str:
-    """Evaluations that failed and steps that were skipped, a line each; "" when all went well."""
+    """Evaluations that failed, steps that were skipped and whatever else a run warned of, a line each; "" when all went well."""
     lines = []
     for event in events:
         where = f"{event['stage']} step {event['step']:,}"
@@ -136,6 +137,8 @@ def _troubles(events: Sequence[Mapping[str, Any]]) -> str:
             rows = event["skipped"]["rows"]
             more = f" and {len(rows) - 3:,} more" if len(rows) > 3 else ""
             lines.append(f"{where}: loss or gradient was NaN or infinite and was not applied; rows {', '.join(rows[:3])}{more}")
+        elif event["kind"] in ("mismatch", "redrawn"):
+            lines.append(f"{where}: {event[event['kind']]['text']}")
     return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
 
 

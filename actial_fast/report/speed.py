@@ -45,7 +45,9 @@ def speed_charts(metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[
     yield partial(line_chart, "Peak memory (GiB)", [Series("peak_gib", _stages(metrics, "peak_gib", steps))], steps)
     for title, name in (
         ("Sampler against trainer: mean |d log p|", "mismatch/mean_abs"),
+        ("Sampler against trainer: KL per token", "mismatch/kl"),
         ("Sampler against trainer: largest ratio", "mismatch/max_ratio"),
+        ("Sampler against trainer: importance weights outside the bounds", "mismatch/outside"),
     ):
         yield partial(line_chart, title, [Series(name, _stages(metrics, name, steps))], steps, may_log=True)
 

@@ -1,10 +1,11 @@
-"""Replies of the step under way, on disk as soon as they are drawn, so that a run that is stopped or killed while it samples draws only the
-rest when it goes on.
+"""Replies of a step, on disk as soon as they are drawn, so that a run that is stopped or killed while it samples draws only the rest when
+it goes on.
 
 RUN/NAME/replies/step-000013-1f0c2b3a/00000052.safetensors   one batch of groups, named by its first prompt's position in the stream: for
                                                              each its replies' ids and log-probs end to end, their lengths, and whether
                                                              each ended by itself
-They hold for the weights they were drawn with: those that step 13 begins with. Files appear whole or not at all.
+They hold for the weights they were drawn with: those that step 13 begins with, or, with rollout.ahead, those of the step before. Files
+appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,20 +26,24 @@ PARTS = ("ids", "logprobs", "lengths", "finished")
 
 
 class Kept:
-    """The replies that a stage's folder keeps, of one step at a time; what it has of other steps, and of runs with another `digest`, was
-    drawn with other weights and goes. Ranks share the folder, each writes its own groups."""
+    """The replies of one step that a stage's folder keeps, by the step and a digest of the run: what other runs have there was drawn with
+    other weights. Ranks share the folder, each writes its own groups."""
 
-    def __init__(self, folder: Path, digest: str):
-        self._root, self._digest = folder / "replies", digest
-        self.folder = self._root
+    def __init__(self, folder: Path, digest: str, step: int = 0):
+        self._stage, self._digest = folder, digest
+        self.folder = self._of(step)
+
+    def _of(self, step: int) -> Path:
+        return self._stage / "replies" / f"step-{step:06d}-{self._digest}"
 
     def at(self, step: int) -> Kept:
-        """The same, for the step under way."""
-        self.folder = self._root / f"step-{step:06d}-{self._digest}"
-        for other in self._root.glob("step-*"):
-            if other != self.folder:
-                shutil.rmtree(other, ignore_errors=True)
-        return self
+        """Those of a step."""
+        return Kept(self._stage, self._digest, step)
+
+    def forget(self, but: Collection[int] = ()) -> None:
+        """Remove what there is of all steps and runs, but of these steps of this run."""
+        for other in set((self._stage / "replies").glob("step-*")) - {self._of(step) for step in but}:
+            shutil.rmtree(other, ignore_errors=True)
 
     def load(self, positions: Sequence[int], n: int) -> dict[int, list[Reply]]:
         """Position -> its n replies, for those positions that are there."""
@@ -73,10 +78,6 @@ class Kept:
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self.folder}: cannot keep replies ({error}); free space on the disk of the run") from None
-
-    def clear(self) -> None:
-        """Forget them: the step is done."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _replies(parts: Mapping[str, np.ndarray]) -> list[Reply]:

@@ -72,7 +72,9 @@ class Engine(Protocol):
     """Replies to prompts."""
 
     own: bool
-    """Whether replies' log-probs are the trainer's own but for rounding, since the same code computed them."""
+    """Whether replies' log-probs are the trainer's own but for rounding, since the same code computed them, with the trainer's module.
+    Where not, with rollout.ahead, `generate` is called in a thread while the trainer updates: it then has weights of its own, and waits for
+    other ranks in groups of its own only."""
     version: int
     """The step whose weights it holds; -1 before the first `sync`."""
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
 from actial_fast.packing.planning import Costs
+from actial_fast.settings.sampling import OverlongConfig, SamplingConfig, at_least
 from actial_fast.tasks.rewards import RewardConfig
-
-
-def _at_least(config: Any, low: float, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < low:
-            raise ValueError(f"{name}: must be at least {low}, got {getattr(config, name)}")
 
 
 @dataclass(frozen=True)
@@ -31,7 +26,7 @@ class LoRAConfig:
     """Names of the linear layers of the language model that get adapters."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "rank", "alpha", "dropout")
+        at_least(self, 0, "rank", "alpha", "dropout")
 
 
 @dataclass(frozen=True)
@@ -94,8 +89,8 @@ class OptimConfig:
     """An optimizer step whose loss or gradient is NaN or infinite is skipped; so many in a row end the run."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "lr", "eps", "weight_decay", "warmup_steps", "min_lr_ratio", "clip_norm")
-        _at_least(self, 1, "max_skipped")
+        at_least(self, 0, "lr", "eps", "weight_decay", "warmup_steps", "min_lr_ratio", "clip_norm")
+        at_least(self, 1, "max_skipped")
 
 
 @dataclass(frozen=True)
@@ -118,8 +113,8 @@ class EvalConfig:
     """Whether an evaluation that fails (a bad row, too little memory) ends the run; otherwise it is logged with its cause."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "every", "limit", "temperature", "kv_tokens")
-        _at_least(self, 1, "max_new_tokens")
+        at_least(self, 0, "every", "limit", "temperature", "kv_tokens")
+        at_least(self, 1, "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -128,6 +123,13 @@ class RolloutConfig:
 
     engine: Literal["embedded", "vllm"] = "embedded"
     """embedded: the trainer's own module. vllm: an engine in each rank's process, which gets the weights of every step."""
+    ahead: int = 0
+    """GRPO: 1 = the replies of a step are drawn with the weights that the step before it began with, beside that step's update where the
+    engine has weights of its own; `importance_correction` then weighs them. 0 = with the weights that the step begins with."""
+
+    def __post_init__(self) -> None:
+        if self.ahead not in (0, 1):
+            raise ValueError(f"ahead: replies are drawn 0 steps ahead or 1, got {self.ahead}; older weights are not kept")
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,8 @@ class SaveConfig:
     """Weights & Biases project; empty = not used."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "every")
-        _at_least(self, 1, "keep")
+        at_least(self, 0, "every")
+        at_least(self, 1, "keep")
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class DistConfig:
     """Minutes that a rank waits for another, for the last replies and their rewards among others, before the run ends."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1e-3, "timeout")
+        at_least(self, 1e-3, "timeout")
 
 
 @dataclass(frozen=True)
@@ -198,8 +200,8 @@ class DataConfig:
     """Folder of decoded and resized images, 3 bytes a pixel, kept for later runs; empty = ~/.cache/actial_fast/images."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "workers")
-        _at_least(self, 1, "max_prompt_tokens")
+        at_least(self, 0, "workers")
+        at_least(self, 1, "max_prompt_tokens")
 
 
 @dataclass(frozen=True)
@@ -254,34 +256,9 @@ class SFTRecipe:
     """Do not end the stage early before this step."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "seed", "epochs", "steps", "stop_accuracy", "stop_steps")
-        _at_least(self, 1, "batch_size", "micro_batch", "pack_tokens", "pack_patches")
+        at_least(self, 0, "seed", "epochs", "steps", "stop_accuracy", "stop_steps")
+        at_least(self, 1, "batch_size", "micro_batch", "pack_tokens", "pack_patches")
         _trainable(self.model)
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How replies are drawn during training."""
-
-    n: int = 16
-    """Replies per prompt (the group)."""
-    temperature: float = 1.0
-    """Softmax temperature of sampling and of the loss's log-probs."""
-    max_new_tokens: int = 4096
-    """Longest reply, in tokens."""
-    kv_tokens: int = 0
-    """Embedded engine: most tokens of prompts and replies whose keys and values are held at once on one rank, a prompt's counted once for
-    all its replies; as many replies are decoded together as find room. 0 = as many as free memory takes."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "max_new_tokens")
-        _at_least(self, 0, "kv_tokens")
-        if self.n < 2:
-            raise ValueError(
-                f"n: must be at least 2, got {self.n}: advantages are relative to a prompt's other replies, so one teaches nothing"
-            )
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: must be above 0, got {self.temperature}; training samples, it does not decode greedily")
 
 
 @dataclass(frozen=True)
@@ -308,6 +285,8 @@ class GRPORecipe:
     """Rewards and their weights: names from the registry or module:function."""
     advantages: AdvantageSpec = AdvantageSpec()
     """How rewards become advantages."""
+    overlong: OverlongConfig = OverlongConfig()
+    """Replies that are too long."""
     loss: GRPOSpec = GRPOSpec()
     """What is optimised."""
     optim: OptimConfig = OptimConfig(lr=1e-6, warmup_steps=0)
@@ -343,15 +322,26 @@ class GRPORecipe:
     """Take the policy's own log-probs for the old ones of a step's first mini-batch, which is exact, instead of computing them before."""
     skip_reference: bool = True
     """Do without the reference where `loss.beta` is 0; false logs the KL all the same."""
-    importance_correction: bool = False
-    """Weight the policy term by policy / sampler probability (bounds in `loss`), for a sampler that computes other log-probs than the
-    trainer does."""
+    importance_correction: Literal["auto", "on", "off"] = "auto"
+    """Weight the policy term by policy / sampler probability; how is `loss.importance`, truncated or masked, by token or sequence, within
+    the bounds of `loss`. auto = on where another engine than the trainer's own code draws, and with `rollout.ahead`."""
     log_rollouts: int = 4
     """Groups whose replies are kept for the report, at the first, middle and last step."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "seed", "log_rollouts")
-        _at_least(self, 1, "steps", "prompts", "minibatch", "micro_batch", "pack_tokens", "pack_patches")
+        at_least(self, 0, "seed", "log_rollouts")
+        at_least(self, 1, "steps", "prompts", "minibatch", "micro_batch", "pack_tokens", "pack_patches")
         _trainable(self.model)
         if not self.rewards:
             raise ValueError("rewards: at least one is needed, for example [{name: accuracy}]")
+        names, sampling = [r.name for r in self.rewards], self.sampling
+        if sampling.gate.on and sampling.gate.reward not in names:
+            raise ValueError(f"sampling.gate.reward: {sampling.gate.reward!r} is not one of the rewards, {', '.join(names)}")
+        if self.overlong.buffer > sampling.max_new_tokens:
+            raise ValueError(
+                f"overlong.buffer: must be at most sampling.max_new_tokens, {sampling.max_new_tokens}, got {self.overlong.buffer}"
+            )
+        if self.rollout.ahead and self.importance_correction == "off":
+            raise ValueError(
+                "importance_correction: off would take replies of older weights for the policy's own; rollout.ahead needs auto or on"
+            )

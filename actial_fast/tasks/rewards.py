@@ -149,6 +149,7 @@ class Scorer:
         """Replies that went without a reward because a call failed, one number a reward, in the last `results`."""
         self._started: list[_Started] = []
         self._groups: dict[Hashable, np.ndarray] = {}
+        self._calls: dict[Hashable, list[_Started]] = {}
 
     def __enter__(self) -> Scorer:
         return self
@@ -160,7 +161,7 @@ class Scorer:
         """Start scoring all replies to one prompt. key: names the group in results(), once until then. Failures are told by results()."""
         assert key not in self._groups, f"group {key!r} is submitted twice"
         table = self._groups[key] = np.full((len(responses), len(self._terms)), np.nan, np.float32)
-        replies = [_Reply(response, row, table, i) for i, response in enumerate(responses)]
+        replies = [_Reply(key, response, row, table, i) for i, response in enumerate(responses)]
         for term in self._terms:
             if term.config.call == "one":
                 for reply in replies:
@@ -172,6 +173,17 @@ class Scorer:
                 while len(term.waiting) >= term.config.batch_size:
                     self._start(term, term.waiting[: term.config.batch_size])
                     del term.waiting[: term.config.batch_size]
+
+    def peek(self, key: Hashable) -> np.ndarray | None:
+        """The rewards (replies, k) of a group that was submitted, as results() will tell them, once all its calls have ended without a
+        failure; None before, and after one. Never waits."""
+        calls = self._calls.get(key, [])
+        waiting = any(reply.key == key for term in self._terms for reply in term.waiting)  # for their batch to fill
+        if waiting or not all(call.future.done() and call.future.result().error is None for call in calls):
+            return None
+        for call in calls:
+            call.fill(call.future.result())
+        return self._groups[key]
 
     def results(self) -> Scores:
         """Wait for all groups submitted since the last time, and forget them.
@@ -188,8 +200,7 @@ class Scorer:
             for call in started:
                 outcome, config, k = call.future.result(), call.term.config, call.term.column
                 if outcome.error is None:
-                    for reply, value in zip(call.replies, outcome.value, strict=True):
-                        reply.table[reply.i, k] = value
+                    call.fill(outcome)
                     continue
                 cause = _told(call, outcome)
                 if config.on_error == "error":
@@ -207,7 +218,7 @@ class Scorer:
     def _forget(self) -> None:
         for call in self._started:
             call.future.cancel()
-        self._started, self._groups = [], {}
+        self._started, self._groups, self._calls = [], {}, {}
         for term in self._terms:
             term.waiting = []
 
@@ -221,6 +232,8 @@ class Scorer:
         else:
             future = start(run, term.lane, coroutine=term.coroutine)
         self._started.append(_Started(term, replies, future))
+        for key in {reply.key for reply in replies}:
+            self._calls.setdefault(key, []).append(self._started[-1])
 
 
 def score(responses: Sequence[str], rows: Sequence[Row], rewards: Sequence[RewardConfig] = DEFAULT_REWARDS) -> np.ndarray:
@@ -252,8 +265,9 @@ def probe(rewards: Sequence[RewardConfig], row: Row) -> list[str]:
 
 @dataclass(frozen=True)
 class _Reply:
-    """A response, and the place of its rewards: table[i]."""
+    """A response of a group, and the place of its rewards: table[i]."""
 
+    key: Hashable
     response: str
     row: Row
     table: np.ndarray
@@ -277,6 +291,11 @@ class _Started:
     term: _Term
     replies: list[_Reply]
     future: Future[Outcome]
+
+    def fill(self, outcome: Outcome) -> None:
+        """Put the rewards of a call that went well in their places."""
+        for reply, value in zip(self.replies, outcome.value, strict=True):
+            reply.table[reply.i, self.term.column] = value
 
 
 def _terms(rewards: Sequence[RewardConfig]) -> tuple[list[_Term], list[str]]:

@@ -136,6 +136,11 @@ class Saver:
         self._thread = threading.Thread(target=self._work, args=(copies,), name=f"checkpoint {step}")
         self._thread.start()
 
+    @property
+    def under_way(self) -> list[int]:
+        """The step whose checkpoint is being written, if there is one."""
+        return [self._step] if self._thread is not None else []
+
     def finish(self, step: int) -> None:
         """The stage is done at `step`, which has been saved: wait for that, and write RUN/NAME/final. Raises NotSaved on all ranks."""
         self.wait()

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -77,6 +78,25 @@ class World:
         lists: list[list[Any]] = [[] for _ in range(self.size)]
         dist.all_gather_object(lists, items)
         return [item for part in lists for item in part]
+
+    def show(self, board: str, text: str) -> None:
+        """Add to what all ranks can read on a board, without waiting for any of them."""
+        if self.mesh is not None:
+            self._store.append(board, text)  # type: ignore[attr-defined]  # the stub lacks it
+
+    def shown(self, board: str) -> str:
+        """What ranks have added to a board so far, end to end; "" where there is none, and for one rank."""
+        return self._store.get(board).decode() if self.mesh is not None and self._store.check([board]) else ""
+
+    def wipe(self, board: str) -> None:
+        """Remove a board, once no rank reads it any more."""
+        if self.mesh is not None:
+            self._store.delete_key(board)
+
+    @property
+    def _store(self) -> Store:
+        assert self.mesh is not None
+        return self.mesh.get_group().get_group_store()
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -185,4 +205,4 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Scale the gradients down to the global norm `limit` (0: leave them); the norm before, over all ranks, on the device."""
     with named("gradient reduction"):
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm.to(parameters[0].device)  # without gradients it is on the CPU

@@ -25,9 +25,9 @@ class Sample:
     """One reply, ready for the update.
 
     sequence: prompt and reply, the reply's n tokens trained; sampled (n,) float32, the sampler's log-probs; rewards (k,) float32, one a
-    reward function; reward: their weighted sum, NaN where none could score it; minibatch: which optimizer step it belongs to; finished:
-    False where the length limit cut it; old, ref (n,) float32, on the device: log-probs under the policy before the update and under the
-    reference, or None where not needed.
+    reward function, and the fine of its length where there is one; reward: their weighted sum, NaN where none could score it; minibatch:
+    which optimizer step it belongs to; finished: False where the length limit cut it; old, ref (n,) float32, on the device: log-probs under
+    the policy before the update and under the reference, or None where not needed.
     """
 
     sequence: Sequence
@@ -53,7 +53,8 @@ def figures(samples: Many[Sample], stats: np.ndarray, recipe: GRPORecipe, where:
     """
     named = dict(zip(ops.STATS, stats, strict=True))
     mean = {name: named[name] / named["tokens"] for name in ops.STATS if named["tokens"]}
-    n, terms = recipe.sampling.n, len(recipe.rewards)
+    names = [r.name for r in recipe.rewards] + ["overlong"] * bool(recipe.overlong.buffer)
+    n, terms = recipe.sampling.n, len(names)
     groups = [samples[i : i + n] for i in range(0, len(samples), n)]
     rewards = np.array([s.rewards for s in samples], np.float64).reshape(-1, terms)
     totals = np.array([s.reward for s in samples], np.float64)
@@ -74,12 +75,12 @@ def figures(samples: Many[Sample], stats: np.ndarray, recipe: GRPORecipe, where:
     return {
         "loss": named["loss"],
         "reward": reward / scored if scored else np.nan,
-        **{f"reward/{r.name}": sums[k] / known[k] if known[k] else np.nan for k, r in enumerate(recipe.rewards)},
+        **{f"reward/{name}": sums[k] / known[k] if known[k] else np.nan for k, name in enumerate(names)},
         "unscored": 1 - scored / count,
         "response_length": length / count,
         "finished": finished / count,
         "zero_variance_groups": flat * n / count,
-        **{name: mean[name] for name in ("kl", "entropy", "ratio", *(["importance"] * recipe.importance_correction)) if mean},
+        **{name: mean[name] for name in ("kl", "entropy", "ratio", *(["importance"] * (recipe.importance_correction == "on"))) if mean},
         **({"clip_fraction": mean["clip_low"] + mean["clip_high"]} if mean else {}),
         "tokens_per_s": tokens / seconds,
     }

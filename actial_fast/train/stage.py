@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from actial_fast.train.preflight import Encode, Unready, problems_of, processor_
 from actial_fast.train.profile import Window
 
 MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "data.image_cache", "dist.", "profile.")  # keys that a resumed run may set anew
+
+State = dict[str, Any]  # what a checkpoint's state.json holds of the loop
 
 
 def stage_folder(recipe: SFTRecipe | GRPORecipe) -> Path:
@@ -97,7 +100,8 @@ def digest(recipe: SFTRecipe | GRPORecipe) -> str:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a loop works with, at the step it goes on from. `start`: that step; `folder`: where its checkpoints lie."""
+    """What a loop works with, at the step it goes on from. `start`: that step; `folder`: where its checkpoints lie; `cursor`: what the
+    step behind `start` draws its data by, as the loop had it saved."""
 
     folder: Path
     start: int
@@ -106,23 +110,24 @@ class Stage:
     optimizer: torch.optim.AdamW
     stream: Stream
     saver: checkpoint.Saver
+    cursor: State
 
-    def mark(self) -> Mark:
-        """Where the stage stands before a step."""
-        return Mark(self.stream.position, checkpoint.rng_states())
+    def mark(self, cursor: State | None = None) -> Mark:
+        """Where the stage stands before a step. cursor: what its data are drawn by, the stream's position where it is left out."""
+        return Mark(cursor or {"position": self.stream.position}, checkpoint.rng_states())
 
-    def save(self, step: int) -> None:
-        """Begin the checkpoint of `step`, unless there is one. Every rank calls."""
+    def save(self, step: int, cursor: State | None = None) -> None:
+        """Begin the checkpoint of `step`, unless there is one. cursor: what the step behind it draws its data by. Every rank calls."""
         if step and step not in checkpoint.steps(self.folder):
-            self.saver.save(step, self.policy, self.processor, self.optimizer, {"position": self.stream.position})
+            state = cursor or {"position": self.stream.position}
+            self.saver.save(step, self.policy, self.processor, self.optimizer, state)
 
     def give_up(self, mark: Mark, step: int) -> None:
         """Leave `step`, in which no weight has changed, and save what was before it. Every rank calls."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.stream.seek(mark.position)
         checkpoint.set_rng_states(mark.rng)
         self.saver.wait()
-        self.save(step - 1)
+        self.save(step - 1, mark.cursor)
         self.saver.wait()
 
     def finish(self, step: int) -> Path:
@@ -136,9 +141,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Mark:
-    """What a step uses up besides time: the place in the stream, and random numbers."""
+    """What a step uses up besides time: the place in its data, and random numbers."""
 
-    position: int
+    cursor: State
     rng: dict[str, torch.Tensor]
 
 
@@ -164,11 +169,12 @@ def open_stage(recipe: SFTRecipe | GRPORecipe, start: int, where: World, encode:
         encode=functools.partial(encode, processor),
         rank=where.rank,
         world=where.size,
+        spread=isinstance(recipe, GRPORecipe) and recipe.sampling.oversample > 0,  # else the last rank alone has what is given up
     )
-    if start:
-        stream.seek(checkpoint.restore(folder, start, policy, optimizer, where)["position"])
+    cursor = checkpoint.restore(folder, start, policy, optimizer, where) if start else {"position": 0}
+    stream.seek(cursor["position"])
     saver = stack.enter_context(checkpoint.Saver(folder, where, recipe.save.keep))
-    return Stage(folder, start, policy, processor, optimizer, stream, saver)
+    return Stage(folder, start, policy, processor, optimizer, stream, saver, cursor)
 
 
 def open_log(recipe: SFTRecipe | GRPORecipe, start: int, total: int, where: World) -> MetricLog:
@@ -185,10 +191,11 @@ def open_log(recipe: SFTRecipe | GRPORecipe, start: int, total: int, where: Worl
     )
 
 
-def draw(stream: Stream, n: int, where: World) -> list[Example]:
-    """This rank's share of the next n rows; where all of them were bad, of the n after those: a step never trains on nothing."""
+def draw(stream: Stream, n: int, where: World, admit: Callable[[int], bool] | None = None) -> list[Example]:
+    """This rank's share of the next n rows, of the positions that `admit` takes; where all of them were bad, of the n after those: a step
+    never trains on nothing."""
     while True:
-        examples = stream.next_batch(n)
+        examples = stream.next_batch(n, admit)
         if where.total([len(examples)])[0]:
             return examples
 

@@ -33,14 +33,15 @@ class Stop:
 
     def __init__(self, where: World):
         self.asked = False
-        """True once this rank was asked; other ranks may not know yet."""
+        """True once this rank was asked; other ranks may not know yet, so only what `agreed` tells may lead to where they must be met."""
         self._where = where
         self._before: dict[int, Any] = {}
 
     def agreed(self) -> bool:
         """True when any rank was asked, the same on all. Every rank calls; the host waits for the other hosts, not for a device."""
-        self.asked = self._where.max(self.asked) > 0
-        return self.asked
+        agreed = self._where.max(self.asked) > 0
+        self.asked = self.asked or agreed  # asked while it waited, it says so the next time
+        return agreed
 
     def leave(self) -> None:
         """Raises GivenUp on every rank when any was asked. Every rank calls."""

@@ -4,16 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from actial_fast import grpo
 from actial_fast.data.sources.stream import Stream
 from actial_fast.model.policy import load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.rollout.decoder import Decoder
-from actial_fast.rollout.embedded import Embedded
 from actial_fast.rollout.kept import Kept
 from actial_fast.rollout.protocol import Reply
-from actial_fast.tasks.rewards import Scorer
-from tests.loops import ALONE, generate
+from tests.loops import generate, sampled
 
 
 def replies(seed: int, n: int = 3) -> list[Reply]:
@@ -39,15 +36,17 @@ def test_what_was_kept_is_read_back(tmp_path):
     assert Kept(tmp_path, "d1").at(7).load([8], 3).keys() == {8} and not Kept(tmp_path, "d1").at(7).load([8], 4), (
         "another number of replies"
     )
-    kept.clear()
+    kept.forget()
     assert not kept.load([5], 3)
 
 
 @pytest.mark.parametrize(("digest", "step"), [("d2", 7), ("d1", 8)])
 def test_replies_of_other_weights_go(digest, step, tmp_path):
     Kept(tmp_path, "d1").at(7).add({5: replies(5)})
+    Kept(tmp_path, "d1").forget([7])
     other = Kept(tmp_path, digest).at(step)
-    assert not other.load([5], 3)
+    assert not other.load([5], 3) and Kept(tmp_path, "d1").at(7).load([5], 3)
+    other.forget([step])
     assert not Kept(tmp_path, "d1").at(7).load([5], 3), "they are not there for the next either"
 
 
@@ -62,8 +61,7 @@ def test_a_torn_file_is_drawn_again(tmp_path):
 
 def test_a_disk_that_takes_nothing_is_named(tmp_path):
     (tmp_path / "replies").write_text("no folder")
-    kept = Kept(tmp_path, "d1")
-    kept.folder = tmp_path / "replies" / "step"
+    kept = Kept(tmp_path, "d1").at(7)
     with pytest.raises(ValueError, match=r"cannot keep replies .*free space"):
         kept.add({5: replies(5)})
 
@@ -110,11 +108,10 @@ def test_nothing_is_drawn_once_a_stop_is_asked(setup):
 
 def test_a_step_takes_what_an_interrupted_one_has_drawn(setup, grpo_recipe, tmp_path, monkeypatch):
     policy, processor, examples = setup
-    kept = Kept(tmp_path, "d").at(1)
-    with Scorer(grpo_recipe.rewards) as scorer:
-        first = grpo._sample(Embedded(policy, processor), processor, examples, grpo_recipe, ALONE, scorer, kept=kept)
-        monkeypatch.setattr(Decoder, "step", lambda *a: pytest.fail("drawn again"))
-        second = grpo._sample(Embedded(policy, processor), processor, examples, grpo_recipe, ALONE, scorer, kept=Kept(tmp_path, "d").at(1))
+    kept = Kept(tmp_path, "d")
+    first = sampled(policy, processor, examples, grpo_recipe, kept)
+    monkeypatch.setattr(Decoder, "step", lambda *a: pytest.fail("drawn again"))
+    second = sampled(policy, processor, examples, grpo_recipe, Kept(tmp_path, "d"))
     for a, b in zip(first, second, strict=True):
         assert np.array_equal(a.sequence.ids, b.sequence.ids) and np.array_equal(a.sampled, b.sampled)
         assert (a.text, a.advantage, a.reward, a.finished) == (b.text, b.advantage, b.reward, b.finished)

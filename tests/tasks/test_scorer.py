@@ -56,6 +56,38 @@ def both(function):
     return [function, coroutine]
 
 
+def test_a_group_can_be_looked_at_once_all_of_its_calls_have_ended(own):
+    """By one reply, by group, in batches that are not full, and after a failure; looking changes nothing of what results() tells."""
+    gate = threading.Event()
+
+    def waits(response, row):
+        gate.wait(LONG)
+        return float(len(response))
+
+    def sizes(responses, rows):
+        return [1.0] * len(responses)
+
+    def raises(response, row):
+        raise RuntimeError("no")
+
+    with Scorer([own(waits), own(sizes, call="batch", batch_size=3, workers=0)]) as scorer:
+        scorer.submit("a", ["x", "yy"], ROW)
+        assert scorer.peek("a") is None
+        gate.set()
+        scorer.submit("b", ["zzz", "u"], OTHER)  # fills the batch of three; its other reply waits
+        deadline = time.monotonic() + LONG
+        while scorer.peek("a") is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        seen = scorer.peek("a").copy()
+        assert seen.tolist() == [[1, 1], [2, 1]] and scorer.peek("b") is None
+        found = scorer.results().groups
+        assert np.array_equal(found["a"], seen) and found["b"].tolist() == [[3, 1], [1, 1]]
+    with Scorer([own(raises, workers=0, on_error="nan", max_failures=1.0)]) as scorer:
+        scorer.submit("a", ["x"], ROW)
+        assert scorer.peek("a") is None
+        assert np.isnan(scorer.results().groups["a"]).all()
+
+
 # ---- side by side, and beside the caller
 
 

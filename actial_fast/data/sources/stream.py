@@ -12,7 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Example:
 
 
 Encode = Callable[[Example], Any]
+Positions = range | list[int]
 
 
 def _load(source: Source, index: int, position: int, encode: Encode | None) -> Example | BadRow:
@@ -65,6 +66,7 @@ class Stream:
         encode: called in those threads with each example; what it returns becomes `encoded`, and a BadRow it raises (for an image that
             cannot be decoded, say) makes the row a bad row.
         rank, world: this process and how many share each batch.
+        spread: this rank has every world-th position of a batch instead of a contiguous share, so that each has some of its beginning.
 
     Raises ValueError for a source that cannot be opened, bad weights, or an unknown policy.
     """
@@ -82,6 +84,7 @@ class Stream:
         encode: Encode | None = None,
         rank: int = 0,
         world: int = 1,
+        spread: bool = False,
     ):
         _check_policy(on_bad_row)
         assert 0 <= rank < world, f"rank {rank} of {world}"
@@ -90,10 +93,10 @@ class Stream:
         self._seed, self._shuffle, self._skip = seed, shuffle, on_bad_row == "skip"
         if shuffle:
             self._runs = [runs(source) if together else np.arange(len(source) + 1) for source in self._sources]
-        self._rank, self._world = rank, world
+        self._rank, self._world, self._spread = rank, world, spread
         self._rejects, self._encode = Rejects(rejects, rank, world), encode
         self._pool = ThreadPoolExecutor(workers, "stream") if workers else None
-        self._ahead: tuple[int, int, list[Future[Example | BadRow]]] | None = None  # position, size, one future per slot of this rank
+        self._ahead: tuple[Positions, list[Future[Example | BadRow]]] | None = None  # of all ranks, and one future per slot of this rank
         self._orders: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._barren = 0  # empty slots since the last good one
         self.position = 0
@@ -121,10 +124,15 @@ class Stream:
 
     def locate(self, position: int) -> tuple[int, int]:
         """(source, row index in that source) of a position: a pure function of it, the seed and the sources."""
+        k, before = self.turn(position)
+        epoch, at = divmod(before, len(self._sources[k]))
+        return k, int(self._order(k, epoch)[at]) if self._shuffle else at
+
+    def turn(self, position: int) -> tuple[int, int]:
+        """(source, how many positions before this one are that source's)."""
         cycle, place = divmod(position, len(self._pattern))
         k = int(self._pattern[place])
-        epoch, at = divmod(cycle * int(self._counts[k]) + int(self._before[place]), len(self._sources[k]))
-        return k, int(self._order(k, epoch)[at]) if self._shuffle else at
+        return k, cycle * int(self._counts[k]) + int(self._before[place])
 
     def _order(self, k: int, epoch: int) -> np.ndarray:
         if (k, epoch) not in self._orders:
@@ -138,17 +146,18 @@ class Stream:
         assert position >= 0, position
         self.position = position
 
-    def next_batch(self, n: int) -> list[Example]:
-        """Draw `n` positions for all ranks together, and return this rank's contiguous share of them, in order.
+    def next_batch(self, n: int, admit: Callable[[int], bool] | None = None) -> list[Example]:
+        """Draw `n` positions for all ranks together, and return this rank's share of them, in order.
 
         Shares differ by at most one slot; under "skip" bad rows leave the list shorter (it may be empty), and every rank still agrees on
-        the position. Raises BadRow under "error" (the position stays, so a retry meets the same row), and ValueError when two epochs' worth
-        of slots held no good row.
+        the position. admit: positions that it refuses are passed over; it must come to admit some, and the same on all ranks. Raises BadRow
+        under "error" (the position stays, so a retry meets the same row), and ValueError when two epochs' worth of slots held no good row.
         """
         assert n > 0, n
-        if self._ahead and self._ahead[:2] != (self.position, n):
+        positions = self._next(self.position, n, admit)
+        if self._ahead and self._ahead[0] != positions:
             self._drop_ahead()
-        slots = self._ahead[2] if self._ahead else self._submit(self.position, n)
+        slots = self._ahead[1] if self._ahead else self._submit(positions)
         self._ahead = None
         results = [slot.result() for slot in slots]
         batch = []
@@ -164,20 +173,26 @@ class Stream:
             self._barren += 1
             if self._barren >= 2 * self.epoch_length:  # a lone good row may be first in one epoch and last in the next
                 raise ValueError(f"no usable row in {self._barren} draws, two epochs; the last one: {result}")
-        self.position += n
+        self.position = positions[-1] + 1
         if self._pool:
-            self._ahead = (self.position, n, self._submit(self.position, n))
+            after = self._next(self.position, n, admit)
+            self._ahead = (after, self._submit(after))
         return batch
 
-    def _submit(self, position: int, n: int) -> list[Future[Example | BadRow]]:
+    @staticmethod
+    def _next(position: int, n: int, admit: Callable[[int], bool] | None) -> Positions:
+        return range(position, position + n) if admit is None else list(islice(filter(admit, count(position)), n))
+
+    def _submit(self, positions: Positions) -> list[Future[Example | BadRow]]:
+        n, rank, world = len(positions), self._rank, self._world
         futures = []
-        for p in range(position + n * self._rank // self._world, position + n * (self._rank + 1) // self._world):
+        for p in positions[rank::world] if self._spread else positions[n * rank // world : n * (rank + 1) // world]:
             k, index = self.locate(p)
             futures.append(_submit(self._pool, self._sources[k], index, p, self._encode))
         return futures
 
     def _drop_ahead(self) -> None:
-        for future in self._ahead[2] if self._ahead else ():
+        for future in self._ahead[1] if self._ahead else ():
             future.cancel()
         self._ahead = None
 

@@ -150,6 +150,22 @@ def test_ranks_share_a_batch(tmp_path_factory, world, n):
         assert {stream.position for stream in ranks} == {alone.position}
 
 
+@given(world=st.integers(1, 5), n=st.integers(1, 20))
+@settings(deadline=None, max_examples=20)
+def test_ranks_share_what_is_admitted_and_each_has_some_of_its_beginning(tmp_path_factory, world, n):
+    config = make(tmp_path_factory.mktemp("spread"), "a", 30)
+    alone = Stream([config], seed=2, workers=1)
+    ranks = [Stream([config], seed=2, rank=r, world=world, workers=1, spread=True) for r in range(world)]
+    for admit in (None, lambda p: p % 3 > 0, lambda p: p % 7 == 2):  # another rule than what was read ahead by
+        parts = [stream.next_batch(n, admit) for stream in ranks]
+        want = alone.next_batch(n, admit)
+        assert all(admit is None or admit(e.position) for e in want) and len(want) == n
+        assert [parts[i % world][i // world].position for i in range(n)] == [e.position for e in want]
+        assert {stream.position for stream in ranks} == {alone.position} == {want[-1].position + 1}
+    for each in (alone, *ranks):
+        each.close()
+
+
 # --- rows with the same images stay together
 
 
