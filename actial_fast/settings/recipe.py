@@ -126,8 +126,38 @@ class EvalConfig:
 class RolloutConfig:
     """Who draws replies, in training and in evaluation."""
 
-    engine: Literal["embedded", "vllm"] = "embedded"
-    """embedded: the trainer's own module. vllm: an engine in each rank's process, which gets the weights of every step."""
+    engine: Literal["embedded", "vllm", "server"] = "embedded"
+    """embedded: the trainer's own module. vllm: an engine in each rank's process, which gets the weights of every step. server: a model
+    behind an OpenAI-compatible address, for `actial eval` only, since it cannot be given weights."""
+    tensor_parallel: int = 1
+    """vllm: neighbouring ranks that hold one copy of the model together; 1 wherever a device has room for the whole."""
+    gpu_memory: float = 0.6
+    """vllm on CUDA: share of the device's memory for weights, keys and values while sampling. On a CPU keys and values have 1 GiB."""
+    max_images: int = 8
+    """vllm: most images of a prompt."""
+    offload: bool = True
+    """vllm on CUDA: optimizer states and the reference are on the host, pinned, while an engine is awake."""
+    url: str = ""
+    """server: its base URL, for example http://localhost:8000/v1; the key, where it wants one, is in $OPENAI_API_KEY."""
+    model: str = ""
+    """server: the name that it knows the model by."""
+    workers: int = 32
+    """server: requests at a time."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "tensor_parallel", "max_images", "workers")
+        if not 0 < self.gpu_memory <= 1:
+            raise ValueError(f"gpu_memory: a share above 0 and up to 1, got {self.gpu_memory}")
+        if self.engine == "server" and not (self.url and self.model):
+            raise ValueError("engine: server needs url and model, the address and the name that it knows the model by")
+
+
+def _weights_reach(rollout: RolloutConfig) -> None:
+    if rollout.engine == "server":
+        raise ValueError(
+            "rollout.engine: a server keeps the weights that it was started with, so its replies would not be this policy's; set it to "
+            "embedded or vllm here, and use a server with `actial eval --server` or `actial data cot --endpoint`"
+        )
 
 
 @dataclass(frozen=True)
@@ -257,6 +287,7 @@ class SFTRecipe:
         _at_least(self, 0, "seed", "epochs", "steps", "stop_accuracy", "stop_steps")
         _at_least(self, 1, "batch_size", "micro_batch", "pack_tokens", "pack_patches")
         _trainable(self.model)
+        _weights_reach(self.rollout)
 
 
 @dataclass(frozen=True)
@@ -353,5 +384,6 @@ class GRPORecipe:
         _at_least(self, 0, "seed", "log_rollouts")
         _at_least(self, 1, "steps", "prompts", "minibatch", "micro_batch", "pack_tokens", "pack_patches")
         _trainable(self.model)
+        _weights_reach(self.rollout)
         if not self.rewards:
             raise ValueError("rewards: at least one is needed, for example [{name: accuracy}]")
