@@ -45,6 +45,17 @@ ADAPTER = 1  # the number that vLLM knows our adapters by
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of adapters that vLLM makes room for
 
 
+@contextlib.contextmanager
+def _untouched_random_numbers() -> Iterator[None]:
+    """vLLM seeds every generator of the process when it starts, and draws from them; the trainer's go on from where they were."""
+    states = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+
+
 class VLLM:
     """The engine that replies with a copy of the policy's weights in vLLM. Every rank makes one, at the same time.
 
@@ -139,6 +150,7 @@ class VLLM:
         gc.unfreeze()  # vLLM took all that there was for everlasting
         gc.collect()
 
+    @_untouched_random_numbers()
     def generate(self, prompts: Many[Sequence], draw: Draw, keys: Many[tuple[int, ...]], watch: Watch = UNWATCHED) -> list[list[Reply]]:
         """As the protocol says. Replies depend on their keys, and where vLLM's arithmetic does, in the last bits, on what is drawn beside
         them. ValueError for a prompt that is too long, or that vLLM reads as other tokens than ours."""
@@ -246,6 +258,8 @@ class VLLM:
             options |= {"gpu_memory_utilization": config.gpu_memory, "enable_sleep_mode": True}
         else:
             options |= {"kv_cache_memory_bytes": CPU_CACHE, "enforce_eager": True, "skip_mm_profiling": True}
+            # a prompt in parts winds its random numbers back, which vLLM 0.32 can do on CUDA alone
+            options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, self._longest)}
         if self._policy.adapted:
             room = next((rank for rank in RANKS if rank >= lora.rank), None)
             if room is None:
@@ -359,14 +373,3 @@ def _peers(size: int) -> Any:
     from vllm.distributed.parallel_state import get_tp_group
 
     return get_tp_group().cpu_group
-
-
-@contextlib.contextmanager
-def _untouched_random_numbers() -> Iterator[None]:
-    """vLLM seeds every generator of the process when it starts; the trainer's go on from where they were."""
-    states = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
