@@ -30,9 +30,11 @@ def test_log_probs_are_the_adapted_trainers_after_every_step(engine, policy, pro
     monkeypatch.setattr(LLM, "collective_rpc", lambda self, method, *a, **k: sent.append(method) or plain(self, method, *a, **k))
     moved = []
     for step in range(3):
+        ours = {name: p.detach().clone() for name, p in policy.named_parameters()}
         with awake(engine, step):
             groups = engine.generate(prompts, Draw(3, 1.0, 20), keys)
         assert furthest(policy, processor, prompts, groups) < CLOSE
+        assert all(torch.equal(ours[name], p) for name, p in policy.named_parameters()), "the trainer's adapters were changed"
         if not step:
             fixed = [replied(prompt, group[0]) for prompt, group in zip(prompts, groups, strict=True)]
         moved.append(np.concatenate([each.numpy() for each in log_probs(policy, processor, fixed, recipe_at())]))
