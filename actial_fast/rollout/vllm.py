@@ -135,19 +135,22 @@ class VLLM:
             torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """Give up everything, vLLM's process groups included."""
-        from vllm.distributed import parallel_state
-
+        """Give up everything, vLLM's process groups included, but not the trainer's, which its own shutdown would end."""
         self._offload.back()
-        self._llm.llm_engine.engine_core.shutdown()
-        del self._llm
-        parallel_state.destroy_model_parallel()
+        client = self._llm.llm_engine.engine_core
         if self._where.mesh is None:
-            parallel_state.destroy_distributed_environment()
-        elif parallel_state._WORLD is not None:  # that would end the trainer's own group as well
+            client.shutdown()
+        else:
+            from vllm.distributed import parallel_state
+
+            client._finalizer.detach()
+            client.engine_core.model_executor.shutdown()
+            client.engine_core.scheduler.shutdown()
+            parallel_state.destroy_model_parallel()
             parallel_state._WORLD.destroy()
             parallel_state._WORLD = parallel_state._NODE_COUNT = None
-        gc.unfreeze()  # vLLM took all that there was for everlasting
+            gc.unfreeze()  # vLLM took all that there was for everlasting
+        del self._llm, client
         gc.collect()
 
     @_untouched_random_numbers()

@@ -73,13 +73,13 @@ def everything(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, to
     return out
 
 
-def on_ranks(scene: str, folder: Path, *args: object, ranks: int = 2) -> Any:
+def on_ranks(scene: str, folder: Path, *args: object, ranks: int = 2, program: str = "tests.train.saved") -> Any:
     """What a scene finds on rank 0, run by processes of their own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.train.saved", scene, str(folder), *map(str, args)]
+    command = [sys.executable, "-m", program, scene, str(folder), *map(str, args)]
     processes = [
         subprocess.Popen(
             command,
