@@ -27,8 +27,10 @@ def checkpoint_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 
 
 def adapters(policy: Policy) -> tuple[dict[str, Tensor], list[str]]:
-    """Copies of the adapters' tensors under PEFT's names, whole, and the layers that have them: vLLM scales what it gets in place. Every rank
-    calls."""
+    """Copies of the adapters' tensors under PEFT's names, whole, and the layers that have them. Every rank calls.
+
+    Copies, since vLLM scales what it gets in place.
+    """
     found = {
         f"base_model.model.{base_name(name).replace('.default.', '.')}": _whole(parameter, policy.compute_dtype).clone()
         for name, parameter in policy.named_parameters()

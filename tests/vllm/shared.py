@@ -51,7 +51,12 @@ def policy_of(model: Path, **options: object) -> Policy:
 def prompts_of(processor: Processor, seed: int = 0) -> list[Sequence]:
     rng = np.random.default_rng(seed)
     one, two, three = (rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((56, 28), (84, 112), (28, 220)))
-    asked = [("<image>Which way?", (one,)), ("First <image>, then <image>: which way did it go?", (two, three)), ("Left?", ()), ("<image>", (one,))]
+    asked = [
+        ("<image>Which way?", (one,)),
+        ("First <image>, then <image>: which way did it go?", (two, three)),
+        ("Left?", ()),
+        ("<image>", (one,)),
+    ]
     rows = [Row((Turn("user", question),), images) for question, images in asked]
     made = [processor.encode_prompt(Example(row, i)) for i, row in enumerate(rows)]
     assert [len(p.images) for p in made] == [1, 2, 0, 1] and sum(p.ids.tolist().count(processor.image_token) for p in made) > 10

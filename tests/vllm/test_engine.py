@@ -207,7 +207,10 @@ def test_prompts_that_are_read_otherwise_are_refused(engine, prompts, keys, monk
 
     monkeypatch.setattr(VLLM, "_asked", longer)
     ours = len(prompts[1])
-    with awake(engine, 0), pytest.raises(ValueError, match=rf"prompt 0 \(key \(0, 1\)\): vLLM reads {ours + 1} tokens where ours are {ours}"):
+    with (
+        awake(engine, 0),
+        pytest.raises(ValueError, match=rf"prompt 0 \(key \(0, 1\)\): vLLM reads {ours + 1} tokens where ours are {ours}"),
+    ):
         engine.generate(prompts[1:2], Draw(1, 1.0, 2), keys[1:2])
 
 
