@@ -22,16 +22,21 @@ def test_two_ranks_share_an_engine(tmp_path):
     first, second = on_ranks("together", model, program=PROGRAM)
     for found in (first, second):
         assert found["same"] and found["told"] and found["stopped"]
-        assert max(found["far"], found["far after a sync"]) < 2 * CLOSE
+        assert max(found["far"], found["far after a sync"]) < 5 * CLOSE  # a wider model, summed in halves
     assert (first["dropped"], second["dropped"]) == ([], [0])
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
-def test_a_sync_takes_no_more_than_a_block_beside_the_shard(tmp_path):
+def test_a_sync_takes_no_more_than_a_block_beside_the_shard(tmp_path, monkeypatch):
     """Prints the figures: pytest -s."""
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.setenv(name, str(1 << 18))  # what is freed is gone: glibc would keep it, and residence would be more than what is held
     model = create_model(tmp_path / "model", TinyConfig(hidden=1024, heads=32, layers=6, vision_hidden=128, vision_depth=2))
     for rank, found in enumerate(on_ranks("memory", model, program=PROGRAM)):
-        print(f"rank {rank}: " + ", ".join(f"{name} {found[name] / 1e6:.1f}" for name in ("model", "shard", "block", "sync")) + " MB")
+        print(
+            f"rank {rank}: " + ", ".join(f"{name} {found[name] / 1e6:.1f}" for name in ("model", "shard", "block", "whole", "sync")) + " MB"
+        )
         assert found["model"] > 200e6 and found["block"] < 0.2 * found["model"]
-        assert found["sync"] <= found["block"], "more than a block at a time was whole"
+        assert found["whole"] <= found["block"], "more than a block at a time was whole"
+        assert found["sync"] <= found["shard"] + found["block"]
         assert found["far"] < CLOSE * max(1, found["scale"])
