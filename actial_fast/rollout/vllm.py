@@ -80,6 +80,7 @@ class VLLM:
         self._longest = min(longest, policy.base.config.get_text_config().max_position_embeddings)
         self._offload = offload or Offload(None, enabled=False)
         self._holds_base = False  # the weights that are not trained as well
+        self._cached = True  # there is memory for keys and values
         self._view = _View(_banned(processor, policy))
         with _untouched_random_numbers():
             self._llm = self._open()
@@ -116,8 +117,9 @@ class VLLM:
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("vLLM kept keys and values of older weights: a request is still running")
             self.version = version
-        if self._cuda:
+        if self._cuda and not self._cached:
             self._llm.wake_up(tags=["kv_cache"])
+            self._cached = True
 
     def sleep(self) -> None:
         """Weights, keys and values are given up on CUDA, and kept on a CPU."""
@@ -125,7 +127,7 @@ class VLLM:
             return
         if self._cuda:
             self._llm.sleep(level=2)
-            self.version, self._holds_base = -1, False
+            self.version, self._holds_base, self._cached = -1, False, False
         self._offload.back()
         self._asleep = True
 
@@ -167,6 +169,8 @@ class VLLM:
                     f"prompt {job.index}: its {len(job.prompt)} tokens and {draw.max_new_tokens} of a reply are more than the "
                     f"{self._longest} that the engine was opened for; lower max_new_tokens or data.max_prompt_tokens"
                 )
+            if len(job.prompt.images) > self._config.max_images:
+                raise ValueError(f"prompt {job.index}: {len(job.prompt.images)} images, over rollout.max_images={self._config.max_images}")
         waiting = [job for jobs in self._agree(mine) for job in jobs]
         running: dict[str, tuple[_Job, str]] = {}  # vLLM's name of a request in its results -> what it is for, and its name for an abort
         self._view.temperature = draw.temperature or 1.0
@@ -277,7 +281,7 @@ class VLLM:
             logprobs_mode="raw_logits",
             limit_mm_per_prompt={"image": config.max_images, "video": 0},
             # the store's pixels have their final size already: within its limits vLLM's image processor leaves them as they are
-            mm_processor_kwargs={"min_pixels": settings.min_pixels, "max_pixels": settings.max_pixels},
+            mm_processor_kwargs={"size": {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}},
             enable_prefix_caching=True,
             **options,
         )

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -217,6 +218,9 @@ def test_prompts_that_are_read_otherwise_are_refused(engine, prompts, keys, monk
 def test_what_does_not_fit_is_named(engine, prompts, keys):
     with awake(engine, 0), pytest.raises(ValueError, match=rf"prompt 1: its {len(prompts[1])} tokens and {LONGEST} of a reply are more"):
         engine.generate(prompts[1:2] * 2, Draw(1, 1.0, LONGEST), keys[:2], Watch(have={0: []}))
+    many = replace(prompts[0], images=prompts[0].images * 9, grids=prompts[0].grids * 9)
+    with awake(engine, 0), pytest.raises(ValueError, match=r"prompt 0: 9 images, over rollout.max_images=8"):
+        engine.generate([many], Draw(1, 0.0, 2), [])
     with pytest.raises(ValueError, match=r"rollout.tensor_parallel: 2 does not divide the 1 ranks"), opened(None, None, tensor_parallel=2):
         pass
 
