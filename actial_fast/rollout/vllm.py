@@ -50,10 +50,12 @@ def _untouched_random_numbers() -> Iterator[None]:
     """vLLM seeds every generator of the process when it starts, and draws from them; the trainer's go on from where they were."""
     states = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 class VLLM:
@@ -72,8 +74,9 @@ class VLLM:
             raise ValueError(problem)
         if where.size % config.tensor_parallel:
             raise ValueError(f"rollout.tensor_parallel: {config.tensor_parallel} does not divide the {where.size} ranks")
-        if "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
-            raise ValueError("PYTORCH_CUDA_ALLOC_CONF: vLLM cannot sleep with expandable_segments:True; take it out")
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            if "expandable_segments:True" in os.environ.get(name, ""):
+                raise ValueError(f"{name}: vLLM cannot sleep with expandable_segments:True; take it out")
         self.version = -1
         self._policy, self._processor, self._config, self._where = policy, processor, config, where
         self._cuda = where.device.type == "cuda"
