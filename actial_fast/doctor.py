@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from actial_fast.train.packages import VLLM_NAMES, version_of, vllm_problem
+
 # First and first unsupported version, as in pyproject.toml.
 SUPPORTED = {
     "python": ("3.11", "3.13"),
@@ -102,9 +104,10 @@ def doctor() -> list[Check]:
         core.append(_extension())
         facts, why = torch_facts.result()
         gpu = bool(facts.get("devices"))
+        engine = _vllm()
         faster = [pool.submit(_accelerator, *row, gpu) for row in ACCELERATORS]
         devices = [Check("Devices", "torch", "broken", "", why)] if why else _devices(facts)
-        return [*core, *devices, _disk(), *(f.result() for f in training), *(f.result() for f in faster)]
+        return [*core, *devices, _disk(), *(f.result() for f in training), engine, *(f.result() for f in faster)]
 
 
 def main() -> int:
@@ -245,6 +248,14 @@ def _accelerator(name: str, distribution: str, module: str, purpose: str, how: s
     if not gpu and _installed(distribution) is None:
         return Check("Optional", name, "not here", "", f"{purpose}: needs an NVIDIA GPU; then {get}")
     return _package("Optional", name, distribution, module, purpose, get)
+
+
+def _vllm() -> Check:
+    """Its version only: importing it takes long."""
+    found, problem = version_of(*VLLM_NAMES), vllm_problem().removeprefix("rollout.engine: ")
+    state: Literal["installed", "not here", "broken"] = "installed" if not problem else "broken" if found else "not here"
+    purpose = "replies of GRPO and evaluation (rollout.engine: vllm)"
+    return Check("Optional", "vLLM", state, found, f"{purpose}{f': {problem}' if problem else ' (not tried: importing it takes long)'}")
 
 
 def _child(code: str) -> tuple[str, str]:

@@ -82,7 +82,7 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
         log, stop = stack.enter_context(open_log(recipe, start, total, where)), stack.enter_context(Stop(where))
         scorer, replies = stack.enter_context(Scorer(recipe.rewards)), Kept(stage.folder, digest(recipe))
         phases, window = open_clock(recipe, start, where, log, stack)
-        account, engine = Account(phases), open_engine(recipe, policy, processor, where, stack)
+        account, engine = Account(phases), open_engine(recipe, policy, processor, where, stack, optimizer, reference)
         recipe, band = settled(recipe, engine), Band(log, policy.compute_dtype)
         groups = Groups(
             engine, processor, stream, recipe, where, scorer, cursor=stage.cursor, replies=replies, log=log, stop=stop, phase=phases

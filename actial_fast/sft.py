@@ -60,7 +60,7 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
         total = recipe.steps or max(1, round(recipe.epochs * stream.epoch_length / recipe.batch_size))
         log, stop = stack.enter_context(open_log(recipe, start, total, where)), stack.enter_context(Stop(where))
         phases, window = open_clock(recipe, start, where, log, stack)
-        account, engine = Account(phases), open_engine(recipe, policy, processor, where, stack)
+        account, engine = Account(phases), open_engine(recipe, policy, processor, where, stack, optimizer)
         try:
             for step in range(start + 1, total + 2):
                 mark = stage.mark()

@@ -13,7 +13,7 @@ from actial_fast.cli.shared import Commands, add_format, settle
 def add(commands: Commands) -> None:
     """The commands of this group."""
     test = commands.add_parser("eval", help="accuracy of a checkpoint per question type, beside chance and the majority answer")
-    test.add_argument("model", help="a checkpoint folder or hub name")
+    test.add_argument("model", help="a checkpoint folder or hub name; with --server, the name that it knows the model by")
     test.add_argument("source", nargs="+", help="rows with a truth: JSONL, ShareGPT JSON, SAT or verl parquet")
     add_format(test)
     test.add_argument("--system", default="", help="system prompt for every row")
@@ -21,6 +21,9 @@ def add(commands: Commands) -> None:
     test.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
     test.add_argument("--max-new-tokens", type=int, default=1024, help="longest reply (default: %(default)s)")
     test.add_argument("--kv-tokens", type=int, default=0, help="most tokens whose keys and values are held (default: what fits)")
+    test.add_argument("--server", default="", metavar="URL", help="ask the model that is served at this OpenAI-compatible base URL, for "
+                      "example http://localhost:8000/v1")  # fmt: skip
+    test.add_argument("--workers", type=int, default=32, help="with --server: requests at a time (default: %(default)s)")
     test.add_argument("--seed", type=int, default=0, help="seed of sampling")
     test.add_argument("--json", type=Path, help="also write the figures to this file")
     test.set_defaults(run=_eval)
@@ -28,7 +31,7 @@ def add(commands: Commands) -> None:
 
 def _eval(args: argparse.Namespace) -> int:
     from actial_fast.data.sources.source import SourceConfig, open_source
-    from actial_fast.settings.recipe import EvalConfig
+    from actial_fast.settings.recipe import EvalConfig, RolloutConfig
 
     config = EvalConfig(
         sources=tuple(SourceConfig(path, args.format, system=args.system) for path in args.source),
@@ -41,18 +44,23 @@ def _eval(args: argparse.Namespace) -> int:
     for source in config.sources:
         open_source(source)
     # a hub name has one slash and nothing local before it; asking the hub for a mistyped path would take a minute
-    if not Path(args.model).exists() and (args.model.count("/") != 1 or Path(args.model).parent.is_dir()):
+    if not args.server and not Path(args.model).exists() and (args.model.count("/") != 1 or Path(args.model).parent.is_dir()):
         raise ValueError(
             f"model {args.model}: no such folder (looked from {Path.cwd()}), nor a hub name such as Qwen/Qwen2.5-VL-7B-Instruct"
         )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
 
-    from actial_fast.evaluation.evaluate import evaluate_checkpoint
+    from actial_fast.evaluation.evaluate import evaluate_checkpoint, evaluate_server
     from actial_fast.evaluation.statistics import render_table
 
     settle()
-    results = evaluate_checkpoint(args.model, config, args.seed)
+    if args.server:
+        results = evaluate_server(
+            RolloutConfig(engine="server", url=args.server, model=args.model, workers=args.workers), config, args.seed
+        )
+    else:
+        results = evaluate_checkpoint(args.model, config, args.seed)
     if int(os.environ.get("RANK", 0)) == 0:
         for name, table in results.items():
             print(render_table(table, name))

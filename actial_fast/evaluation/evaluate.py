@@ -14,15 +14,15 @@ from actial_fast.model.policy import load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.report.metrics import MetricLog
 from actial_fast.rollout.embedded import Embedded
-from actial_fast.rollout.protocol import Draw, Engine, Reply, Watch, awake
-from actial_fast.settings.recipe import EvalConfig, GRPORecipe, ModelConfig, SFTRecipe
+from actial_fast.rollout.protocol import Draw, Engine, Reader, Reply, Watch, awake
+from actial_fast.settings.recipe import EvalConfig, GRPORecipe, ModelConfig, RolloutConfig, SFTRecipe
 from actial_fast.train.dist import Agreed, World, world
 from actial_fast.train.phases import Phases
 from actial_fast.train.stopping import NEVER, Stop
 
 
 def evaluate(
-    engine: Engine, processor: Processor, config: EvalConfig, where: World, *, seed: int = 0, on_bad_row: str = "error"
+    engine: Engine, processor: Reader, config: EvalConfig, where: World, *, seed: int = 0, on_bad_row: str = "error"
 ) -> dict[str, dict[str, Any]]:
     """The accuracy table of each source, by its folder's and file's name; every rank calls and gets the same result.
 
@@ -37,7 +37,7 @@ def evaluate(
 
 def attempt(
     engine: Engine,
-    processor: Processor,
+    processor: Reader,
     config: EvalConfig,
     where: World,
     *,
@@ -122,9 +122,17 @@ def evaluate_checkpoint(model: Path | str, config: EvalConfig, seed: int = 0) ->
         return evaluate(Embedded(policy, processor), processor, config, where, seed=seed)
 
 
+def evaluate_server(rollout: RolloutConfig, config: EvalConfig, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """`evaluate` for what a server serves; its replies' lengths are in tokens as it counts them."""
+    from actial_fast.rollout.server import Rows, Server
+
+    with world() as where:
+        return evaluate(Server(rollout), Rows(), config, where, seed=seed)
+
+
 def _records(
     engine: Engine,
-    processor: Processor,
+    processor: Reader,
     config: EvalConfig,
     source: SourceConfig,
     where: World,
@@ -140,7 +148,8 @@ def _records(
         if stop.asked:
             return [], ""
         drawn = zip(examples, replies, strict=True)
-        return [_record(example.row, processor.decode(reply.ids), len(reply.ids)) for example, (reply,) in drawn], ""
+        texts = [(e.row, processor.decode(reply.ids) if reply.text is None else reply.text, len(reply.ids)) for e, (reply,) in drawn]
+        return [_record(row, text, length) for row, text, length in texts], ""
     except Exception as error:  # whatever it is, the run goes on without this evaluation
         return [], f"{type(error).__name__}: {' '.join(str(error).split())[:500]}" if not isinstance(error, ValueError) else str(error)
 

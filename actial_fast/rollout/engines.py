@@ -4,16 +4,45 @@ from __future__ import annotations
 
 import contextlib
 
+import torch
+
 from actial_fast.model.policy import Policy
 from actial_fast.model.processor import Processor
 from actial_fast.rollout.embedded import Embedded
 from actial_fast.rollout.protocol import Engine
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.train.dist import World
+from actial_fast.train.offload import Offload
 
 
-def open_engine(recipe: SFTRecipe | GRPORecipe, policy: Policy, processor: Processor, where: World, stack: contextlib.ExitStack) -> Engine:
-    """The engine that replies with the policy's weights, asleep, closed with `stack`. Every rank calls."""
-    engine = Embedded(policy, processor)
+def open_engine(
+    recipe: SFTRecipe | GRPORecipe,
+    policy: Policy,
+    processor: Processor,
+    where: World,
+    stack: contextlib.ExitStack,
+    optimizer: torch.optim.Optimizer | None = None,
+    reference: Policy | None = None,
+) -> Engine:
+    """The engine that replies with the policy's weights, asleep, closed with `stack`. Every rank calls.
+
+    optimizer, reference: what need not be on the device while another engine than the trainer's own module replies.
+    """
+    engine: Engine
+    if recipe.rollout.engine == "vllm":
+        from actial_fast.rollout.vllm import VLLM
+
+        on = recipe.rollout.offload and where.device.type == "cuda" and not recipe.rollout.ahead  # else the update needs them meanwhile
+        offload = Offload(optimizer, *([reference] if reference is not None else []), enabled=on)
+        engine = VLLM(policy, processor, recipe.rollout, where, longest_of(recipe), offload)
+    else:
+        engine = Embedded(policy, processor)
     stack.callback(engine.close)
     return engine
+
+
+def longest_of(recipe: SFTRecipe | GRPORecipe) -> int:
+    """Tokens of the longest prompt with the longest reply that a recipe allows, in training and in evaluation."""
+    replies = [recipe.eval.max_new_tokens] if recipe.eval.sources else []
+    replies += [recipe.sampling.max_new_tokens] if isinstance(recipe, GRPORecipe) else []
+    return recipe.data.max_prompt_tokens + max(replies, default=1)

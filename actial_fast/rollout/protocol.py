@@ -16,17 +16,20 @@ from typing import Protocol
 
 import numpy as np
 
+from actial_fast.data.sources.stream import Example
 from actial_fast.packing.batch import Sequence
 
 
 @dataclass(frozen=True)
 class Reply:
     """One sampled reply. ids (n,) int64, with the token that ended it; logprobs (n,) float32 at the sampling temperature over the whole
-    vocabulary, as the trainer computes them; finished is False where the length limit cut it."""
+    vocabulary, as the trainer computes them; finished is False where the length limit cut it. text: what a server wrote, whose ids and
+    log-probs nobody here knows (-1 and NaN, as many as it counts); None where the ids say it."""
 
     ids: np.ndarray
     logprobs: np.ndarray
     finished: bool
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,16 @@ class Watch:
 
 
 UNWATCHED = Watch()
+
+
+class Reader(Protocol):
+    """Rows into prompts and replies into text; a Processor, for engines that take token ids."""
+
+    def encode_prompt(self, example: Example) -> Sequence:
+        """The prompt of a row to reply to; BadRow where it cannot be made."""
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of a reply's ids."""
 
 
 class Engine(Protocol):

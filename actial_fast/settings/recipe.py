@@ -121,15 +121,43 @@ class EvalConfig:
 class RolloutConfig:
     """Who draws replies, in training and in evaluation."""
 
-    engine: Literal["embedded", "vllm"] = "embedded"
-    """embedded: the trainer's own module. vllm: an engine in each rank's process, which gets the weights of every step."""
+    engine: Literal["embedded", "vllm", "server"] = "embedded"
+    """embedded: the trainer's own module. vllm: an engine in each rank's process, which gets the weights of every step. server: a model
+    behind an OpenAI-compatible address, for `actial eval` only, since it cannot be given weights."""
     ahead: int = 0
     """GRPO: 1 = the replies of a step are drawn with the weights that the step before it began with, beside that step's update where the
     engine has weights of its own; `importance_correction` then weighs them. 0 = with the weights that the step begins with."""
+    tensor_parallel: int = 1
+    """vllm: neighbouring ranks that hold one copy of the model together; 1 wherever a device has room for the whole."""
+    gpu_memory: float = 0.6
+    """vllm on CUDA: share of the device's memory for weights, keys and values while sampling. On a CPU keys and values have 1 GiB."""
+    max_images: int = 8
+    """vllm: most images of a prompt."""
+    offload: bool = True
+    """vllm on CUDA: optimizer states and the reference are on the host, pinned, while an engine is awake."""
+    url: str = ""
+    """server: its base URL, for example http://localhost:8000/v1; the key, where it wants one, is in $OPENAI_API_KEY."""
+    model: str = ""
+    """server: the name that it knows the model by."""
+    workers: int = 32
+    """server: requests at a time."""
 
     def __post_init__(self) -> None:
         if self.ahead not in (0, 1):
             raise ValueError(f"ahead: replies are drawn 0 steps ahead or 1, got {self.ahead}; older weights are not kept")
+        at_least(self, 1, "tensor_parallel", "max_images", "workers")
+        if not 0 < self.gpu_memory <= 1:
+            raise ValueError(f"gpu_memory: a share above 0 and up to 1, got {self.gpu_memory}")
+        if self.engine == "server" and not (self.url and self.model):
+            raise ValueError("engine: server needs url and model, the address and the name that it knows the model by")
+
+
+def _weights_reach(rollout: RolloutConfig) -> None:
+    if rollout.engine == "server":
+        raise ValueError(
+            "rollout.engine: a server keeps the weights that it was started with, so its replies would not be this policy's; set it to "
+            "embedded or vllm here, and use a server with `actial eval --server` or `actial data cot --endpoint`"
+        )
 
 
 @dataclass(frozen=True)
@@ -259,6 +287,7 @@ class SFTRecipe:
         at_least(self, 0, "seed", "epochs", "steps", "stop_accuracy", "stop_steps")
         at_least(self, 1, "batch_size", "micro_batch", "pack_tokens", "pack_patches")
         _trainable(self.model)
+        _weights_reach(self.rollout)
 
 
 @dataclass(frozen=True)
@@ -332,6 +361,7 @@ class GRPORecipe:
         at_least(self, 0, "seed", "log_rollouts")
         at_least(self, 1, "steps", "prompts", "minibatch", "micro_batch", "pack_tokens", "pack_patches")
         _trainable(self.model)
+        _weights_reach(self.rollout)
         if not self.rewards:
             raise ValueError("rewards: at least one is needed, for example [{name: accuracy}]")
         names, sampling = [r.name for r in self.rewards], self.sampling
@@ -340,6 +370,10 @@ class GRPORecipe:
         if self.overlong.buffer > sampling.max_new_tokens:
             raise ValueError(
                 f"overlong.buffer: must be at most sampling.max_new_tokens, {sampling.max_new_tokens}, got {self.overlong.buffer}"
+            )
+        if self.rollout.ahead and self.rollout.engine != "embedded" and self.model.lora.dropout:
+            raise ValueError(
+                "model.lora.dropout: an engine that draws beside the update would draw between its random numbers; set it to 0"
             )
         if self.rollout.ahead and self.importance_correction == "off":
             raise ValueError(

