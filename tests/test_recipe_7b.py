@@ -25,7 +25,7 @@ from actial_fast.settings.config import describe, load_recipe
 from actial_fast.settings.recipe import DataConfig, ModelConfig, OptimConfig, SaveConfig, SFTRecipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-SWAPPED = ("model.path", "run", "dist.fsdp")
+SWAPPED = ("model.path", "run", "dist.fsdp", "rollout.engine")
 DATA = (".path", ".format")
 SIZES = {
     *("steps", "batch_size", "prompts", "minibatch", "sampling.n", "sampling.max_new_tokens"),
@@ -132,6 +132,7 @@ def runs(lab, tmp_path_factory) -> SimpleNamespace:
         RECIPES / "actial-7b-grpo.yaml",
         [
             *common,
+            "rollout.engine=embedded",
             f"model.path={final1}",
             f"data.sources.0.path={verl(root / 'train.parquet', train)}",
             "data.sources.0.format=verl",

@@ -372,9 +372,7 @@ class GRPORecipe:
                 f"overlong.buffer: must be at most sampling.max_new_tokens, {sampling.max_new_tokens}, got {self.overlong.buffer}"
             )
         if self.rollout.ahead and self.rollout.engine != "embedded" and self.model.lora.dropout:
-            raise ValueError(
-                "model.lora.dropout: an engine that draws beside the update would draw between its random numbers; set it to 0"
-            )
+            raise ValueError("model.lora.dropout: with rollout.ahead, vLLM would draw between the update's random numbers; set it to 0")
         if self.rollout.ahead and self.importance_correction == "off":
             raise ValueError(
                 "importance_correction: off would take replies of older weights for the policy's own; rollout.ahead needs auto or on"

