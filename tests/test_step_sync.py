@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,8 @@ from actial_fast import grpo, sft
 from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.ops.spec import GRPOSpec
+from actial_fast.rollout.decoder import Decoder, Rows, serving, tensors_of
+from actial_fast.rollout.graphs import rows_of_graph
 from actial_fast.settings.recipe import LoRAConfig, ModelConfig, SFTRecipe
 from actial_fast.train.account import Account
 from actial_fast.train.dist import World, clip_gradients
@@ -83,6 +86,32 @@ def test_a_step_never_waits(step, model, lab, processor):
     with fake_cuda() as device:
         policy = STEPS[step](lab, processor, World(0, 1, device), lambda module: put(module, device), MODELS[model])
     assert all(p.is_cuda for p in policy.parameters())
+
+
+def decoding(lab, processor, where: World, move, changes) -> tuple[torch.Tensor, ...]:
+    """A prompt is read, and a step of five rows decoded, filled up as a graph would have it."""
+    policy = policy_on(lab, move, changes=changes)
+    policy.compute_dtype = torch.bfloat16
+    prompt = samples_of(processor, [(2, 3)])[0].sequence
+    with serving(policy):
+        decoder = Decoder(policy, processor, blocks=64, size=16, temperature=0.7, most=(4, 2, 8))
+        slots = torch.arange(16, 16 + len(prompt)).numpy()
+        decoder.read([prompt], slots, [])
+        five, two = np.arange(5), np.arange(2)
+        table = np.arange(1, 11).reshape(5, 2)
+        members, place = np.array([[0, 1, 2], [3, 4, -1]]), np.array([0, 1, 2, 3, 4])
+        rows = Rows(five, five, 16 * five, five / 5, table, five + 1, members, place, table[:2], 16 * (two + 1))
+        given = tensors_of(rows.filled(rows_of_graph(5), 4, 2, 8))
+        return decoder._step(*(x.to(where.device, non_blocking=True) for x in given))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_decoding_step_never_waits(model, lab, processor):
+    """So that it can be recorded as a graph; and its shapes and dtypes are those that CUDA's operators take."""
+    with fake_cuda() as device:
+        made = decoding(lab, processor, World(0, 1, device), lambda module: put(module, device), MODELS[model])
+    assert [(x.shape, x.dtype) for x in made] == [((8,), torch.int64), ((8,), torch.float32), ((8,), torch.bool)]
+    assert all(x.is_cuda for x in made)
 
 
 def test_a_step_that_reads_its_loss_is_caught(lab, processor, monkeypatch):

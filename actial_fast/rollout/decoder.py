@@ -91,8 +91,10 @@ class Decoder:
         keys, values = (torch.zeros(shape, dtype=policy.compute_dtype, device=policy.device) for _ in range(2))
         self._policy, self._processor, self._temperature, self._device = policy, processor, temperature, policy.device
         self._pages = Pages(keys, values, torch.empty(0, dtype=torch.int64))
-        self._stop = torch.tensor(processor.stop_tokens, device=policy.device)
-        self._banned = torch.tensor(processor.never_sampled(policy.base.lm_head.weight.shape[0]), device=policy.device)
+        self._stop = torch.tensor(processor.stop_tokens).to(policy.device, non_blocking=True)
+        never = processor.never_sampled(len(policy.base.lm_head.weight))
+        self._banned = torch.tensor(never).to(policy.device, non_blocking=True)
+        self._head = policy.base.lm_head.weight.detach().to(policy.compute_dtype)
         self._features: dict[str, Tensor] = {}
         self._most, self._graphs = most, Graphs(self._step) if policy.device.type == "cuda" else None
 
@@ -105,16 +107,16 @@ class Decoder:
         batch = replace(batch.to(self._device), features=self._image_features(batch.images, keep))
         weight = self._policy.base.model.get_input_embeddings().weight
         embeds = embed(batch.input_ids, weight, batch.features, batch.image_slots, batch.image_rows)
-        self._layers(embeds, batch.position_ids, self._pages.at(torch.from_numpy(slots).to(self._device)), batch)
+        self._layers(embeds, batch.position_ids, self._pages.at(torch.from_numpy(slots).to(self._device, non_blocking=True)), batch)
 
     def step(self, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The next token (R,) int64 of each row, its log-prob (R,) float32, and whether it ends the reply (R,) bool."""
         have = len(rows.tokens)
         if self._graphs is None:
-            made: tuple[Tensor, ...] = self._step(*_tensors(rows))
+            made: tuple[Tensor, ...] = self._step(*tensors_of(rows))
         else:
             rows = rows.filled(rows_of_graph(have), *self._most)
-            made = self._graphs(len(rows.tokens), _tensors(rows), self._device)
+            made = self._graphs(len(rows.tokens), tensors_of(rows), self._device)
         token, logp, ends = (x[:have].cpu().numpy() for x in made)
         return token, logp, ends
 
@@ -131,19 +133,26 @@ class Decoder:
         prefix_table: Tensor,
         prefix_tokens: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        base = self._policy.base
-        embeds = nn.functional.embedding(tokens, base.model.get_input_embeddings().weight)
+        embeds = nn.functional.embedding(tokens, self._policy.base.model.get_input_embeddings().weight)
         alone = torch.arange(len(tokens), device=tokens.device)
         own = Reads(alone.to(torch.int32)[:, None], own_table, own_tokens, alone)
         pages = self._pages.at(slots, own, Reads(members, prefix_table, prefix_tokens, place))
         hidden = self._layers(embeds, positions.expand(3, -1), pages)
         drawn = []
-        part = max(1, DRAWN_AT_ONCE // base.lm_head.weight.shape[0])
+        part = max(1, DRAWN_AT_ONCE // len(self._head))
         for start in range(0, len(hidden), part):
-            logits = (hidden[start : start + part] @ base.lm_head.weight.T).float()
+            logits = self._logits(hidden[start : start + part])
             drawn.append(draw(logits, uniforms[start : start + part] if self._temperature else None, self._temperature, self._banned))
         token, logp = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         return token, logp, torch.isin(token, self._stop)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits (R, V) in float32 of hidden states (R, H). On CUDA from the product's own accumulators, as the trainer's log-probs are:
+        rounded to 16 bits first, one of 20 would be up to 0.06 off."""
+        if self._head.dtype == torch.float32:
+            return hidden @ self._head.T
+        with torch.autocast(self._device.type, enabled=False):
+            return torch.mm(hidden.to(self._head.dtype), self._head.T, out_dtype=torch.float32)
 
     def _layers(self, embeds: Tensor, positions: Tensor, pages: Pages, packed: PackedBatch | None = None) -> Tensor:
         """Hidden states (L, H) of embeds (L, H) at positions (3, L): of whole sequences with `packed`, else of replies' next tokens."""
@@ -177,7 +186,7 @@ class Decoder:
         return torch.cat(found) if found else None
 
 
-def _tensors(rows: Rows) -> tuple[Tensor, ...]:
+def tensors_of(rows: Rows) -> tuple[Tensor, ...]:
     """A `Rows` as `Decoder._step` takes it, on the host."""
     wide = {"tokens", "positions", "slots", "place"}
     types = {"uniforms": np.float64} | dict.fromkeys(wide, np.int64)

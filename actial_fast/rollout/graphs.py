@@ -34,7 +34,7 @@ class Graphs:
     def __call__(self, rows: int, given: Many[Tensor], device: torch.device) -> tuple[Tensor, ...]:
         """run(*given), given being on the host."""
         if rows not in self._made:
-            there = tuple(x.to(device) for x in given)
+            there = tuple(x.to(device, non_blocking=True) for x in given)
             self._asked[rows] += 1
             if self._asked[rows] <= ASKED:
                 return self._run(*there)

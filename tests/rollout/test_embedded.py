@@ -246,3 +246,25 @@ def test_the_mode_of_the_policy_is_kept(setup, prompts):
     policy.train()
     generate(policy, processor, prompts[:1], 1, temperature=0, max_new_tokens=2)
     assert policy.training
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_replies_on_a_gpu_from_graphs_and_without(lab, example, monkeypatch):
+    """Log-probs are the trainer's within bf16's rounding, and those of recorded steps the same as of plain ones."""
+    device = torch.device("cuda", 0)
+    policy = load_policy(ModelConfig(path=str(lab.model)), device, seed=0, packed=True)
+    processor = Processor.load(str(lab.model), max_pixels=28 * 28 * 16)
+    prompts = [processor.encode_prompt(example("<image>Which way did it move?", sizes=[(56, 28)], seed=k)) for k in range(5)]
+    keys = [(0, k) for k in range(5)]
+    found = {}
+    for asked in (10**9, 2):
+        monkeypatch.setattr(graphs, "ASKED", asked)
+        found[asked] = generate(policy, processor, prompts, 8, keys=keys, max_new_tokens=40)
+    assert ids(found[2]) == ids(found[10**9])
+    for prompt, group in zip(prompts, found[2], strict=True):
+        for reply in group:
+            whole = collate([prompt.extended(reply.ids)], processor.pad, processor.store).to(device)
+            with torch.no_grad():
+                own = policy(whole, lambda hidden, head, b=whole: linear_logprob(hidden, head, b.targets)[0])
+            np.testing.assert_allclose(reply.logprobs, own.float().cpu().numpy()[-len(reply.ids) :], atol=0.1)
