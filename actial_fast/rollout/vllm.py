@@ -89,7 +89,7 @@ class VLLM:
         self._offload = offload or Offload(None, enabled=False)
         self._holds_base = False  # the weights that are not trained as well
         self._cached = True  # there is memory for keys and values
-        self._view = _View(_banned(processor, policy))
+        self._view = _View(torch.tensor(processor.never_sampled(policy.base.config.get_text_config().vocab_size)))
         with _untouched_random_numbers():
             self._llm = self._open()
         self._llm.apply_model(self._view.put_on)
@@ -349,12 +349,6 @@ def _take_adapters(worker: Any, tensors: dict[str, Tensor], targets: list[str], 
     manager.remove_adapter(ADAPTER)
     manager.add_adapter(made)
     manager.activate_adapter(ADAPTER)
-
-
-def _banned(processor: Processor, policy: Policy) -> Tensor:
-    """Ids that are never to be drawn: vision tokens, and rows of the head that the tokenizer has no token for."""
-    rows = policy.base.config.get_text_config().vocab_size
-    return torch.tensor([*processor.banned_tokens, *range(len(processor.tokenizer), rows)])
 
 
 def _collapsed(prompt: Sequence, processor: Processor) -> list[int]:
