@@ -1,4 +1,4 @@
-"""The GPU gate, `make gpu`: build, GPU tests, memcheck, errors, microbenchmarks, one 7B step; 12 minutes, no network, nothing installed.
+"""The GPU gate, `make gpu`: build, GPU tests, memcheck, errors, rollouts, microbenchmarks, one 7B step; 12 minutes, no network.
 
     python -m bench.gate [--minutes 12] [--cpu]
 
@@ -60,7 +60,7 @@ def steps() -> list[Step]:
     tests += [x for x in sorted((ROOT / "tests").rglob("test_*.py")) if x not in tests and re.search(r"mark\.gpu\b", x.read_text())]
     workers = ["-n", str(min(8, len(os.sched_getaffinity(0))))] if importlib.util.find_spec("xdist") else []
     sanitizer = shutil.which("compute-sanitizer")
-    accuracy, step = (str(results / f"{name}-{today()}-{commit()}.json") for name in ("accuracy", "step"))
+    accuracy, step, rollout = (str(results / f"{name}-{today()}-{commit()}.json") for name in ("accuracy", "step", "rollout"))
     missing = [name for name in ("transformers", "peft") if importlib.util.find_spec(name) is None]
     return [
         Step("build", [python, "setup.py", "-q", "build_ext", "--inplace"]),
@@ -73,6 +73,12 @@ def steps() -> list[Step]:
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         ),
         Step("accuracy", [python, "-m", "bench.kernels.accuracy", "--json", accuracy], most=45),
+        Step(
+            "rollout",
+            [python, "-m", "bench.step.rollout", "--prompts", "64", "--n", "16", "--mean", "200", "--limit", "600", "--json", rollout],
+            most=60,
+            absent=f"{missing[0]} is not installed" if missing else None,
+        ),
         Step(
             "microbenchmarks",
             [python, "-m", "bench.kernels.ops"],
