@@ -44,6 +44,8 @@ from actial_fast.model.flops import PARTS, Work, images_once, minimum
 from actial_fast.model.policy import Policy, load_policy, load_reference
 from actial_fast.model.processor import Processor
 from actial_fast.quickstart import _resolved
+from actial_fast.rollout.embedded import Embedded
+from actial_fast.rollout.groups import Groups
 from actial_fast.settings.config import load_recipe
 from actial_fast.settings.recipe import GRPORecipe, LoRAConfig, ModelConfig
 from actial_fast.tasks.rewards import Scorer
@@ -203,9 +205,10 @@ def recipe_steps(args: argparse.Namespace, folder: str) -> Callable[[str], Step]
         raise ValueError(f"{args.recipe}: a recipe of kind {recipe.kind}; the ledger counts a GRPO step, so give a grpo or quickstart one")
     alone = replace(recipe, data=replace(recipe.data, workers=0, image_cache=folder))
     stage = open_stage(alone, 0, WHERE, Processor.encode_prompt, contextlib.ExitStack())
-    processor, examples = stage.processor, stage.stream.next_batch(recipe.prompts)
+    processor = stage.processor
+    with Scorer(recipe.rewards) as scorer:
+        samples = Groups(Embedded(stage.policy, processor), processor, stage.stream, recipe, WHERE, scorer).of(1).samples
     stage.stream.close()
-    samples = grpo._sample(stage.policy, processor, examples, recipe, WHERE, Scorer(recipe.rewards))
     minibatches = [[s for s in samples if s.minibatch == m] for m in range(recipe.prompts // recipe.minibatch)]
 
     def step(side: str) -> Step:

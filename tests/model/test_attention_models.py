@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,10 +18,9 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from actial_fast.model.attention import IMPLEMENTATION, use_packed_attention
 from actial_fast.model.policy import Policy
-from actial_fast.packing.batch import Sequence, mrope_positions
+from actial_fast.packing.batch import Sequence, collate, mrope_positions
 from actial_fast.packing.images import ImageSettings, ImageStore
 from tests.attention_case import DEVICE, Packed, cpu, pack, relative
-from tests.loops import generate
 
 VISION = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14, "initializer_range": 0.15}
 TEXT = {
@@ -225,18 +223,29 @@ def test_without_a_packed_batch_the_model_does_what_sdpa_does(name, tmp_path):
     prompts = [prompt(1, 9, GRIDS[1:]), prompt(2, 6), prompt(3, 7)]
     keys = [store.put(rng.integers(0, 256, (h * size, w * size, 3), dtype=np.uint8)) for _, h, w in GRIDS[1:]]
     prompts[0] = replace(prompts[0], images=tuple(keys))
-    processor = SimpleNamespace(pad=0, stop_tokens=(7,), banned_tokens=(60, 61, 62, 63), store=store)
-    policy = Policy(model, torch.float32)
+    policy = Policy(model, torch.float32).eval()
+    batch = collate(prompts, 0, store, left=True)
 
-    def sample():
-        replies = generate(policy, processor, prompts, 3, keys=[(1,), (2,), (3,)], max_new_tokens=6)
-        return [(reply.ids.tolist(), reply.logprobs.tolist()) for group in replies for reply in group]
+    @torch.no_grad()
+    def logits():
+        """Of a padded batch, and of each row's next token behind the cache."""
+        inputs = {**batch.model_inputs(), "use_cache": True}
+        whole, cache = policy(inputs, lambda out, head: (out.last_hidden_state @ head.T, out.past_key_values))
+        following = {
+            "input_ids": whole[:, -1].argmax(-1, keepdim=True),
+            "attention_mask": torch.cat([batch.attention_mask, torch.ones(3, 1, dtype=torch.int64)], 1),
+            "position_ids": (batch.position_ids.amax((0, 2)) + 1)[None, :, None].expand(3, -1, -1),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        return whole[batch.attention_mask == 1], policy(following, lambda out, head: out.last_hidden_state @ head.T)
 
-    expected = sample()
+    expected = logits()
+    assert all(x.isfinite().all() for x in expected)
     restore = use_packed_attention(model)
-    assert sample() == expected
+    assert all(map(torch.equal, logits(), expected))
     restore()
-    assert sample() == expected
+    assert all(map(torch.equal, logits(), expected))
 
 
 @cpu

@@ -269,7 +269,7 @@ def test_what_is_drawn_beside_the_update_is_what_is_drawn_before_it(chosen, base
     before = load_file(grpo.train(replace(recipe, run=str(tmp_path / "before"))) / "model.safetensors")
     engines = []
 
-    def apart(recipe, policy, processor, where, stack):
+    def apart(recipe, policy, processor, *_):
         engines.append(Apart(policy, processor))
         return engines[-1]
 
@@ -283,7 +283,7 @@ def test_what_is_drawn_beside_the_update_is_what_is_drawn_before_it(chosen, base
 
 def test_a_stop_while_replies_are_drawn_beside_the_update_loses_nothing(base, tmp_path, monkeypatch):
     """Before the step's first optimizer step the step is given up and the drawing left; after it the drawing is waited for."""
-    monkeypatch.setattr(grpo, "open_engine", lambda recipe, policy, processor, where, stack: Apart(policy, processor))
+    monkeypatch.setattr(grpo, "open_engine", lambda recipe, policy, processor, *_: Apart(policy, processor))
     recipe = ahead(replace(base, save=SaveConfig(every=0, tensorboard=False)))
     whole = load_file(grpo.train(replace(recipe, run=str(tmp_path / "whole"))) / "model.safetensors")
     said = set()
@@ -304,7 +304,7 @@ def test_an_error_beside_the_update_ends_the_run_with_its_words(base, monkeypatc
                 raise ValueError("the engine is gone")
             return super().generate(prompts, draw, keys, watch)
 
-    monkeypatch.setattr(grpo, "open_engine", lambda recipe, policy, processor, where, stack: Broken(policy, processor))
+    monkeypatch.setattr(grpo, "open_engine", lambda recipe, policy, processor, *_: Broken(policy, processor))
     with pytest.raises(ValueError, match="the engine is gone"):
         grpo.train(ahead(base))
 
