@@ -2,20 +2,23 @@
 
     python -m bench.step.rollout [--model FOLDER --source ROWS] [--prompts 16 --n 8 --mean 20 --limit 40] [--rounds 5] [--json FILE]
 
-Without --model the weights are random, of the quickstart's shape, prompts show two images of noise, and as many ids end a reply as make its
-mean length --mean; with it, replies end as the model ends them. All sides get the same weights, prompts, threads and limits, and take turns
-in one process. Before anything is timed, greedy replies of ours and of transformers must be equal (99 in 100: a tie may round either way).
-transformers pads the prompts of a call on the left, and decodes until its longest reply ends; it gives no log-probs here, the others do.
-Seconds are of the wall, and of the processor over all threads, which say more on a machine that others use: the least of the rounds.
+Without --model the weights are random, of the quickstart's shape (--heads 3 for vLLM's CPU kernels, which do not take heads of 24), prompts
+show two images of noise, and as many ids end a reply as make its mean length --mean; with it, replies end as the model ends them. All sides
+get the same weights, prompts, threads and limits, and take turns in one process. Before anything is timed, greedy replies of ours and of
+transformers must be equal (99 in 100: a tie may round either way). transformers pads the prompts of a call on the left, and decodes until its
+longest reply ends; it gives no log-probs here, the others do. Seconds are of the wall, and of the processor over all threads, which say more
+on a machine that others use: the least of the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,9 @@ from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.packing.batch import Sequence, collate
 from actial_fast.rollout.embedded import Embedded
-from actial_fast.rollout.protocol import Draw, awake
-from actial_fast.settings.recipe import ModelConfig
+from actial_fast.rollout.protocol import Draw, Engine, awake
+from actial_fast.settings.recipe import ModelConfig, RolloutConfig
+from actial_fast.train.dist import World
 from bench.harness.timing import machine
 
 Replies = list[list[list[int]]]  # of each prompt, each reply's ids
@@ -51,7 +55,12 @@ def noise_prompts(processor: Processor, count: int, seed: int = 0) -> list[Seque
 def ours(policy: Policy, processor: Processor, prompts: list[Sequence], draw: Draw) -> Replies:
     """By the embedded engine."""
     with awake(Embedded(policy, processor), 0) as engine:
-        groups = engine.generate(prompts, draw, [(0, k) for k in range(len(prompts))])
+        return replies_of(engine, prompts, draw)
+
+
+def replies_of(engine: Engine, prompts: list[Sequence], draw: Draw) -> Replies:
+    """By an engine that is awake."""
+    groups = engine.generate(prompts, draw, [(0, k) for k in range(len(prompts))])
     return [[reply.ids.tolist() for reply in group] for group in groups]
 
 
@@ -77,6 +86,22 @@ def theirs(policy: Policy, processor: Processor, prompts: list[Sequence], draw: 
     )
     replies = [_ended(row, processor) for row in out[:, batch.input_ids.shape[1] :].tolist()]
     return [replies[k : k + draw.n] for k in range(0, len(replies), draw.n)]
+
+
+@contextlib.contextmanager
+def vllm(policy: Policy, processor: Processor, longest: int) -> Iterator[Engine | None]:
+    """vLLM with the policy's weights, in this process; None where it is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        yield None
+        return
+    from actial_fast.rollout.vllm import VLLM
+
+    engine = VLLM(policy, processor, RolloutConfig(engine="vllm"), World(0, 1, DEVICE), longest)
+    try:
+        with awake(engine, 0):
+            yield engine
+    finally:
+        engine.close()
 
 
 def _ended(ids: list[int], processor: Processor) -> list[int]:
@@ -111,6 +136,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--n", type=int, default=8, help="replies to each prompt (default: %(default)s)")
     parser.add_argument("--mean", type=int, default=20, help="mean length of a reply of random weights (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=40, help="longest reply (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=4, help="of the random weights (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     args = parser.parse_args(argv)
@@ -119,7 +145,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or Path(folder, "model")
         if not args.model:
-            tiny.create(model, ["Which way? A. left B. right"] * 2, tiny.TinyConfig(), seed=0)
+            tiny.create(model, ["Which way? A. left B. right"] * 2, tiny.TinyConfig(heads=args.heads), seed=0)
         processor = Processor.load(str(model), image_cache=folder)
         policy = load_policy(ModelConfig(path=str(model)), DEVICE, seed=0, packed=True).eval()
         if args.model:
@@ -138,12 +164,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "ours": lambda: ours(policy, processor, prompts, sampled),
             "transformers": lambda: theirs(policy, processor, prompts, sampled),
         }
+        with vllm(policy, processor, max(map(len, prompts)) + args.limit) as engine:
+            if engine is not None:
+                sides["vllm"] = lambda: replies_of(engine, prompts, sampled)
+            measured = measure(sides, args.rounds)
         result = {
             "machine": machine(),
             "threads": torch.get_num_threads(),
             "case": {"prompts": args.prompts, "n": args.n, "limit": args.limit, "prompt_tokens": [len(p) for p in prompts]},
             "greedy_equal": equal,
-            "sides": measure(sides, args.rounds),
+            "sides": measured,
         }
     for name, one in result["sides"].items():
         print(
