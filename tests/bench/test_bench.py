@@ -370,10 +370,10 @@ def test_every_step_of_the_gate_runs_and_one_failure_fails_it(capfd, monkeypatch
 
 def test_the_gate_holds_what_make_gpu_promises():
     names = [step.name for step in gate.steps()]
-    assert names == ["build", "tests", "memcheck", "accuracy", "microbenchmarks", "one step"]
+    assert names == ["build", "tests", "memcheck", "accuracy", "rollout", "microbenchmarks", "one step"]
     tests = gate.steps()[1].command
     assert "tests/kernels/test_linear.py" in tests and all((ROOT / x).exists() for x in tests if x.startswith("tests/"))
-    assert gate.steps()[4].budget(300) == ["--budget-seconds", "260"]
+    assert gate.steps()[5].budget(300) == ["--budget-seconds", "260"]
     if not CUDA:
         with pytest.raises(SystemExit):
             gate.main([])
