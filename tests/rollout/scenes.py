@@ -19,6 +19,7 @@ from actial_fast.packing.batch import Sequence
 from actial_fast.rollout.decoder import Decoder
 from actial_fast.settings.recipe import ModelConfig
 from actial_fast.train.dist import World, shard, world
+from tests.faults import leave
 from tests.loops import generate
 
 
@@ -93,3 +94,4 @@ if __name__ == "__main__":
         made = globals()[sys.argv[1]](Path(sys.argv[2]), here, *sys.argv[3:])
         if here.main:
             print(json.dumps(made))
+    leave()

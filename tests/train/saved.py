@@ -28,6 +28,7 @@ from actial_fast.settings.recipe import LoRAConfig, ModelConfig, OptimConfig
 from actial_fast.train import checkpoint
 from actial_fast.train.dist import World, shard, world
 from actial_fast.train.stage import build_optimizer
+from tests.faults import leave
 
 ROOT = Path(__file__).parents[2]
 KINDS = {
@@ -203,3 +204,4 @@ if __name__ == "__main__":
         result = {"sharded": sharded, "tied": tied, "memory": memory}[sys.argv[1]](Path(sys.argv[2]), where, *sys.argv[3:])
         if where.main:
             print(json.dumps(result))
+    leave()

@@ -23,6 +23,7 @@ from actial_fast.rollout import handover
 from actial_fast.rollout.protocol import Draw, Watch, awake
 from actial_fast.settings.recipe import ModelConfig
 from actial_fast.train.dist import World, shard, world
+from tests.faults import leave
 from tests.train.saved import _peak
 from tests.vllm import shared
 
@@ -125,3 +126,4 @@ if __name__ == "__main__":
         result = {"sharded": sharded, "together": together, "memory": memory}[sys.argv[1]](where, *sys.argv[2:])
         if where.main:
             print(json.dumps(result))
+    leave()
