@@ -21,7 +21,7 @@ from actial_fast.model.processor import Processor
 from actial_fast.packing.batch import Sequence
 from actial_fast.rollout.decoder import Decoder, Rows, serving
 from actial_fast.rollout.memory import kv_budget
-from actial_fast.rollout.protocol import UNWATCHED, Draw, Reply, Watch
+from actial_fast.rollout.protocol import UNWATCHED, Draw, Reply, Watch, never
 from actial_fast.rollout.schedule import Schedule, blocks_for
 from actial_fast.train.dist import gathered, recover
 
@@ -118,9 +118,10 @@ class Batching:
         """Replies by prompt, of those that are complete, after each step that completed any. names: the prompts', as `watch` knows them."""
         schedule, n = self.schedule, self._draw.n
         while not schedule.done and not watch.asked():
-            for prompt in [p for p in self._open() if watch.dropped(names[p])]:
-                schedule.skip(prompt)
-                self._forget(prompt)
+            if watch.dropped is not never:  # those that wait as well: they need not be read
+                for prompt in [p for p in schedule.open if watch.dropped(names[p])]:
+                    schedule.skip(prompt)
+                    self._forget(prompt)
             self._admit()
             for place in schedule.grow().tolist():
                 drawn = schedule.drawn[place]
@@ -133,10 +134,6 @@ class Batching:
                 yield {prompt: [self._made[prompt][k] for k in range(n)] for prompt in complete}
                 for prompt in complete:
                     self._forget(prompt)
-
-    def _open(self) -> list[int]:
-        """Prompts with replies that are not complete, and one begun."""
-        return list(self._random) if self._draw.temperature else sorted({*self._made, *self.schedule.prefixes})
 
     def _forget(self, prompt: int) -> None:
         self._made.pop(prompt, None)

@@ -26,11 +26,11 @@ class Schedule:
 
     prompts: their lengths, at least 2 each. limit: the longest reply. ValueError where the longest prompt with one reply does not fit.
 
-    A step is `admit`, whatever reads the new prompts, `grow`, the decoding of `rows()`, and `advance` with those that ended.
+    A step is `admit`, whatever reads the new prompts, `grow`, the decoding of `active`, and `advance` with those that ended.
     """
 
     def __init__(self, prompts: Sequence[int], n: int, limit: int, *, blocks: int, size: int, places: int):
-        self.n, self.limit, self.size = n, limit, size
+        self.n, self.size = n, size
         self._prompts = prompts
         longest = max(prompts, default=2)
         least = blocks_for(longest - 1, size) + blocks_for(limit, size)
@@ -41,7 +41,7 @@ class Schedule:
             )
         self._waiting = deque(range(len(prompts) * n))
         self._free = list(range(blocks, 0, -1))
-        self.free_places = list(range(places - 1, -1, -1))
+        self._free_places = list(range(places - 1, -1, -1))
         self.prefixes: dict[int, np.ndarray] = {}
         """The blocks of each prompt that is held, of all its tokens but the last."""
         self._left = np.full(len(prompts), n)  # replies of each prompt that are not complete
@@ -65,13 +65,17 @@ class Schedule:
         """True when no reply is left."""
         return not len(self.active) and not self._waiting
 
-    def skip(self, prompt: int) -> np.ndarray:
-        """Leave out the replies to a prompt that are not complete; the places they had."""
+    @property
+    def open(self) -> list[int]:
+        """Prompts with replies that are not complete, begun or not."""
+        return np.flatnonzero(self._left).tolist()
+
+    def skip(self, prompt: int) -> None:
+        """Leave out the replies to a prompt that are not complete."""
         self._waiting = deque(reply for reply in self._waiting if reply // self.n != prompt)
-        gone = self.active[self.reply[self.active] // self.n == prompt]
-        self._leave(gone)
+        self._leave(self.active[self.reply[self.active] // self.n == prompt])
         self._release(prompt)
-        return gone
+        self._left[prompt] = 0
 
     def admit(self) -> tuple[list[int], list[tuple[int, int]]]:
         """Give places to as many waiting replies as find room: the prompts that must be read for them, and (place, tokens drawn before)
@@ -81,7 +85,7 @@ class Schedule:
         new: list[int] = []
         limit = self.table.shape[1]
         growing = int((self.table[self.active, -1] == 0).sum())  # replies that may want another block
-        while self._waiting and self.free_places:
+        while self._waiting and self._free_places:
             reply = self._waiting[0]
             prompt, before = reply // self.n, self._returned.get(reply, 0)
             own = blocks_for(before + 1, self.size)
@@ -97,7 +101,7 @@ class Schedule:
             if prefix:
                 self.prefixes[prompt] = self._take(prefix)
                 prompts.append(prompt)
-            place = self.free_places.pop()
+            place = self._free_places.pop()
             self.reply[place], self.drawn[place] = reply, before
             self.table[place, :own] = self._take(own)
             new.append(place)
@@ -157,5 +161,5 @@ class Schedule:
             held = self.table[places]
             self._free.extend(held[held > 0].tolist())
             self.table[places] = 0
-            self.free_places.extend(places.tolist())
+            self._free_places.extend(places.tolist())
             self.active = self.active[~np.isin(self.active, places)]

@@ -165,6 +165,23 @@ def test_a_group_that_is_dropped_is_not_drawn_any_further(setup, prompts):
     assert found[1] == [] and [ids(found)[i] for i in (0, 2)] == [ids(whole)[i] for i in (0, 2)]
 
 
+def test_a_group_that_is_dropped_while_it_waits_is_never_read(setup, prompts, monkeypatch):
+    policy, processor = setup
+    whole = generate(policy, processor, prompts, 2, keys=KEYS, max_new_tokens=12)
+    read = []
+    plain = Decoder.read
+    monkeypatch.setattr(Decoder, "read", lambda self, sequences, *a: read.extend(map(len, sequences)) or plain(self, sequences, *a))
+    monkeypatch.setattr(embedded, "MOST_ROWS", 2)  # one prompt after the other
+    for temperature in (1.0, 0.0):
+        read.clear()
+        found = generate(
+            policy, processor, prompts, 2, keys=KEYS, temperature=temperature, max_new_tokens=12, dropped=lambda index: index == 1
+        )
+        assert read == [len(prompts[0]) - 1, len(prompts[2]) - 1] and found[1] == [] and all(found[::2])
+        if temperature:
+            assert [ids(found)[i] for i in (0, 2)] == [ids(whole)[i] for i in (0, 2)]
+
+
 def test_ids_that_no_tokenizer_knows_are_never_drawn(setup, prompts):
     policy, processor = setup
     weight = policy.base.lm_head.weight
