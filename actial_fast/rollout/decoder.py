@@ -24,6 +24,7 @@ from actial_fast.model.processor import Processor
 from actial_fast.packing.batch import Group, PackedBatch, Sequence, pack
 from actial_fast.packing.packed_ops import collect, embed
 from actial_fast.rollout.graphs import Graphs, rows_of_graph
+from actial_fast.rollout.memory import kv_shape
 
 DRAWN_AT_ONCE = 2**25  # elements of logits: what drawing holds beside them is 30 bytes for each
 
@@ -84,10 +85,8 @@ class Decoder:
     """
 
     def __init__(self, policy: Policy, processor: Processor, *, blocks: int, size: int, temperature: float, most: tuple[int, int, int]):
-        config = policy.base.config.get_text_config()
-        heads = config.num_key_value_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, blocks + 1, size, heads, width)
+        layers, heads, width = kv_shape(policy)
+        shape = layers, blocks + 1, size, heads, width
         keys, values = (torch.zeros(shape, dtype=policy.compute_dtype, device=policy.device) for _ in range(2))
         self._policy, self._processor, self._temperature, self._device = policy, processor, temperature, policy.device
         self._pages = Pages(keys, values, torch.empty(0, dtype=torch.int64))

@@ -1,6 +1,8 @@
-"""How many tokens' keys and values this rank can hold."""
+"""What a token's keys and values are, and how many tokens' this rank can hold."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -10,11 +12,11 @@ from actial_fast.train.preflight import available_memory
 SHARE = 0.8  # of what is free: reading prompts and drawing need the rest
 
 
-def kv_bytes(policy: Policy) -> int:
-    """Of one token, all layers, in the dtype of the computation."""
+def kv_shape(policy: Policy) -> tuple[int, int, int]:
+    """Of one token's keys, or values: layers, key-value heads, head dimension. Held in the dtype of the computation."""
     config = policy.base.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * width * policy.compute_dtype.itemsize
+    return config.num_hidden_layers, config.num_key_value_heads, width
 
 
 def kv_budget(policy: Policy) -> int:
@@ -24,4 +26,4 @@ def kv_budget(policy: Policy) -> int:
         free = float(torch.cuda.mem_get_info(policy.device)[0] + cached)
     else:
         free = available_memory()
-    return int(SHARE * min(free, 2.0**50)) // kv_bytes(policy)
+    return int(SHARE * min(free, 2.0**50)) // (2 * math.prod(kv_shape(policy)) * policy.compute_dtype.itemsize)

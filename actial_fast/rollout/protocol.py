@@ -1,5 +1,4 @@
-"""What both loops, evaluation and the writing of chains of thought ask of an engine that replies to prompts: token ids in, token ids and
-log-probs out.
+"""What both loops and evaluation ask of an engine that replies to prompts: token ids in, token ids and log-probs out.
 
 An engine sleeps, with as little memory as it can, until `awake`; then it holds the weights of one version, the step that made them, and
 generates. In a loop: `with awake(engine, step - 1): engine.generate(...)`. All methods are called by every rank, each with prompts of its

@@ -83,10 +83,24 @@ def test_a_budget_too_small_for_one_reply_is_refused():
         Schedule([100], 2, 50, blocks=10, size=16, places=2)
 
 
+def one_after_the_other(lengths, batch):
+    """Forward passes in sequence and the rows they compute where batches of so many replies follow one another, and rows that have ended
+    leave once they are half of those there: the sampler that this schedule replaced."""
+    steps = computed = 0
+    for start in range(0, len(lengths), batch):
+        left = np.sort(lengths[start : start + batch])
+        alive = len(left)
+        for step in range(int(left[-1])):
+            steps, computed = steps + 1, computed + alive
+            running = int((left > step + 1).sum())
+            alive = running if 2 * running <= alive else alive
+    return steps, computed
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_simulated_step_of_a_7b_run(seed):
-    """128 prompts of 800 tokens x 16 a rank, lognormal replies with a mean of 292 up to 4,096, in the 45 GB beside a 7B: one batch of
-    prompts after the other took 14,621 forward passes in sequence and had 0.76 of its rows in use."""
+    """128 prompts of 800 tokens x 16 a rank, lognormal replies with a mean of about 292 up to 4,096, in the 45 GB beside a 7B; `-s` prints
+    the figures that the README has of seed 0."""
     rng = np.random.default_rng(seed)
     sigma = 0.8
     drawn = rng.lognormal(np.log(300) - sigma**2 / 2, sigma, (128, 16)).astype(int)
@@ -99,4 +113,7 @@ def test_the_simulated_step_of_a_7b_run(seed):
         active = schedule.active
         steps, computed = steps + 1, computed + rows_of_graph(len(active))
         schedule.advance(active[schedule.drawn[active] + 1 == lengths[schedule.reply[active]]])
-    assert steps <= max(3000, lengths.max()) and lengths.sum() / computed >= 0.95, (steps, lengths.max(), lengths.sum() / computed)
+    before, rows = one_after_the_other(lengths, 16 * 16)
+    print(f"forward passes {before} -> {steps}, rows in use {lengths.sum() / rows:.2f} -> {lengths.sum() / computed:.2f}")
+    assert steps <= max(3000, lengths.max()) and steps < before / 3
+    assert lengths.sum() / computed >= 0.95 > lengths.sum() / rows
