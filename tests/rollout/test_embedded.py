@@ -9,6 +9,7 @@ import torch
 from actial_fast.model.policy import load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.ops.reference import linear_logprob
+from actial_fast.packing import native
 from actial_fast.packing.batch import collate
 from actial_fast.rollout import embedded, graphs
 from actial_fast.rollout.decoder import Decoder, draw
@@ -134,10 +135,14 @@ class Replayed(Graphs):
         return SimpleNamespace(replay=replay), inputs, outputs
 
 
-def test_replayed_graphs_draw_what_plain_steps_draw(setup, prompts, monkeypatch):
-    """Rows are filled up to a graph's number, prompts and blocks to their most; nothing of a step before is left in the next."""
+@pytest.mark.parametrize("extension", [True, False], ids=["extension", "twin"])
+def test_replayed_graphs_draw_what_plain_steps_draw(setup, prompts, monkeypatch, extension):
+    """Rows are filled up to a graph's number, prompts and blocks to their most; nothing of a step before is left in the next. The C++
+    extension and its twin reply alike."""
     policy, processor = setup
     plain = generate(policy, processor, prompts, 7, keys=KEYS, max_new_tokens=30)
+    monkeypatch.setattr(native, "AVAILABLE", extension)
+    monkeypatch.setattr(Replayed, "replays", 0)
     made = Decoder.__init__
 
     def recording(self, *args, **kwargs):
