@@ -140,6 +140,7 @@ def test_replayed_graphs_draw_what_plain_steps_draw(setup, prompts, monkeypatch,
     """Rows are filled up to a graph's number, prompts and blocks to their most; nothing of a step before is left in the next. The C++
     extension and its twin reply alike."""
     policy, processor = setup
+    monkeypatch.setitem(processor.__dict__, "stop_tokens", tuple(range(0, 300, 12)))  # so that prompts have fewer and fewer rows
     plain = generate(policy, processor, prompts, 7, keys=KEYS, max_new_tokens=30)
     monkeypatch.setattr(native, "AVAILABLE", extension)
     monkeypatch.setattr(Replayed, "replays", 0)
@@ -152,7 +153,7 @@ def test_replayed_graphs_draw_what_plain_steps_draw(setup, prompts, monkeypatch,
     monkeypatch.setattr(graphs, "ASKED", 2)
     monkeypatch.setattr(Decoder, "__init__", recording)
     found = generate(policy, processor, prompts, 7, keys=KEYS, max_new_tokens=30)
-    assert Replayed.replays > 20 and ids(found) == ids(plain)
+    assert Replayed.replays > 5 and ids(found) == ids(plain)
     for a, b in zip((r for g in found for r in g), (r for g in plain for r in g), strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
 
