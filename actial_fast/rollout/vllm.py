@@ -18,10 +18,12 @@ import contextlib
 import gc
 import os
 import random
+import secrets
 import threading
 from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +35,7 @@ from torch import Tensor, nn
 from actial_fast.model.policy import Policy
 from actial_fast.model.processor import Processor
 from actial_fast.packing.batch import Sequence
-from actial_fast.rollout.handover import adapters, checkpoint_weights
+from actial_fast.rollout.handover import ADAPTER, adapters, checkpoint_weights, take_adapters
 from actial_fast.rollout.protocol import UNWATCHED, Draw, Reply, Watch
 from actial_fast.settings.recipe import RolloutConfig
 from actial_fast.train.dist import World
@@ -42,7 +44,6 @@ from actial_fast.train.packages import vllm_problem
 
 SEQUENCES = 256  # replies decoded together
 CPU_CACHE = 1 << 30  # bytes of keys and values on a CPU
-ADAPTER = 1  # the number that vLLM knows our adapters by
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of adapters that vLLM makes room for
 
 
@@ -61,6 +62,26 @@ def _untouched_random_numbers() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+
+
+@contextlib.contextmanager
+def _shared_memory(where: World, ranks: int) -> Iterator[None]:
+    """On a CPU ranks that share an engine meet in memory that vLLM gives the same name in every run and never removes: after a run that
+    was killed, or beside another, none could start. Here each engine's has a name of its own, and none once all its ranks hold it."""
+    if ranks == 1:
+        yield
+        return
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Shared
+
+    name = where.gather([secrets.token_hex(8)])[where.rank // ranks * ranks]
+    plain = Shared.make_group_name
+    Shared.make_group_name = staticmethod(lambda communicator: f"{plain(communicator)}-{name}")
+    try:
+        yield
+    finally:
+        Shared.make_group_name = staticmethod(plain)
+        for left in Path("/dev/shm").glob(f"*-{name}_*"):
+            left.unlink(missing_ok=True)
 
 
 class VLLM:
@@ -90,7 +111,7 @@ class VLLM:
         self._holds_base = False  # the weights that are not trained as well
         self._cached = True  # there is memory for keys and values
         self._view = _View(torch.tensor(processor.never_sampled(policy.base.config.get_text_config().vocab_size)))
-        with _untouched_random_numbers():
+        with _untouched_random_numbers(), contextlib.nullcontext() if self._cuda else _shared_memory(where, config.tensor_parallel):
             self._llm = self._open()
         self._llm.apply_model(self._view.put_on)
         self._peers = _peers(config.tensor_parallel)
@@ -120,7 +141,7 @@ class VLLM:
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_weights(self._policy)})
                 self._holds_base = True
             if self._policy.adapted:
-                self._llm.collective_rpc(_take_adapters, args=(*adapters(self._policy), self._policy.config.lora))
+                self._llm.collective_rpc(take_adapters, args=(*adapters(self._policy), self._policy.config.lora))
             self._llm.llm_engine.reset_encoder_cache()
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("vLLM kept keys and values of older weights: a request is still running")
@@ -329,26 +350,6 @@ class _View:
             return logits.log_softmax(-1).index_fill_(-1, self._banned, -torch.inf)
 
         model.compute_logits = compute_logits  # type: ignore[assignment]
-
-
-def _take_adapters(worker: Any, tensors: dict[str, Tensor], targets: list[str], lora: Any) -> None:
-    """Runs in vLLM's worker: our adapters in the place of those it has, without a folder in between."""
-    from vllm.lora.lora_model import LoRAModel
-    from vllm.lora.peft_helper import PEFTHelper
-
-    manager = worker.model_runner.lora_manager._adapter_manager
-    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
-    made = LoRAModel.from_lora_tensors(
-        lora_model_id=ADAPTER,
-        tensors=tensors,
-        peft_helper=PEFTHelper.from_dict({"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets}),
-        device="cpu",
-        dtype=worker.model_runner.lora_config.lora_dtype,
-        weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,
-    )
-    manager.remove_adapter(ADAPTER)
-    manager.add_adapter(made)
-    manager.activate_adapter(ADAPTER)
 
 
 def _collapsed(prompt: Sequence, processor: Processor) -> list[int]:

@@ -17,13 +17,22 @@ def test_weights_reach_each_ranks_engine_out_of_the_shards(model):
         assert len(found["far"]) == 4 and max(found["far"]) < CLOSE
 
 
+def _shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("*cpushm*")}
+
+
 def test_two_ranks_share_an_engine(tmp_path):
+    left = Path("/dev/shm/-tp:1-[0-1]-cpushm_0")  # as vLLM names it, by a run that was killed
+    left.touch()
+    before = _shared_memory()
     model = create_model(tmp_path / "model", TinyConfig(hidden=384, heads=12, layers=2, vision_hidden=384, vision_depth=2))  # to be halved
     first, second = on_ranks("together", model, module=PROGRAM)
     for found in (first, second):
         assert found["same"] and found["told"] and found["stopped"]
         assert max(found["far"], found["far after a sync"]) < 5 * CLOSE  # a wider model, summed in halves
     assert (first["dropped"], second["dropped"]) == ([], [0])
+    assert _shared_memory() == before
+    left.unlink()
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
