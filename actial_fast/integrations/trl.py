@@ -103,8 +103,8 @@ def _extra_outputs(
 
 
 class FusedGRPOTrainer(GRPOTrainer):
-    """trl.GRPOTrainer with `ops.linear_grpo_loss` in the place of its loss, and our head under the log-probs that it scores; arguments, logs
-    and everything else are its own.
+    """trl.GRPOTrainer with `ops.linear_grpo_loss` in the place of its loss, and our head under the log-probs that it scores; arguments,
+    logs and everything else are its own.
 
     workspace_mb: MiB that the loss may hold above hidden states, head and their gradients. ValueError for what is not SUPPORTED.
     """
