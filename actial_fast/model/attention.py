@@ -28,6 +28,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from actial_fast.ops.library import current_device
 from actial_fast.ops.ranges import named
 from actial_fast.packing.batch import Segments
 
@@ -145,7 +146,8 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     if out.is_cuda:
         from actial_fast.kernels.merge import merge_
 
-        return merge_(out, lse, part, part_lse)
+        with current_device(out):
+            return merge_(out, lse, part, part_lse)
     weight, part_weight = (torch.sigmoid(x).T[..., None] for x in (lse - part_lse, part_lse - lse))
     out.copy_(weight * out + part_weight * part)
     lse.copy_(torch.logaddexp(lse, part_lse))
@@ -236,8 +238,8 @@ def use_packed_attention(model: nn.Module) -> Callable[[], None]:
     must so be in 16 bit or under autocast, and finds its segments without a sync only if handed transformers' precomputed arguments
     (image_cu_seqlens, image_max_seqlen and their like).
 
-    The towers get configs of their own, with this attention's name: the caller's stay as they are, so that models can be made from them, and
-    what is changed in them later no longer reaches the towers. Returns a function that puts back what was there.
+    The towers get configs of their own, with this attention's name: the caller's stay as they are, so that models can be made from them,
+    and what is changed in them later no longer reaches the towers. Returns a function that puts back what was there.
 
     ValueError where the model has no exchangeable attention, or layers with a sliding window.
     """
