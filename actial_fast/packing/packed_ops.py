@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from actial_fast.ops import checks
 from actial_fast.ops.library import current_device
+from actial_fast.ops.sharding import plain_tensors
 from actial_fast.packing import native
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def patchify(batch: PixelBatch, dtype: torch.dtype = torch.float32) -> Tensor:
     return out
 
 
+@plain_tensors
 def embed(input_ids: Tensor, table: Tensor, features: Tensor | None, image_slots: Tensor, image_rows: Tensor) -> Tensor:
     """The model's input (L, H), in the table's dtype: row image_slots[j] is features[image_rows[j]], every other row table[input_ids].
 
