@@ -44,18 +44,27 @@ class Tile:
     tma: bool
 
 
-# by compute capability; chosen by registers, shared memory and instruction mix at compile time (bench/kernels/resources.py)
+# by major compute capability; chosen by registers, shared memory and instruction mix at compile time (bench/kernels/resources.py)
 HALF_TILES = {
     8: Tile(128, 128, 64, parts=1, warps=8, stages=3, tma=False),
     9: Tile(128, 256, 64, parts=2, warps=8, stages=3, tma=True),
     10: Tile(128, 128, 64, parts=1, warps=8, stages=4, tma=True),
+    12: Tile(128, 128, 64, parts=1, warps=8, stages=3, tma=False),  # 99 KiB of shared memory, as sm_86 and sm_89, and no wgmma
 }
 FLOAT_TILE = Tile(64, 64, 32, parts=1, warps=4, stages=3, tma=False)
 
 
 def tile_for(dtype: torch.dtype) -> Tile:
-    """The launch configuration of the products for inputs of this dtype on the current device."""
-    return FLOAT_TILE if dtype == torch.float32 else HALF_TILES[min(common.capability()[0], 10)]
+    """The launch configuration of the products for inputs of this dtype on the current device. ValueError for a device too old for it."""
+    if dtype == torch.float32:
+        return FLOAT_TILE
+    major, minor = common.capability()
+    if major < min(HALF_TILES):
+        raise ValueError(
+            f"hidden: {dtype} on {common.device_name()}, compute capability {major}.{minor}; 16-bit inputs need 8.0 (Ampere) or newer: "
+            "older chips have no bfloat16 tensor cores and no asynchronous copies to shared memory; pass float32 there"
+        )
+    return HALF_TILES[max(known for known in HALF_TILES if known <= major)]
 
 
 @triton.jit

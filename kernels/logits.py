@@ -15,7 +15,7 @@ Bytes: T V (1 + 2) elements from HBM, of which the loss in one launch saves up t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,11 @@ class Launch:
 
 SWEEP = Launch(warps=8, loads=4)  # one pass over a row: several rows share a multiprocessor
 TWO_SWEEPS = Launch(warps=32, loads=4)  # a row a multiprocessor: all rows in flight fit into the L2 cache until they are read again
+
+
+def two_sweeps() -> Launch:
+    """TWO_SWEEPS, with half the loads on sm_120, where four would spill."""
+    return replace(TWO_SWEEPS, loads=2) if common.capability()[0] >= 12 else TWO_SWEEPS
 
 
 @triton.jit
@@ -298,7 +303,7 @@ class _EarlyLoss(torch.autograd.Function):
             out_stride=0 if out is None else out.stride(0),
             OPTIONS=options,
             ROW_TEMPERATURE=isinstance(temperature, Tensor),
-            **(TWO_SWEEPS if wanted else SWEEP).block(logits.dtype),
+            **(two_sweeps() if wanted else SWEEP).block(logits.dtype),
         )
         if out is not None:
             torch.autograd.graph.increment_version(out)

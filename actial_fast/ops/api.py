@@ -18,6 +18,7 @@ from torch import Tensor
 from actial_fast.ops import checks, chunked, chunked_kl, chunked_logits, operators, operators_logits, reference
 from actial_fast.ops.library import implementation
 from actial_fast.ops.reference import STATS, token_weights
+from actial_fast.ops.sharding import plain_tensors, refuse_reduced
 from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
 
 __all__ = [
@@ -44,6 +45,7 @@ class GRPOLoss(NamedTuple):
     entropy: Tensor
 
 
+@plain_tensors
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -69,6 +71,7 @@ def linear_logprob(
     return logp, entropy if return_entropy else None
 
 
+@plain_tensors
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -107,6 +110,8 @@ def linear_grpo_loss(
     T = 0 gives 0 and zero gradients. ValueError for arguments that do not fit together, and when the workspace holds not one row or,
     with sequences, not the longest one.
     """
+    if weight_grad is not None:
+        refuse_reduced(weight)
     hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb)
     rows: dict[str, Any] = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy_weight": entropy_weight}
     rows = checks.grpo_rows(hidden, advantages, spec, token_weight, cu_seqlens, policy_mask, **rows)
@@ -124,6 +129,7 @@ def linear_grpo_loss(
     return GRPOLoss(*run(hidden, weight, targets, spec=spec, **rows, **scaling, weight_grad=weight_grad, skip_zero_rows=skip_zero_rows))
 
 
+@plain_tensors
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -141,6 +147,8 @@ def linear_cross_entropy(
     `linear_grpo_loss`. The gradients are computed with the loss: 3 GEMMs, 2 with a frozen head, 1 without gradients. ValueError for
     arguments that do not fit together.
     """
+    if weight_grad is not None:
+        refuse_reduced(weight)
     hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb)
     token_weight = checks.row("token_weight", token_weight, hidden)
     weight_grad = checks.weight_grad(weight_grad, weight)
@@ -148,6 +156,7 @@ def linear_cross_entropy(
     return run(hidden, weight, targets, token_weight, bias=bias, softcap=softcap, weight_grad=weight_grad, workspace_mb=workspace_mb)
 
 
+@plain_tensors
 def linear_kl(
     hidden: Tensor,
     weight: Tensor,
@@ -172,6 +181,7 @@ def linear_kl(
     return run(hidden, weight, ref_hidden, ref_weight, temperature=checks.temperature(temperature, hidden), workspace_mb=workspace_mb)
 
 
+@plain_tensors
 def logprob_from_logits(
     logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, inplace_backward: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -185,6 +195,7 @@ def logprob_from_logits(
     return run(logits, targets, temperature=checks.temperature(temperature, logits), inplace_backward=inplace_backward)
 
 
+@plain_tensors
 def grpo_loss_from_logits(
     logits: Tensor,
     targets: Tensor,
@@ -217,6 +228,7 @@ def grpo_loss_from_logits(
     return GRPOLoss(*run(logits, targets, spec=spec, **rows, temperature=temperature, inplace=inplace))
 
 
+@plain_tensors
 def group_advantages(rewards: Tensor, groups: Tensor, spec: AdvantageSpec, *, weights: Tensor | None = None) -> Tensor:
     """Rewards relative to those of their group: `reference.group_advantages` has the equations.
 
@@ -238,6 +250,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, spec: AdvantageSpec, *, we
     return run(rewards, groups, spec, weights=weights)
 
 
+@plain_tensors
 def token_kl(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
     """An estimate (k1, k2 or k3) of KL(policy || reference) per token from log-probs (T,) and (T,), differentiable in both -> (T,).
 

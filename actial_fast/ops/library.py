@@ -12,6 +12,7 @@ Operators take tensors, numbers and strings, and return tensors that are nobody 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -32,10 +33,16 @@ def implementation(x: Tensor, module: str, cpu: Callable[..., Any]) -> Callable[
         function = getattr(importlib.import_module(f"actial_fast.kernels.{module}"), cpu.__name__)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False), current_device(x):
             return function(*args, **kwargs)
 
     return run
+
+
+def current_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """x's device as the current one: Triton launches there, and a model may be split over several. Backward passes need it not, since
+    autograd runs each node on the device of its forward pass."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
 def on_gpu(x: Tensor) -> bool:
