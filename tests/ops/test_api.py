@@ -657,7 +657,7 @@ def test_heads_that_do_not_fit(change, message):
     for refused in (
         lambda: ops.linear_logprob(**(HEAD | change)),
         lambda: ops.linear_cross_entropy(**(HEAD | change), token_weight=torch.ones(3)),
-        lambda: loss(**change),
+        lambda: loss(**({"token_weight": torch.ones(3)} | change)),
     ):
         with pytest.raises(ValueError, match=message):
             refused()
