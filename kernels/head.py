@@ -162,6 +162,13 @@ def store_block(x, value, r0, c0, rows, columns, stride, TMA: tl.constexpr, BLOC
 
 
 @triton.jit
+def load_target(targets, row, mask, vocab):
+    """The rows' targets (int64 in memory) as int32; -1 for one outside of the vocabulary, beyond 32 bits too, and outside of the mask."""
+    target = tl.load(targets + row, mask, -1)
+    return tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
+
+
+@triton.jit
 def column_part(x, part: tl.constexpr, PARTS: tl.constexpr):
     """The part-th of PARTS (1 or 2) column blocks of accumulators; two where the whole and its exponential outgrow the registers."""
     if PARTS == 1:
@@ -207,7 +214,7 @@ def _softmax_part(
     else:
         z = x * inverse_temperature
     z = tl.where(column[None, :] < vocab, z, float("-inf"))
-    target = tl.load(targets + row, row < rows, -1).to(tl.int32)
+    target = load_target(targets, row, row < rows, vocab)
     here = (target >= n0) & (target < tl.minimum(n0 + PART, vocab))
     if tl.max(here.to(tl.int32), 0) > 0:
         z_target = tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)

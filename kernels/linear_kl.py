@@ -120,7 +120,8 @@ def kl_backward_kernel(
     log_s_p = tl.load(stats + row * 4 + 1)
     m_q = tl.load(stats + row * 4 + 2)
     log_s_q = tl.load(stats + row * 4 + 3)
-    factor = tl.load(grad + row) * scale
+    g = tl.load(grad + row)
+    factor = g * scale
     # one program has the whole row and goes through it in order: a narrower gradient never gets ahead of what has been read
     for start in range(0, vocab, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -130,10 +131,10 @@ def kl_backward_kernel(
         p = tl.exp(centred_p - log_s_p)
         if WIDTH_P > 0:
             log_ratio = (centred_p - centred_q) - (log_s_p - log_s_q)
-            value = factor * p * (log_ratio - divergence)
+            value = tl.where(g == 0, 0.0, factor * p * (log_ratio - divergence))  # 0 whatever the row holds, NaN included
             tl.store(grad_p + row * stride * WIDTH_P + column, value.to(grad_p.dtype.element_ty), column < stride)
         if WIDTH_Q > 0:
-            value = factor * (tl.exp(centred_q - log_s_q) - p)
+            value = tl.where(g == 0, 0.0, factor * (tl.exp(centred_q - log_s_q) - p))
             tl.store(grad_q + row * stride * WIDTH_Q + column, value.to(grad_q.dtype.element_ty), column < stride)
 
 
@@ -204,7 +205,8 @@ def backward(
             if by_states is not None:
                 torch.mm(by_logits, head, out=by_states[rows])
             if by_head is not None:
-                (mm_f32 if rows.start == 0 else add_mm_f32)(by_logits.T, states[rows], by_head)
+                counted = torch.where(grad[rows, None] != 0, states[rows], 0)  # NaN times a gradient of 0 would be NaN
+                (mm_f32 if rows.start == 0 else add_mm_f32)(by_logits.T, counted, by_head)
     return grads
 
 
@@ -212,9 +214,10 @@ def _logits(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tens
     """Chunk by chunk: its rows, and both models' logits (2, C, stride) float32 in one workspace, V columns of them in use."""
     total, vocab = hidden.shape[0], weight.shape[0]
     stride = stride_of(vocab)
-    fitting = int(workspace_mb * 2**20) // (2 * 4 * stride)
+    unit = 2 * 4 * stride + max(x.shape[1] * x.element_size() for x in (hidden, ref_hidden))  # the states once more, where heads learn
+    fitting = int(workspace_mb * 2**20) // unit
     if fitting < 1:
-        raise ValueError(f"workspace_mb: {workspace_mb} holds no row; one takes {8 * stride / 2**20:.2f} MiB")
+        raise ValueError(f"workspace_mb: {workspace_mb} holds no row; one takes {unit / 2**20:.2f} MiB")
     step = min(fitting // ROW_UNIT * ROW_UNIT or fitting, total)
     workspace = torch.empty(2 * step * stride, dtype=torch.float32, device=hidden.device)
     for start in range(0, total, max(step, 1)):
@@ -247,17 +250,21 @@ class _LinearKL(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, temperature: float | Tensor, workspace_mb: float
     ) -> Tensor:
-        ctx.options = {"temperature": temperature, "workspace_mb": workspace_mb}
-        kl, stats = linear_kl_forward(hidden, weight, ref_hidden, ref_weight, **ctx.options)
-        ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, kl, stats)
+        kl, stats = linear_kl_forward(hidden, weight, ref_hidden, ref_weight, temperature=temperature, workspace_mb=workspace_mb)
+        by_row = isinstance(temperature, Tensor)
+        ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, kl, stats, temperature if by_row else None)
+        ctx.number, ctx.workspace_mb = None if by_row else temperature, workspace_mb
         return kl
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, ref_hidden, ref_weight, kl, stats = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:4]
-        return *linear_kl_backward(grad, hidden, weight, ref_hidden, ref_weight, kl, stats, wanted, **ctx.options), None, None
+        hidden, weight, ref_hidden, ref_weight, kl, stats, by_row = ctx.saved_tensors
+        wanted, options = (
+            ctx.needs_input_grad[:4],
+            {"temperature": ctx.number if by_row is None else by_row, "workspace_mb": ctx.workspace_mb},
+        )
+        return *linear_kl_backward(grad, hidden, weight, ref_hidden, ref_weight, kl, stats, wanted, **options), None, None
 
 
 def linear_kl_forward(

@@ -18,23 +18,34 @@ from actial_fast.kernels.head import Head, forward, make_head
 
 
 class LinearLogprob(torch.autograd.Function):
-    """hidden, weight and bias come a second time beside the `Head` made of them, for autograd to see."""
-
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, workspace_mb: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float | Tensor,
+        softcap: float | None,
+        workspace_mb: float,
+    ) -> tuple[Tensor, Tensor]:
+        head = make_head(hidden, weight, targets, bias, temperature, softcap)
         logp, entropy = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
         for start, stop in cut(head, False, workspace_mb):
             _, logp[start:stop], entropy[start:stop] = forward(head.rows(start, stop), None)
         ctx.set_materialize_grads(False)
-        ctx.head, ctx.workspace_mb, ctx.sizes = head, workspace_mb, (hidden.shape[1], weight.dtype)
+        by_row = isinstance(temperature, Tensor)
+        ctx.save_for_backward(hidden, weight, targets, bias, temperature if by_row else None)
+        ctx.number, ctx.options = None if by_row else temperature, {"softcap": softcap, "workspace_mb": workspace_mb}
         return logp, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        width, dtype = ctx.sizes
-        gradients = _gradients(ctx.head, width, g_logp, g_entropy, ctx.needs_input_grad[:3], ctx.workspace_mb)
-        return *(None if x is None else x.to(dtype) for x in gradients), None, None
+        hidden, weight, targets, bias, by_row = ctx.saved_tensors
+        options = ctx.options | {"bias": bias, "temperature": ctx.number if by_row is None else by_row}
+        wanted = ctx.needs_input_grad[:3]
+        return *linear_logprob_backward(hidden, weight, targets, g_logp, g_entropy, wanted, **options), *[None] * 4
 
 
 def _gradients(
@@ -70,8 +81,7 @@ def linear_logprob(
     workspace_mb: float,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.linear_logprob`, which has checked the arguments. A target outside [0, V) has a NaN log-prob. Returns two (T,) float32."""
-    head = make_head(hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), temperature, softcap)
-    return LinearLogprob.apply(hidden, weight, bias, head, workspace_mb)
+    return LinearLogprob.apply(hidden, weight, bias, targets, temperature, softcap, workspace_mb)
 
 
 def linear_logprob_backward(

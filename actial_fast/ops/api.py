@@ -2,9 +2,17 @@
 `chunked`. `reference` is the readable form of the same equations. Under torch.compile each op is one node of the graph (`library`).
 
 T rows that carry loss, H hidden size, V vocabulary, S sequences of rows, N rewards, R reward functions. Floating results are float32,
-float64 for float64 inputs (CPU only). What would cost a host sync on CUDA, or a break in a compiled graph, is checked elsewhere only: on
-CUDA an out-of-range target gives NaN (nothing is read out of bounds), and NaN advantages or a temperature of 0 show in the loss. Under
-autocast hidden states, weight and bias are cast as F.linear would cast them.
+float64 for float64 inputs (CPU only). Under autocast hidden states, weight and bias are cast as F.linear would cast them.
+
+Values are checked where that costs no host sync and no break in a compiled graph, on the CPU: out-of-range targets, advantages that are
+not finite, a temperature of 0, infinite rewards. On CUDA they show: such a target's log-prob is NaN (nothing is read out of bounds), and
+what is not finite makes loss and gradient so, or the advantages of its group. A NaN in a row that counts is never a gradient of 0.
+A row with token_weight 0 may hold anything, a target of -100 and a NaN hidden state included: its gradient is 0 and its own log-prob, NaN
+perhaps, is in `logp` alone. The same holds for a row whose log-prob and entropy get a gradient of 0.
+
+Gradients are those of autograd for any number of backward passes (retain_graph), for hooks on saved tensors and for inputs changed in
+place before the backward, which is an error where they are needed again. They have no derivative: with create_graph=True they are right,
+and differentiating them is a RuntimeError.
 """
 
 from __future__ import annotations
@@ -65,6 +73,7 @@ def linear_logprob(
     1 GEMM of T * H * V; with its backward pass 4, with a frozen head 3. ValueError for arguments that do not fit together.
     """
     hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb)
+    checks.in_vocabulary(targets, len(weight))
     scaling = {"bias": bias, "temperature": checks.temperature(temperature, hidden), "softcap": softcap}
     run = _path(hidden, "linear_logprob", chunked.linear_logprob, operators.linear_logprob)
     logp, entropy = run(hidden, weight, targets, **scaling, workspace_mb=workspace_mb)
@@ -106,21 +115,23 @@ def linear_grpo_loss(
 
     The gradients are computed with the loss: 3 GEMMs of T * H * V, 2 with a frozen head, 1 without gradients; the backward pass only
     scales them. weight_grad (V, H) float32, contiguous: the head's gradient is added to it here, autograd gets none, and the loss must be
-    the root of backward. skip_zero_rows: rows without a gradient leave the two backward GEMMs (None: where the spec makes such rows).
-    T = 0 gives 0 and zero gradients. ValueError for arguments that do not fit together, and when the workspace holds not one row or,
-    with sequences, not the longest one.
+    the root of backward, once: another upstream gradient than 1, as of loss / n, is a ValueError on the CPU and, where the host would have
+    to wait to know, NaN in weight_grad and all gradients. skip_zero_rows: rows without a gradient leave the two backward GEMMs (None:
+    where the spec makes such rows). T = 0 gives 0 and zero gradients. ValueError for arguments that do not fit together, and when the
+    workspace holds not one row or, with sequences, not the longest one.
     """
     if weight_grad is not None:
         refuse_reduced(weight)
     hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb)
     rows: dict[str, Any] = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy_weight": entropy_weight}
     rows = checks.grpo_rows(hidden, advantages, spec, token_weight, cu_seqlens, policy_mask, **rows)
+    checks.in_vocabulary(targets, len(weight), rows["token_weight"])
     weight_grad = checks.weight_grad(weight_grad, weight)
     temperature = checks.temperature(temperature, hidden)
     scaling: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap, "workspace_mb": workspace_mb}
     if spec.top_entropy < 1 and policy_mask is None and len(targets):
         with torch.no_grad():
-            entropy = linear_logprob(hidden, weight, targets, **scaling)[1]
+            entropy = linear_logprob(hidden, weight, torch.zeros_like(targets), **scaling)[1]
         assert entropy is not None
         rows["policy_mask"] = reference.high_entropy(entropy, rows["token_weight"], spec.top_entropy)
     if skip_zero_rows is None:
@@ -151,6 +162,7 @@ def linear_cross_entropy(
         refuse_reduced(weight)
     hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb)
     token_weight = checks.row("token_weight", token_weight, hidden)
+    checks.in_vocabulary(targets, len(weight), token_weight)
     weight_grad = checks.weight_grad(weight_grad, weight)
     run = _path(hidden, "linear_grpo", chunked.linear_cross_entropy, operators.linear_cross_entropy)
     return run(hidden, weight, targets, token_weight, bias=bias, softcap=softcap, weight_grad=weight_grad, workspace_mb=workspace_mb)
@@ -219,10 +231,11 @@ def grpo_loss_from_logits(
     logits = checks.logits(logits, targets)
     rows: dict[str, Any] = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy_weight": entropy_weight}
     rows = checks.grpo_rows(logits, advantages, spec, token_weight, cu_seqlens, policy_mask, **rows)
+    checks.in_vocabulary(targets, logits.shape[1], rows["token_weight"])
     temperature = checks.temperature(temperature, logits)
     if spec.top_entropy < 1 and policy_mask is None and len(targets):
         with torch.no_grad():
-            entropy = logprob_from_logits(logits, targets, temperature=temperature)[1]
+            entropy = logprob_from_logits(logits, torch.zeros_like(targets), temperature=temperature)[1]
         rows["policy_mask"] = reference.high_entropy(entropy, rows["token_weight"], spec.top_entropy)
     run = _path(logits, "logits", chunked_logits.grpo_loss_from_logits, operators_logits.grpo_loss_from_logits)
     return GRPOLoss(*run(logits, targets, spec=spec, **rows, temperature=temperature, inplace=inplace))
@@ -232,11 +245,11 @@ def grpo_loss_from_logits(
 def group_advantages(rewards: Tensor, groups: Tensor, spec: AdvantageSpec, *, weights: Tensor | None = None) -> Tensor:
     """Rewards relative to those of their group: `reference.group_advantages` has the equations.
 
-    rewards (N,) or (N, R) floating, NaN = unscorable; groups (N,) int64, any ids in any order; weights (R,) floating, of the
-    reward functions (None: 1 each). Returns (N,). ValueError for arguments that do not fit together.
+    rewards (N,) or (N, R) floating, NaN = unscorable; groups (N,) int64, any ids in any order; weights (R,) floating, of the reward
+    functions (None: 1 each). Returns (N,) float32, float64 for float64 rewards, without gradient. ValueError for arguments that do not fit
+    together.
     """
-    if rewards.ndim not in (1, 2) or not rewards.is_floating_point():
-        raise ValueError(f"rewards: expected (N,) or (N, R) floating point, got {checks.text(rewards)}")
+    rewards = checks.rewards(rewards)
     if groups.shape != rewards.shape[:1] or groups.dtype != torch.int64:
         raise ValueError(f"groups: expected ({len(rewards)},) int64, got {checks.text(groups)}")
     checks.match("groups", groups, "rewards", rewards, dtype=False)

@@ -25,11 +25,13 @@ from torch.autograd.function import once_differentiable
 
 from actial_fast.ops import reference
 from actial_fast.ops.chunked_logits import BUFFERS, Softmax, compute_dtype
+from actial_fast.ops.library import joined, split
 from actial_fast.ops.reference import STATS
 from actial_fast.ops.spec import GRPOSpec
 
 Terms = Callable[[slice, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """A loss from the log-probs and entropies (C,) of some rows, differentiable in them, and its statistics."""
+SPENT = "weight_grad: the head's gradient was added to it once, with the loss, and a second backward would not: call the loss again"
 Wanted = tuple[bool, bool, bool]
 """Which of hidden, weight and bias need a gradient."""
 
@@ -214,12 +216,15 @@ def _run_chunk(chunk: slice, hidden: Tensor, weight: Tensor, bias: Tensor | None
     g, g_entropy = _coefficients(chunk, soft, job.terms, any(job.wanted), out)
     if g is None:
         return
-    index = torch.nonzero(g if g_entropy is None else (g != 0) | (g_entropy != 0)).squeeze(1) if job.skip else torch.arange(len(g))
+    active = g != 0 if g_entropy is None else (g != 0) | (g_entropy != 0)
+    index = torch.nonzero(active).squeeze(1) if job.skip else torch.arange(len(g))
     if not len(index):
         return
     dx = soft.gradient(targets, g, g_entropy, temperature, job.softcap)
     if len(index) < len(h):
         dx, h = dx[index], h[index]
+    if not job.skip:  # a row without a coefficient may hold NaN, which times 0 is NaN
+        dx, h = dx.masked_fill_(~active[:, None], 0), h.where(active[:, None], 0)
     if out.dhidden is not None:
         dh = torch.zeros_like(h)
         for part, block in _blocks(weight, job.block, h.dtype):
@@ -320,16 +325,18 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> tuple[Tensor, Tensor | None]:
         out = _run(hidden, weight, bias, job)
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.job = job
+        number, by_row = split(job.temperature)
+        ctx.save_for_backward(hidden, weight, bias, job.targets, by_row)
+        ctx.job = replace(job, targets=hidden.new_empty(0), temperature=number)  # tensors go where autograd watches them
         ctx.set_materialize_grads(False)
         return out.logp, out.entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = ctx.saved_tensors
-        return *_logprob_gradients(hidden, weight, bias, ctx.job, g_logp, g_entropy, ctx.needs_input_grad[:3]), None
+        hidden, weight, bias, targets, by_row = ctx.saved_tensors
+        job = replace(ctx.job, targets=targets, temperature=joined(ctx.job.temperature, by_row))
+        return *_logprob_gradients(hidden, weight, bias, job, g_logp, g_entropy, ctx.needs_input_grad[:3]), None
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -341,7 +348,7 @@ class _LinearLoss(torch.autograd.Function):
         out = _run(hidden, weight, bias, job)
         ctx.save_for_backward(out.dhidden, out.dweight, out.dbias)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.buffered = job.wanted[1] and job.weight_grad is not None
+        ctx.buffered, ctx.spent = job.wanted[1] and job.weight_grad is not None, False
         ctx.mark_non_differentiable(*(x for x in (out.stats, out.logp, out.entropy) if x is not None))
         return out.loss, out.stats, out.logp, out.entropy
 
@@ -349,6 +356,9 @@ class _LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         one = bool(upstream == 1)
+        if ctx.buffered and ctx.spent:
+            raise RuntimeError(SPENT)
+        ctx.spent = True
         if ctx.buffered and not one:
             raise ValueError(
                 f"weight_grad: the head's gradient is in it already, for an upstream gradient of 1, but {upstream.item():g} arrived; "

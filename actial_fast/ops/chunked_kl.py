@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from actial_fast.ops.chunked import _blocks
+from actial_fast.ops.library import joined, split
 
 
 class _LinearKL(torch.autograd.Function):
@@ -26,16 +27,18 @@ class _LinearKL(torch.autograd.Function):
     ) -> Tensor:
         inputs = hidden, weight, ref_hidden, ref_weight
         kl, _ = linear_kl_forward(*inputs, temperature=temperature, workspace_mb=workspace_mb)
-        ctx.save_for_backward(*inputs, kl)
-        ctx.options = {"temperature": temperature, "workspace_mb": workspace_mb}
+        ctx.number, by_row = split(temperature)
+        ctx.save_for_backward(*inputs, kl, by_row)
+        ctx.workspace_mb = workspace_mb
         return kl
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, ref_hidden, ref_weight, kl = ctx.saved_tensors
+        hidden, weight, ref_hidden, ref_weight, kl, by_row = ctx.saved_tensors
+        options = {"temperature": joined(ctx.number, by_row), "workspace_mb": ctx.workspace_mb}
         wanted = ctx.needs_input_grad[:4]
-        return *linear_kl_backward(grad, hidden, weight, ref_hidden, ref_weight, kl, None, wanted, **ctx.options), None, None
+        return *linear_kl_backward(grad, hidden, weight, ref_hidden, ref_weight, kl, None, wanted, **options), None, None
 
 
 def linear_kl_forward(
@@ -71,18 +74,26 @@ def linear_kl_backward(
     grads = [torch.zeros(x.shape, dtype=dtypes[i], device=x.device) if wanted[i] else None for i, x in enumerate(inputs)]
     for rows, log_p, log_q, p in _log_probs(*inputs, temperature, chunks, block, kl.dtype):
         factor = (grad[rows] / (temperature[rows] if isinstance(temperature, Tensor) else temperature))[:, None]
+        idle = grad[rows, None] == 0  # rows whose gradient is 0 whatever they hold: NaN times 0 would be NaN
         torch.exp(log_p, out=p)
         if wanted[0] or wanted[1]:
-            by_logits = log_p.sub_(log_q).sub_(kl[rows, None]).mul_(p).mul_(factor)
-            _add_gradients(by_logits, rows, hidden, weight, grads[0], grads[1], block)
+            by_logits = log_p.sub_(log_q).sub_(kl[rows, None]).mul_(p).mul_(factor).masked_fill_(idle, 0)
+            _add_gradients(by_logits, rows, hidden, weight, grads[0], grads[1], idle, block)
         if wanted[2] or wanted[3]:
-            by_logits = log_q.exp_().sub_(p).mul_(factor)
-            _add_gradients(by_logits, rows, ref_hidden, ref_weight, grads[2], grads[3], block)
+            by_logits = log_q.exp_().sub_(p).mul_(factor).masked_fill_(idle, 0)
+            _add_gradients(by_logits, rows, ref_hidden, ref_weight, grads[2], grads[3], idle, block)
     return [None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
 
 
 def _add_gradients(
-    by_logits: Tensor, rows: slice, states: Tensor, head: Tensor, by_states: Tensor | None, by_head: Tensor | None, block: int
+    by_logits: Tensor,
+    rows: slice,
+    states: Tensor,
+    head: Tensor,
+    by_states: Tensor | None,
+    by_head: Tensor | None,
+    idle: Tensor,
+    block: int,
 ) -> None:
     if by_states is not None:
         total = by_logits.new_zeros(len(by_logits), head.shape[1])
@@ -90,7 +101,7 @@ def _add_gradients(
             torch.addmm(total, by_logits[:, part], weights, out=total)
         by_states[rows] = total
     if by_head is not None:
-        torch.addmm(by_head, by_logits.T, states[rows].to(by_logits.dtype), out=by_head)
+        torch.addmm(by_head, by_logits.T, states[rows].to(by_logits.dtype).masked_fill(idle, 0), out=by_head)
 
 
 def _log_probs(
