@@ -68,9 +68,11 @@ def linear_logprob(
     temperature: float | Tensor,
     softcap: float | None,
     workspace_mb: float,
+    vocab_parallel: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.linear_logprob`, which has checked the arguments. A target outside [0, V) has a NaN log-prob. Returns two (T,) float32."""
-    head = make_head(hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), temperature, softcap)
+    bias_alone = None if bias is None else bias.detach()
+    head = make_head(hidden.detach(), weight.detach(), targets, bias_alone, temperature, softcap, vocab_parallel)
     return LinearLogprob.apply(hidden, weight, bias, head, workspace_mb)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from actial_fast.ops import reference
 from actial_fast.ops.chunked_logits import compute_dtype
+from actial_fast.ops.parallel import VocabParallel
 from actial_fast.ops.spec import GRPOSpec
 
 
@@ -22,6 +23,7 @@ def head(
     softcap: float | None,
     workspace_mb: float,
     names: tuple[str, str] = ("hidden", "weight"),
+    parallel: VocabParallel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """hidden, weight and bias, checked, in the dtype of an enclosing autocast."""
     h, w = names
@@ -45,7 +47,9 @@ def head(
             raise ValueError(f"bias: expected ({len(weight)},) floating point to fit {w}, got {text(bias)}")
         match("bias", bias, h, hidden)
     if targets is not None:
-        _targets(targets, hidden, len(weight))
+        _targets(targets, hidden, parallel.vocab if parallel else len(weight))
+    if parallel and parallel.rows != len(weight):
+        raise ValueError(f"vocab_parallel: made of {parallel.rows} rows, but {w} has {len(weight)}; make it anew with VocabParallel.of")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: must be > 0, got {softcap}; None = no cap")
     if not workspace_mb > 0:

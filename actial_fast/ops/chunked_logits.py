@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from actial_fast.ops import reference
+from actial_fast.ops.parallel import VocabParallel
 from actial_fast.ops.spec import GRPOSpec
 
 BUFFERS = 3  # (C, V) tensors alive at once: logits, exponentials, one temporary
@@ -41,15 +42,20 @@ class Softmax:
     entropy: Tensor | None
 
     @classmethod
-    def of(cls, z: Tensor, targets: Tensor, entropy: bool) -> Softmax:
-        """Of scaled logits (C, V), which it takes over."""
+    def of(cls, z: Tensor, targets: Tensor, entropy: bool, parallel: VocabParallel | None = None) -> Softmax:
+        """Of scaled logits (C, V), which it takes over. parallel: they are a part of the vocabulary's, and a target of -1 is elsewhere."""
         peak = z.amax(-1, keepdim=True)
+        if parallel:
+            parallel.max(peak)
         z.sub_(peak)
         e = z.exp()
-        total = e.sum(-1, keepdim=True)
-        logp = (z.gather(1, targets[:, None]) - total.log()).squeeze(1)
+        total, chosen = e.sum(-1, keepdim=True), z.gather(1, targets.clamp(min=0)[:, None])
         z.clamp_(min=-1e4)  # -inf times a probability of 0 is 0 here; exp of anything below is 0 already
-        h = total.log().squeeze(1) - (e * z).sum(-1) / total.squeeze(1) if entropy else None
+        moment = (e * z).sum(-1, keepdim=True) if entropy else torch.zeros_like(total)
+        if parallel:
+            total, chosen, moment = parallel.sum(total, chosen.masked_fill_(targets[:, None] < 0, 0), moment)
+        logp = (chosen - total.log()).squeeze(1)
+        h = (total.log() - moment / total).squeeze(1) if entropy else None
         return cls(z, e, peak, total, logp, h)
 
     def gradient(self, targets: Tensor, g: Tensor, h: Tensor | None, temperature: float | Tensor, softcap: float | None) -> Tensor:
@@ -64,7 +70,7 @@ class Softmax:
             h = h[:, None] / temperature
             out = self.z.add_(self.entropy[:, None] - self.total.log()).mul_(h).add_(g).mul_(p).neg_()
         del self.z, self.e
-        out.scatter_add_(1, targets[:, None], g)
+        out.scatter_add_(1, targets.clamp(min=0)[:, None], g.masked_fill(targets[:, None] < 0, 0))
         return out if slope is None else out.mul_(slope)
 
 
