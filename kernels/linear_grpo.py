@@ -107,6 +107,7 @@ def linear_grpo_loss(
     skip_zero_rows: bool,
     workspace_mb: float,
     wanted: Wanted | None = None,
+    vocab_parallel: Any = None,
 ) -> tuple[Tensor | None, ...]:
     """See `ops.linear_grpo_loss`, which has checked the arguments: loss (), statistics (len(STATS),), logp and entropy (T,), all float32.
 
@@ -127,7 +128,8 @@ def linear_grpo_loss(
         )
         return g_logp, g_entropy if spec.entropy_coef else None, partial
 
-    head = make_head(hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), temperature, softcap)
+    bias_alone = None if bias is None else bias.detach()
+    head = make_head(hidden.detach(), weight.detach(), targets, bias_alone, temperature, softcap, vocab_parallel)
     call = Call(head, coefficients, skip_zero_rows, workspace_mb, cu_seqlens, weight_grad)
     return FusedLoss.apply(hidden, weight, bias, call) if wanted is None else _run(call, hidden.shape[1], wanted)
 
@@ -143,6 +145,7 @@ def linear_cross_entropy(
     weight_grad: Tensor | None,
     workspace_mb: float,
     wanted: Wanted | None = None,
+    vocab_parallel: Any = None,
 ) -> Tensor | tuple[Tensor | None, ...]:
     """See `ops.linear_cross_entropy`, which has checked the arguments: -sum token_weight * logp, () float32; `wanted` as above."""
 
@@ -151,7 +154,7 @@ def linear_cross_entropy(
         loss = -torch.where(weights != 0, weights * logp, 0.0).sum()
         return -weights, None, torch.stack([torch.zeros_like(loss), loss])[None]
 
-    head = make_head(hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), 1.0, softcap)
+    head = make_head(hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), 1.0, softcap, vocab_parallel)
     call = Call(head, coefficients, False, workspace_mb, None, weight_grad)
     if wanted is None:
         return FusedLoss.apply(hidden, weight, bias, call)[0]

@@ -26,17 +26,16 @@ class LinearLogprob(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         temperature: float | Tensor,
-        softcap: float | None,
-        workspace_mb: float,
+        options: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        head = make_head(hidden, weight, targets, bias, temperature, softcap)
+        head = make_head(hidden, weight, targets, bias, temperature, options["softcap"], options["vocab_parallel"])
         logp, entropy = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
-        for start, stop in cut(head, False, workspace_mb):
+        for start, stop in cut(head, False, options["workspace_mb"]):
             _, logp[start:stop], entropy[start:stop] = forward(head.rows(start, stop), None)
         ctx.set_materialize_grads(False)
         by_row = isinstance(temperature, Tensor)
         ctx.save_for_backward(hidden, weight, targets, bias, temperature if by_row else None)
-        ctx.number, ctx.options = None if by_row else temperature, {"softcap": softcap, "workspace_mb": workspace_mb}
+        ctx.number, ctx.options = None if by_row else temperature, options
         return logp, entropy
 
     @staticmethod
@@ -45,7 +44,7 @@ class LinearLogprob(torch.autograd.Function):
         hidden, weight, targets, bias, by_row = ctx.saved_tensors
         options = ctx.options | {"bias": bias, "temperature": ctx.number if by_row is None else by_row}
         wanted = ctx.needs_input_grad[:3]
-        return *linear_logprob_backward(hidden, weight, targets, g_logp, g_entropy, wanted, **options), *[None] * 4
+        return *linear_logprob_backward(hidden, weight, targets, g_logp, g_entropy, wanted, **options), *[None] * 3
 
 
 def _gradients(
@@ -79,9 +78,11 @@ def linear_logprob(
     temperature: float | Tensor,
     softcap: float | None,
     workspace_mb: float,
+    vocab_parallel: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.linear_logprob`, which has checked the arguments. A target outside [0, V) has a NaN log-prob. Returns two (T,) float32."""
-    return LinearLogprob.apply(hidden, weight, bias, targets, temperature, softcap, workspace_mb)
+    options = {"softcap": softcap, "workspace_mb": workspace_mb, "vocab_parallel": vocab_parallel}
+    return LinearLogprob.apply(hidden, weight, bias, targets, temperature, options)
 
 
 def linear_logprob_backward(
@@ -96,8 +97,9 @@ def linear_logprob_backward(
     temperature: float | Tensor,
     softcap: float | None,
     workspace_mb: float,
+    vocab_parallel: Any = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of hidden, weight and bias, where wanted and in their dtype, from those of log-probs and entropies (T,)."""
-    head = make_head(hidden, weight, targets, bias, temperature, softcap)
+    head = make_head(hidden, weight, targets, bias, temperature, softcap, vocab_parallel)
     gradients = _gradients(head, hidden.shape[1], g_logp, g_entropy, wanted, workspace_mb)
     return tuple(None if x is None else x.to(weight.dtype) for x in gradients)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from actial_fast.ops import reference
 from actial_fast.ops.chunked_logits import compute_dtype
+from actial_fast.ops.parallel import VocabParallel
 from actial_fast.ops.spec import GRPOSpec
 
 TEMPERATURES = 1e-30, 1e30  # lowest and highest: float32 holds logits of up to 1e8 divided by the one, and 1 divided by the other
@@ -25,6 +26,7 @@ def head(
     softcap: float | None,
     workspace_mb: float,
     names: tuple[str, str] = ("hidden", "weight"),
+    parallel: VocabParallel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """hidden, weight and bias, checked, in the dtype of an enclosing autocast."""
     h, w = names
@@ -49,6 +51,8 @@ def head(
         match("bias", bias, h, hidden)
     if targets is not None:
         _targets(targets, hidden)
+    if parallel and parallel.rows != len(weight):
+        raise ValueError(f"vocab_parallel: made of {parallel.rows} rows, but {w} has {len(weight)}; make it anew with VocabParallel.of")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap: must be > 0 and finite, got {softcap}; None = no cap")
     if not 0 < workspace_mb < math.inf:

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from actial_fast.ops import reference
 from actial_fast.ops.chunked_logits import BUFFERS, Softmax, compute_dtype
 from actial_fast.ops.library import joined, split
+from actial_fast.ops.parallel import VocabParallel
 from actial_fast.ops.reference import STATS
 from actial_fast.ops.spec import GRPOSpec
 
@@ -48,10 +49,11 @@ def linear_logprob(
     temperature: float | Tensor,
     softcap: float | None,
     workspace_mb: float,
+    vocab_parallel: VocabParallel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `ops.linear_logprob`: 1 GEMM; with the backward pass, which computes the logits again, 4, with a frozen head 3."""
-    chunks, block = _plan(hidden, weight, workspace_mb)
-    job = Job(targets, temperature, softcap, chunks, block)
+    chunks, block = _plan(hidden, weight, workspace_mb, parallel=vocab_parallel)
+    job = Job(targets, temperature, softcap, chunks, block, parallel=vocab_parallel)
     return _LinearLogprob.apply(hidden, weight, bias, job)
 
 
@@ -91,6 +93,7 @@ def linear_grpo_loss(
     skip_zero_rows: bool,
     workspace_mb: float,
     wanted: Wanted | None = None,
+    vocab_parallel: VocabParallel | None = None,
     **named: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """As `ops.linear_grpo_loss`; `named` are the other (T,) arguments of `reference.grpo_terms`.
@@ -98,7 +101,7 @@ def linear_grpo_loss(
     cu_seqlens (CPU) only where rows depend on their sequence: chunks are then cut between sequences. With `wanted` autograd is left
     out: the gradients of hidden, weight and bias follow the results, for an upstream gradient of 1 and as computed (see `Result`).
     """
-    chunks, block = _plan(hidden, weight, workspace_mb, cu_seqlens)
+    chunks, block = _plan(hidden, weight, workspace_mb, cu_seqlens, vocab_parallel)
 
     def terms(rows: slice, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
         inside = None
@@ -111,7 +114,8 @@ def linear_grpo_loss(
             logp, entropy, advantages[rows], old, ref, spec, token_weight=token_weight[rows], cu_seqlens=inside, **others
         )
 
-    job = Job(targets, temperature, softcap, chunks, block, terms, len(STATS), skip=skip_zero_rows, weight_grad=weight_grad)
+    more: dict[str, Any] = {"skip": skip_zero_rows, "weight_grad": weight_grad, "parallel": vocab_parallel}
+    job = Job(targets, temperature, softcap, chunks, block, terms, len(STATS), **more)
     return _loss(hidden, weight, bias, job, wanted)
 
 
@@ -126,15 +130,16 @@ def linear_cross_entropy(
     weight_grad: Tensor | None,
     workspace_mb: float,
     wanted: Wanted | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> Tensor | tuple[Tensor | None, ...]:
     """As `ops.linear_cross_entropy`; with `wanted` the gradients follow the loss, as in `linear_grpo_loss`."""
-    chunks, block = _plan(hidden, weight, workspace_mb)
+    chunks, block = _plan(hidden, weight, workspace_mb, parallel=vocab_parallel)
 
     def terms(rows: slice, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
         loss = -(token_weight[rows] * torch.where(token_weight[rows] != 0, logp, 0)).sum()
         return loss, loss.new_zeros(0)
 
-    job = Job(targets, 1.0, softcap, chunks, block, terms, entropy=False, weight_grad=weight_grad)
+    job = Job(targets, 1.0, softcap, chunks, block, terms, entropy=False, weight_grad=weight_grad, parallel=vocab_parallel)
     loss, _, _, _, *gradients = _loss(hidden, weight, bias, job, wanted)
     return loss if wanted is None else (loss, *gradients)
 
@@ -148,7 +153,8 @@ class Job:
 
     targets (T,); temperature and softcap, the scaling of the logits; chunks of rows; block, how many vocabulary rows are upcast at once;
     terms, the loss (None: log-probs only), and stats, how many statistics it has; entropy, whether it is wanted; skip, whether rows of
-    coefficient 0 leave the backward GEMMs; wanted, which of hidden, weight and bias need a gradient; weight_grad, where weight's is added.
+    coefficient 0 leave the backward GEMMs; wanted, which of hidden, weight and bias need a gradient; weight_grad, where weight's is added;
+    parallel, the ranks that have the rest of the vocabulary.
     """
 
     targets: Tensor
@@ -162,6 +168,7 @@ class Job:
     skip: bool = True
     wanted: Wanted = (False, False, False)
     weight_grad: Tensor | None = None
+    parallel: VocabParallel | None = None
 
 
 @dataclass
@@ -207,7 +214,7 @@ def _run_chunk(chunk: slice, hidden: Tensor, weight: Tensor, bias: Tensor | None
     """One chunk's share of `out`. A function of its own, so that its (C, V) tensors are gone when the next chunk begins."""
     h, targets = hidden[chunk].to(out.logp.dtype), job.targets[chunk]
     temperature = job.temperature[chunk, None] if isinstance(job.temperature, Tensor) else job.temperature
-    soft = Softmax.of(_logits(h, weight, bias, temperature, job), targets, job.entropy)
+    soft = Softmax.of(_logits(h, weight, bias, temperature, job), targets, job.entropy, job.parallel)
     out.logp[chunk] = soft.logp
     if out.entropy is not None and soft.entropy is not None:  # both, or neither
         out.entropy[chunk] = soft.entropy
@@ -269,12 +276,14 @@ def _blocks(weight: Tensor, size: int, dtype: torch.dtype) -> Iterator[tuple[sli
         yield part, weight[part].to(dtype)
 
 
-def _plan(hidden: Tensor, weight: Tensor, workspace_mb: float, cu_seqlens: Tensor | None = None) -> tuple[list[slice], int]:
+def _plan(
+    hidden: Tensor, weight: Tensor, workspace_mb: float, cu_seqlens: Tensor | None = None, parallel: VocabParallel | None = None
+) -> tuple[list[slice], int]:
     """Chunks of rows that fit the workspace, cut between sequences where these are given, and the size of a block of the vocabulary.
 
     ValueError when not one row, or not the longest sequence, fits.
     """
-    (rows, width), vocabulary, dtype = hidden.shape, len(weight), compute_dtype(hidden)
+    (rows, width), vocabulary, dtype = hidden.shape, parallel.largest if parallel else len(weight), compute_dtype(hidden)
     row = dtype.itemsize * (BUFFERS * vocabulary + 3 * width)  # and the chunk's hidden states, those selected, and their gradient
     share = 1.0 if weight.dtype == dtype else 0.75  # the rest is for the block of weights that is upcast
     block = vocabulary if share == 1 else max(1, min(vocabulary, int((1 - share) * workspace_mb * 2**20 / (dtype.itemsize * width))))

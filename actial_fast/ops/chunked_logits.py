@@ -18,6 +18,7 @@ from torch import Tensor
 
 from actial_fast.ops import reference
 from actial_fast.ops.library import differentiable_once, joined, split
+from actial_fast.ops.parallel import VocabParallel
 from actial_fast.ops.spec import GRPOSpec
 
 BUFFERS = 3  # (C, V) tensors alive at once: logits, exponentials, one temporary
@@ -41,16 +42,23 @@ class Softmax:
     entropy: Tensor | None
 
     @classmethod
-    def of(cls, z: Tensor, targets: Tensor, entropy: bool) -> Softmax:
-        """Of scaled logits (C, V), which it takes over."""
+    def of(cls, z: Tensor, targets: Tensor, entropy: bool, parallel: VocabParallel | None = None) -> Softmax:
+        """Of scaled logits (C, V), which it takes over. parallel: they are a part of the vocabulary's, and a target of -1 is elsewhere."""
         peak = z.amax(-1, keepdim=True)
+        if parallel:
+            parallel.max(peak)
         z.sub_(peak)
         e = z.exp()
-        total = e.sum(-1, keepdim=True)
         index, valid = reference.in_vocabulary(targets, z.shape[1])
-        logp = torch.where(valid, (z.gather(1, index[:, None]) - total.log()).squeeze(1), torch.nan)
+        total, chosen = e.sum(-1, keepdim=True), z.gather(1, index[:, None])
         z.clamp_(min=-1e4)  # -inf times a probability of 0 is 0 here; exp of anything below is 0 already
-        h = total.log().squeeze(1) - (e * z).sum(-1) / total.squeeze(1) if entropy else None
+        moment = (e * z).sum(-1, keepdim=True) if entropy else torch.zeros_like(total)
+        if parallel:
+            found = valid[:, None].to(z.dtype)
+            total, chosen, moment, found = parallel.sum(total, chosen.masked_fill_(found == 0, 0), moment, found)
+            valid = found.squeeze(1) > 0
+        logp = torch.where(valid, (chosen - total.log()).squeeze(1), torch.nan)
+        h = (total.log() - moment / total).squeeze(1) if entropy else None
         return cls(z, e, peak, total, logp, h)
 
     def gradient(self, targets: Tensor, g: Tensor, h: Tensor | None, temperature: float | Tensor, softcap: float | None) -> Tensor:
