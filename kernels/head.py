@@ -372,7 +372,9 @@ def forward(head: Head, scaled: Tensor | None) -> tuple[Softmax, Tensor, Tensor]
         peak, total, moment, chosen, top, log_total, logp, entropy, rows, parts, BLOCK_R=16, BLOCK_P=64, num_warps=4
     )
     if head.parallel:
-        top, log_total, logp, entropy = head.parallel.merge(top, log_total, entropy, chosen, head.targets >= 0)
+        here = head.targets >= 0
+        top, log_total, logp, entropy = head.parallel.merge(top, log_total, entropy, chosen, here)
+        chosen = torch.where(here | logp.isnan(), chosen, 0.0)  # stays NaN, for the gradient to see, where no rank has the target
     return Softmax(peak, top, log_total, chosen, None if scaled is None else scaled[:rows]), logp, entropy
 
 

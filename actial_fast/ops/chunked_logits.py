@@ -32,7 +32,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 @dataclass
 class Softmax:
-    """A chunk's distribution: z (C, V) logits minus their row's peak, e = exp(z); peak, total = sum of e, (C, 1); logp, entropy (C,)."""
+    """A chunk's distribution: z (C, V) logits minus their row's peak, e = exp(z); peak, total = sum of e, (C, 1); logp, entropy (C,); valid
+    (C,), whether the target is a token."""
 
     z: Tensor
     e: Tensor
@@ -40,6 +41,7 @@ class Softmax:
     total: Tensor
     logp: Tensor
     entropy: Tensor | None
+    valid: Tensor
 
     @classmethod
     def of(cls, z: Tensor, targets: Tensor, entropy: bool, parallel: VocabParallel | None = None) -> Softmax:
@@ -59,18 +61,18 @@ class Softmax:
             valid = found.squeeze(1) > 0
         logp = torch.where(valid, (chosen - total.log()).squeeze(1), torch.nan)
         h = (total.log() - moment / total).squeeze(1) if entropy else None
-        return cls(z, e, peak, total, logp, h)
+        return cls(z, e, peak, total, logp, h, valid)
 
     def gradient(self, targets: Tensor, g: Tensor, h: Tensor | None, temperature: float | Tensor, softcap: float | None) -> Tensor:
         """dx (C, V) for the coefficients g and h (C,) of log-prob and entropy; temperature a number or (C, 1). Consumes z and e."""
-        index, valid = reference.in_vocabulary(targets, self.z.shape[1])
+        index, here = reference.in_vocabulary(targets, self.z.shape[1])
         slope = None
         if softcap is not None:
             slope = (self.z + self.peak).mul_(temperature / softcap).square_().neg_().add_(1)
             chosen = (self.logp[:, None] + self.total.log() + self.peak) * (temperature / softcap)  # z stops at -1e4
-            slope.scatter_(1, index[:, None], torch.where(valid[:, None], 1 - chosen.square(), 0))
+            slope.scatter_(1, index[:, None], torch.where(here[:, None], 1 - chosen.square(), slope.gather(1, index[:, None])))
         p = self.e.div_(self.total)
-        g = torch.where(valid | (g == 0), g, torch.nan)[:, None] / temperature
+        g = torch.where(self.valid | (g == 0), g, torch.nan)[:, None] / temperature
         if h is None:
             out = p.mul_(-g)
         else:
@@ -78,7 +80,7 @@ class Softmax:
             h = h[:, None] / temperature
             out = self.z.add_(self.entropy[:, None] - self.total.log()).mul_(h).add_(g).mul_(p).neg_()
         del self.z, self.e
-        out.scatter_add_(1, index[:, None], g)
+        out.scatter_add_(1, index[:, None], torch.where(here[:, None], g, 0))
         return out if slope is None else out.mul_(slope)
 
 
