@@ -1,7 +1,8 @@
 """Replies drawn with the trainer's own module, by continuous batching: nothing to install, and no second copy of the weights.
 
 A prompt is read once, packed with others, each of its images once; its keys and values serve all of its replies, and a reply that ends
-makes room for the next one at once (schedule.py, decoder.py). Each token is drawn by inverting the distribution's cumulative sum at a
+makes room for the next one at once (schedule.py, decoder.py). Replies to a prompt that are the same so far share a row where steps are not
+recorded, until the token in which they differ. Each token is drawn by inverting the distribution's cumulative sum at a
 uniform number that is fixed by the prompt's key, the reply's number and the place, so what is replied does not depend on what else is
 decoded beside it, nor on the number of ranks, and a run that goes on draws what the interrupted one would have. Only the last bits of
 log-probs depend on it, as of every matrix product of another size.
