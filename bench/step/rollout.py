@@ -8,8 +8,8 @@ show two images of noise, and as many ids end a reply as make its mean length --
 a finished quickstart, from the folder it was run in: its model after GRPO, the first prompts of that stage's stream, its numbers of prompts
 and replies. All sides get the same weights, prompts, threads and limits, and take turns in one process. Before anything is timed, greedy
 replies of ours and of transformers must be equal (99 in 100: a tie may round either way). transformers pads the prompts of a call on the
-left, and decodes until its longest reply ends; it gives no log-probs here, the others do. Seconds are of the wall, and of the processor over
-all threads, which say more on a machine that others use: the least of the rounds.
+left, and decodes until its longest reply ends; it gives no log-probs here, the others do. Seconds are of the wall, and of the processor
+over all threads, which say more on a machine that others use: the least of the rounds.
 """
 
 from __future__ import annotations
