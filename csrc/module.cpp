@@ -13,6 +13,7 @@
 #include "layout.h"
 #include "patchify.h"
 #include "planner.h"
+#include "rows.h"
 
 namespace py = pybind11;
 
@@ -44,27 +45,72 @@ py::array_t<float> patchify(const Pixels& image, std::int64_t patch, std::int64_
 
 template <class T>
 using Exact = py::array_t<T, py::array::c_style>;
-
 // keys and values are written in place, so nothing here may be a converted copy (noconvert); shapes are the caller's to keep.
-py::array_t<float> decode_step(const Exact<float>& q, const Exact<float>& k, const Exact<float>& v, const Exact<float>& cos,
-                               const Exact<float>& sin, Exact<float> keys, Exact<float> values, const Exact<std::int64_t>& slots,
-                               const Exact<std::int32_t>& own_table, const Exact<std::int32_t>& own_tokens,
-                               const Exact<std::int32_t>& members, const Exact<std::int32_t>& prefix_table,
-                               const Exact<std::int32_t>& prefix_tokens, float scale) {
-    if (q.ndim() != 3 || k.ndim() != 3 || keys.ndim() != 4 || own_table.ndim() != 2 || members.ndim() != 2 || prefix_table.ndim() != 2) {
-        throw py::value_error("decode_step: expected q (R, H, D), k (R, K, D), keys (blocks, S, K, D) and tables of two dimensions");
+py::array_t<float> decode_step(const Exact<float>& qkv, const Exact<float>& cos, const Exact<float>& sin, Exact<float> keys,
+                               Exact<float> values, const Exact<std::int64_t>& slots, const Exact<std::int64_t>& row, const Exact<std::int32_t>& own_table,
+                               const Exact<std::int32_t>& own_tokens, const Exact<std::int32_t>& members,
+                               const Exact<std::int32_t>& prefix_table, const Exact<std::int32_t>& prefix_tokens, float scale) {
+    if (qkv.ndim() != 2 || keys.ndim() != 4 || own_table.ndim() != 2 || members.ndim() != 2 || prefix_table.ndim() != 2) {
+        throw py::value_error("decode_step: expected qkv (R, (H + 2 K) D), keys (blocks, S, K, D) and tables of two dimensions");
     }
-    const actial::StepSizes sizes{q.shape(0),       q.shape(1),       k.shape(1),          q.shape(2),           keys.shape(1),
-                                  members.shape(0), members.shape(1), own_table.shape(1), prefix_table.shape(1)};
-    const actial::StepReads reads{slots.data(), own_table.data(), own_tokens.data(), members.data(), prefix_table.data(),
+    const std::int64_t kv_heads = keys.shape(2), dim = keys.shape(3), heads = qkv.shape(1) / dim - 2 * kv_heads;
+    if (heads < 1 || heads % kv_heads || (heads + 2 * kv_heads) * dim != qkv.shape(1)) {
+        throw py::value_error("decode_step: qkv is not a multiple of key-value heads wide");
+    }
+    const actial::StepSizes sizes{slots.size(),  qkv.shape(0),     heads,            kv_heads,           dim,
+                                  keys.shape(1), members.shape(0), members.shape(1), own_table.shape(1), prefix_table.shape(1)};
+    const actial::StepReads reads{slots.data(), row.data(), own_table.data(), own_tokens.data(), members.data(), prefix_table.data(),
                                   prefix_tokens.data()};
-    py::array_t<float> out({sizes.rows, sizes.heads, sizes.dim});
+    py::array_t<float> out({sizes.rows, heads * dim});
     float *to = out.mutable_data(), *held_keys = keys.mutable_data(), *held_values = values.mutable_data();
     {
         py::gil_scoped_release released;
-        actial::decode_step(sizes, reads, q.data(), k.data(), v.data(), cos.data(), sin.data(), scale, held_keys, held_values, to);
+        actial::decode_step(sizes, reads, qkv.data(), cos.data(), sin.data(), scale, held_keys, held_values, to);
     }
     return out;
+}
+
+py::array_t<float> add_norm(Exact<float> x, const py::object& more, const Exact<float>& weight, float eps) {
+    const auto added = more.is_none() ? Exact<float>() : py::cast<Exact<float>>(more);
+    if (x.ndim() != 2 || weight.size() != x.shape(1) || (!more.is_none() && added.size() != x.size())) {
+        throw py::value_error("add_norm: expected x and more (R, H) and weight (H,)");
+    }
+    py::array_t<float> out({x.shape(0), x.shape(1)});
+    actial::add_norm(x.mutable_data(), more.is_none() ? nullptr : added.data(), weight.data(), eps, x.shape(0), x.shape(1), out.mutable_data());
+    return out;
+}
+
+py::array_t<float> gated(const Exact<float>& x) {
+    if (x.ndim() != 2 || x.shape(1) % 2) throw py::value_error("gated: expected x (R, 2 I)");
+    py::array_t<float> out({x.shape(0), x.shape(1) / 2});
+    actial::gated(x.data(), x.shape(0), x.shape(1) / 2, out.mutable_data());
+    return out;
+}
+
+py::tuple draw(const Exact<float>& logits, const Exact<std::int64_t>& row, const py::object& uniforms, float temperature,
+               const Exact<std::int64_t>& banned) {
+    const auto numbers = uniforms.is_none() ? Exact<double>() : py::cast<Exact<double>>(uniforms);
+    if (logits.ndim() != 2 || logits.shape(1) < 1 || !(temperature > 0) || (!uniforms.is_none() && numbers.size() != row.size())) {
+        throw py::value_error("draw: expected logits (R, V), row and uniforms (W,), and a temperature above 0");
+    }
+    const auto check = [](const Exact<std::int64_t>& x, std::int64_t limit, const char* name) {
+        for (py::ssize_t i = 0; i < x.size(); ++i)
+            if (x.data()[i] < 0 || x.data()[i] >= limit) throw py::value_error(std::string("draw: ") + name + " out of range");
+    };
+    check(row, logits.shape(0), "row");
+    check(banned, logits.shape(1), "banned");
+    py::array_t<std::int64_t> token(row.size());
+    py::array_t<float> logp(row.size());
+    const actial::Drawing given{row.size(),  logits.shape(0), logits.shape(1),
+                                banned.size(), row.data(),    banned.data(),
+                                uniforms.is_none() ? nullptr : numbers.data(), temperature};
+    std::int64_t* tokens = token.mutable_data();
+    float* logps = logp.mutable_data();
+    {
+        py::gil_scoped_release released;
+        actial::draw(given, logits.data(), tokens, logps);
+    }
+    return py::make_tuple(token, logp);
 }
 
 // Runs work without the GIL; a RowError becomes a ValueError that begins with the row's name.
@@ -199,10 +245,13 @@ PYBIND11_MODULE(_C, m) {
     PYBIND11_NUMPY_DTYPE_EX(actial::Piece, group, "group", first, "first", end, "end", tokens, "tokens", patches, "patches", cost, "cost");
     m.def("patchify", &patchify, py::arg("image").noconvert(), py::arg("patch"), py::arg("merge"), py::arg("frames"), py::arg("scale"),
           py::arg("shift"));
-    m.def("decode_step", &decode_step, py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
-          py::arg("cos").noconvert(), py::arg("sin").noconvert(), py::arg("keys").noconvert(), py::arg("values").noconvert(),
-          py::arg("slots").noconvert(), py::arg("own_table").noconvert(), py::arg("own_tokens").noconvert(),
+    m.def("decode_step", &decode_step, py::arg("qkv").noconvert(), py::arg("cos").noconvert(), py::arg("sin").noconvert(),
+          py::arg("keys").noconvert(), py::arg("values").noconvert(), py::arg("slots").noconvert(), py::arg("row").noconvert(), py::arg("own_table").noconvert(), py::arg("own_tokens").noconvert(),
           py::arg("members").noconvert(), py::arg("prefix_table").noconvert(), py::arg("prefix_tokens").noconvert(), py::arg("scale"));
+    m.def("add_norm", &add_norm, py::arg("x").noconvert(), py::arg("more").noconvert(), py::arg("weight").noconvert(), py::arg("eps"));
+    m.def("gated", &gated, py::arg("x").noconvert());
+    m.def("draw", &draw, py::arg("logits").noconvert(), py::arg("row").noconvert(), py::arg("uniforms").noconvert(), py::arg("temperature"),
+          py::arg("banned").noconvert());
     m.def("plan", &plan, py::arg("prefix"), py::arg("suffix"), py::arg("offsets"), py::arg("patches"), py::arg("capacity"),
           py::arg("costs"), py::arg("ranks"), py::arg("seed"), py::arg("names"));
     m.def("layout", &layout, py::arg("parts"), py::arg("image_token"));

@@ -94,13 +94,13 @@ def decoding(lab, processor, where: World, move, changes) -> tuple[torch.Tensor,
     policy.compute_dtype = torch.bfloat16
     prompt = samples_of(processor, [(2, 3)])[0].sequence
     with serving(policy):
-        decoder = Decoder(policy, processor, blocks=64, size=16, temperature=0.7, most=(4, 2, 8))
+        decoder = Decoder(policy, processor, blocks=64, size=16, temperature=0.7, most=(4, 2, 8), positions=99)
         slots = torch.arange(16, 16 + len(prompt)).numpy()
         decoder.read([prompt], slots, [])
         five, two = np.arange(5), np.arange(2)
         table = np.arange(1, 11).reshape(5, 2)
         members, place = np.array([[0, 1, 2], [3, 4, -1]]), np.array([0, 1, 2, 3, 4])
-        rows = Rows(five, five, 16 * five, five / 5, table, five + 1, members, place, table[:2], 16 * (two + 1))
+        rows = Rows(five, five, five, 16 * five, five / 5, table, five + 1, members, place, table[:2], 16 * (two + 1))
         given = tensors_of(rows.filled(rows_of_graph(5), 4, 2, 8))
         return decoder._step(*(x.to(where.device, non_blocking=True) for x in given))
 

@@ -9,8 +9,11 @@ R rows, H query heads, K key-value heads, D head dimension, S tokens a block.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,39 +38,85 @@ class Reads:
 class Pages:
     """Keys and values of all layers, each (layers, blocks, S, K, D), zeros at first, and what the forward pass under way does with them.
 
-    slots (L,) int64: block * S + place, where its L tokens' keys and values go; those of block 0 are nobody's. own, prefix: what its rows
-    read, when each is the next token of a reply; None when whole sequences are read.
+    slots (L,) int64: block * S + place, where its L tokens' keys and values go; those of block 0 are nobody's. cos, sin (L, D): of their
+    positions. own, prefix: what its rows read, when each is the next token of a reply; None when whole sequences are read. row (L,) int64:
+    a slot's row, where replies that are the same so far share one; None where each has its own.
     """
 
     keys: Tensor
     values: Tensor
     slots: Tensor
+    cos: Tensor
+    sin: Tensor
     own: Reads | None = None
     prefix: Reads | None = None
+    row: Tensor | None = None
 
-    def at(self, slots: Tensor, own: Reads | None = None, prefix: Reads | None = None) -> Pages:
+    @staticmethod
+    def empty(shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device) -> Pages:
+        """Memory of this shape, for passes to come."""
+        nothing = torch.empty(0)
+        if device.type == "cpu" and dtype == torch.float32:  # memory that is never touched costs nothing
+            keys, values = (torch.from_numpy(np.zeros(shape, np.float32)) for _ in range(2))
+        else:
+            keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        return Pages(keys, values, nothing, nothing, nothing)
+
+    def at(
+        self,
+        slots: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        own: Reads | None = None,
+        prefix: Reads | None = None,
+        row: Tensor | None = None,
+    ) -> Pages:
         """The same memory, for another pass."""
-        return replace(self, slots=slots, own=own, prefix=prefix)
+        return Pages(self.keys, self.values, slots, cos, sin, own, prefix, row)
+
+    def heads(self, qkv: Many[Tensor]) -> list[Tensor]:
+        """Queries (L, H, D), keys and values (L, K, D) from their products (L, heads * D), in three tensors or side by side in one."""
+        kv_heads, dim = self.keys.shape[3:]
+        if len(qkv) == 1:
+            width = kv_heads * dim
+            qkv = qkv[0].split_with_sizes((qkv[0].shape[1] - 2 * width, width, width), 1)
+        return [x.view(x.shape[0], -1, dim) for x in qkv]
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Keep keys and values (L, K, D) of this pass's tokens."""
+        """Keep keys and values (rows, K, D) of this pass's tokens, the keys turned."""
         for held, new in ((self.keys, k), (self.values, v)):
+            new = new if self.row is None else new[self.row]
             held[layer].flatten(0, 1).index_copy_(0, self.slots, new.to(held.dtype))
 
-    def step(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
-        """Attention (R, H, D) of the next tokens of R replies: queries (R, H, D), keys and values (R, K, D), which are kept, and their
-        rotary cosines and sines (R, D)."""
+    def step(self, layer: int, qkv: Many[Tensor], scale: float) -> Tensor:
+        """Attention (R, H * D) of the next tokens of R replies, whose keys and values are kept: qkv as `heads` takes them."""
         own, prefix = self.own, self.prefix
         assert own is not None and prefix is not None, "rows of whole sequences attend to each other"
+        if on_host(qkv[0]):
+            held_keys, held_values, cos, sin, *reads = self._arrays
+            x = qkv[0] if len(qkv) == 1 else torch.cat(list(qkv), 1)
+            return torch.from_numpy(native.decode_step(x.numpy(), cos, sin, held_keys[layer], held_values[layer], *reads, scale=scale))
         keys, values = self.keys[layer], self.values[layer]
-        if native.AVAILABLE and q.dtype == torch.float32 and not q.is_cuda:
-            given = (q, k, v, cos, sin, keys, values, self.slots, own.table, own.tokens, prefix.rows, prefix.table, prefix.tokens)
-            return torch.from_numpy(native.decode_step(*(x.numpy() for x in given), scale=scale))
-        q, k = turned(q, cos, sin), turned(k, cos, sin)
+        q, k, v = self.heads(qkv)
+        q, k = turned(q, self.cos, self.sin), turned(k, self.cos, self.sin)
         self.write(layer, k, v)
         out, lse = _read(q, keys, values, own, scale)
         merge(out, lse, *_read(q, keys, values, prefix, scale))
-        return out
+        return out.flatten(1)
+
+    @cached_property
+    def _arrays(self) -> list[np.ndarray]:
+        """What csrc/decode.h asks for beside a layer's own, the same for all of them."""
+        own, prefix = self.own, self.prefix
+        assert own is not None and prefix is not None
+        row = torch.arange(len(self.slots)) if self.row is None else self.row
+        reads = own.table, own.tokens, prefix.rows, prefix.table, prefix.tokens
+        return [x.numpy() for x in (self.keys, self.values, self.cos, self.sin, self.slots, row, *reads)]
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether the C++ extension takes it: float32 on the CPU, and the extension is there."""
+    return native.AVAILABLE and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -37,10 +37,29 @@ def patchify(image: np.ndarray, *, patch: int, merge: int, frames: int, mean: np
 
 
 def decode_step(*given: np.ndarray, scale: float) -> np.ndarray:
-    """One decoding step of one layer: q (R, H, D), k, v (R, K, D), cos, sin (R, D), keys, values (blocks, S, K, D), which it writes to,
-    slots, own_table, own_tokens, members, prefix_table, prefix_tokens -> (R, H, D), all float32 or as csrc/decode.h says. The twin is
+    """One decoding step of one layer: qkv (R, (H + 2 K) D), cos, sin (R, D), keys, values (blocks, S, K, D), which it writes to, slots,
+    row, own_table, own_tokens, members, prefix_table, prefix_tokens -> (R, H D), all float32 or as csrc/decode.h says. The twin is
     model/paged.py's, which is also what runs without the extension (AVAILABLE) and in other dtypes."""
     return _C.decode_step(*given, scale)
+
+
+def add_norm(x: np.ndarray, more: np.ndarray | None, weight: np.ndarray, eps: float) -> np.ndarray:
+    """RMSNorm of x + more, which x becomes: x, more (R, H), weight (H,) -> (R, H), all float32. The twins of this, of `gated` and of
+    `draw` are torch's operators: in model/trunk.py and rollout/decoder.py."""
+    return _C.add_norm(x, more, weight, eps)
+
+
+def gated(x: np.ndarray) -> np.ndarray:
+    """silu(gate) up: x (R, 2 I) float32, a row's gate and up one behind the other -> (R, I)."""
+    return _C.gated(x)
+
+
+def draw(
+    logits: np.ndarray, row: np.ndarray, uniforms: np.ndarray | None, temperature: float, banned: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """One token for each of W replies and its log-prob: logits (R, V) float32, row (W,) int64 a reply's row, uniforms (W,) float64 or None
+    for the likeliest, banned (B,) int64 ids that are never drawn -> (W,) int64, (W,) float32. ValueError for a temperature of 0."""
+    return _C.draw(logits, row, uniforms, temperature, banned)
 
 
 def patchify_numpy(image: np.ndarray, patch: int, merge: int, frames: int, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:

@@ -1,8 +1,7 @@
 """The language model as a sampler uses it: whole prompts into key-value blocks, then a token at a time for all rows at once.
 
-A layer's parts are called past the hooks of FSDP and of activation checkpointing and past transformers' own forward pass, which cost as
-much as the layer does for a single token; sharded weights must be gathered. On CUDA the decoding of a number of rows is recorded once as a
-graph and replayed; numbers in between are filled up with rows that nobody reads.
+On CUDA the decoding of a number of rows is recorded once as a graph and replayed; numbers in between are filled up with rows that nobody
+reads. The layers are model/trunk.py's.
 """
 
 from __future__ import annotations
@@ -11,17 +10,18 @@ import contextlib
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actial_fast.model.attention import is_packed, prompt_once, use_packed_attention
-from actial_fast.model.paged import Pages, Reads, turned
+from actial_fast.model.attention import is_packed, use_packed_attention
+from actial_fast.model.paged import Pages, Reads, on_host
 from actial_fast.model.policy import ImageBatch, Policy
 from actial_fast.model.processor import Processor
-from actial_fast.packing.batch import Group, PackedBatch, Sequence, pack
+from actial_fast.model.trunk import Trunk
+from actial_fast.packing import native
+from actial_fast.packing.batch import Group, Sequence, pack
 from actial_fast.packing.packed_ops import collect, embed
 from actial_fast.rollout.graphs import Graphs, rows_of_graph
 from actial_fast.rollout.memory import kv_shape
@@ -31,14 +31,16 @@ DRAWN_AT_ONCE = 2**25  # elements of logits: what drawing holds beside them is 3
 
 @dataclass(frozen=True)
 class Rows:
-    """What one step decodes, on the host: R rows, the next tokens of replies to G prompts, up to M each.
+    """What one step decodes, on the host: W replies to G prompts in R rows, up to M of a prompt.
 
-    tokens, positions, slots (R,) int64: the last token each has, its place in the sequence, and where its keys go; uniforms (R,) float64,
-    zeros for greedy. own_table (R, C) int32 and own_tokens (R,): a reply's blocks and how many tokens it reads there, the new one among
-    them. members (G, M) int32: the rows of a prompt's replies, -1 where it has fewer; place (R,): where a row stands in the flattened
-    members; prefix_table (G, D) int32 and prefix_tokens (G,): the prompts'.
+    Replies to a prompt that are the same so far may share a row; what they are drawn by, and where their keys go, is each one's own. row,
+    slots (W,) int64: a reply's row, and where its keys go; uniforms (W,) float64, zeros for greedy. tokens, positions (R,) int64: a row's
+    last token and its place in the sequence. own_table (R, C) int32 and own_tokens (R,): the blocks of one of its replies and how many
+    tokens it reads there, the new one among them. members (G, M) int32: the rows of a prompt's replies, -1 where it has fewer; place (R,):
+    where a row stands in the flattened members; prefix_table (G, D) int32 and prefix_tokens (G,): the prompts'.
     """
 
+    row: np.ndarray
     tokens: np.ndarray
     positions: np.ndarray
     slots: np.ndarray
@@ -51,8 +53,10 @@ class Rows:
     prefix_tokens: np.ndarray
 
     def filled(self, rows: int, members: int, own: int, prefix: int) -> Rows:
-        """So many rows, and as many prompts, each with so many members and blocks: those that are added read and write block 0."""
+        """So many rows, and as many prompts, each with so many members and blocks: those that are added read and write block 0. A reply is
+        a row here."""
         have, groups = len(self.tokens), len(self.members)
+        assert len(self.row) == have
 
         def grown(x: np.ndarray, *shape: int, fill: int = 0) -> np.ndarray:
             out = np.full(shape, fill, x.dtype)
@@ -64,6 +68,7 @@ class Rows:
         extra = groups * members + np.arange(rows - have)  # behind the prompts there are, as many to each as it takes
         table.reshape(-1)[extra] = np.arange(have, rows)
         return Rows(
+            row=np.arange(rows),
             tokens=grown(self.tokens, rows),
             positions=grown(self.positions, rows),
             slots=grown(self.slots, rows),
@@ -80,20 +85,30 @@ class Rows:
 class Decoder:
     """A policy's language model over `blocks` blocks of `size` tokens, and block 0.
 
-    temperature 0 is greedy. most: members of a prompt, blocks of a reply, blocks of a prompt, in any `Rows`. The policy is in eval mode,
-    its weights whole, and autocast on where it computes in 16 bits: `serving`.
+    temperature 0 is greedy. most: members of a prompt, blocks of a reply, blocks of a prompt, in any `Rows`; positions: how many from 0 on
+    their tokens may stand at. The policy is in eval mode, its weights whole, and autocast on where it computes in 16 bits: `serving`.
     """
 
-    def __init__(self, policy: Policy, processor: Processor, *, blocks: int, size: int, temperature: float, most: tuple[int, int, int]):
+    def __init__(
+        self,
+        policy: Policy,
+        processor: Processor,
+        *,
+        blocks: int,
+        size: int,
+        temperature: float,
+        most: tuple[int, int, int],
+        positions: int,
+    ):
         layers, heads, width = kv_shape(policy)
-        shape = layers, blocks + 1, size, heads, width
-        keys, values = (torch.zeros(shape, dtype=policy.compute_dtype, device=policy.device) for _ in range(2))
         self._policy, self._processor, self._temperature, self._device = policy, processor, temperature, policy.device
-        self._pages = Pages(keys, values, torch.empty(0, dtype=torch.int64))
+        self._pages = Pages.empty((layers, blocks + 1, size, heads, width), policy.compute_dtype, policy.device)
         self._stop = torch.tensor(processor.stop_tokens).to(policy.device, non_blocking=True)
         never = processor.never_sampled(len(policy.base.lm_head.weight))
         self._banned = torch.tensor(never).to(policy.device, non_blocking=True)
+        self._embedding = policy.base.model.get_input_embeddings().weight
         self._head = policy.base.lm_head.weight.detach().to(policy.compute_dtype)
+        self._trunk = Trunk(policy.base.model.language_model, positions)
         self._features: dict[str, Tensor] = {}
         self._most, self._graphs = most, Graphs(self._step) if policy.device.type == "cuda" else None
 
@@ -104,13 +119,18 @@ class Decoder:
         ended = [s.extended(np.array([self._processor.pad])) for s in sequences]
         batch, _ = pack(ended, pieces, self._processor.image_token, self._processor.merge)
         batch = replace(batch.to(self._device), features=self._image_features(batch.images, keep))
-        weight = self._policy.base.model.get_input_embeddings().weight
-        embeds = embed(batch.input_ids, weight, batch.features, batch.image_slots, batch.image_rows)
-        self._layers(embeds, batch.position_ids, self._pages.at(torch.from_numpy(slots).to(self._device, non_blocking=True)), batch)
+        embeds = embed(batch.input_ids, self._embedding, batch.features, batch.image_slots, batch.image_rows)
+        pages = self._pages.at(torch.from_numpy(slots).to(self._device, non_blocking=True), *self._trunk.turns(batch.position_ids))
+        self._trunk.read(embeds, pages, batch)
+
+    @property
+    def shares(self) -> bool:
+        """Whether the rows of a step may have several replies: not where steps are recorded, whose shapes are few."""
+        return self._graphs is None
 
     def step(self, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The next token (R,) int64 of each row, its log-prob (R,) float32, and whether it ends the reply (R,) bool."""
-        have = len(rows.tokens)
+        """The next token (W,) int64 of each reply, its log-prob (W,) float32, and whether it ends the reply (W,) bool."""
+        have = len(rows.row)
         if self._graphs is None:
             made: tuple[Tensor, ...] = self._step(*tensors_of(rows))
         else:
@@ -121,6 +141,7 @@ class Decoder:
 
     def _step(
         self,
+        row: Tensor,
         tokens: Tensor,
         positions: Tensor,
         slots: Tensor,
@@ -132,17 +153,19 @@ class Decoder:
         prefix_table: Tensor,
         prefix_tokens: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        embeds = nn.functional.embedding(tokens, self._policy.base.model.get_input_embeddings().weight)
+        embeds = nn.functional.embedding(tokens, self._embedding)
         alone = torch.arange(len(tokens), device=tokens.device)
         own = Reads(alone.to(torch.int32)[:, None], own_table, own_tokens, alone)
-        pages = self._pages.at(slots, own, Reads(members, prefix_table, prefix_tokens, place))
-        hidden = self._layers(embeds, positions.expand(3, -1), pages)
-        drawn = []
+        prefix = Reads(members, prefix_table, prefix_tokens, place)
+        pages = self._pages.at(slots, *self._trunk.turns(positions), own, prefix, row if self.shares else None)
+        hidden = self._trunk.step(embeds, pages)
+        token, logp = torch.empty_like(slots), torch.empty(slots.shape, device=slots.device)
         part = max(1, DRAWN_AT_ONCE // len(self._head))
         for start in range(0, len(hidden), part):
-            logits = self._logits(hidden[start : start + part])
-            drawn.append(draw(logits, uniforms[start : start + part] if self._temperature else None, self._temperature, self._banned))
-        token, logp = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+            logits, end = self._logits(hidden[start : start + part]), start + part
+            of = ((row >= start) & (row < end)).nonzero()[:, 0] if self.shares else slice(start, end)
+            uniform = uniforms[of] if self._temperature else None
+            token[of], logp[of] = draw(logits, uniform, self._temperature, self._banned, row[of] - start if self.shares else None)
         return token, logp, torch.isin(token, self._stop)
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -152,26 +175,6 @@ class Decoder:
             return hidden @ self._head.T
         with torch.autocast(self._device.type, enabled=False):
             return torch.mm(hidden.to(self._head.dtype), self._head.T, out_dtype=torch.float32)
-
-    def _layers(self, embeds: Tensor, positions: Tensor, pages: Pages, packed: PackedBatch | None = None) -> Tensor:
-        """Hidden states (L, H) of embeds (L, H) at positions (3, L): of whole sequences with `packed`, else of replies' next tokens."""
-        model = self._policy.base.model.language_model
-        cos, sin = (x[0] for x in model.rotary_emb(embeds[None], positions[:, None]))
-        x = embeds
-        for number, layer in enumerate(model.layers):
-            attention = layer.self_attn
-            h = _normed(x, layer.input_layernorm)
-            linears = attention.q_proj, attention.k_proj, attention.v_proj
-            q, k, v = (linear(h).unflatten(-1, (-1, attention.head_dim)) for linear in linears)
-            if packed is None:
-                mixed = pages.step(number, q, k, v, cos, sin, attention.scaling)
-            else:
-                q, k = turned(q, cos, sin), turned(k, cos, sin)
-                pages.write(number, k, v)
-                mixed = prompt_once(q, k, v, packed, attention.scaling)
-            x = x + attention.o_proj(mixed.flatten(1))
-            x = x + layer.mlp(_normed(x, layer.post_attention_layernorm))
-        return _normed(x, model.norm)
 
     def _image_features(self, images: Many[str], keep: Many[str]) -> Tensor | None:
         """The features of images, one behind the other; the tower sees those that are not there yet."""
@@ -187,14 +190,9 @@ class Decoder:
 
 def tensors_of(rows: Rows) -> tuple[Tensor, ...]:
     """A `Rows` as `Decoder._step` takes it, on the host."""
-    wide = {"tokens", "positions", "slots", "place"}
+    wide = {"row", "tokens", "positions", "slots", "place"}
     types = {"uniforms": np.float64} | dict.fromkeys(wide, np.int64)
     return tuple(torch.from_numpy(np.ascontiguousarray(getattr(rows, f.name), types.get(f.name, np.int32))) for f in fields(rows))
-
-
-def _normed(x: Tensor, norm: Any) -> Tensor:
-    """transformers' RMSNorm in one call."""
-    return nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 @contextlib.contextmanager
@@ -213,11 +211,18 @@ def serving(policy: Policy) -> Iterator[None]:
         policy.train(was_training)
 
 
-def draw(logits: Tensor, uniform: Tensor | None, temperature: float, banned: Tensor) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-prob: logits (R, V) float32, uniform (R,) float64 or None for greedy -> (R,) int64, (R,) float32.
+def draw(logits: Tensor, uniform: Tensor | None, temperature: float, banned: Tensor, row: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """One token for each of W replies and its log-prob: logits (R, V) float32, row (W,) int64 a reply's row of them, None where each has
+    its own, uniform (W,) float64 or None for greedy -> (W,) int64, (W,) float32.
 
-    A token is where the cumulative probability of those that are not banned passes the row's uniform number.
+    A token is where the cumulative probability of those that are not banned passes the reply's uniform number.
     """
+    if on_host(logits):
+        row = torch.arange(len(logits)) if row is None else row
+        numbers = None if uniform is None else uniform.numpy()
+        made = native.draw(logits.contiguous().numpy(), row.numpy(), numbers, temperature or 1.0, banned.numpy())
+        return torch.from_numpy(made[0]), torch.from_numpy(made[1])
+    logits = logits if row is None else logits[row]
     scaled = logits / (temperature or 1.0)
     logp = scaled.log_softmax(-1)
     allowed = logp.index_fill(-1, banned, -torch.inf)

@@ -1,7 +1,8 @@
 """Replies drawn with the trainer's own module, by continuous batching: nothing to install, and no second copy of the weights.
 
 A prompt is read once, packed with others, each of its images once; its keys and values serve all of its replies, and a reply that ends
-makes room for the next one at once (schedule.py, decoder.py). Each token is drawn by inverting the distribution's cumulative sum at a
+makes room for the next one at once (schedule.py, decoder.py). Replies to a prompt that are the same so far share a row where steps are not
+recorded, until the token in which they differ. Each token is drawn by inverting the distribution's cumulative sum at a
 uniform number that is fixed by the prompt's key, the reply's number and the place, so what is replied does not depend on what else is
 decoded beside it, nor on the number of ranks, and a run that goes on draws what the interrupted one would have. Only the last bits of
 log-probs depend on it, as of every matrix product of another size.
@@ -104,12 +105,21 @@ class Batching:
         self.schedule = Schedule(lengths, draw.n, limit, blocks=blocks, size=SIZE, places=places)
         shape = places, limit
         self._at = Places(np.zeros(shape, np.int64), np.zeros(shape, np.float32), np.zeros(shape))
+        self._same = np.zeros(places, np.int64)  # a number for each place, equal where the replies there are, to the last token
         self._last = np.array([p.ids[-1] for p in prompts])
         self._next = np.array([p.positions[0, -1] for p in prompts])  # the position of that token
         self._held = np.array(lengths) - 1  # tokens of each prompt that are not its replies' own
         self._table = np.zeros((len(prompts), max(blocks_for(n - 1, SIZE) for n in lengths)), np.int32)
         most = draw.n, self.schedule.table.shape[1], self._table.shape[1]
-        self._decoder = Decoder(policy, processor, blocks=blocks, size=SIZE, temperature=draw.temperature, most=most)
+        self._decoder = Decoder(
+            policy,
+            processor,
+            blocks=blocks,
+            size=SIZE,
+            temperature=draw.temperature,
+            most=most,
+            positions=int(self._next.max()) + limit,
+        )
         self._random: dict[int, np.ndarray] = {}  # (n, L) of prompts whose replies are not all complete
         self._left: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # tokens and log-probs of replies that had to leave
         self._made: dict[int, dict[int, Reply]] = {}
@@ -144,6 +154,8 @@ class Batching:
     def _admit(self) -> None:
         """Read what waiting replies need that now find room."""
         schedule, n = self.schedule, self._draw.n
+        if not schedule.waiting:
+            return
         before = set(schedule.active.tolist())
         prompts, back = schedule.admit()
         reads: list[tuple[Sequence, np.ndarray]] = []
@@ -153,12 +165,14 @@ class Batching:
             reads.append((_cut(self._prompts[prompt]), _slots(blocks)[: self._held[prompt]]))
         for place in [p for p in schedule.active.tolist() if p not in before]:
             prompt, k = divmod(int(schedule.reply[place]), n)
+            self._same[place] = -1 - prompt  # those that have begun have numbers from 0 on
             if self._draw.temperature:
                 if prompt not in self._random:
                     self._random[prompt] = np.random.default_rng(self._keys[prompt]).random((n, self._draw.max_new_tokens))
                 self._at.uniforms[place] = self._random[prompt][k]
         for place, drawn in back:
             prompt = int(schedule.reply[place]) // n
+            self._same[place] = -1 - len(self._prompts) - place
             self._at.tokens[place, :drawn], self._at.logprobs[place, :drawn] = self._left.pop(int(schedule.reply[place]))
             whole = self._prompts[prompt].extended(self._at.tokens[place, : drawn - 1])
             own = _slots(schedule.table[place])[:drawn]
@@ -174,7 +188,10 @@ class Batching:
         schedule, at = self.schedule, self._at
         places = schedule.active
         drawn = schedule.drawn[places]
-        tokens, logprobs, stops = self._decoder.step(self._rows(places, drawn))
+        rows = self._rows(places, drawn)
+        tokens, logprobs, stops = self._decoder.step(rows)
+        if self._decoder.shares:
+            _, self._same[places] = np.unique(rows.row * (tokens.max() + 1) + tokens, return_inverse=True)
         at.tokens[places, drawn], at.logprobs[places, drawn] = tokens, logprobs
         over = stops | (drawn + 1 == self._draw.max_new_tokens)
         for place, length, stopped in zip(places[over].tolist(), (drawn[over] + 1).tolist(), stops[over].tolist(), strict=True):
@@ -185,27 +202,30 @@ class Batching:
 
     def _rows(self, places: np.ndarray, drawn: np.ndarray) -> Rows:
         schedule, at = self.schedule, self._at
-        prompts = schedule.reply[places] // self._draw.n
-        table = schedule.table[places]
-        rows = np.arange(len(places))
-        tokens = np.where(drawn > 0, at.tokens[places, drawn - 1], self._last[prompts])
-        groups, of = np.unique(prompts, return_inverse=True)
-        order = np.argsort(of, kind="stable")
-        sizes = np.bincount(of)
-        within = np.empty_like(rows)
-        within[order] = rows - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        members = np.full((len(groups), sizes.max()), -1, np.int32)
-        members[of, within] = rows
+        first = row = np.arange(len(places))
+        if self._decoder.shares:
+            _, first, row = np.unique(self._same[places], return_index=True, return_inverse=True)
+        own, length = schedule.table[places], drawn[first]
+        prompts = schedule.reply[places[first]] // self._draw.n
+        sizes = np.bincount(prompts)
+        groups = np.flatnonzero(sizes)
+        order, sizes = np.argsort(prompts, kind="stable"), sizes[groups]
+        real = np.arange(sizes.max()) < sizes[:, None]
+        members = np.full(real.shape, -1, np.int32)
+        members[real] = order
+        place = np.empty_like(order)
+        place[order] = np.flatnonzero(real)
         held = self._held[groups]
         return Rows(
-            tokens=tokens,
-            positions=self._next[prompts] + drawn,
-            slots=table[rows, drawn // SIZE].astype(np.int64) * SIZE + drawn % SIZE,
+            row=row,
+            tokens=np.where(length > 0, at.tokens[places[first], length - 1], self._last[prompts]),
+            positions=self._next[prompts] + length,
+            slots=own[np.arange(len(places)), drawn // SIZE].astype(np.int64) * SIZE + drawn % SIZE,
             uniforms=at.uniforms[places, drawn],
-            own_table=table[:, : int(drawn.max()) // SIZE + 1],
-            own_tokens=drawn + 1,
+            own_table=own[first, : int(length.max()) // SIZE + 1],
+            own_tokens=length + 1,
             members=members,
-            place=of * members.shape[1] + within,
+            place=place,
             prefix_table=self._table[groups, : blocks_for(int(held.max()), SIZE)],
             prefix_tokens=held,
         )

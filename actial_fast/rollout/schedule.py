@@ -61,6 +61,11 @@ class Schedule:
         return len(self._free)
 
     @property
+    def waiting(self) -> bool:
+        """True when replies have no place yet, or none any more."""
+        return bool(self._waiting)
+
+    @property
     def done(self) -> bool:
         """True when no reply is left."""
         return not len(self.active) and not self._waiting
@@ -162,4 +167,6 @@ class Schedule:
             self._free.extend(held[held > 0].tolist())
             self.table[places] = 0
             self._free_places.extend(places.tolist())
-            self.active = self.active[~np.isin(self.active, places)]
+            stays = np.ones(len(self.reply), bool)
+            stays[places] = False
+            self.active = self.active[stays[self.active]]

@@ -1,13 +1,15 @@
 """Sampling one step's replies: the embedded engine beside transformers' generate, and beside vLLM where it is installed.
 
     python -m bench.step.rollout [--model FOLDER --source ROWS] [--prompts 16 --n 8 --mean 20 --limit 40] [--rounds 5] [--json FILE]
+    python -m bench.step.rollout --run FOLDER [--rounds 5] [--json FILE]
 
 Without --model the weights are random, of the quickstart's shape (--heads 3 for vLLM's CPU kernels, which do not take heads of 24), prompts
-show two images of noise, and as many ids end a reply as make its mean length --mean; with it, replies end as the model ends them. All sides
-get the same weights, prompts, threads and limits, and take turns in one process. Before anything is timed, greedy replies of ours and of
-transformers must be equal (99 in 100: a tie may round either way). transformers pads the prompts of a call on the left, and decodes until
-its longest reply ends; it gives no log-probs here, the others do. Seconds are of the wall, and of the processor over all threads, which say
-more on a machine that others use: the least of the rounds.
+show two images of noise, and as many ids end a reply as make its mean length --mean; with it, replies end as the model ends them. --run is
+a finished quickstart, from the folder it was run in: its model after GRPO, the first prompts of that stage's stream, its numbers of prompts
+and replies. All sides get the same weights, prompts, threads and limits, and take turns in one process. Before anything is timed, greedy
+replies of ours and of transformers must be equal (99 in 100: a tie may round either way). transformers pads the prompts of a call on the
+left, and decodes until its longest reply ends; it gives no log-probs here, the others do. Seconds are of the wall, and of the processor
+over all threads, which say more on a machine that others use: the least of the rounds.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from actial_fast.model.processor import Processor
 from actial_fast.packing.batch import Sequence, collate
 from actial_fast.rollout.embedded import Embedded
 from actial_fast.rollout.protocol import Draw, Engine, awake
+from actial_fast.settings.config import load_recipe
 from actial_fast.settings.recipe import ModelConfig, RolloutConfig
 from actial_fast.train.dist import World
 from bench.harness.timing import machine
@@ -132,6 +135,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m bench.step.rollout", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="a checkpoint folder (default: random weights of the quickstart's shape)")
     parser.add_argument("--source", help="rows to reply to, with --model")
+    parser.add_argument("--run", type=Path, help="a finished quickstart: its own model, prompts and limits")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--n", type=int, default=8, help="replies to each prompt (default: %(default)s)")
     parser.add_argument("--mean", type=int, default=20, help="mean length of a reply of random weights (default: %(default)s)")
@@ -142,6 +146,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.source):
         parser.error("--model and --source come together")
+    sources: tuple[SourceConfig, ...] = (SourceConfig(args.source),) if args.source else ()
+    if args.run:
+        recipe = load_recipe(args.run / "grpo" / "recipe.yaml")
+        sources, args.model = recipe.data.sources, args.run / "grpo" / "final" / "model"
+        args.prompts, args.n, args.limit = recipe.prompts, recipe.sampling.n, recipe.sampling.max_new_tokens
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or Path(folder, "model")
         if not args.model:
@@ -149,7 +158,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         processor = Processor.load(str(model), image_cache=folder)
         policy = load_policy(ModelConfig(path=str(model)), DEVICE, seed=0, packed=True).eval()
         if args.model:
-            stream = Stream((SourceConfig(args.source),), seed=0, workers=0, encode=processor.encode_prompt)
+            stream = Stream(sources, seed=0, workers=0, encode=processor.encode_prompt)
             prompts = [example.encoded for example in stream.next_batch(args.prompts)]
         else:
             prompts = noise_prompts(processor, args.prompts)

@@ -54,7 +54,7 @@ class Case:
         self.prefix = self._reads(padded, place, range(len(groups)), blocks, spans)
         if DEVICE == "cpu":  # the CPU reads past the end, and weighs it with 0
             keys, values = keys.nan_to_num(), values.nan_to_num()
-        self.pages = Pages(keys.to(DEVICE, dtype), values.to(DEVICE, dtype), torch.empty(0), self.own, self.prefix)
+        self.keys_held, self.values_held = keys.to(DEVICE, dtype), values.to(DEVICE, dtype)
         self.keys = [[torch.cat([held[g][part][layer], held[m][part][layer]]) for g, m in members] for layer in (0, 1) for part in (0, 1)]
 
     @staticmethod
@@ -89,9 +89,11 @@ def test_rows_attend_to_their_prompt_and_to_their_own(groups, heads, dim, dtype)
     cos, sin = angles.cos(), angles.sin()
     last = [(int(t) - 1) for t in case.own.tokens]
     slots = torch.tensor([int(case.own.table[r, t // SIZE]) * SIZE + t % SIZE for r, t in enumerate(last)])
-    pages = Pages(*(x.to(DEVICE, dtype) for x in (case.pages.keys, case.pages.values)), slots.to(DEVICE), case.own, case.prefix)
+    held, turns = ([x.to(DEVICE, dtype) for x in pair] for pair in ((case.keys_held, case.values_held), (cos, sin)))
+    pages = Pages(*held, slots.to(DEVICE), *turns, case.own, case.prefix)
     for layer in (0, 1):
-        found = pages.step(layer, *(x.to(DEVICE, dtype) for x in (case.q, k, v, cos, sin)), case.scale)
+        apart = [x.flatten(1).to(DEVICE, dtype) for x in (case.q, k, v)]
+        found = pages.step(layer, apart if layer else [torch.cat(apart, 1)], case.scale).unflatten(1, (heads[0], dim))
         for r in range(len(case.q)):  # the oracle's new token
             case.keys[2 * layer][r][-1], case.keys[2 * layer + 1][r][-1] = turned(k, cos, sin)[r], v[r]
         exact = case.exact(layer, turned(case.q, cos, sin))
@@ -105,7 +107,7 @@ def test_the_kernel_reads_blocks(groups, heads, dim, dtype):
     """Each part of the kernel equals the CPU's, whatever lies beyond the last token (NaN here) or in nobody's block."""
     case = Case(groups, heads, dim, torch.float64)
     q = case.q.to(dtype)
-    keys, values = (x.to("cpu", dtype) for x in (case.pages.keys[1], case.pages.values[1]))
+    keys, values = (x.to("cpu", dtype) for x in (case.keys_held[1], case.values_held[1]))
     for reads in (case.own, case.prefix):
         poisoned = [x.clone() for x in (keys, values)]
         read = torch.zeros(keys.shape[:2], dtype=torch.bool)
@@ -115,10 +117,8 @@ def test_the_kernel_reads_blocks(groups, heads, dim, dtype):
         for x in poisoned:
             x[~read] = math.nan
         out, lse = decode(*(x.to(DEVICE) for x in (q, *poisoned)), reads.rows, reads.table, reads.tokens, case.scale)
-        pages = Pages(keys.double()[None], values.double()[None], torch.empty(0), reads, reads)
-
         expected, expected_lse = _read(
-            q.double().cpu(), pages.keys[0], pages.values[0], Reads(*(x.cpu() for x in vars(reads).values())), case.scale
+            q.double().cpu(), keys.double(), values.double(), Reads(*(x.cpu() for x in vars(reads).values())), case.scale
         )
         close = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
         assert relative(out.cpu(), expected) < close and (lse.cpu() - expected_lse).abs().max() < close
@@ -129,15 +129,37 @@ def test_a_row_that_no_item_has_is_not_written():
     rows = case.prefix.rows.clone()
     rows[0, 1] = -1
     q = case.q.to(DEVICE, torch.float32)
-    full, _ = decode(q, case.pages.keys[0], case.pages.values[0], case.prefix.rows, case.prefix.table, case.prefix.tokens, case.scale)
-    part, _ = decode(q, case.pages.keys[0], case.pages.values[0], rows, case.prefix.table, case.prefix.tokens, case.scale)
+    held = case.keys_held[0], case.values_held[0]
+    full, _ = decode(q, *held, case.prefix.rows, case.prefix.table, case.prefix.tokens, case.scale)
+    part, _ = decode(q, *held, rows, case.prefix.table, case.prefix.tokens, case.scale)
     kept = [r for r in case.prefix.rows[0].tolist() if r != int(case.prefix.rows[0, 1])]
     assert torch.equal(full[kept], part[kept])
 
 
 def test_keys_go_where_the_slots_say():
-    pages = Pages(*(torch.zeros(2, 4, SIZE, 2, 8) for _ in range(2)), torch.tensor([17, 63, 0]))
+    nothing = torch.empty(0)
+    pages = Pages.empty((2, 4, SIZE, 2, 8), torch.float32, torch.device("cpu")).at(torch.tensor([17, 63, 0]), nothing, nothing)
     k, v = torch.randn(3, 2, 8), torch.randn(3, 2, 8)
     pages.write(1, k, v)
     assert torch.equal(pages.keys[1].flatten(0, 1)[[17, 63, 0]], k) and torch.equal(pages.values[1].flatten(0, 1)[[17, 63, 0]], v)
     assert not pages.keys[0].any() and pages.keys[1].flatten(0, 1).any(-1).any(-1).sum() == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_replies_that_share_a_row_each_keep_its_key_and_value(dtype):
+    """What two replies in one row are told is what each alone is told; afterwards each has all of its own."""
+    case = Case([(20, [18]), (7, [2])], (4, 2), 24, torch.float32)
+    qkv = torch.randn(2, 8 * 24, generator=torch.Generator().manual_seed(2)).to(dtype)
+    cos, sin = torch.randn(2, 2, 24, generator=torch.Generator().manual_seed(3)).to(dtype)
+    slots = torch.tensor([3 * SIZE + 1, 0, 2 * SIZE + 5])
+    given = [x.cpu().to(dtype) for x in (case.keys_held, case.values_held)]
+    found = []
+    for row, of in ((None, [0, 2]), (torch.tensor([0, 0, 1]), [0, 1, 2])):
+        reads = [Reads(*(x.cpu() for x in vars(reads).values())) for reads in (case.own, case.prefix)]
+        pages = Pages(*(x.clone() for x in given), slots[of], cos, sin, *reads, row)
+        out = pages.step(1, [qkv], 0.3)
+        found.append((out, pages.keys[1].flatten(0, 1), pages.values[1].flatten(0, 1)))
+    (alone, keys, values), (shared, both, both_values) = found
+    assert torch.equal(alone, shared)
+    for x, y in ((keys, both), (values, both_values)):
+        assert torch.equal(x[slots[[0, 2]]], y[slots[[0, 2]]]) and torch.equal(y[slots[1]], y[slots[0]])

@@ -9,6 +9,7 @@ import torch
 from actial_fast.model.attention import is_packed
 from actial_fast.model.policy import load_policy
 from actial_fast.model.processor import Processor
+from actial_fast.model.trunk import Trunk
 from actial_fast.ops.reference import linear_logprob
 from actial_fast.packing import native
 from actial_fast.packing.batch import collate
@@ -16,7 +17,7 @@ from actial_fast.rollout import embedded, graphs
 from actial_fast.rollout.decoder import Decoder, draw
 from actial_fast.rollout.graphs import Graphs
 from actial_fast.rollout.schedule import Schedule
-from actial_fast.settings.recipe import ModelConfig
+from actial_fast.settings.recipe import LoRAConfig, ModelConfig
 from tests.loops import generate
 
 CPU = torch.device("cpu")
@@ -106,18 +107,64 @@ def test_replies_do_not_depend_on_the_budget_nor_on_the_places(setup, prompts, m
             assert a.finished == b.finished
 
 
+def counted(monkeypatch, name, rows):
+    """The rows of each call of the trunk's method are appended to `rows`."""
+    plain = getattr(Trunk, name)
+    monkeypatch.setattr(Trunk, name, lambda self, embeds, *a: rows.append(len(embeds)) or plain(self, embeds, *a))
+
+
 def test_a_prompt_is_read_once_and_an_image_seen_once(setup, prompts, monkeypatch):
     """Prompts are packed, not padded, and two that show the same image share it."""
     policy, processor = setup
     rows, images = [], []
-    layers = Decoder._layers
-    monkeypatch.setattr(Decoder, "_layers", lambda self, embeds, *a: rows.append(len(embeds)) or layers(self, embeds, *a))
+    for name in ("read", "step"):
+        counted(monkeypatch, name, rows)
     seen = policy.forward
     monkeypatch.setattr(policy, "forward", lambda inputs, *a: images.append(len(inputs.pixels.grids)) or seen(inputs, *a))
     again = [*prompts, prompts[0]]
     generate(policy, processor, again, 3, keys=[*KEYS, (0, 4)], max_new_tokens=1)
-    assert rows == [sum(len(p) - 1 for p in again), 3 * len(again)]
+    assert rows == [sum(len(p) - 1 for p in again), len(again)]  # the replies to a prompt begin alike
     assert images == [len({key for p in again for key in p.images})]
+
+
+@pytest.mark.parametrize("places", [embedded.MOST_ROWS, 5])
+@pytest.mark.parametrize("extension", [True, False], ids=["extension", "twin"])
+def test_replies_that_are_the_same_so_far_are_computed_once(setup, prompts, monkeypatch, extension, places):
+    """As many rows as there are different beginnings, with the trainer's log-probs; those that begin later do not join."""
+    policy, processor = setup
+    monkeypatch.setattr(native, "AVAILABLE", extension)
+    monkeypatch.setattr(embedded, "MOST_ROWS", places)
+    weight, rows = policy.base.lm_head.weight, []
+    counted(monkeypatch, "step", rows)
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight *= 15  # so that some replies part early, some late and some never
+    try:
+        groups = generate(policy, processor, prompts, 12, keys=KEYS, max_new_tokens=20)
+        for prompt, group in zip(prompts, groups, strict=True):
+            for reply in group:
+                np.testing.assert_allclose(reply.logprobs, trainer_logprobs(policy, processor, prompt, reply), atol=2e-4)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    tokens = sum(len(reply.ids) for group in groups for reply in group)
+    beginnings = sum(len({tuple(r.ids[:k]) for r in group if len(r.ids) > k}) for group in groups for k in range(20))
+    assert beginnings < 0.9 * tokens
+    if places == 5:
+        assert beginnings <= sum(rows) < tokens
+    else:
+        assert sum(rows) == beginnings
+
+
+def test_adapters_draw_what_the_trainer_sees(lab, prompts, setup):
+    policy = load_policy(ModelConfig(path=str(lab.model), lora=LoRAConfig(rank=4)), CPU, seed=0, packed=True)
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    for prompt, group in zip(prompts, generate(policy, setup[1], prompts, 4, keys=KEYS, max_new_tokens=12), strict=True):
+        for reply in group:
+            np.testing.assert_allclose(reply.logprobs, trainer_logprobs(policy, setup[1], prompt, reply), atol=2e-5)
 
 
 class Replayed(Graphs):
