@@ -113,13 +113,15 @@ def linear_grpo_loss(
     cu_seqlens (S + 1,) on the CPU where the loss needs whole sequences, else None. With `wanted` autograd is left out: the gradients of
     hidden, weight and bias follow, for an upstream gradient of 1 and as computed (see `Sums`).
     """
+    # copied once for all chunks, from where the caller keeps it: in pinned memory a CUDA graph may capture that
+    ends = torch.empty(0) if cu_seqlens is None else cu_seqlens.to(hidden.device, non_blocking=True)
     vectors = {"sampler_logp": sampler_logp, "policy_mask": policy_mask, "entropy_weight": entropy_weight}
 
     def coefficients(logp: Tensor, entropy: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor | None, Tensor]:
         rows, sequences = slice(start, stop), None
         if cu_seqlens is not None:
-            within = cu_seqlens[(cu_seqlens >= start) & (cu_seqlens <= stop)] - start
-            sequences = within.to(logp.device, non_blocking=True)
+            first, last = int((cu_seqlens < start).sum()), int((cu_seqlens <= stop).sum())
+            sequences = ends[first:last] - start
         part = {name: None if x is None else x[rows] for name, x in vectors.items()}
         old, ref = (None if x is None else x[rows] for x in (old_logp, ref_logp))
         g_logp, g_entropy, partial = grpo_rows(
