@@ -61,8 +61,8 @@ def memory_example() -> str:
             chunks, unit = cut(head, True, budget), row_bytes(head, True)
             sizes = [stop - start for start, stop in chunks]
         else:
-            chunks, _ = _plan(hidden, weight, budget)
-            sizes, unit = [chunk.stop - chunk.start for chunk in chunks], 4 * (3 * vocab + 3 * width)
+            groups, _ = _plan(hidden, weight, budget)
+            sizes, unit = [chunk.stop - chunk.start for (chunk,) in groups], 4 * (3 * vocab + 3 * width)
         told.append((name, f"{unit:,}", f"{max(sizes)}", f"{len(sizes)}"))
     return table(("path", "b, bytes a row", "C, rows a chunk", "chunks"), told)
 

@@ -28,31 +28,35 @@ def stride_of(vocab: int) -> int:
     return triton.cdiv(vocab, 64) * 64
 
 
-def cut(head: Head, gradients: bool, workspace_mb: float, cu_seqlens: Tensor | None = None) -> list[tuple[int, int]]:
-    """The chunks [start, stop) of the head's T rows that fit workspace_mb; none inside a sequence where cu_seqlens (S + 1,) is given (CPU).
+def cut(head: Head, gradients: bool, workspace_mb: float) -> list[tuple[int, int]]:
+    """The chunks [start, stop) of the head's T rows that fit workspace_mb. Raises ValueError naming the workspace that one row needs."""
+    return _pieces(0, head.hidden.shape[0], _fitting(head, gradients, workspace_mb))
 
-    Raises ValueError naming the workspace that one row, or the longest sequence, needs.
-    """
-    rows, unit = head.hidden.shape[0], row_bytes(head, gradients)
-    limit = int(workspace_mb * 2**20) // unit
-    if limit > (block := tile_for(head.hidden.dtype).m):
-        limit = limit // block * block
+
+def cut_sequences(head: Head, gradients: bool, workspace_mb: float, cu_seqlens: Tensor | None) -> list[list[tuple[int, int]]]:
+    """Chunks as of `cut`, in groups that no sequence of cu_seqlens (S + 1,), on the CPU, leaves: one chunk of as many whole sequences as
+    fit, or the chunks of a sequence that is longer than one. Without cu_seqlens each chunk is a group."""
     if cu_seqlens is None:
-        if limit < 1:
-            raise ValueError(f"workspace_mb: {workspace_mb} holds no row; one takes {unit / 2**20:.2f} MiB")
-        return [(start, min(start + limit, rows)) for start in range(0, rows, limit)]
-    ends = cu_seqlens.tolist()
-    longest = max((b - a for a, b in itertools.pairwise(ends)), default=0)
-    if longest > limit:
-        raise ValueError(
-            f"workspace_mb: {workspace_mb} holds {limit} rows, but a sequence of {longest} rows must stay whole for this loss; "
-            f"pass workspace_mb >= {triton.cdiv(longest * unit, 2**20)}"
-        )
+        return [[chunk] for chunk in cut(head, gradients, workspace_mb)]
+    limit, ends = _fitting(head, gradients, workspace_mb), cu_seqlens.tolist()
     cuts = [0]
     for end, following in zip(ends[1:], [*ends[2:], None], strict=False):
         if following is None or following - cuts[-1] > limit:
             cuts.append(end)
-    return [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
+    return [_pieces(a, b, limit) for a, b in itertools.pairwise(cuts) if b > a]
+
+
+def _fitting(head: Head, gradients: bool, workspace_mb: float) -> int:
+    """Rows of a chunk: whole tiles, where more than one fits."""
+    unit, block = row_bytes(head, gradients), tile_for(head.hidden.dtype).m
+    limit = int(workspace_mb * 2**20) // unit
+    if limit < 1:
+        raise ValueError(f"workspace_mb: {workspace_mb} holds no row; one takes {unit / 2**20:.2f} MiB")
+    return limit // block * block if limit > block else limit
+
+
+def _pieces(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    return [(a, min(a + size, stop)) for a in range(start, stop, size)]
 
 
 class Sums:

@@ -1,7 +1,8 @@
 """The losses that know their coefficients before the head runs: GRPO's family and cross-entropy, with their gradients in one pass.
 
 Per chunk of rows: one product for the logits' softmax (head.py), the loss's gradients by log-prob and entropy on (C,) vectors, then one
-product each for the gradients of hidden and weight (head_grad.py). 3 products of T x H x V, 2 with a frozen head, 1 without gradients;
+product each for the gradients of hidden and weight (head_grad.py). 3 products of T x H x V, 2 with a frozen head, 1 without gradients,
+and one more for a sequence that a loss needs whole and no chunk holds: log-probs first, then coefficients, then its logits again;
 nothing of size (T, V) outlives its chunk. The gradients wait for the backward, which only scales them. The head's is in weight_grad, where
 one is given, before the backward begins: the upstream gradient must be 1, and another one, which the host cannot know without waiting,
 makes weight_grad and all other gradients NaN.
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from actial_fast.kernels import head_grad
-from actial_fast.kernels.chunks import Sums, cut
+from actial_fast.kernels.chunks import Sums, cut_sequences
 from actial_fast.kernels.head import Head, forward, make_head
 from actial_fast.kernels.linear_logprob import workspace
 from actial_fast.kernels.objective import grpo_rows
@@ -73,15 +74,20 @@ def _run(call: Call, width: int, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor
     wanted = (wanted[0], wanted[1] or call.weight_grad is not None, wanted[2]) if any(wanted) else wanted
     head, sums, statistics = call.head, Sums(call.head, wanted, call.weight_grad), []
     logp, entropy = (torch.empty(len(head.hidden), dtype=torch.float32, device=head.hidden.device) for _ in range(2))
-    chunks = cut(head, any(wanted), call.workspace_mb, call.cu_seqlens)
-    scaled = workspace(head, chunks) if any(wanted) else None
-    for start, stop in chunks:
-        rows = head.rows(start, stop)
-        parts, logp[start:stop], entropy[start:stop] = forward(rows, scaled)
-        g_logp, g_entropy, partial = call.coefficients(logp[start:stop], entropy[start:stop], start, stop)
+    groups = cut_sequences(head, any(wanted), call.workspace_mb, call.cu_seqlens)
+    scaled = workspace(head, [chunk for chunks in groups for chunk in chunks]) if any(wanted) else None
+    for chunks in groups:
+        first, last = chunks[0][0], chunks[-1][1]
+        for start, stop in chunks:
+            parts, logp[start:stop], entropy[start:stop] = forward(head.rows(start, stop), scaled if len(chunks) == 1 else None)
+        g_logp, g_entropy, partial = call.coefficients(logp[first:last], entropy[first:last], first, last)
         statistics.append(partial)
-        if any(wanted):
-            head_grad.backward(rows, parts, entropy[start:stop], g_logp, g_entropy, sums.chunk(start, stop), call.compact)
+        for start, stop in chunks if any(wanted) else ():
+            rows, here = head.rows(start, stop), slice(start - first, stop - first)
+            if len(chunks) > 1:  # the coefficients waited for all chunks of the sequence: their softmax comes a second time
+                parts, *_ = forward(rows, scaled)
+            g = None if g_entropy is None else g_entropy[here]
+            head_grad.backward(rows, parts, entropy[start:stop], g_logp[here], g, sums.chunk(start, stop), call.compact)
     stats = torch.cat(statistics).sum(0)
     return stats[LOSS].clone(), stats, logp, entropy, *sums.results(width)
 
@@ -114,13 +120,15 @@ def linear_grpo_loss(
     cu_seqlens (S + 1,) on the CPU where the loss needs whole sequences, else None. With `wanted` autograd is left out: the gradients of
     hidden, weight and bias follow, for an upstream gradient of 1 and as computed (see `Sums`).
     """
+    # copied once for all chunks, from where the caller keeps it: in pinned memory a CUDA graph may capture that
+    ends = torch.empty(0) if cu_seqlens is None else cu_seqlens.to(hidden.device, non_blocking=True)
     vectors = {"sampler_logp": sampler_logp, "policy_mask": policy_mask, "entropy_weight": entropy_weight}
 
     def coefficients(logp: Tensor, entropy: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor | None, Tensor]:
         rows, sequences = slice(start, stop), None
         if cu_seqlens is not None:
-            within = cu_seqlens[(cu_seqlens >= start) & (cu_seqlens <= stop)] - start
-            sequences = within.to(logp.device, non_blocking=True)
+            first, last = int((cu_seqlens < start).sum()), int((cu_seqlens <= stop).sum())
+            sequences = ends[first:last] - start
         part = {name: None if x is None else x[rows] for name, x in vectors.items()}
         old, ref = (None if x is None else x[rows] for x in (old_logp, ref_logp))
         g_logp, g_entropy, partial = grpo_rows(

@@ -236,6 +236,7 @@ def grpo_loss_from_logits(
     )
     wanted = torch.is_grad_enabled() and logits.requires_grad
     if spec.needs_sequences(sampler_logp is not None) or (wanted and logits.dtype == torch.float16):
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(logits.device, non_blocking=True)
         return _LateLoss.apply(logits, targets, _temperature(temperature), inplace, spec, rows | {"cu_seqlens": cu_seqlens})
     return _EarlyLoss.apply(logits, targets, _temperature(temperature), inplace, spec, rows, wanted)
 

@@ -187,7 +187,7 @@ def grpo_rows(
     g_logp, g_entropy = torch.empty_like(logp), torch.empty_like(logp)
     sequences = spec.needs_sequences(sampler_logp is not None)
     if sequences:
-        assert cu_seqlens is not None, "the door asks for cu_seqlens"
+        assert cu_seqlens is not None and cu_seqlens.device == logp.device, "the door asks for cu_seqlens, and the loss brings it here"
         programs = len(cu_seqlens) - 1
     else:
         programs = triton.cdiv(len(logp), TOKEN_BLOCK)

@@ -121,14 +121,14 @@ def linear_grpo_loss(
     importance weight; entropy_weight, of the entropy bonus (None: token_weight where the policy term counts); policy_mask (T,) bool, rows
     that carry the policy term (None: all; with spec.top_entropy < 1 the highest entropies of this call, found by one more GEMM).
     cu_seqlens (S + 1,) int32 or int64: where sequences begin and end; where rows depend on their sequence (spec.needs_sequences) on the
-    CPU, because chunks are cut between sequences.
+    CPU, because chunks are cut between sequences (pinned, where a CUDA graph captures the call).
 
-    The gradients are computed with the loss: 3 GEMMs of T * H * V, 2 with a frozen head, 1 without gradients; the backward pass only
-    scales them. weight_grad (V, H) float32, contiguous: the head's gradient is added to it here, autograd gets none, and the loss must be
-    the root of backward, once: another upstream gradient than 1, as of loss / n, is a ValueError on the CPU and, where the host would have
-    to wait to know, NaN in weight_grad and all gradients. skip_zero_rows: rows without a gradient leave the two backward GEMMs (None:
-    where the spec makes such rows). T = 0 gives 0 and zero gradients. ValueError for arguments that do not fit together, and when the
-    workspace holds not one row or, with sequences, not the longest one.
+    The gradients are computed with the loss: 3 GEMMs of T * H * V, 2 with a frozen head, 1 without gradients, and one more for the rows of
+    a sequence that is longer than a chunk, where rows depend on their sequence; the backward pass only scales them. weight_grad (V, H)
+    float32, contiguous: the head's gradient is added to it here, autograd gets none, and the loss must be the root of backward, once:
+    another upstream gradient than 1, as of loss / n, is a ValueError on the CPU and, where the host would have to wait to know, NaN in
+    weight_grad and all gradients. skip_zero_rows: rows without a gradient leave the two backward GEMMs (None: where the spec makes such
+    rows). T = 0 gives 0 and zero gradients. ValueError for arguments that do not fit together, and when the workspace holds not one row.
     """
     if weight_grad is not None:
         refuse_reduced(weight)

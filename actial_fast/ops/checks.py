@@ -82,7 +82,9 @@ def grpo_rows(
             raise ValueError("token_weight: needed for aggregation='constant'; pass token_weights(spec, cu_seqlens, max_length=...)")
         if spec.aggregation != "token" and cu_seqlens is None:
             raise ValueError(f"cu_seqlens: needed for aggregation={spec.aggregation!r}; pass it, or token_weight (T,)")
-        one = torch.arange(2) * count if cu_seqlens is None else cu_seqlens  # [0, T]; tensor() would fix T in a compiled graph
+        one = (
+            torch.arange(2, device=device) * count if cu_seqlens is None else cu_seqlens
+        )  # [0, T]; tensor() would fix T in a compiled graph
         token_weight = reference.token_weights(spec, one, mask=torch.ones(count, dtype=torch.bool, device=device))
     rows = {name: None if x is None else row(name, x, like) for name, x in rows.items()}
     advantages, token_weight = row("advantages", advantages, like), row("token_weight", token_weight, like)

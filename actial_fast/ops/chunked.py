@@ -52,8 +52,8 @@ def linear_logprob(
     vocab_parallel: VocabParallel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `ops.linear_logprob`: 1 GEMM; with the backward pass, which computes the logits again, 4, with a frozen head 3."""
-    chunks, block = _plan(hidden, weight, workspace_mb, parallel=vocab_parallel)
-    job = Job(targets, temperature, softcap, chunks, block, parallel=vocab_parallel)
+    groups, block = _plan(hidden, weight, workspace_mb, parallel=vocab_parallel)
+    job = Job(targets, temperature, softcap, groups, block, parallel=vocab_parallel)
     return _LinearLogprob.apply(hidden, weight, bias, job)
 
 
@@ -71,8 +71,8 @@ def linear_logprob_backward(
     workspace_mb: float,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of hidden, weight and bias, where wanted and in their dtypes, from those of log-probs and entropies (T,)."""
-    chunks, block = _plan(hidden, weight, workspace_mb)
-    return _logprob_gradients(hidden, weight, bias, Job(targets, temperature, softcap, chunks, block), g_logp, g_entropy, wanted)
+    groups, block = _plan(hidden, weight, workspace_mb)
+    return _logprob_gradients(hidden, weight, bias, Job(targets, temperature, softcap, groups, block), g_logp, g_entropy, wanted)
 
 
 def linear_grpo_loss(
@@ -98,10 +98,11 @@ def linear_grpo_loss(
 ) -> tuple[Tensor | None, ...]:
     """As `ops.linear_grpo_loss`; `named` are the other (T,) arguments of `reference.grpo_terms`.
 
-    cu_seqlens (CPU) only where rows depend on their sequence: chunks are then cut between sequences. With `wanted` autograd is left
-    out: the gradients of hidden, weight and bias follow the results, for an upstream gradient of 1 and as computed (see `Result`).
+    cu_seqlens (CPU) only where rows depend on their sequence: chunks are then cut between sequences, or within one that is longer, whose
+    logits are computed twice. With `wanted` autograd is left out: the gradients of hidden, weight and bias follow the results, for an
+    upstream gradient of 1 and as computed (see `Result`).
     """
-    chunks, block = _plan(hidden, weight, workspace_mb, cu_seqlens, vocab_parallel)
+    groups, block = _plan(hidden, weight, workspace_mb, cu_seqlens, vocab_parallel)
 
     def terms(rows: slice, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
         inside = None
@@ -115,7 +116,7 @@ def linear_grpo_loss(
         )
 
     more: dict[str, Any] = {"skip": skip_zero_rows, "weight_grad": weight_grad, "parallel": vocab_parallel}
-    job = Job(targets, temperature, softcap, chunks, block, terms, len(STATS), **more)
+    job = Job(targets, temperature, softcap, groups, block, terms, len(STATS), **more)
     return _loss(hidden, weight, bias, job, wanted)
 
 
@@ -133,13 +134,13 @@ def linear_cross_entropy(
     vocab_parallel: VocabParallel | None = None,
 ) -> Tensor | tuple[Tensor | None, ...]:
     """As `ops.linear_cross_entropy`; with `wanted` the gradients follow the loss, as in `linear_grpo_loss`."""
-    chunks, block = _plan(hidden, weight, workspace_mb, parallel=vocab_parallel)
+    groups, block = _plan(hidden, weight, workspace_mb, parallel=vocab_parallel)
 
     def terms(rows: slice, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
         loss = -(token_weight[rows] * torch.where(token_weight[rows] != 0, logp, 0)).sum()
         return loss, loss.new_zeros(0)
 
-    job = Job(targets, 1.0, softcap, chunks, block, terms, entropy=False, weight_grad=weight_grad, parallel=vocab_parallel)
+    job = Job(targets, 1.0, softcap, groups, block, terms, entropy=False, weight_grad=weight_grad, parallel=vocab_parallel)
     loss, _, _, _, *gradients = _loss(hidden, weight, bias, job, wanted)
     return loss if wanted is None else (loss, *gradients)
 
@@ -151,16 +152,16 @@ def linear_cross_entropy(
 class Job:
     """What a pass computes, but for the tensors that autograd follows.
 
-    targets (T,); temperature and softcap, the scaling of the logits; chunks of rows; block, how many vocabulary rows are upcast at once;
-    terms, the loss (None: log-probs only), and stats, how many statistics it has; entropy, whether it is wanted; skip, whether rows of
-    coefficient 0 leave the backward GEMMs; wanted, which of hidden, weight and bias need a gradient; weight_grad, where weight's is added;
-    parallel, the ranks that have the rest of the vocabulary.
+    targets (T,); temperature and softcap, the scaling of the logits; groups of chunks of rows (see `_plan`); block, how many vocabulary
+    rows are upcast at once; terms, the loss (None: log-probs only), and stats, how many statistics it has; entropy, whether it is wanted;
+    skip, whether rows of coefficient 0 leave the backward GEMMs; wanted, which of hidden, weight and bias need a gradient; weight_grad,
+    where weight's is added; parallel, the ranks that have the rest of the vocabulary.
     """
 
     targets: Tensor
     temperature: float | Tensor
     softcap: float | None
-    chunks: list[slice]
+    groups: list[list[slice]]
     block: int
     terms: Terms | None = None
     stats: int = 0
@@ -203,8 +204,11 @@ def _run(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Resul
         dbias=zeros.new_zeros(bias.shape) if to_bias and bias is not None else None,
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        for chunk in job.chunks:
-            _run_chunk(chunk, hidden, weight, bias, job, out)
+        for chunks in job.groups:
+            if len(chunks) == 1:
+                _run_chunk(chunks[0], hidden, weight, bias, job, out)
+            else:
+                _run_long(chunks, hidden, weight, bias, job, out)
     if job.weight_grad is not None:
         out.dweight = None
     return out
@@ -212,22 +216,50 @@ def _run(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Resul
 
 def _run_chunk(chunk: slice, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, out: Result) -> None:
     """One chunk's share of `out`. A function of its own, so that its (C, V) tensors are gone when the next chunk begins."""
-    h, targets = hidden[chunk].to(out.logp.dtype), job.targets[chunk]
-    temperature = job.temperature[chunk, None] if isinstance(job.temperature, Tensor) else job.temperature
-    soft = Softmax.of(_logits(h, weight, bias, temperature, job), targets, job.entropy, job.parallel)
+    soft = _softmax(chunk, hidden, weight, bias, job, out)
+    if job.terms is not None:
+        _add_gradients(chunk, soft, *_coefficients(chunk, job.terms, any(job.wanted), out), hidden, weight, job, out)
+
+
+def _run_long(chunks: list[slice], hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, out: Result) -> None:
+    """The chunks of a sequence that no chunk holds: log-probs of all of them, coefficients, then their logits again and gradients."""
+    assert job.terms is not None, "log-probs do not depend on a sequence"
+    for chunk in chunks:
+        _softmax(chunk, hidden, weight, bias, job, out)
+    first = chunks[0].start
+    g, h = _coefficients(slice(first, chunks[-1].stop), job.terms, any(job.wanted), out)
+    for chunk in chunks if g is not None else ():
+        here = slice(chunk.start - first, chunk.stop - first)
+        g_here, h_here = (None if x is None else x[here] for x in (g, h))
+        _add_gradients(chunk, _softmax(chunk, hidden, weight, bias, job, out), g_here, h_here, hidden, weight, job, out)
+
+
+def _softmax(chunk: slice, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, out: Result) -> Softmax:
+    """A chunk's logits as a distribution, its log-probs and entropies put into `out`."""
+    h = hidden[chunk].to(out.logp.dtype)
+    soft = Softmax.of(_logits(h, weight, bias, _column(job.temperature, chunk), job), job.targets[chunk], job.entropy, job.parallel)
     out.logp[chunk] = soft.logp
     if out.entropy is not None and soft.entropy is not None:  # both, or neither
         out.entropy[chunk] = soft.entropy
-    if job.terms is None:
-        return
-    g, g_entropy = _coefficients(chunk, soft, job.terms, any(job.wanted), out)
+    return soft
+
+
+def _column(temperature: float | Tensor, chunk: slice) -> float | Tensor:
+    return temperature[chunk, None] if isinstance(temperature, Tensor) else temperature
+
+
+def _add_gradients(
+    chunk: slice, soft: Softmax, g: Tensor | None, g_entropy: Tensor | None, hidden: Tensor, weight: Tensor, job: Job, out: Result
+) -> None:
+    """A chunk's gradients, from those of its log-probs and entropies (C,); g None: none are wanted. Consumes its softmax."""
     if g is None:
         return
     active = g != 0 if g_entropy is None else (g != 0) | (g_entropy != 0)
     index = torch.nonzero(active).squeeze(1) if job.skip else torch.arange(len(g))
     if not len(index):
         return
-    dx = soft.gradient(targets, g, g_entropy, temperature, job.softcap)
+    h = hidden[chunk].to(out.logp.dtype)
+    dx = soft.gradient(job.targets[chunk], g, g_entropy, _column(job.temperature, chunk), job.softcap)
     if len(index) < len(h):
         dx, h = dx[index], h[index]
     if not job.skip:  # a row without a coefficient may hold NaN, which times 0 is NaN
@@ -243,12 +275,12 @@ def _run_chunk(chunk: slice, hidden: Tensor, weight: Tensor, bias: Tensor | None
         out.dbias += dx.sum(0)
 
 
-def _coefficients(chunk: slice, soft: Softmax, terms: Terms, wanted: bool, out: Result) -> tuple[Tensor | None, Tensor | None]:
-    """Adds the chunk's loss and statistics to `out`; d loss / d logp and d loss / d entropy (C,), the latter None where it is all 0."""
+def _coefficients(rows: slice, terms: Terms, wanted: bool, out: Result) -> tuple[Tensor | None, Tensor | None]:
+    """Adds the rows' loss and statistics to `out`; d loss / d logp and d loss / d entropy (C,), the latter None where it is all 0."""
     with torch.set_grad_enabled(wanted):
-        logp = soft.logp.detach().requires_grad_(wanted)
-        entropy = None if soft.entropy is None else soft.entropy.detach().requires_grad_(wanted)
-        loss, stats = terms(chunk, logp, entropy)
+        logp = out.logp[rows].clone().requires_grad_(wanted)
+        entropy = None if out.entropy is None else out.entropy[rows].clone().requires_grad_(wanted)
+        loss, stats = terms(rows, logp, entropy)
     out.loss += loss.detach()
     out.stats += stats
     if not wanted:
@@ -278,30 +310,29 @@ def _blocks(weight: Tensor, size: int, dtype: torch.dtype) -> Iterator[tuple[sli
 
 def _plan(
     hidden: Tensor, weight: Tensor, workspace_mb: float, cu_seqlens: Tensor | None = None, parallel: VocabParallel | None = None
-) -> tuple[list[slice], int]:
-    """Chunks of rows that fit the workspace, cut between sequences where these are given, and the size of a block of the vocabulary.
+) -> tuple[list[list[slice]], int]:
+    """Chunks of rows that fit the workspace, and the size of a block of the vocabulary. The chunks come in groups that no sequence
+    leaves: one of as many whole sequences as fit, or those of a longer one; without sequences, each alone.
 
-    ValueError when not one row, or not the longest sequence, fits.
+    ValueError when not one row fits.
     """
     (rows, width), vocabulary, dtype = hidden.shape, parallel.largest if parallel else len(weight), compute_dtype(hidden)
     row = dtype.itemsize * (BUFFERS * vocabulary + 3 * width)  # and the chunk's hidden states, those selected, and their gradient
     share = 1.0 if weight.dtype == dtype else 0.75  # the rest is for the block of weights that is upcast
     block = vocabulary if share == 1 else max(1, min(vocabulary, int((1 - share) * workspace_mb * 2**20 / (dtype.itemsize * width))))
     fit = int(share * workspace_mb * 2**20 / row)
-    if not rows:
-        return [], block
-    longest = 1 if cu_seqlens is None else int(cu_seqlens.diff().max())
-    if fit < longest:
-        what = "one row" if cu_seqlens is None else f"the longest sequence, {longest} rows, which this loss needs in one piece"
-        need = math.ceil(longest * row / share / 2**20 * 100) / 100
-        raise ValueError(f"workspace_mb: {workspace_mb} is too small for {what}; with V={vocabulary} it takes workspace_mb={need:g}")
-    chunks, start, end = [], 0, 0
-    for stop in [*range(fit, rows, fit), rows] if cu_seqlens is None else cu_seqlens[1:].tolist():
-        if stop - start > fit:
-            chunks.append(slice(start, end))
+    if rows and fit < 1:
+        need = math.ceil(row / share / 2**20 * 100) / 100
+        raise ValueError(f"workspace_mb: {workspace_mb} is too small for one row; with V={vocabulary} it takes workspace_mb={need:g}")
+    stops = cu_seqlens[1:].tolist() if cu_seqlens is not None else [*range(fit, rows, fit), rows] if rows else []
+    groups, start, end = [], 0, 0
+    for stop in stops:
+        if stop - start > fit and end > start:
+            groups.append((start, end))
             start = end
         end = stop
-    return chunks + [slice(start, end)] * (end > start), block
+    groups += [(start, end)] * (end > start)
+    return [[slice(x, min(x + fit, b)) for x in range(a, b, fit)] for a, b in groups], block
 
 
 def _loss(

@@ -109,7 +109,7 @@ def token_weights(
     device = cu_seqlens.device if mask is None else mask.device
     rows = int(cu_seqlens[-1]) if mask is None else len(mask)
     mask = torch.ones(rows, device=device) if mask is None else mask.float()
-    owner = sequence_of_rows(cu_seqlens.to(device), rows)
+    owner = sequence_of_rows(cu_seqlens.to(device, non_blocking=True), rows)
     count = torch.zeros(len(cu_seqlens) - 1, device=device).index_add_(0, owner, mask)
     sequences = len(cu_seqlens) - 1 if sequences is None else sequences
     if spec.aggregation == "token":

@@ -111,9 +111,10 @@ def test_float64_stays_float64(ours, spec):
 
 
 @IMPLEMENTATIONS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("combine", ["sum_then_normalize", "normalize_then_sum"])
-def test_half_precision_gives_float32(ours, combine):
-    rewards, groups, weights = draw(R=2, dtype=torch.float16)
+def test_half_precision_gives_float32(ours, combine, dtype):
+    rewards, groups, weights = draw(R=2, dtype=dtype)
     spec = AdvantageSpec(combine=combine)
     got = ours(rewards, groups, spec, weights=weights)
     assert got.dtype == torch.float32

@@ -216,22 +216,38 @@ def test_a_row_does_not_depend_on_its_chunk(skip):
     assert torch.allclose(one[1][1], many[1][1], rtol=1e-5, atol=1e-7)
 
 
-def test_sequences_stay_whole():
+def test_chunks_are_cut_between_sequences_and_within_longer_ones():
+    case = make(64, 32, 80)
+    cu_seqlens = torch.tensor([0, 10, 10, 30, 31, 64])
+    argument = head.make_head(case.hidden, case.weight, case.targets, None, 1.0, None)
+    unit = chunks.row_bytes(argument, True) / 2**20
+    for rows in (40.5, 33.5):
+        assert chunks.cut_sequences(argument, True, rows * unit, cu_seqlens) == [[(0, 31)], [(31, 64)]]
+    assert chunks.cut_sequences(argument, True, 64.5 * unit, cu_seqlens) == [[(0, 64)]]
+    assert chunks.cut_sequences(argument, True, 19.5 * unit, cu_seqlens) == [
+        [(0, 10)],
+        [(10, 29), (29, 30)],
+        [(30, 31)],
+        [(31, 50), (50, 64)],
+    ]
+    assert chunks.cut_sequences(argument, True, 40.5 * unit, None) == [[(0, 40)], [(40, 64)]]
+    with pytest.raises(ValueError, match=r"workspace_mb: .* holds no row"):
+        chunks.cut_sequences(argument, True, 0.5 * unit, cu_seqlens)
+
+
+@pytest.mark.parametrize("skip", [True, False], ids=["compact", "dense"])
+@pytest.mark.parametrize("name", ["gspo", "vespo"])
+def test_a_sequence_may_be_longer_than_a_chunk(name, skip):
     case = make(64, 32, 80)
     case.cu_seqlens = torch.tensor([0, 10, 10, 30, 31, 64])
     argument = head.make_head(case.hidden, case.weight, case.targets, None, 1.0, None)
     unit = chunks.row_bytes(argument, True) / 2**20
-    assert chunks.cut(argument, True, 40.5 * unit, case.cu_seqlens) == [(0, 31), (31, 64)]
-    assert chunks.cut(argument, True, 33.5 * unit, case.cu_seqlens) == [(0, 31), (31, 64)]
-    assert chunks.cut(argument, True, 64.5 * unit, case.cu_seqlens) == [(0, 64)]
-    with pytest.raises(ValueError, match=r"workspace_mb: .* sequence of 33 rows must stay whole"):
-        chunks.cut(argument, True, 32.5 * unit, case.cu_seqlens)
-    with pytest.raises(ValueError, match=r"workspace_mb: .* holds no row"):
-        chunks.cut(argument, True, 0.5 * unit)
-    spec = SPECS["gspo"]
-    whole, cut = (gradients(losses(case, spec, workspace_mb=mb)[0], case) for mb in (700, 40.5 * unit))
-    for a, b in zip((*whole[0], *whole[1]), (*cut[0], *cut[1]), strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-8)
+    whole, cut, shred = (
+        gradients(losses(case, SPECS[name], sampler=True, skip=skip, workspace_mb=mb)[0], case) for mb in (700, 40.5 * unit, 19.5 * unit)
+    )
+    for some in (cut, shred):
+        for a, b in zip((*whole[0], *whole[1]), (*some[0], *some[1]), strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("H", [32, 33])

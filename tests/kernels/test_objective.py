@@ -202,14 +202,15 @@ def test_sequences_do_not_see_each_other(ratio):
         assert torch.equal(got[0], together[0][start:stop]) and torch.equal(got[1], together[1][start:stop])
 
 
-def test_vectors_of_16_bits_and_int32_sequences():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_vectors_of_16_bits_and_int32_sequences(dtype):
     logp, entropy = policy()
     case = draw(logp, sampler=True, entropy_weight=True)
-    halves = {name: x.half() for name, x in vars(case).items() if x is not None and x.is_floating_point()}
+    halves = {name: x.to(dtype) for name, x in vars(case).items() if x is not None and x.is_floating_point()}
     widened = replace(case, **{name: x.float() for name, x in halves.items()})
     spec = GRPOSpec(ratio="sequence", entropy_coef=0.1)
     expected = ours(spec, widened, logp, entropy)
-    got = ours(spec, replace(case, cu_seqlens=case.cu_seqlens.int()), logp, entropy, torch.float16)
+    got = ours(spec, replace(case, cu_seqlens=case.cu_seqlens.int()), logp, entropy, dtype)
     for x, y in zip(got, expected, strict=True):
         assert torch.equal(x, y)
 

@@ -60,11 +60,12 @@ def test_forward_and_gradients(kind, T):
 
 
 @KINDS
-def test_half_precision_inputs_are_computed_in_float32(kind):
-    logp, ref_logp = draw(300, torch.float16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_inputs_are_computed_in_float32(kind, dtype):
+    logp, ref_logp = draw(300, dtype)
     grad = torch.randn(300, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     got = run(token_kl.token_kl, logp, ref_logp, kind, grad)
-    assert [x.dtype for x in got] == [torch.float32, torch.float16, torch.float16]
+    assert [x.dtype for x in got] == [torch.float32, dtype, dtype]
     assert_agrees(got, oracle(logp, ref_logp, kind, grad), run(reference.token_kl, logp.float(), ref_logp.float(), kind, grad))
 
 

@@ -100,9 +100,14 @@ def test_rows_attend_to_their_prompt_and_to_their_own(groups, heads, dim, dtype)
         assert relative(found, exact) < {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])], ids=str)
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
-@pytest.mark.parametrize(("heads", "dim"), [((4, 2), 24), ((14, 2), 64), ((3, 3), 128)])
+@pytest.mark.parametrize(
+    ("heads", "dim", "dtype"),
+    [(*shape, dtype) for shape in (((4, 2), 24), ((14, 2), 64), ((3, 3), 128)) for dtype in (torch.float32, torch.bfloat16)]
+    + [((4, 2), 24, torch.float16)],
+    ids=str,
+)
 def test_the_kernel_reads_blocks(groups, heads, dim, dtype):
     """Each part of the kernel equals the CPU's, whatever lies beyond the last token (NaN here) or in nobody's block."""
     case = Case(groups, heads, dim, torch.float64)

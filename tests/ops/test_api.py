@@ -632,7 +632,7 @@ BAD_HEAD = [
     ({"targets": torch.zeros(2, dtype=LONG)}, r"^targets: expected \(3,\) int64, got \(2,\) torch\.int64$"),
     ({"targets": torch.zeros(3, dtype=torch.int32)}, r"^targets: expected \(3,\) int64, got \(3,\) torch\.int32$"),
     ({"targets": torch.zeros(3, dtype=LONG, device="meta")}, r"^targets: on meta but hidden is on cpu"),
-    ({"targets": torch.tensor([0, 5, 1])}, r"^targets: expected ids in \[0, 5\), got 5; leave out rows without a target$"),
+    ({"targets": torch.tensor([0, 5, 1])}, r"^targets: expected ids in \[0, 5\), got 5; leave out rows without a target"),
     ({"targets": torch.tensor([0, -100, 1])}, r"^targets: expected ids in \[0, 5\), got -100"),
     ({"bias": torch.zeros(4)}, r"^bias: expected \(5,\) floating point to fit weight, got \(4,\) torch\.float32$"),
     ({"bias": torch.zeros(5).double()}, r"^bias: torch\.float64 but hidden is torch\.float32"),

@@ -184,25 +184,45 @@ def test_the_chunks_do_not_matter():
             assert error(part[name], whole[name]) < 2e-6, (rows, name)
 
 
-def test_chunks_are_cut_between_sequences():
+def test_chunks_are_cut_between_sequences_and_within_longer_ones():
     hidden, weight = torch.zeros(37, 12), torch.zeros(29, 12)
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0)
     row = (3 * 29 + 3 * 12) * 4 / 2**20
-    chunks, _ = chunked._plan(hidden, weight, 13 * row, cu_seqlens)
-    assert [(c.start, c.stop) for c in chunks] == [(0, 6), (6, 15), (15, 27), (27, 37)]
-    assert [(c.start, c.stop) for c in chunked._plan(hidden, weight, 37 * row, cu_seqlens)[0]] == [(0, 37)]
-    assert [(c.start, c.stop) for c in chunked._plan(hidden, weight, 20 * row)[0]] == [(0, 20), (20, 37)]
+
+    def plan(rows, *more):
+        return [[(c.start, c.stop) for c in chunks] for chunks in chunked._plan(hidden, weight, rows * row, *more)[0]]
+
+    assert plan(13, cu_seqlens) == [[(0, 6)], [(6, 15)], [(15, 27)], [(27, 37)]]
+    assert plan(9, cu_seqlens) == [[(0, 6)], [(6, 15)], [(15, 24), (24, 27)], [(27, 30)], [(30, 37)]]
+    assert plan(37, cu_seqlens) == [[(0, 37)]]
+    assert plan(20) == [[(0, 20)], [(20, 37)]]
+
+
+@pytest.mark.parametrize("spec", ["gspo", "vespo", "sequence_truncate"])
+def test_a_sequence_may_be_longer_than_a_chunk(spec, monkeypatch):
+    """One more product for its rows, and the same numbers."""
+    case, row = make(lengths=LENGTHS, dtype=torch.float32), (3 * 29 + 3 * 12) * 4 / 2**20
+    spec = GRPOSpec(importance=spec) if spec.startswith("sequence") else GRPOSpec.named(spec, beta=0.1)
+    more = {"cu_seqlens": case.cu_seqlens, "sampler_logp": case.sampler_logp, "skip_zero_rows": False}
+    whole = grpo(ops.linear_grpo_loss, case, spec, **more)
+    done, mm, addmm = [], torch.mm, torch.addmm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **to: done.append(a.shape[0] * a.shape[1] * b.shape[1]) or mm(a, b, **to))
+    monkeypatch.setattr(torch, "addmm", lambda x, a, b, **to: done.append(a.shape[0] * a.shape[1] * b.shape[1]) or addmm(x, a, b, **to))
+    for rows in (12, 9, 3):
+        done.clear()
+        cut = grpo(ops.linear_grpo_loss, case, spec, workspace_mb=rows * row, **more)
+        for name in whole:
+            assert error(cut[name], whole[name]) < 5e-6, (rows, name)
+        longer = sum(n for n in LENGTHS if n > rows)
+        assert sum(done) == (3 * 37 + longer) * 12 * 29
 
 
 def test_a_workspace_that_is_too_small_names_the_one_that_is_not():
     case = make(lengths=LENGTHS)
-    for spec, cu_seqlens, what in (
-        (GRPOSpec(), None, "one row"),
-        (GRPOSpec.named("gspo"), case.cu_seqlens, "the longest sequence, 12 rows"),
-    ):
+    for spec, cu_seqlens in ((GRPOSpec(), None), (GRPOSpec.named("gspo"), case.cu_seqlens)):
         case.hidden = torch.zeros(37, 500, dtype=torch.float64, requires_grad=True)
         case.weight = torch.zeros(29, 500, dtype=torch.float64, requires_grad=True)
-        with pytest.raises(ValueError, match=rf"^workspace_mb: 0\.001 is too small for {what}.* it takes workspace_mb=[0-9.]+$") as raised:
+        with pytest.raises(ValueError, match=r"^workspace_mb: 0\.001 is too small for one row.* it takes workspace_mb=[0-9.]+$") as raised:
             grpo(ops.linear_grpo_loss, case, spec, workspace_mb=0.001, cu_seqlens=cu_seqlens)
         grpo(ops.linear_grpo_loss, case, spec, workspace_mb=float(str(raised.value).split("=")[-1]), cu_seqlens=cu_seqlens)
     with pytest.raises(ValueError, match=r"^workspace_mb: 0\.001 is too small for one row"):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from actial_fast import GRPOSpec, linear_grpo_loss
-from tests.no_sync import HostSync, backward, fake_cuda, put
+from actial_fast import GRPOSpec, linear_grpo_loss, ops
+from tests.no_sync import COPIES, HostSync, backward, fake_cuda, put
 
 
 def on_device(device, *, grad=False):
@@ -180,3 +181,60 @@ def test_a_fused_loss_runs_without_its_kernels():
         loss, *_ = linear_grpo_loss(hidden, head, targets, logp, logp, logp, spec, token_weight=logp)
         loss.backward()
     assert hidden.grad.shape == (12, 32) and head.grad.shape == (64, 32) and head.grad.is_cuda
+
+
+class FromHost(TorchDispatchMode):
+    """Remembers what is copied from the host to the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.sources: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket in COPIES and isinstance(out, Tensor) and out.is_cuda:
+            source = args[1] if function.overloadpacket is torch.ops.aten.copy_ else args[0]
+            if not source.is_cuda:
+                self.sources.append(source.data_ptr())
+        return out
+
+
+def capturable(device, op: str, spec: GRPOSpec | None, cu_seqlens: Tensor) -> Tensor:
+    hidden, head, other = (torch.empty(n, 32, device=device, dtype=torch.bfloat16, requires_grad=True) for n in (12, 64, 12))
+    targets, rows = torch.empty(12, device=device, dtype=torch.int64), torch.empty(12, device=device)
+    if op == "linear_logprob":
+        return sum(x.sum() for x in ops.linear_logprob(hidden, head, targets, temperature=rows))
+    if op == "linear_cross_entropy":
+        return ops.linear_cross_entropy(hidden, head, targets, rows)
+    if op == "linear_kl":
+        return ops.linear_kl(hidden, head, other, head.detach()).sum()
+    given = dict(targets=targets, advantages=rows[: len(cu_seqlens) - 1], old_logp=rows, ref_logp=rows, spec=spec, cu_seqlens=cu_seqlens)
+    if op == "linear_grpo_loss":
+        return ops.linear_grpo_loss(hidden, head, workspace_mb=0.006, weight_grad=torch.empty(64, 32, device=device), **given).loss
+    return ops.grpo_loss_from_logits(hidden @ head.T, **given).loss
+
+
+GRAPHS = [(op, None) for op in ("linear_logprob", "linear_cross_entropy", "linear_kl")]
+GRAPHS += [(op, spec) for op in ("linear_grpo_loss", "grpo_loss_from_logits") for spec in ("grpo", "dapo", "gspo", "vespo")]
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize(("op", "spec"), GRAPHS)
+def test_a_cuda_graph_may_capture_an_op(op, spec):
+    """Forward and backward wait for nothing, and copy nothing from the host but the caller's own cu_seqlens, which may be pinned."""
+    cu_seqlens = torch.tensor([0, 5, 5, 9, 12])
+    with fake_cuda() as device, FromHost() as copied:
+        capturable(device, op, spec and GRPOSpec.named(spec, beta=0.1), cu_seqlens).backward()
+    assert set(copied.sources) <= {cu_seqlens.data_ptr()} and bool(copied.sources) == (spec is not None)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+def test_chunks_share_one_copy_of_cu_seqlens():
+    cu_seqlens = torch.tensor([0, 5, 5, 9, 12])
+    with fake_cuda() as device, FromHost() as copied:
+        hidden, head = (torch.empty(n, 32, device=device, dtype=torch.bfloat16, requires_grad=True) for n in (12, 64))
+        rows = torch.empty(12, device=device)
+        targets, spec = torch.empty(12, device=device, dtype=torch.int64), GRPOSpec.named("gspo")
+        more = {"token_weight": rows, "cu_seqlens": cu_seqlens, "workspace_mb": 0.006}
+        linear_grpo_loss(hidden, head, targets, rows, rows, None, spec, **more).loss.backward()
+    assert len(copied.sources) == 1

@@ -188,6 +188,16 @@ def test_autocast_casts_like_a_linear_layer():
     )
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", ["linear_logprob", "linear_grpo_loss", "linear_kl", "logprob_from_logits"])
+def test_a_second_derivative_is_refused(name, backend):
+    case = case_of()
+    out = torch.compile(lambda case: CALLS[name](case)[0].sum(), backend=backend)(case)
+    (first,) = torch.autograd.grad(out, case.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiable once|does not currently support double backward"):
+        first.square().sum().backward()
+
+
 def test_refusals_of_shapes_stay():
     case = case_of()
     compiled = torch.compile(lambda case: ops.linear_logprob(case.hidden, case.weight[:, :5], case.targets), backend="eager")
