@@ -4,7 +4,8 @@
 #                   kill -9 at random moments in each of four cases (an hour)
 # make test-vllm    the engine that is vLLM, on a CPU, in an environment of its own (about 8 minutes with its installation); SLOW=1: and the
 #                   quickstart with it
-# make gpu          on one GPU, 12 minutes: build, GPU tests, memcheck, errors, microbenchmarks, one 7B step; GPU_PYTHON=python3: that Python, as it is
+# make gpu          on one GPU, 12 minutes (MINUTES=7: the most telling in 7): build, GPU tests, sanitizers, ops beside the peers, one 7B step;
+#                   GPU_PYTHON=python3: that Python, as it is
 # make docs         the pages, into build/site; make package: wheel and sdist built, installed and tried in clean environments (about 2 minutes)
 # make bench        times the ops (CPU paths without a GPU) and compares with this machine's baseline; make bench-data: making the data
 PYTHON ?= python3
@@ -37,7 +38,7 @@ package: $(VENV)/installed
 # with GPU_PYTHON nothing is installed or fetched: it brings torch, triton, numpy, pillow, pybind11, pytest, hypothesis, pytest-benchmark;
 # for the 7B step transformers, peft and what `train` in pyproject.toml needs to read recipes (pyyaml), bitsandbytes and trl where wanted
 gpu: $(if $(GPU_PYTHON),,$(VENV)/installed)
-	$(or $(GPU_PYTHON),$(VENV)/bin/python) -m bench.gate
+	$(or $(GPU_PYTHON),$(VENV)/bin/python) -m bench.gate $(if $(MINUTES),--minutes $(MINUTES))
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m bench.kernels.ops

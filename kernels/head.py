@@ -16,7 +16,7 @@ Bytes beside the product, 16-bit inputs: T V 2 written when a gradient will foll
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -162,6 +162,13 @@ def store_block(x, value, r0, c0, rows, columns, stride, TMA: tl.constexpr, BLOC
 
 
 @triton.jit
+def load_target(targets, row, mask, vocab):
+    """The rows' targets (int64 in memory) as int32; -1 for one outside of the vocabulary, beyond 32 bits too, and outside of the mask."""
+    target = tl.load(targets + row, mask, -1)
+    return tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
+
+
+@triton.jit
 def column_part(x, part: tl.constexpr, PARTS: tl.constexpr):
     """The part-th of PARTS (1 or 2) column blocks of accumulators; two where the whole and its exponential outgrow the registers."""
     if PARTS == 1:
@@ -207,7 +214,7 @@ def _softmax_part(
     else:
         z = x * inverse_temperature
     z = tl.where(column[None, :] < vocab, z, float("-inf"))
-    target = tl.load(targets + row, row < rows, -1).to(tl.int32)
+    target = load_target(targets, row, row < rows, vocab)
     here = (target >= n0) & (target < tl.minimum(n0 + PART, vocab))
     if tl.max(here.to(tl.int32), 0) > 0:
         z_target = tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
@@ -260,7 +267,8 @@ class Head:
     """The checked arguments of an op that starts from hidden states.
 
     hidden (T, H), weight (V, H), bias (V,) or None of one dtype, float32, bfloat16 or float16; targets (T,) int64; inverse_temperature a
-    number or (T,) float32; softcap a number or None. Rows of hidden and weight start at multiples of 16 bytes.
+    number or (T,) float32; softcap a number or None. Rows of hidden and weight start at multiples of 16 bytes. parallel: the ranks that
+    have the rest of the vocabulary (`ops.parallel`), where targets that are not here are -1.
     """
 
     hidden: Tensor
@@ -269,6 +277,12 @@ class Head:
     bias: Tensor | None
     inverse_temperature: float | Tensor
     softcap: float | None
+    parallel: Any = None
+
+    @property
+    def largest(self) -> int:
+        """Rows of the head, on the rank that has most of them: all cut the same chunks."""
+        return self.parallel.largest if self.parallel else self.weight.shape[0]
 
     @property
     def precision(self) -> str:
@@ -283,13 +297,19 @@ class Head:
 
 
 def make_head(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float | Tensor, softcap: float | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    parallel: Any = None,
 ) -> Head:
     """The arguments of an op as its kernels take them. Rows that do not start at multiples of 16 bytes are copied, padded with zeros."""
     if not (_is_aligned(hidden) and _is_aligned(weight)):
         missing = -hidden.shape[1] % (16 // hidden.element_size())
         hidden, weight = pad(hidden, (0, missing)).contiguous(), pad(weight, (0, missing)).contiguous()
-    return Head(hidden, weight, targets, bias, 1.0 / temperature, softcap)
+    return Head(hidden, weight, targets, bias, 1.0 / temperature, softcap, parallel)
 
 
 def _is_aligned(x: Tensor) -> bool:
@@ -351,6 +371,8 @@ def forward(head: Head, scaled: Tensor | None) -> tuple[Softmax, Tensor, Tensor]
     row_stats_kernel[(triton.cdiv(rows, 16),)](
         peak, total, moment, chosen, top, log_total, logp, entropy, rows, parts, BLOCK_R=16, BLOCK_P=64, num_warps=4
     )
+    if head.parallel:
+        top, log_total, logp, entropy = head.parallel.merge(top, log_total, entropy, chosen, head.targets >= 0)
     return Softmax(peak, top, log_total, chosen, None if scaled is None else scaled[:rows]), logp, entropy
 
 

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from actial_fast.kernels import common
 from actial_fast.kernels.objective import grpo_rows
 from actial_fast.kernels.objective_math import STATS, arguments, token_objective
-from actial_fast.kernels.scale import scale_
+from actial_fast.kernels.scale import scale_, upstream_scaled
 
 KIND = {"logprob_kernel": "memory", "gradient_kernel": "memory", "grpo_logits_kernel": "memory"}
 
@@ -89,12 +89,13 @@ def _row_gradient(row, out, vocab, inverse, m, log_s, entropy, target, a, b, BLO
             column = tile * BLOCK + tl.arange(0, BLOCK)
             tl.store(out + column, tl.zeros((BLOCK,), out.dtype.element_ty), column < vocab)
     else:
+        a = tl.where((a != 0) & ((target < 0) | (target >= vocab)), float("nan"), a)  # as the log-prob of such a target
         for back in range(0, tiles):
             column = (tiles - 1 - back) * BLOCK + tl.arange(0, BLOCK)
             z = tl.load(row + column, column < vocab, float("-inf")).to(tl.float32) * inverse
             log_p = (z - m) - log_s
             p = tl.exp(log_p)
-            dz = tl.where(column == target, a, 0.0) - tl.where(p > 0, p * (a + b * (log_p + entropy)), 0.0)
+            dz = tl.where(column == target, a, 0.0) - tl.where(p != 0, p * (a + b * (log_p + entropy)), 0.0)
             tl.store(out + column, (dz * inverse).to(out.dtype.element_ty), column < vocab)
 
 
@@ -220,9 +221,9 @@ def grpo_loss_from_logits(
     """`reference.grpo_terms` of the logits' log-probs: loss, statistics, logp and entropy, of which the loss is differentiable.
 
     logits (T, V) bf16, fp16 or fp32 whose rows are contiguous, targets (T,) int64; the others as for `objective.grpo_rows`. inplace: the
-    gradient is written over the logits. Where rows do not depend on each other, one launch does loss and gradient, which the backward
-    multiplies by the upstream gradient unless that is 1; it can run once. Where they do, and in fp16, whose small gradients would be
-    lost before a loss scaler's factor reaches them, the backward forms the gradient.
+    gradient is written over the logits, and the backward can run once. Where rows do not depend on each other, one launch does loss and
+    gradient, which the backward multiplies by the upstream gradient unless that is 1. Where they do, and in fp16, whose small gradients
+    would be lost before a loss scaler's factor reaches them, the backward forms the gradient.
     """
     rows = dict(
         advantages=advantages,
@@ -243,16 +244,17 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float | Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
         logp, entropy, peak, log_total = _logprob(logits, targets, temperature)
-        ctx.save_for_backward(logits, targets, entropy, peak, log_total)
-        ctx.temperature, ctx.inplace = temperature, inplace
+        by_row = isinstance(temperature, Tensor)
+        ctx.save_for_backward(logits, targets, entropy, peak, log_total, temperature if by_row else None)
+        ctx.number, ctx.inplace = None if by_row else temperature, inplace
         return logp, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_logp: Tensor, g_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        logits, targets, entropy, peak, log_total = ctx.saved_tensors
-        out = _out(logits, ctx.inplace)
-        return _gradient(logits, targets, entropy, peak, log_total, ctx.temperature, g_logp, g_entropy, None, out), None, None, None
+        logits, targets, entropy, peak, log_total, by_row = ctx.saved_tensors
+        temperature, out = ctx.number if by_row is None else by_row, _out(logits, ctx.inplace)
+        return _gradient(logits, targets, entropy, peak, log_total, temperature, g_logp, g_entropy, None, out), None, None, None
 
 
 class _LateLoss(torch.autograd.Function):
@@ -264,17 +266,17 @@ class _LateLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         logp, entropy, peak, log_total = _logprob(logits, targets, temperature)
         g_logp, g_entropy, partial = grpo_rows(logp, entropy, spec=spec, **rows)
-        ctx.save_for_backward(logits, targets, entropy, peak, log_total)
-        ctx.temperature, ctx.inplace, ctx.coefficients = temperature, inplace, (g_logp, g_entropy)
+        by_row = isinstance(temperature, Tensor)
+        ctx.save_for_backward(logits, targets, entropy, peak, log_total, g_logp, g_entropy, temperature if by_row else None)
+        ctx.number, ctx.inplace = None if by_row else temperature, inplace
         return _results(ctx, partial, logp, entropy)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        logits, targets, entropy, peak, log_total = ctx.saved_tensors
-        g_logp, g_entropy = ctx.coefficients
-        out = _out(logits, ctx.inplace)
-        return _gradient(logits, targets, entropy, peak, log_total, ctx.temperature, g_logp, g_entropy, g_loss, out), *[None] * 5
+        logits, targets, entropy, peak, log_total, g_logp, g_entropy, by_row = ctx.saved_tensors
+        temperature, out = ctx.number if by_row is None else by_row, _out(logits, ctx.inplace)
+        return _gradient(logits, targets, entropy, peak, log_total, temperature, g_logp, g_entropy, g_loss, out), *[None] * 5
 
 
 class _EarlyLoss(torch.autograd.Function):
@@ -308,13 +310,14 @@ class _EarlyLoss(torch.autograd.Function):
         if out is not None:
             torch.autograd.graph.increment_version(out)
             ctx.save_for_backward(out)
+            ctx.inplace = inplace
         return _results(ctx, stats, logp, entropy)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return scale_(gradient, g_loss), *[None] * 6
+        return scale_(gradient, g_loss) if ctx.inplace else upstream_scaled(gradient, g_loss, gradient.dtype), *[None] * 6
 
 
 def _results(ctx: Any, partial: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, ...]:

@@ -200,7 +200,7 @@ class FusedLinearGRPOLoss(nn.Module):
             )
         with torch.no_grad():
             weight = weight.to(hidden.dtype)
-            scaling = {"temperature": self.temperature, "workspace_mb": self.workspace_mb}
+            scaling: dict[str, Any] = {"temperature": self.temperature, "workspace_mb": self.workspace_mb}
             return ops.linear_logprob(hidden.flatten(0, -2), weight, targets, bias=bias, **scaling, return_entropy=False)[0]
 
 

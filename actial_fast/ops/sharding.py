@@ -32,7 +32,8 @@ def plain_tensors(function: Callable[P, R]) -> Callable[P, R]:
                 raise ValueError(
                     f"{name}: a DTensor, {tuple(x.shape)} placed {placed}, as FSDP2 and tensor parallelism make them; these ops take plain "
                     "tensors: call them where FSDP has gathered the weights, inside of the module's forward or after its unshard(), or "
-                    f"pass {name}.full_tensor(), through which gradients find back to the shards"
+                    f"pass {name}.full_tensor(), through which gradients find back to the shards; a head that tensor parallelism has "
+                    "spread over the vocabulary goes in as its to_local(), with vocab_parallel"
                 )
         return function(*args, **kwargs)
 
