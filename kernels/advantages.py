@@ -110,7 +110,7 @@ def group_advantages_kernel(
         std = _std(tl.sum(squares, 1), n)
 
         value, known = _rewards(rewards, weights, rows, own, k, R, SUM, ACC)
-        alike = std <= EQUAL * tl.maximum(tl.abs(mean), 1.0)  # not so for NaN, of infinite rewards, which is to show
+        alike = std <= tl.maximum(tl.abs(mean), 1.0) * EQUAL  # not so for NaN, of infinite rewards, which is to show
         advantage = value - mean
         if BASELINE == "leave_one_out":
             advantage *= n / tl.maximum(n - 1.0, 1.0)

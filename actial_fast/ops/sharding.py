@@ -27,11 +27,12 @@ def plain_tensors(function: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         given: list[tuple[str, Any]] = [*zip(names, args, strict=False), *kwargs.items()]
         for name, x in given:
-            if hasattr(x, "full_tensor"):  # a DTensor; importing its class takes longer than the ops
+            if isinstance(x, Tensor) and hasattr(x, "full_tensor"):  # a DTensor; importing its class takes longer than the ops
+                placed = getattr(x, "placements", ())
                 raise ValueError(
-                    f"{name}: a DTensor, {tuple(x.shape)} placed {x.placements}, as FSDP2 and tensor parallelism make them; these ops take "
-                    "plain tensors: call them where FSDP has gathered the weights, inside of the module's forward or after its unshard(), "
-                    f"or pass {name}.full_tensor(), through which gradients find back to the shards; a head that tensor parallelism has "
+                    f"{name}: a DTensor, {tuple(x.shape)} placed {placed}, as FSDP2 and tensor parallelism make them; these ops take plain "
+                    "tensors: call them where FSDP has gathered the weights, inside of the module's forward or after its unshard(), or "
+                    f"pass {name}.full_tensor(), through which gradients find back to the shards; a head that tensor parallelism has "
                     "spread over the vocabulary goes in as its to_local(), with vocab_parallel"
                 )
         return function(*args, **kwargs)

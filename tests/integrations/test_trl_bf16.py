@@ -28,6 +28,7 @@ from tests.integrations.test_trl import (
 
 NEAR = {"old": 0.06, "ref": 0.08}
 """How far the weights that old and reference log-probs are of lie from the policy's, relative to theirs."""
+NOTHING = 1e-9  # above the KL of log-probs that differ in float32's last digit, as products of other numbers of rows may
 
 
 @contextlib.contextmanager
@@ -146,7 +147,7 @@ def test_equal_weights_give_ratios_of_1_and_no_kl_in_bf16(sides, kind):
         o.set_on(trainer)
         got = run(trainer, batch, o, STEPS)
         moved = {name: x for name, x in got.metrics.items() if "clip" in name or name == "kl"}
-        assert len(moved) >= 2 and all(x == 0 for values in moved.values() for x in values), (moved, o)
+        assert len(moved) >= 2 and all(x < NOTHING for values in moved.values() for x in values), (moved, o)
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "peft"])
@@ -158,5 +159,5 @@ def test_training_that_moves_nothing_clips_nothing(tmp_path, level, epsilon, ada
     settings = {"bf16": True, "learning_rate": 0.0, "importance_sampling_level": level, "epsilon": epsilon, "epsilon_high": epsilon}
     got = trained(FusedGRPOTrainer, tmp_path, adapters, loss_type="grpo", beta=0.04, **settings)
     for entry in got.logs[:-1]:
-        assert entry["kl"] == 0 and entry["clip_ratio/region_mean"] == 0 and abs(entry["loss"]) < 1e-6, entry
+        assert entry["kl"] < NOTHING and entry["clip_ratio/region_mean"] == 0 and abs(entry["loss"]) < 1e-6, entry
         assert entry["grad_norm"] > 0.1, "an update without a gradient says nothing"
