@@ -754,7 +754,7 @@ def test_logits_that_do_not_fit(logits, targets, message):
     with pytest.raises(ValueError, match=message):
         ops.logprob_from_logits(logits, targets)
     with pytest.raises(ValueError, match=message):
-        ops.grpo_loss_from_logits(logits, targets, **ROWS, spec=GRPOSpec())
+        ops.grpo_loss_from_logits(logits, targets, **(ROWS | {"token_weight": torch.ones(3)}), spec=GRPOSpec())
 
 
 @pytest.mark.parametrize(
