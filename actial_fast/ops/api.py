@@ -193,6 +193,7 @@ def logprob_from_logits(
     second (T, V) exists. ValueError for arguments that do not fit together.
     """
     logits = checks.logits(logits, targets)
+    checks.in_vocabulary(targets, logits.shape[1])
     run = _path(logits, "logits", chunked_logits.logprob_from_logits, operators_logits.logprob_from_logits)
     return run(logits, targets, temperature=checks.temperature(temperature, logits), inplace_backward=inplace_backward)
 
