@@ -35,10 +35,18 @@ settings.register_profile("repeatable", derandomize=not os.environ.get("HYPOTHES
 settings.load_profile("repeatable")
 
 # a GPU machine may come with a Python that lacks the peers (make gpu GPU_PYTHON=...): what is compared with them cannot run there
-collect_ignore = [] if importlib.util.find_spec("trl") else ["test_trl.py"]
+collect_ignore = [] if importlib.util.find_spec("trl") else ["integrations/test_trl.py", "integrations/test_trl_bf16.py"]
 
 
-LONGEST = ("test_quickstart.py", "test_training.py", "test_step_bench.py", "test_examples.py", "test_packaging.py")
+LONGEST = (
+    "test_quickstart.py",
+    "test_vocab_parallel.py",
+    "test_paths.py",
+    "test_training.py",
+    "test_step.py",
+    "test_examples.py",
+    "test_packaging.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
