@@ -4,6 +4,7 @@
 #                   kill -9 at random moments in each of four cases (an hour)
 # make test-vllm    the engine that is vLLM, on a CPU, in an environment of its own (about 8 minutes with its installation); SLOW=1: and the
 #                   quickstart with it
+# make evidence     what is known of the kernels' speed without a GPU, against bench/results/evidence (about 5 minutes)
 # make gpu          on one GPU, 12 minutes: build, GPU tests, memcheck, errors, microbenchmarks, one 7B step; GPU_PYTHON=python3: that Python, as it is
 # make docs         the pages, into build/site; make package: wheel and sdist built, installed and tried in clean environments (about 2 minutes)
 # make bench        times the ops (CPU paths without a GPU) and compares with this machine's baseline; make bench-data: making the data
@@ -12,7 +13,7 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-slow test-faults test-vllm docs package gpu bench bench-data lint
+.PHONY: quickstart test test-slow test-faults test-vllm docs package evidence gpu bench bench-data lint
 quickstart: $(VENV)/installed
 	$(VENV)/bin/actial quickstart
 
@@ -33,6 +34,9 @@ docs: $(VENV)/installed
 
 package: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m slow -s tests/test_packaging.py
+
+evidence: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench.evidence
 
 # with GPU_PYTHON nothing is installed or fetched: it brings torch, triton, numpy, pillow, pybind11, pytest, hypothesis, pytest-benchmark;
 # for the 7B step transformers, peft and what `train` in pyproject.toml needs to read recipes (pyyaml), bitsandbytes and trl where wanted
