@@ -23,14 +23,14 @@ import triton.language as tl
 from torch import Tensor
 
 from actial_fast.kernels import common
-from actial_fast.kernels.head import Head, Softmax, block_argument, column_part, load_block, store_block, tile_for
+from actial_fast.kernels.head import VECTORS, Head, Softmax, block_argument, column_part, load_block, store_block, tile_for
 from actial_fast.kernels.rows import combine_kernel, compact_kernel, gather_kernel
 
 KIND = {"dlogits_kernel": "memory", "dhidden_kernel": "matrix", "dweight_kernel": "matrix"}
 SPLIT = 4  # shares of the vocabulary in dhidden_kernel: 2,048 rows make 224 tiles of 128 x 256, not enough for 132 multiprocessors
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=[*VECTORS, "g_logp", "g_entropy", "position", "count"])
 def dlogits_kernel(
     # inputs
     scaled,  # (T, V): exp(z - peak), overwritten with dx * scale of the active rows, in order
@@ -113,7 +113,7 @@ def dlogits_kernel(
         tl.store(dbias + column, before + column_sum, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "padded"])
 def dhidden_kernel(
     dx,  # (T, V), blocks (BLOCK_M, BLOCK_K); this, weight and partial are descriptors with TMA, else pointers
     weight,  # (V, H), blocks (BLOCK_K, BLOCK_N)
@@ -161,7 +161,7 @@ def dhidden_kernel(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def dweight_kernel(
     dx,  # (T, V), blocks (BLOCK_K, BLOCK_M); this and hidden are descriptors with TMA, else pointers
     hidden,  # (T, H), blocks (BLOCK_K, BLOCK_N): the active rows, zeros up to a multiple of BLOCK_K

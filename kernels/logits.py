@@ -1,11 +1,13 @@
 """Log-prob, entropy and the GRPO loss from logits that somebody already holds, forward and backward.
 
-T rows, V vocabulary. With z = logits / temperature, m = max z, s = sum_v exp(z_v - m):
+T rows, V vocabulary. With z = logits / temperature, m the largest logit, z_m = m / temperature, s = sum_v exp(z_v - z_m):
 
-forward    logp = (z_target - m) - log s;  entropy = log s - sum_v p_v (z_v - m);  p = exp((z - m) - log s)
+forward    logp = (z_target - z_m) - log s;  entropy = log s - sum_v p_v (z_v - z_m);  p = exp((z - z_m) - log s)
 backward   dlogits_v = (g_logp ([v = target] - p_v) - g_entropy p_v (log p_v + entropy)) / temperature
 
-m and log s are kept apart: their sum would lose log s where logits are large. Everything is fp32 from the load on; a row is one program.
+z_m and log s are kept apart: their sum would lose log s where logits are large. Everything is fp32 from the load on; a row is one program.
+These kernels are close to the rate at which instructions issue: what belongs to a row is worked out before its elements, and the target's 1
+is added to its one element afterwards.
 
 `logprob_kernel` reads the logits once, `gradient_kernel` reads and writes them once. `grpo_logits_kernel` is both with the loss between: it
 reads a row, forms loss and coefficients, and goes back over the row from its end, which is still in the L2 cache. Rows whose coefficients
@@ -51,46 +53,89 @@ TWO_SWEEPS = Launch(warps=32, loads=4)  # a row a multiprocessor: all rows in fl
 @triton.jit
 def _row_softmax(row, vocab, inverse, THREADS: tl.constexpr, LOADS: tl.constexpr, VECTOR: tl.constexpr):
     """m, log s and entropy of one row, from a pointer to it. Threads keep sums of their own, so that nothing waits before the row's end."""
+    step = inverse * common.LOG2E
     m = tl.full((THREADS,), float("-inf"), tl.float32)
     s = tl.zeros((THREADS,), tl.float32)
     u = tl.zeros((THREADS,), tl.float32)
-    for first in range(0, vocab, THREADS * LOADS * VECTOR):
-        column = first + tl.arange(0, THREADS * LOADS * VECTOR)
-        z = tl.load(row + column, column < vocab, float("-inf")).to(tl.float32) * inverse
-        # the columns that one thread has loaded, side by side: no data moves
-        z = tl.reshape(tl.permute(tl.reshape(z, (LOADS, THREADS, VECTOR)), (1, 0, 2)), (THREADS, LOADS * VECTOR))
-        m, s, u = common.online_softmax_step(m, s, u, z, 1)
-    m, s, u = common.softmax_join(m, s, u, 0)
+    BLOCK: tl.constexpr = THREADS * LOADS * VECTOR
+    whole = vocab // BLOCK * BLOCK
+    for first in range(0, whole, BLOCK):  # without a mask, which costs an instruction an element
+        x = _by_thread(tl.load(row + first + tl.arange(0, BLOCK)), THREADS, LOADS, VECTOR)
+        m, s, u = common.online_softmax_step(m, s, u, x, step, 1)
+    if whole < vocab:
+        column = whole + tl.arange(0, BLOCK)
+        x = _by_thread(tl.load(row + column, column < vocab, float("-inf")), THREADS, LOADS, VECTOR)
+        m, s, u = common.online_softmax_step(m, s, u, x, step, 1)
+    m, s, u = common.softmax_join(m, s, u, step, 0)
     log_s = tl.log(s)
-    entropy = log_s - u / s
+    entropy = log_s - common.LN2 * u / s
     return m, log_s, tl.where(entropy < 0, 0.0, entropy)
+
+
+@triton.jit
+def _by_thread(x, THREADS: tl.constexpr, LOADS: tl.constexpr, VECTOR: tl.constexpr):
+    """The columns that one thread has loaded side by side, in fp32: no data moves."""
+    x = tl.reshape(tl.permute(tl.reshape(x, (LOADS, THREADS, VECTOR)), (1, 0, 2)), (THREADS, LOADS * VECTOR))
+    return x.to(tl.float32)
 
 
 @triton.jit
 def _target_logp(row, target, vocab, inverse, m, log_s):
     """The target's log-prob; NaN, and no read, where the target is not in the vocabulary."""
     valid = (target >= 0) & (target < vocab)
-    z = tl.load(row + target, valid, float("nan")).to(tl.float32) * inverse
-    logp = (z - m) - log_s
+    x = tl.load(row + target, valid, float("nan")).to(tl.float32)
+    logp = (x - m) * inverse - log_s
     return tl.where(logp > 0, 0.0, logp)
 
 
 @triton.jit
-def _row_gradient(row, out, vocab, inverse, m, log_s, entropy, target, a, b, BLOCK: tl.constexpr):
-    """Writes one row of dlogits to `out`, which may be `row`, from the row's end to its start. a, b: d loss / d logp and d entropy."""
+def _dlogits(x, m, step, bits, slope, flat, ENTROPY: tl.constexpr):
+    """p (slope log2 p + flat) of logits x, log2 p = (x - m) step - bits; without entropy's term p flat."""
+    power = (x - m) * step - bits
+    if ENTROPY:
+        power = tl.maximum(power, common.FAR_BITS, propagate_nan=tl.PropagateNan.ALL)  # 0 * -inf would be NaN
+        return tl.exp2(power) * (slope * power + flat)
+    else:
+        return tl.exp2(power) * flat
+
+
+@triton.jit
+def _row_gradient(row, out, vocab, inverse, m, log_s, entropy, target, logp, a, b, BLOCK: tl.constexpr):
+    """Writes one row of dlogits to `out`, which may be `row` once every thread has its logp, from the row's end to its start.
+
+    a, b: d loss / d logp and d entropy, b None where there is none.
+    """
     tiles = tl.cdiv(vocab, BLOCK)
-    if (a == 0) & (b == 0):
+    zero = a == 0
+    if b is not None:
+        zero = zero & (b == 0)
+    if zero:
         for tile in range(0, tiles):
             column = tile * BLOCK + tl.arange(0, BLOCK)
             tl.store(out + column, tl.zeros((BLOCK,), out.dtype.element_ty), column < vocab)
     else:
-        for back in range(0, tiles):
-            column = (tiles - 1 - back) * BLOCK + tl.arange(0, BLOCK)
-            z = tl.load(row + column, column < vocab, float("-inf")).to(tl.float32) * inverse
-            log_p = (z - m) - log_s
-            p = tl.exp(log_p)
-            dz = tl.where(column == target, a, 0.0) - tl.where(p > 0, p * (a + b * (log_p + entropy)), 0.0)
-            tl.store(out + column, (dz * inverse).to(out.dtype.element_ty), column < vocab)
+        step = inverse * common.LOG2E
+        bits = log_s * common.LOG2E
+        flat = -a * inverse
+        slope = 0.0
+        if b is not None:
+            flat -= b * entropy * inverse
+            slope = -b * common.LN2 * inverse
+        whole = vocab // BLOCK * BLOCK
+        if whole < vocab:
+            column = whole + tl.arange(0, BLOCK)
+            x = tl.load(row + column, column < vocab, 0.0).to(tl.float32)
+            dx = _dlogits(x, m, step, bits, slope, flat, b is not None)
+            tl.store(out + column, dx.to(out.dtype.element_ty), column < vocab)
+        for back in range(0, whole, BLOCK):  # without a mask, as above
+            column = whole - BLOCK - back + tl.arange(0, BLOCK)
+            dx = _dlogits(tl.load(row + column).to(tl.float32), m, step, bits, slope, flat, b is not None)
+            tl.store(out + column, dx.to(out.dtype.element_ty))
+        if (target >= 0) & (target < vocab):
+            power = logp * common.LOG2E
+            dx = a * inverse + tl.exp2(power) * (slope * power + flat)
+            tl.debug_barrier()  # another thread has just written what stands there
+            tl.store(out + target, dx.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -100,7 +145,7 @@ def logprob_kernel(
     temperature,  # (T,) float32, or a number
     logp,  # (T,) float32, out
     entropy,  # (T,) float32, out
-    peak,  # (T,) float32, out: m
+    peak,  # (T,) float32, out: m, as the logits are
     log_total,  # (T,) float32, out: log s
     vocab,
     stride,
@@ -128,7 +173,7 @@ def gradient_kernel(
     peak,  # (T,) float32
     log_total,  # (T,) float32
     g_logp,  # (T,) float
-    g_entropy,  # (T,) float
+    g_entropy,  # (T,) float, or None
     factor,  # scalar that multiplies both, or None
     out,  # (T, V), row stride `out_stride`; may be logits
     vocab,
@@ -139,14 +184,15 @@ def gradient_kernel(
 ):
     t = tl.program_id(0).to(tl.int64)
     inverse = 1.0 / (tl.load(temperature + t) if ROW_TEMPERATURE else temperature)
-    a = tl.load(g_logp + t).to(tl.float32)
-    b = tl.load(g_entropy + t).to(tl.float32)
+    a, b, f, h = tl.load(g_logp + t).to(tl.float32), None, 1.0, 0.0
     if factor is not None:
         f = tl.load(factor).to(tl.float32)
-        a *= f
-        b *= f
-    m, log_s, h = tl.load(peak + t), tl.load(log_total + t), tl.load(entropy + t)
-    _row_gradient(logits + t * stride, out + t * out_stride, vocab, inverse, m, log_s, h, tl.load(targets + t), a, b, BLOCK)
+    if g_entropy is not None:
+        b, h = tl.load(g_entropy + t).to(tl.float32) * f, tl.load(entropy + t)
+    row, target, m, log_s = logits + t * stride, tl.load(targets + t), tl.load(peak + t), tl.load(log_total + t)
+    logp = _target_logp(row, target, vocab, inverse, m, log_s)
+    tl.debug_barrier()  # `out` may be `row`, whose target every thread has read
+    _row_gradient(row, out + t * out_stride, vocab, inverse, m, log_s, h, target, logp, a * f, b, BLOCK)
 
 
 @triton.jit
@@ -164,6 +210,7 @@ def grpo_logits_kernel(
     stride,
     out_stride,
     OPTIONS: tl.constexpr,
+    ENTROPY: tl.constexpr,  # whether the loss has an entropy term
     ROW_TEMPERATURE: tl.constexpr,
     THREADS: tl.constexpr,
     LOADS: tl.constexpr,
@@ -182,7 +229,8 @@ def grpo_logits_kernel(
         tl.store(stats + t * STATS + i, row_stats[i])
     if out is not None:
         tl.debug_barrier()  # `out` may be `row`, whose target every thread has read
-        _row_gradient(row, out + t * out_stride, vocab, inverse, m, log_s, h, target, a, b, THREADS * LOADS * VECTOR)
+        b = b if ENTROPY else None
+        _row_gradient(row, out + t * out_stride, vocab, inverse, m, log_s, h, target, x, a, b, THREADS * LOADS * VECTOR)
 
 
 def logprob_from_logits(
@@ -297,6 +345,7 @@ class _EarlyLoss(torch.autograd.Function):
             stride=logits.stride(0),
             out_stride=0 if out is None else out.stride(0),
             OPTIONS=options,
+            ENTROPY=spec.entropy_coef != 0,
             ROW_TEMPERATURE=isinstance(temperature, Tensor),
             **(TWO_SWEEPS if wanted else SWEEP).block(logits.dtype),
         )

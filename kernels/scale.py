@@ -17,7 +17,7 @@ WARPS = 8
 PROGRAMS_PER_SM = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "all_tiles"])
 def scale_kernel(
     x,  # (rows, columns), row stride `stride`
     factor,  # scalar float32
