@@ -5,9 +5,9 @@ T rows (a chunk of them), H hidden size, V vocabulary, P parts of PART vocabular
 x = hidden @ weight.T + bias;  z = softcap * tanh(x / softcap) / temperature  (x / temperature without a softcap)
 lse = log sum_v exp(z_v);  logp = z_target - lse;  entropy = lse - sum_v p_v z_v,  p = exp(z - lse)
 
-`logits_kernel` leaves per row and part the peak m, s = sum exp(z - m), u = sum exp(z - m) * log2 exp(z - m), the target's z, and, where a gradient
-will follow (head_grad.py), exp(z - m) in the inputs' dtype: an exponential scaled by its part's peak keeps the RELATIVE error of p at the
-dtype's rounding, where a bf16 logit of 16 would be off by up to 1/16. `row_stats_kernel` joins the parts. A target outside [0, V) is never
+`logits_kernel` leaves per row and part the peak m, s = sum exp(z - m), u = sum exp(z - m) * log2 exp(z - m), the target's z, and, where a
+gradient will follow (head_grad.py), exp(z - m) in the inputs' dtype: an exponential scaled by its part's peak keeps the RELATIVE error of
+p at the dtype's rounding, where a bf16 logit of 16 would be off by up to 1/16. `row_stats_kernel` joins the parts. A target outside [0, V) is never
 read: its log-prob is NaN.
 
 Bytes beside the product, 16-bit inputs: T V 2 written when a gradient will follow, T V / PART * 24 for the parts.
@@ -230,7 +230,7 @@ def _softmax_part(
     BLOCK_M: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """The softmax of PART columns of BLOCK_M rows, from their fp32 products x. target: the row's column where it is in this tile, else -1."""
+    """The softmax of PART columns of BLOCK_M rows, from their fp32 products x. target: a row's column if it is in this tile, else -1."""
     row = m0 + tl.arange(0, BLOCK_M)
     column = n0 + tl.arange(0, PART)
     if bias is not None:
