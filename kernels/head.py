@@ -7,8 +7,8 @@ lse = log sum_v exp(z_v);  logp = z_target - lse;  entropy = lse - sum_v p_v z_v
 
 `logits_kernel` leaves per row and part the peak m, s = sum exp(z - m), u = sum exp(z - m) * log2 exp(z - m), the target's z, and, where a
 gradient will follow (head_grad.py), exp(z - m) in the inputs' dtype: an exponential scaled by its part's peak keeps the RELATIVE error of
-p at the dtype's rounding, where a bf16 logit of 16 would be off by up to 1/16. `row_stats_kernel` joins the parts. A target outside [0, V) is never
-read: its log-prob is NaN.
+p at the dtype's rounding, where a bf16 logit of 16 would be off by up to 1/16. `row_stats_kernel` joins the parts. A target outside [0, V)
+is never read: its log-prob is NaN.
 
 Bytes beside the product, 16-bit inputs: T V 2 written when a gradient will follow, T V / PART * 24 for the parts.
 """
