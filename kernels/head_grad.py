@@ -163,9 +163,9 @@ def dhidden_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def dweight_kernel(
-    dx,  # (T, V), blocks (BLOCK_K, BLOCK_M); this and hidden are descriptors with TMA, else pointers
+    dx,  # (T, V), blocks (BLOCK_K, BLOCK_M); this, hidden and out are descriptors with TMA, else pointers
     hidden,  # (T, H), blocks (BLOCK_K, BLOCK_N): the active rows, zeros up to a multiple of BLOCK_K
-    out,  # (V, H) float32; a pointer, as its blocks beside the pipeline's would outgrow the shared memory
+    out,  # (V, H) float32, blocks (BLOCK_M, BLOCK_N / PARTS)
     count,  # (1,) int32
     scale,  # (1,) float32
     rows,
@@ -198,9 +198,12 @@ def dweight_kernel(
         for part in tl.static_range(PARTS):
             value = column_part(acc, part, PARTS) * inverse
             c0 = n0 + part * (BLOCK_N // PARTS)
-            if ADD:
-                value += load_block(out, m0, c0, vocab, width, out_stride, False, BLOCK_M, BLOCK_N // PARTS)
-            store_block(out, value, m0, c0, vocab, width, out_stride, False, BLOCK_M, BLOCK_N // PARTS)
+            if ADD and TMA:
+                out.atomic_add([m0, c0], value)  # in L2: a block has one program, so that the sum has one order
+            else:
+                if ADD:
+                    value += load_block(out, m0, c0, vocab, width, out_stride, TMA, BLOCK_M, BLOCK_N // PARTS)
+                store_block(out, value, m0, c0, vocab, width, out_stride, TMA, BLOCK_M, BLOCK_N // PARTS)
 
 
 @dataclass(frozen=True)
@@ -303,7 +306,7 @@ def backward(head: Head, parts: Softmax, entropy: Tensor, g_logp: Tensor, g_entr
         dweight_kernel[(min(tiles, common.sm_count()),)](
             dx=block_argument(scaled, tile.k, tile.m, tile.tma),
             hidden=block_argument(active, tile.k, tile.n, tile.tma),
-            out=out.dweight,
+            out=block_argument(out.dweight, tile.m, part, tile.tma),
             count=count,
             scale=scale,
             rows=rows,
