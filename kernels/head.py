@@ -33,7 +33,8 @@ KIND = {"logits_kernel": "matrix", "row_stats_kernel": "small"}
 @dataclass(frozen=True)
 class Tile:
     """Launch configuration of a product: block sizes of its rows, columns and inner dimension, the column parts that its accumulators are
-    finished in, warps, pipeline stages, and whether blocks travel by TMA."""
+    finished in, warps, pipeline stages, whether blocks travel by TMA, and whether warps of their own load and issue the products: then a
+    tile's inner loop stays one, else it is made one with the loop over tiles, so that the next one's loads begin in the epilogue."""
 
     m: int
     n: int
@@ -42,13 +43,14 @@ class Tile:
     warps: int
     stages: int
     tma: bool
+    specialize: bool = False
 
 
 # by compute capability; chosen by registers, shared memory and instruction mix at compile time (bench/kernels/resources.py)
 HALF_TILES = {
     8: Tile(128, 128, 64, parts=1, warps=8, stages=3, tma=False),
     9: Tile(128, 256, 64, parts=2, warps=8, stages=3, tma=True),
-    10: Tile(128, 128, 64, parts=1, warps=8, stages=4, tma=True),
+    10: Tile(128, 128, 64, parts=1, warps=8, stages=4, tma=True, specialize=True),
 }
 FLOAT_TILE = Tile(64, 64, 32, parts=1, warps=4, stages=3, tma=False)
 
@@ -99,6 +101,7 @@ def logits_kernel(
     STORE: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -109,12 +112,12 @@ def logits_kernel(
     tiles = tiles_m * tiles_n
     m, n = tile_place(tl.program_id(0), tiles_m, tiles_n, group)
     target, inverse = _load_rows(targets, inverse_temperature, m, rows, ROW_TEMPERATURE, BLOCK_M)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=not SPECIALIZE):
         m, n = tile_place(tile, tiles_m, tiles_n, group)
         m0 = m * BLOCK_M
         n0 = n * BLOCK_N
         x = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in tl.range(0, width, BLOCK_K):
+        for k0 in tl.range(0, width, BLOCK_K, warp_specialize=SPECIALIZE):
             a = load_block(hidden, m0, k0, rows, width, hidden_stride, TMA, BLOCK_M, BLOCK_K)
             b = load_block(weight, n0, k0, vocab, width, weight_stride, TMA, BLOCK_N, BLOCK_K)
             x = tl.dot(a, b.T, x, input_precision=PRECISION)
@@ -373,6 +376,7 @@ def forward(head: Head, scaled: Tensor | None) -> tuple[Softmax, Tensor, Tensor]
         STORE=scaled is not None,
         PRECISION=head.precision,
         TMA=tile.tma,
+        SPECIALIZE=tile.specialize,
         PARTS=tile.parts,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,

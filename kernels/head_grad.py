@@ -128,6 +128,7 @@ def dhidden_kernel(
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -137,12 +138,12 @@ def dhidden_kernel(
     tiles_m = tl.cdiv(tl.load(count), BLOCK_M)
     tiles_n = tl.cdiv(width, BLOCK_N)
     share = tl.cdiv(tl.cdiv(vocab, BLOCK_K), SPLIT) * BLOCK_K
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n * SPLIT, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n * SPLIT, tl.num_programs(0), flatten=not SPECIALIZE):
         s = tile // (tiles_m * tiles_n)
         m0 = (tile % tiles_m) * BLOCK_M
         n0 = (tile // tiles_m) % tiles_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in tl.range(s * share, tl.minimum((s + 1) * share, vocab), BLOCK_K):
+        for k0 in tl.range(s * share, tl.minimum((s + 1) * share, vocab), BLOCK_K, warp_specialize=SPECIALIZE):
             a = load_block(dx, m0, k0, rows, vocab, dx_stride, TMA, BLOCK_M, BLOCK_K)
             b = load_block(weight, k0, n0, vocab, width, weight_stride, TMA, BLOCK_K, BLOCK_N)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
@@ -177,6 +178,7 @@ def dweight_kernel(
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -186,12 +188,12 @@ def dweight_kernel(
     n = tl.load(count)
     inverse = 1.0 / tl.load(scale)
     tiles_n = tl.cdiv(width, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(vocab, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(vocab, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=not SPECIALIZE):
         # columns of hidden run fastest: a block of dx is read once and shared
         m0 = (tile // tiles_n) * BLOCK_M
         n0 = (tile % tiles_n) * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in tl.range(0, n, BLOCK_K):
+        for k0 in tl.range(0, n, BLOCK_K, warp_specialize=SPECIALIZE):
             a = load_block(dx, k0, m0, rows, vocab, dx_stride, TMA, BLOCK_K, BLOCK_M)
             b = load_block(hidden, k0, n0, rows, width, hidden_stride, TMA, BLOCK_K, BLOCK_N)
             acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
@@ -263,7 +265,15 @@ def backward(head: Head, parts: Softmax, entropy: Tensor, g_logp: Tensor, g_entr
     if not compact:
         _products(head, scaled, out)
         return
-    blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "TMA": tile.tma, "PARTS": tile.parts, "PRECISION": head.precision}
+    blocks = {
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "TMA": tile.tma,
+        "SPECIALIZE": tile.specialize,
+        "PARTS": tile.parts,
+        "PRECISION": head.precision,
+    }
     launch = blocks | {"num_warps": tile.warps, "num_stages": tile.stages}
     if out.dhidden is not None:
         padded = triton.cdiv(rows, tile.m) * tile.m

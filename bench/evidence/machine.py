@@ -16,6 +16,8 @@ from bench.kernels.usage import Usage, read
 
 PRODUCTS = {"logits_kernel", "dhidden_kernel", "dweight_kernel"}  # kind matrix; decode's thin products wait for memory
 
+ADDED_WARPS = 4  # by warp specialisation, to those of the program
+
 
 def launches(cases: Sequence[Case], arch: int) -> list[tuple[Case, Launch, Usage]]:
     """What the cases launch on a chip, every different machine code once, under the first case that makes it."""
@@ -39,7 +41,10 @@ def measure(cases: Sequence[Case], arch: int) -> list[dict[str, Any]]:
             code = sass.disassemble(launch.compiled.asm["cubin"])
             rows, columns, inner = (int(used.constants[f"BLOCK_{axis}"]) for axis in "MNK")
             spills = used.count("LDL|STL")
-            one = products.measure(used.kernel, arch, used.warps, used.registers, spills, code, (rows, columns, inner))
+            specialized = used.constants.get("SPECIALIZE") == "True"
+            warps = used.warps - ADDED_WARPS * specialized
+            tile = rows, columns, inner
+            one = products.measure(used.kernel, arch, warps, used.registers, spills, code, tile, specialized)
             variant = {name: used.constants[name] for name in ("STORE", "ADD", "HAS_CAP") if name in used.constants}
             record = about | {"variant": variant} | dataclasses.asdict(one)
         elif used.kind == "memory":

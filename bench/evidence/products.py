@@ -42,14 +42,18 @@ class Product:
     per_element: float  # instructions of the epilogue for each accumulator of a thread
 
 
-def measure(name: str, arch: int, warps: int, registers: int, spills: int, code: Code, tile: tuple[int, int, int]) -> Product:
-    """Reads a compiled product whose block computes a tile of (rows, columns, inner)."""
+def measure(
+    name: str, arch: int, warps: int, registers: int, spills: int, code: Code, tile: tuple[int, int, int], specialized: bool = False
+) -> Product:
+    """Reads a compiled product whose block of `warps` computes a tile of (rows, columns, inner). specialized: other warps than these
+    multiply, one a scheduler."""
     matrix = [i for i, one in enumerate(code) if one.is_matrix]
     inner = min(sass.loops(code, matrix), key=lambda one: (-sum(code[i].is_matrix for i in one), len(one)))
     loop = [code[i] for i in inner]
     outer = _epilogue(code, inner)
     epilogue = [code[i] for i in outer if i not in set(inner)]
     per_scheduler = max(1, warps // 4)
+    multiplying = 1 if specialized else per_scheduler
     tensor = _tensor_flop(loop, warps, tile) / FLOP_PER_CYCLE[arch]
     waits = [int(found[1], 0) for one in loop if one.opcode == "WARPGROUP" and (found := re.search(r"gsb0, (\w+)", one.operands))]
     return Product(
@@ -61,8 +65,8 @@ def measure(name: str, arch: int, warps: int, registers: int, spills: int, code:
         loop=len(loop),
         matrix=sum(one.is_matrix for one in loop),
         tensor_cycles=tensor,
-        loop_cycles=cycles.simulate(loop, per_scheduler),
-        issue_share=len(loop) * per_scheduler / tensor,
+        loop_cycles=cycles.simulate(loop, multiplying),
+        issue_share=len(loop) * multiplying / tensor,
         barriers=sum(one.opcode == "BAR" for one in loop),
         in_flight=min(waits, default=-1),
         epilogue=len(epilogue),
