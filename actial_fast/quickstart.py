@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from actial_fast.data.captures.basics import write_basics
 from actial_fast.data.captures.render import RenderConfig, render
 from actial_fast.data.captures.spatial import SpatialConfig, spatial_questions, viewpoint_test_objects
 from actial_fast.data.captures.viewpoint import ViewpointConfig, build
-from actial_fast.data.cot.writer import geometric_cot, write_cot
+from actial_fast.data.cot.writer import geometric_cot, one_by_one, write_cot
 from actial_fast.data.sources.row import IMAGE_TAG
 from actial_fast.data.sources.source import SourceConfig, open_source
 from actial_fast.evaluation.evaluate import evaluate_checkpoint
@@ -161,7 +162,7 @@ class _Steps:
 def _cold_start(train: SourceConfig, out: Path, rows: int, seed: int) -> dict[str, Any]:
     """Pseudo chains of thought written from the poses, for a sample of the training rows."""
     source = open_source(train)
-    done = write_cot(source, out, lambda row, rng: geometric_cot(row, rng, style="short"), seed=seed, count=min(rows, len(source)))
+    done = write_cot(source, out, one_by_one(partial(geometric_cot, style="short")), seed=seed, count=min(rows, len(source)))
     return dataclasses.asdict(done)
 
 

@@ -1,42 +1,45 @@
-"""The GPU gate, `make gpu`: build, GPU tests, memcheck, errors, rollouts, microbenchmarks, one 7B step; 12 minutes, no network.
+"""The GPU gate, `make gpu`: build, kernel tests in bfloat16, memcheck and racecheck, ops beside the peers, one 7B step, errors, rollouts,
+the other GPU tests; the most telling first, 12 minutes, no network.
 
     python -m bench.gate [--minutes 12] [--cpu]
 
-Every step runs, whatever became of the one before it; the last lines tell each one's outcome and seconds, and the exit code is 1 when
-one failed. The 7B step and the microbenchmarks have time of their own, and get what the others leave of theirs. Results go to
-bench/results/<gpu>/.
+Every step runs, whatever became of the one before it, and is ended when its time is up; what one leaves goes to those after it. Results go
+to bench/results/<gpu>/, every figure as soon as it is there, and gate-<date>-<commit>.json tells each step's outcome and seconds; what the
+steps print is kept in build/gate/. The exit code is 1 when a step failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any
 
-from bench.harness.timing import CUDA, commit, slug, today
+from bench.harness.timing import CUDA, commit, machine, slug, today
 
 ROOT = Path(__file__).parent.parent
-LAST_SECONDS = 40  # what the last case of the microbenchmarks needs to finish
+LAST_SECONDS = 15  # what the last case of the microbenchmarks needs to finish
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command; `most` bounds its seconds, None = all that is left, `least` is what earlier steps leave it. `absent`: why it cannot run
+    """One command. `share`: its part, among those of the steps that are still to run, of the time that is left. `absent`: why it cannot run
     here."""
 
     name: str
     command: list[str]
-    most: float | None = None
-    least: float = 0
+    share: float
     absent: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
     budget: Callable[[float], list[str]] = lambda seconds: []  # arguments that tell it its time
@@ -54,73 +57,85 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def steps() -> list[Step]:
-    """What the gate does, in order."""
+    """What the gate does, in order; the shares are seconds of a gate of 7 minutes."""
     python, results = sys.executable, ROOT / "bench" / "results" / slug()
-    tests = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
-    tests += [x for x in sorted((ROOT / "tests").rglob("test_*.py")) if x not in tests and re.search(r"mark\.gpu\b", x.read_text())]
+    kernels = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
+    others = [x for x in sorted((ROOT / "tests").rglob("test_*.py")) if x not in kernels and re.search(r"mark\.gpu\b", x.read_text())]
     workers = ["-n", str(min(8, len(os.sched_getaffinity(0))))] if importlib.util.find_spec("xdist") else []
+    pytest = [python, "-m", "pytest", "-q", *workers, "-m", "not slow"]
     sanitizer = shutil.which("compute-sanitizer")
     accuracy, step, rollout = (str(results / f"{name}-{today()}-{commit()}.json") for name in ("accuracy", "step", "rollout"))
-    missing = [name for name in ("transformers", "peft") if importlib.util.find_spec(name) is None]
+    missing = next((f"{name} is not installed" for name in ("transformers", "peft") if importlib.util.find_spec(name) is None), None)
+
+    def sanitized(tool: str, *arguments: str) -> Step:
+        command = [sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "1", python, "-m", "bench.kernels.memcheck"]
+        absent = None if sanitizer else "compute-sanitizer is not on the PATH"
+        return Step(tool, [*command, *arguments], 30, absent, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
     return [
-        Step("build", [python, "setup.py", "-q", "build_ext", "--inplace"]),
-        Step("tests", [python, "-m", "pytest", "-q", *workers, "-m", "not slow", *(str(x.relative_to(ROOT)) for x in tests)], most=210),
-        Step(
-            "memcheck",
-            [sanitizer or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", python, "-m", "bench.kernels.memcheck"],
-            most=60,
-            absent=None if sanitizer else "compute-sanitizer is not on the PATH",
-            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        ),
-        Step("accuracy", [python, "-m", "bench.kernels.accuracy", "--json", accuracy], most=45),
-        Step(
-            "rollout",
-            [python, "-m", "bench.step.rollout", "--prompts", "64", "--n", "16", "--mean", "200", "--limit", "600", "--json", rollout],
-            most=60,
-            absent=f"{missing[0]} is not installed" if missing else None,
-        ),
+        Step("build", [python, "setup.py", "-q", "build_ext", "--inplace"], 40),
+        Step("bfloat16 tests", [*pytest, "-k", "bfloat16", *_named(kernels)], 90),
+        sanitized("memcheck", "--one"),
+        sanitized("racecheck", "--one"),
         Step(
             "microbenchmarks",
             [python, "-m", "bench.kernels.ops"],
-            least=150,
+            85,
             budget=lambda seconds: ["--budget-seconds", f"{max(1, seconds - LAST_SECONDS):.0f}"],
         ),
         Step(
             "one step",
             [python, "-m", "bench.step.step", "--json", step],
-            least=250,
-            absent=f"{missing[0]} is not installed" if missing else None,
-            budget=lambda seconds: ["--budget", f"{max(1, seconds - 10):.0f}"],
+            85,
+            missing,
+            budget=lambda s: ["--budget", f"{max(1, s - 10):.0f}"],
         ),
+        Step("accuracy", [python, "-m", "bench.kernels.accuracy", "--json", accuracy], 20),
+        Step(
+            "rollout",
+            [python, "-m", "bench.step.rollout", "--prompts", "64", "--n", "16", "--mean", "200", "--limit", "600", "--json", rollout],
+            20,
+            missing,
+        ),
+        Step("other tests", [*pytest, "-k", "not bfloat16", *_named(kernels + others)], 20),
     ]
+
+
+def _named(tests: list[Path]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in tests]
 
 
 def run(todo: list[Step], seconds: float) -> int:
     """The steps one after another; returns 1 when one failed or ran out of time."""
-    (ROOT / "bench" / "results" / slug()).mkdir(parents=True, exist_ok=True)
-    deadline, told, failed = time.monotonic() + seconds, [], False
+    told = ROOT / "bench" / "results" / slug() / f"gate-{today()}-{commit()}.json"
+    told.parent.mkdir(parents=True, exist_ok=True)
+    deadline, outcomes = time.monotonic() + seconds, []
     for index, step in enumerate(todo):
-        left = deadline - time.monotonic() - sum(later.least for later in todo[index + 1 :] if not later.absent)
-        allowed = left if step.most is None else min(left, step.most)
-        outcome, took = step.absent or "", 0.0
-        if not outcome and allowed <= 0:
-            outcome, failed = "FAILED: no time was left", True
-        if not outcome:
-            print(f"== {step.name}: {' '.join(step.command)}", flush=True)
+        outcome, took = f"not run: {step.absent}", 0.0
+        if not step.absent:
+            shares = sum(later.share for later in todo[index:] if not later.absent)
+            allowed = max(1.0, (deadline - time.monotonic()) * step.share / shares)
+            print(f"== {step.name}, {allowed:.0f} s: {' '.join(step.command)}", flush=True)
             began = time.monotonic()
             code = _call(step, allowed)
             took = time.monotonic() - began
             outcome = "passed" if code == 0 else f"FAILED: {'ran out of time' if code is None else f'exit code {code}'}"
-            failed = failed or code != 0
-        told.append(f"{step.name:<16}  {took:6.0f} s  {outcome if not step.absent else f'not run: {step.absent}'}")
-    print("== make gpu", *told, sep="\n", flush=True)
-    return int(failed)
+        outcomes.append({"step": step.name, "seconds": round(took, 1), "outcome": outcome})
+        told.write_text(json.dumps({"machine": machine(), "minutes": seconds / 60, "steps": outcomes}, indent=1) + "\n")
+    lines = [f"{each['step']:<16}  {each['seconds']:6.0f} s  {each['outcome']}" for each in outcomes]
+    print("== make gpu", *lines, sep="\n", flush=True)
+    return int(any(str(each["outcome"]).startswith("FAILED") for each in outcomes))
 
 
 def _call(step: Step, seconds: float) -> int | None:
-    """The exit code; None when it had to be ended, with everything it had started."""
+    """The exit code; None when it had to be ended, with everything it had started. What it prints is shown and kept."""
     command, environment = [*step.command, *step.budget(seconds)], os.environ | step.environment
-    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as process:
+    log = ROOT / "build" / "gate" / f"{step.name.replace(' ', '-')}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, text=True, **streams) as process:
+        show = threading.Thread(target=_show, args=(process.stdout, log), daemon=True)
+        show.start()
         try:
             return process.wait(seconds)
         except BaseException as error:
@@ -128,6 +143,16 @@ def _call(step: Step, seconds: float) -> int | None:
             if isinstance(error, subprocess.TimeoutExpired):
                 return None
             raise
+        finally:
+            show.join(5)
+
+
+def _show(lines: IO[str], log: Path) -> None:
+    with log.open("w") as kept:
+        for line in lines:
+            print(line, end="", flush=True)
+            kept.write(line)
+            kept.flush()
 
 
 if __name__ == "__main__":

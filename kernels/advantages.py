@@ -110,7 +110,7 @@ def group_advantages_kernel(
         std = _std(tl.sum(squares, 1), n)
 
         value, known = _rewards(rewards, weights, rows, own, k, R, SUM, ACC)
-        differ = (n > 1.0) & (std > EQUAL * tl.maximum(tl.abs(mean), 1.0))
+        alike = std <= tl.maximum(tl.abs(mean), 1.0) * EQUAL  # not so for NaN, of infinite rewards, which is to show
         advantage = value - mean
         if BASELINE == "leave_one_out":
             advantage *= n / tl.maximum(n - 1.0, 1.0)
@@ -118,49 +118,50 @@ def group_advantages_kernel(
             advantage /= std + EPSILON
         elif SCALE == "batch_std":
             advantage /= _std(tl.sum(call_squares, 0), call_n) + EPSILON
-        advantage = tl.where(known & differ, advantage, 0.0)
+        advantage = tl.where(known & (n > 1.0) & (alike == 0), advantage, 0.0)
         if (not SUM) and weights is not None:
             advantage *= tl.load(weights + k).to(ACC)
         total += advantage
         scorable = scorable | known
 
     if SUM:
-        tl.store(advantages + rows, total.to(advantages.dtype.element_ty), mask=own)
+        tl.store(advantages + rows, total, mask=own)
     else:  # the std over the call needs every program's sums: the program that finishes last has them, and divides
-        tl.store(sums + rows, tl.where(scorable, total, float("nan")), mask=own)
+        tl.store(sums + rows, tl.where(scorable, total, float("inf")), mask=own)  # infinite: unscorable; a sum is finite, or NaN
         tl.debug_barrier()  # all threads have stored before one of them says so
         if tl.atomic_add(finished, 1, sem="acq_rel") == tl.num_programs(0) - 1:
             counts = tl.zeros((TILE,), tl.int32)
             squares = tl.zeros((TILE,), ACC)
             for start in range(0, N, TILE):
                 j = start + tl.arange(0, TILE)
-                value = tl.load(sums + j, mask=j < N, other=float("nan"), cache_modifier=".cg")
-                counts += (value == value).to(tl.int32)
-                squares += tl.where(value == value, value * value, 0.0)
+                value = tl.load(sums + j, mask=j < N, other=float("inf"), cache_modifier=".cg")
+                counts += (value != float("inf")).to(tl.int32)
+                squares += tl.where(value != float("inf"), value * value, 0.0)
             n = tl.sum(counts, 0).to(ACC)
             std = _std(tl.sum(squares, 0), n)
-            divisor = tl.where(std > EQUAL, std + EPSILON, float("inf"))
+            divisor = tl.where(std <= EQUAL, float("inf"), std + EPSILON)
             for start in range(0, N, TILE):
                 j = start + tl.arange(0, TILE)
-                value = tl.load(sums + j, mask=j < N, other=float("nan"), cache_modifier=".cg")
-                value = tl.where(value == value, value / divisor, 0.0)
-                tl.store(advantages + j, value.to(advantages.dtype.element_ty), mask=j < N)
+                value = tl.load(sums + j, mask=j < N, other=float("inf"), cache_modifier=".cg")
+                value = tl.where(value == float("inf"), 0.0, value / divisor)
+                tl.store(advantages + j, value, mask=j < N)
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, spec: Any, *, weights: Tensor | None = None) -> Tensor:
-    """Advantages of rewards (N,) or (N, R) of a floating dtype within groups (N,) int64 -> (N,) of the rewards' dtype.
+    """Advantages of rewards (N,) or (N, R) of a floating dtype within groups (N,) int64 -> (N,) float32, float64 for float64 rewards.
 
     spec an AdvantageSpec; weights (R,) of a floating dtype, 1 when left out. A NaN reward is left out of its statistics and counts 0 in
-    its row's sum; a row without a known reward, a group of one and a group of equal rewards get exactly 0. One launch, no host sync
+    its row's sum; a row without a known reward, a group of one and a group of equal rewards get exactly 0. An infinite reward makes its
+    group NaN, and the whole call where that has a deviation. One launch, no host sync
     (normalize_then_sum also zeroes one int32). Assumes checked inputs.
     """
     N, R = len(groups), 1 if rewards.ndim == 1 else rewards.shape[1]
-    advantages = torch.empty(N, dtype=rewards.dtype, device=rewards.device)
+    acc = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    advantages = torch.empty(N, dtype=acc, device=rewards.device)
     if not N:
         return advantages
     assert N * R < 2**31, "indices are 32 bits wide; N^2 comparisons would take hours anyway"
     each = spec.combine == "normalize_then_sum"
-    acc = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     group_advantages_kernel[(triton.cdiv(N, ROWS),)](
         rewards.contiguous(),
         groups.contiguous(),

@@ -17,7 +17,7 @@ from actial_fast.kernels.head_grad import SPLIT, Gradients
 
 def row_bytes(head: Head, gradients: bool) -> int:
     """Bytes of workspace that one row of a chunk takes, without gradients or with them."""
-    vocab, width = head.weight.shape
+    vocab, width = head.largest, head.weight.shape[1]
     tile, size = tile_for(head.hidden.dtype), head.hidden.element_size()
     parts = 12 * triton.cdiv(vocab, tile.n // tile.parts) + 64  # peak, total, moment; the row's own numbers
     return parts + (stride_of(vocab) * size + width * (size + 4 * SPLIT) if gradients else 0)

@@ -17,6 +17,11 @@ def capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
 
 
+def device_name() -> str:
+    """The current CUDA device's name, for messages."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "a device without a name"
+
+
 def sm_count() -> int:
     """Multiprocessors of the current CUDA device: the grid of a persistent kernel. A few where there is none."""
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count if torch.cuda.is_available() else 4

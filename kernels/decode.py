@@ -146,6 +146,6 @@ def decode(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, table: Tensor,
         D=D,
         BLOCK_M=block_m,
         BLOCK_D=max(16, triton.next_power_of_2(D)),
-        num_warps=4,
+        num_warps=8 if block_m == 64 and q.dtype == torch.float32 else 4,
     )
     return out, lse

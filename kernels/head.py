@@ -8,7 +8,8 @@ lse = log sum_v exp(z_v);  logp = z_target - lse;  entropy = lse - sum_v p_v z_v
 `logits_kernel` leaves per row and part the peak m, s = sum exp(z - m), u = sum exp(z - m) * log2 exp(z - m), the target's z, and, where a
 gradient will follow (head_grad.py), exp(z - m) in the inputs' dtype: an exponential scaled by its part's peak keeps the RELATIVE error of
 p at the dtype's rounding, where a bf16 logit of 16 would be off by up to 1/16. `row_stats_kernel` joins the parts. A target outside [0, V)
-is never read: its log-prob is NaN.
+is never read: its log-prob is NaN. (quack.epilogue.scaled_exp stores the same
+exponential for its cross-entropy on sm_90.)
 
 Bytes beside the product, 16-bit inputs: T V 2 written when a gradient will follow, T V / PART * 24 for the parts.
 """
@@ -16,7 +17,7 @@ Bytes beside the product, 16-bit inputs: T V 2 written when a gradient will foll
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,6 +27,7 @@ from torch.nn.functional import pad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from actial_fast.kernels import common
+from actial_fast.kernels.blocks import column_part, load_block, store_block, tile_place
 
 KIND = {"logits_kernel": "matrix", "row_stats_kernel": "small"}
 
@@ -46,11 +48,12 @@ class Tile:
     specialize: bool = False
 
 
-# by compute capability; chosen by registers, shared memory and instruction mix at compile time (bench/kernels/resources.py)
+# by major compute capability; chosen by registers, shared memory and instruction mix at compile time (bench/kernels/resources.py)
 HALF_TILES = {
     8: Tile(128, 128, 64, parts=1, warps=8, stages=3, tma=False),
     9: Tile(128, 256, 64, parts=2, warps=8, stages=3, tma=True),
     10: Tile(128, 128, 64, parts=1, warps=8, stages=4, tma=True, specialize=True),
+    12: Tile(128, 128, 64, parts=1, warps=8, stages=3, tma=False),  # 99 KiB of shared memory, as sm_86 and sm_89, and no wgmma
 }
 FLOAT_TILE = Tile(64, 64, 32, parts=1, warps=4, stages=3, tma=False)
 
@@ -64,8 +67,16 @@ def row_group(tile: Tile, width: int, size: int) -> int:
 
 
 def tile_for(dtype: torch.dtype) -> Tile:
-    """The launch configuration of the products for inputs of this dtype on the current device."""
-    return FLOAT_TILE if dtype == torch.float32 else HALF_TILES[min(common.capability()[0], 10)]
+    """The launch configuration of the products for inputs of this dtype on the current device. ValueError for a device too old for it."""
+    if dtype == torch.float32:
+        return FLOAT_TILE
+    major, minor = common.capability()
+    if major < min(HALF_TILES):
+        raise ValueError(
+            f"hidden: {dtype} on {common.device_name()}, compute capability {major}.{minor}; 16-bit inputs need 8.0 (Ampere) or newer: "
+            "older chips have no bfloat16 tensor cores and no asynchronous copies to shared memory; pass float32 there"
+        )
+    return HALF_TILES[max(known for known in HALF_TILES if known <= major)]
 
 
 # chunks of any number of rows, whose views start anywhere, run one compiled kernel; what is 16 bytes wide is known by its stride
@@ -154,16 +165,6 @@ def logits_kernel(
 
 
 @triton.jit
-def tile_place(tile, tiles_m, tiles_n, group):
-    """Row and column of a tile. Rows run fastest, within groups of `group` tiles of rows: a group of hidden states stays in L2 while the
-    weights stream by, once for each group. Numbers past the last tile get a row >= 0 too."""
-    first = tile // (group * tiles_n) * group
-    height = tl.maximum(tl.minimum(group, tiles_m - first), 1)
-    within = tile - first * tiles_n
-    return first + within % height, within // height
-
-
-@triton.jit
 def _load_rows(targets, inverse_temperature, m, rows, ROW_TEMPERATURE: tl.constexpr, BLOCK_M: tl.constexpr):
     """Targets and inverse temperatures of the m-th BLOCK_M rows."""
     row = m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -172,40 +173,6 @@ def _load_rows(targets, inverse_temperature, m, rows, ROW_TEMPERATURE: tl.conste
     else:
         inverse = inverse_temperature
     return tl.load(targets + row, row < rows, -1), inverse
-
-
-@triton.jit
-def load_block(x, r0, c0, rows, columns, stride, TMA: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A block of a matrix, zeros outside of it: x is a descriptor with TMA, else a pointer."""
-    if TMA:
-        return x.load([r0, c0])
-    else:
-        r = r0 + tl.arange(0, BLOCK_R)
-        c = c0 + tl.arange(0, BLOCK_C)
-        mask = (r[:, None] < rows) & (c[None, :] < columns)
-        return tl.load(x + r.to(tl.int64)[:, None] * stride + c[None, :], mask, 0.0)
-
-
-@triton.jit
-def store_block(x, value, r0, c0, rows, columns, stride, TMA: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Stores a block of a matrix, nothing outside of it: x is a descriptor with TMA, else a pointer."""
-    if TMA:
-        x.store([r0, c0], value)
-    else:
-        r = r0 + tl.arange(0, BLOCK_R)
-        c = c0 + tl.arange(0, BLOCK_C)
-        mask = (r[:, None] < rows) & (c[None, :] < columns)
-        tl.store(x + r.to(tl.int64)[:, None] * stride + c[None, :], value, mask)
-
-
-@triton.jit
-def column_part(x, part: tl.constexpr, PARTS: tl.constexpr):
-    """The part-th of PARTS (1 or 2) column blocks of accumulators; two where the whole and its exponential outgrow the registers."""
-    if PARTS == 1:
-        return x
-    else:
-        left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
-        return left if part == 0 else right
 
 
 @triton.jit
@@ -294,7 +261,8 @@ class Head:
     """The checked arguments of an op that starts from hidden states.
 
     hidden (T, H), weight (V, H), bias (V,) or None of one dtype, float32, bfloat16 or float16; targets (T,) int64; inverse_temperature a
-    number or (T,) float32; softcap a number or None. Rows of hidden and weight start at multiples of 16 bytes.
+    number or (T,) float32; softcap a number or None. Rows of hidden and weight start at multiples of 16 bytes. parallel: the ranks that
+    have the rest of the vocabulary (`ops.parallel`), where targets that are not here are -1.
     """
 
     hidden: Tensor
@@ -303,6 +271,12 @@ class Head:
     bias: Tensor | None
     inverse_temperature: float | Tensor
     softcap: float | None
+    parallel: Any = None
+
+    @property
+    def largest(self) -> int:
+        """Rows of the head, on the rank that has most of them: all cut the same chunks."""
+        return self.parallel.largest if self.parallel else self.weight.shape[0]
 
     @property
     def precision(self) -> str:
@@ -317,13 +291,19 @@ class Head:
 
 
 def make_head(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float | Tensor, softcap: float | None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    parallel: Any = None,
 ) -> Head:
     """The arguments of an op as its kernels take them. Rows that do not start at multiples of 16 bytes are copied, padded with zeros."""
     if not (_is_aligned(hidden) and _is_aligned(weight)):
         missing = -hidden.shape[1] % (16 // hidden.element_size())
         hidden, weight = pad(hidden, (0, missing)).contiguous(), pad(weight, (0, missing)).contiguous()
-    return Head(hidden, weight, targets, bias, 1.0 / temperature, softcap)
+    return Head(hidden, weight, targets, bias, 1.0 / temperature, softcap, parallel)
 
 
 def _is_aligned(x: Tensor) -> bool:
@@ -387,6 +367,8 @@ def forward(head: Head, scaled: Tensor | None) -> tuple[Softmax, Tensor, Tensor]
     row_stats_kernel[(triton.cdiv(rows, 16),)](
         peak, total, moment, chosen, top, log_total, logp, entropy, rows, parts, BLOCK_R=16, BLOCK_P=64, num_warps=4
     )
+    if head.parallel:
+        top, log_total, logp, entropy = head.parallel.merge(top, log_total, entropy, chosen, head.targets >= 0)
     return Softmax(peak, top, log_total, chosen, None if scaled is None else scaled[:rows]), logp, entropy
 
 

@@ -5,9 +5,9 @@ T rows (a chunk of them), H hidden size, V vocabulary, P parts of PART vocabular
 dz_v = g_logp * ([v = target] - p_v) - g_entropy * p_v * (log p_v + entropy);  dx = dz * (1 - tanh^2) / temperature
 dhidden = dx @ weight;  dweight = dx.T @ hidden;  dbias = sum_t dx
 
-Rows whose coefficients are both 0 take no part in the products: `compact_kernel` counts the others, `dlogits_kernel` turns exp(z - peak)
-into dx in place and moves it to the front, `dhidden_kernel` and `dweight_kernel` stop at the count. Where every row has a gradient
-(compact=False) cuBLAS does the products.
+Rows whose coefficients are both 0 take no part in the products, and their gradient is 0 whatever they hold: `compact_kernel` counts the
+others, `dlogits_kernel` turns exp(z - peak) into dx in place and moves it to the front, `dhidden_kernel` and `dweight_kernel` stop at the
+count. Where every row has a gradient (compact=False) cuBLAS does the products, with zeros for rows that have none after all.
 
 Bytes beside the products, 16-bit inputs: T V 4 by dlogits_kernel, V H 8 for each chunk's addition to dweight, which accumulates in fp32.
 """
@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from actial_fast.kernels import common
-from actial_fast.kernels.head import VECTORS, Head, Softmax, block_argument, column_part, load_block, store_block, tile_for
+from actial_fast.kernels.blocks import column_part, load_block, load_target, store_block
+from actial_fast.kernels.head import VECTORS, Head, Softmax, block_argument, tile_for
 from actial_fast.kernels.rows import combine_kernel, compact_kernel, gather_kernel
 
 KIND = {"dlogits_kernel": "memory", "dhidden_kernel": "matrix", "dweight_kernel": "matrix"}
@@ -70,15 +71,23 @@ def dlogits_kernel(
         row = r0 + tl.arange(0, BLOCK_R)
         present = row < rows
         to = row if position is None else tl.load(position + row, present, -1)
-        mask = (present & (to >= 0))[:, None] & inside[None, :]
-        e = tl.load(scaled + row.to(tl.int64)[:, None] * stride + column[None, :], mask, 0.0).to(tl.float32)
+        a = tl.load(g_logp + row, present, 0.0)
+        active = a != 0
+        if g_entropy is not None:
+            b = tl.load(g_entropy + row, present, 0.0)
+            active = active | (b != 0)
+        # a row without a coefficient is not read: its gradient is 0 whatever it holds, NaN of a masked row included
+        e = tl.load(scaled + row.to(tl.int64)[:, None] * stride + column[None, :], active[:, None] & inside[None, :], 0.0).to(tl.float32)
         inverse = inverse_temperature
         if ROW_TEMPERATURE:
-            inverse = tl.load(inverse_temperature + row, present, 1.0)
-        m = tl.load(peak + part.to(tl.int64) * rows + row, present, 0.0)
-        offset = (m - tl.load(top + row, present, 0.0)) - tl.load(log_total + row, present, 0.0)
-        a = tl.load(g_logp + row, present, 0.0) * inverse
-        is_target = column[None, :] == tl.load(targets + row, present, -1).to(tl.int32)[:, None]
+            inverse = tl.load(inverse_temperature + row, active, 1.0)
+        m = tl.load(peak + part.to(tl.int64) * rows + row, active, 0.0)
+        # a part of nothing but -inf has a peak of -inf and e = 0: its offset stays finite, as 0 * inf is NaN
+        shift = tl.maximum(m - tl.load(top + row, active, 0.0), common.FAR, propagate_nan=tl.PropagateNan.ALL)
+        offset = shift - tl.load(log_total + row, active, 0.0)
+        target = load_target(targets, row, active, vocab)
+        a = tl.where((target < 0) & (a != 0), float("nan"), a * inverse)  # as the log-prob of such a target
+        is_target = column[None, :] == target[:, None]
         # what belongs to a row stays out of the element's way: this kernel is to wait for memory alone
         p_scale = tl.exp(offset)
         dx = e * (-a * p_scale)[:, None] + tl.where(is_target, a[:, None], 0.0)
@@ -86,17 +95,17 @@ def dlogits_kernel(
         if HAS_CAP or g_entropy is not None:
             log_e = tl.log(tl.where(e > 0, e, 1.0))
         if g_entropy is not None:
-            b = tl.load(g_entropy + row, present, 0.0) * inverse
-            h = tl.load(entropy + row, present, 0.0)
-            dx -= (e * (b * p_scale)[:, None]) * (log_e + (offset + h)[:, None])
+            h = tl.load(entropy + row, active, 0.0)
+            dx -= (e * (b * inverse * p_scale)[:, None]) * (log_e + (offset + h)[:, None])
         if HAS_CAP:
-            z = tl.where(is_target, tl.load(chosen + row, present, 0.0)[:, None], log_e + m[:, None])
+            z = tl.where(is_target, tl.load(chosen + row, active, 0.0)[:, None], log_e + m[:, None])
             ratio = z * (1.0 / (inverse * softcap))[:, None] if ROW_TEMPERATURE else z * (1.0 / (inverse * softcap))
             dx = dx * tl.where((e > 0) | is_target, 1.0 - ratio * ratio, 0.0)
         if dbias is not None:
-            column_sum += tl.sum(tl.where(mask, dx, 0.0), 0)
+            column_sum += tl.sum(dx, 0)
         if position is not None:
             tl.debug_barrier()
+        mask = (present & (to >= 0))[:, None] & inside[None, :]
         tl.store(scaled + to.to(tl.int64)[:, None] * stride + column[None, :], (dx * factor).to(scaled.dtype.element_ty), mask)
     if position is not None:
         tl.debug_barrier()
@@ -263,7 +272,7 @@ def backward(head: Head, parts: Softmax, entropy: Tensor, g_logp: Tensor, g_entr
         num_warps=4,
     )
     if not compact:
-        _products(head, scaled, out)
+        _products(head, scaled, g_logp, g_entropy, out)
         return
     blocks = {
         "BLOCK_M": tile.m,
@@ -330,16 +339,18 @@ def backward(head: Head, parts: Softmax, entropy: Tensor, g_logp: Tensor, g_entr
         )
 
 
-def _products(head: Head, dx: Tensor, out: Gradients) -> None:
-    """Both products by cuBLAS."""
+def _products(head: Head, dx: Tensor, g_logp: Tensor, g_entropy: Tensor | None, out: Gradients) -> None:
+    """Both products by cuBLAS. A row without a coefficient may hold NaN, which times 0 is NaN: it is multiplied as zeros."""
     if out.dhidden is not None:
         torch.mm(dx, head.weight, out=out.dhidden)
     if out.dweight is not None:
+        active = g_logp != 0 if g_entropy is None else (g_logp != 0) | (g_entropy != 0)
+        hidden = torch.where(active[:, None], head.hidden, 0)
         mixed: dict[str, Any] = {} if dx.dtype == torch.float32 else {"out_dtype": torch.float32}
         if out.add:
-            torch.addmm(out.dweight, dx.T, head.hidden, out=out.dweight, **mixed)
+            torch.addmm(out.dweight, dx.T, hidden, out=out.dweight, **mixed)
         else:
-            torch.mm(dx.T, head.hidden, out=out.dweight, **mixed)
+            torch.mm(dx.T, hidden, out=out.dweight, **mixed)
 
 
 def _loss_scale(g_logp: Tensor, g_entropy: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,9 @@
 
 Per chunk of rows: one product for the logits' softmax (head.py), the loss's gradients by log-prob and entropy on (C,) vectors, then one
 product each for the gradients of hidden and weight (head_grad.py). 3 products of T x H x V, 2 with a frozen head, 1 without gradients;
-nothing of size (T, V) outlives its chunk. The gradients wait for the backward, which only scales them.
+nothing of size (T, V) outlives its chunk. The gradients wait for the backward, which only scales them. The head's is in weight_grad, where
+one is given, before the backward begins: the upstream gradient must be 1, and another one, which the host cannot know without waiting,
+makes weight_grad and all other gradients NaN.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from actial_fast.kernels.chunks import Sums, cut
 from actial_fast.kernels.head import Head, forward, make_head
 from actial_fast.kernels.linear_logprob import workspace
 from actial_fast.kernels.objective import grpo_rows
-from actial_fast.kernels.scale import scale_
+from actial_fast.kernels.scale import scale_, upstream_scaled
 
+SPENT = "weight_grad: the head's gradient was added to it once, with the loss, and a second backward would not: call the loss again"
 LOSS = 1  # its place among the statistics
 Wanted = tuple[bool, bool, bool]  # which of hidden, weight and bias need a gradient
 Coefficients = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor | None, Tensor]]
@@ -45,21 +48,24 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        loss, stats, logp, entropy, *ctx.gradients = _run(call, hidden.shape[1], ctx.needs_input_grad[:3])
+        loss, stats, logp, entropy, *gradients = _run(call, hidden.shape[1], ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*gradients)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.weight_grad_given = call.weight_grad is not None
+        ctx.weight_grad, ctx.spent = call.weight_grad if ctx.needs_input_grad[1] else None, False
         ctx.mark_non_differentiable(stats, logp, entropy)
         return loss, stats, logp, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("the gradients of this loss were computed once and are gone: call the loss again for another backward")
-        gradients, ctx.gradients = ctx.gradients, None
-        if ctx.weight_grad_given:
-            torch._assert_async(upstream == 1, "with weight_grad the loss must be backpropagated as it is: scale token_weight instead")
-        return *(None if x is None else scale_(x, upstream).to(d) for x, d in zip(gradients, ctx.dtypes, strict=True)), None
+        gradients = ctx.saved_tensors
+        if ctx.weight_grad is not None:
+            if ctx.spent:
+                raise RuntimeError(SPENT)
+            ctx.spent = True
+            upstream = torch.where(upstream == 1, 1.0, torch.nan)  # the host does not wait for it: a wrong one shows as NaN
+            scale_(ctx.weight_grad, upstream)
+        return *(None if x is None else upstream_scaled(x, upstream, d) for x, d in zip(gradients, ctx.dtypes, strict=True)), None
 
 
 def _run(call: Call, width: int, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -101,6 +107,7 @@ def linear_grpo_loss(
     skip_zero_rows: bool,
     workspace_mb: float,
     wanted: Wanted | None = None,
+    vocab_parallel: Any = None,
 ) -> tuple[Tensor | None, ...]:
     """See `ops.linear_grpo_loss`, which has checked the arguments: loss (), statistics (len(STATS),), logp and entropy (T,), all float32.
 
@@ -121,7 +128,8 @@ def linear_grpo_loss(
         )
         return g_logp, g_entropy if spec.entropy_coef else None, partial
 
-    head = make_head(hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), temperature, softcap)
+    bias_alone = None if bias is None else bias.detach()
+    head = make_head(hidden.detach(), weight.detach(), targets, bias_alone, temperature, softcap, vocab_parallel)
     call = Call(head, coefficients, skip_zero_rows, workspace_mb, cu_seqlens, weight_grad)
     return FusedLoss.apply(hidden, weight, bias, call) if wanted is None else _run(call, hidden.shape[1], wanted)
 
@@ -137,6 +145,7 @@ def linear_cross_entropy(
     weight_grad: Tensor | None,
     workspace_mb: float,
     wanted: Wanted | None = None,
+    vocab_parallel: Any = None,
 ) -> Tensor | tuple[Tensor | None, ...]:
     """See `ops.linear_cross_entropy`, which has checked the arguments: -sum token_weight * logp, () float32; `wanted` as above."""
 
@@ -145,7 +154,7 @@ def linear_cross_entropy(
         loss = -torch.where(weights != 0, weights * logp, 0.0).sum()
         return -weights, None, torch.stack([torch.zeros_like(loss), loss])[None]
 
-    head = make_head(hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), 1.0, softcap)
+    head = make_head(hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), 1.0, softcap, vocab_parallel)
     call = Call(head, coefficients, False, workspace_mb, None, weight_grad)
     if wanted is None:
         return FusedLoss.apply(hidden, weight, bias, call)[0]

@@ -120,7 +120,8 @@ def kl_backward_kernel(
     log_s_p = tl.load(stats + row * 4 + 1)
     m_q = tl.load(stats + row * 4 + 2)
     log_s_q = tl.load(stats + row * 4 + 3)
-    factor = tl.load(grad + row) * scale
+    g = tl.load(grad + row)
+    factor = g * scale
     # one program has the whole row and goes through it in order: a narrower gradient never gets ahead of what has been read
     for start in range(0, vocab, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -130,20 +131,26 @@ def kl_backward_kernel(
         p = tl.exp(centred_p - log_s_p)
         if WIDTH_P > 0:
             log_ratio = (centred_p - centred_q) - (log_s_p - log_s_q)
-            value = factor * p * (log_ratio - divergence)
+            value = tl.where(g == 0, 0.0, factor * p * (log_ratio - divergence))  # 0 whatever the row holds, NaN included
             tl.store(grad_p + row * stride * WIDTH_P + column, value.to(grad_p.dtype.element_ty), column < stride)
         if WIDTH_Q > 0:
-            value = factor * (tl.exp(centred_q - log_s_q) - p)
+            value = tl.where(g == 0, 0.0, factor * (tl.exp(centred_q - log_s_q) - p))
             tl.store(grad_q + row * stride * WIDTH_Q + column, value.to(grad_q.dtype.element_ty), column < stride)
 
 
 def forward(
-    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, inverse_temperature: Tensor, workspace_mb: float
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    inverse_temperature: Tensor,
+    workspace_mb: float,
+    parallel: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """KL (T,) and what the backward needs of each row, stats (T, 4): m_p, log s_p, m_q, log s_q."""
     kl = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     stats = torch.empty((hidden.shape[0], 4), dtype=torch.float32, device=hidden.device)
-    for rows, logits in _logits(hidden, weight, ref_hidden, ref_weight, workspace_mb):
+    for rows, logits in _logits(hidden, weight, ref_hidden, ref_weight, workspace_mb, parallel):
         kl_forward_kernel[(logits.shape[1],)](
             logits_p=logits[0],
             logits_q=logits[1],
@@ -156,6 +163,8 @@ def forward(
             DEPTH=DEPTH,
             num_warps=FORWARD_WARPS,
         )
+        if parallel:
+            kl[rows], stats[rows] = parallel.merge_kl(kl[rows], stats[rows])
     return kl, stats
 
 
@@ -170,6 +179,7 @@ def backward(
     grad: Tensor,
     wanted: Sequence[bool],
     workspace_mb: float,
+    parallel: Any = None,
 ) -> list[Tensor | None]:
     """Gradients of sum(grad * KL), grad (T,) float32, by the four inputs, None where not wanted; those of the heads are float32."""
     inputs = (hidden, weight, ref_hidden, ref_weight)
@@ -178,7 +188,7 @@ def backward(
         empty(x, dtype=torch.float32 if i % 2 else x.dtype, memory_format=torch.contiguous_format) if wanted[i] else None
         for i, x in enumerate(inputs)
     ]
-    for rows, logits in _logits(*inputs, workspace_mb):
+    for rows, logits in _logits(*inputs, workspace_mb, parallel):
         narrow = [logits[i].view(inputs[2 * i].dtype) for i in range(2)]
         widths = [narrow[i].shape[1] // logits.shape[2] if any(wanted[2 * i : 2 * i + 2]) else 0 for i in range(2)]
         kl_backward_kernel[(logits.shape[1],)](
@@ -204,17 +214,21 @@ def backward(
             if by_states is not None:
                 torch.mm(by_logits, head, out=by_states[rows])
             if by_head is not None:
-                (mm_f32 if rows.start == 0 else add_mm_f32)(by_logits.T, states[rows], by_head)
+                counted = torch.where(grad[rows, None] != 0, states[rows], 0)  # NaN times a gradient of 0 would be NaN
+                (mm_f32 if rows.start == 0 else add_mm_f32)(by_logits.T, counted, by_head)
     return grads
 
 
-def _logits(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, workspace_mb: float) -> Iterator[tuple[slice, Tensor]]:
+def _logits(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, workspace_mb: float, parallel: Any
+) -> Iterator[tuple[slice, Tensor]]:
     """Chunk by chunk: its rows, and both models' logits (2, C, stride) float32 in one workspace, V columns of them in use."""
     total, vocab = hidden.shape[0], weight.shape[0]
-    stride = stride_of(vocab)
-    fitting = int(workspace_mb * 2**20) // (2 * 4 * stride)
+    stride = stride_of(parallel.largest if parallel else vocab)
+    unit = 2 * 4 * stride + max(x.shape[1] * x.element_size() for x in (hidden, ref_hidden))  # the states once more, where heads learn
+    fitting = int(workspace_mb * 2**20) // unit
     if fitting < 1:
-        raise ValueError(f"workspace_mb: {workspace_mb} holds no row; one takes {8 * stride / 2**20:.2f} MiB")
+        raise ValueError(f"workspace_mb: {workspace_mb} holds no row; one takes {unit / 2**20:.2f} MiB")
     step = min(fitting // ROW_UNIT * ROW_UNIT or fitting, total)
     workspace = torch.empty(2 * step * stride, dtype=torch.float32, device=hidden.device)
     for start in range(0, total, max(step, 1)):
@@ -244,27 +258,35 @@ def add_mm_f32(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 class _LinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, temperature: float | Tensor, workspace_mb: float
-    ) -> Tensor:
-        ctx.options = {"temperature": temperature, "workspace_mb": workspace_mb}
-        kl, stats = linear_kl_forward(hidden, weight, ref_hidden, ref_weight, **ctx.options)
-        ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, kl, stats)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, options: dict[str, Any]) -> Tensor:
+        kl, stats = linear_kl_forward(hidden, weight, ref_hidden, ref_weight, **options)
+        temperature = options["temperature"]
+        by_row = temperature if isinstance(temperature, Tensor) else None
+        ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, kl, stats, by_row)
+        ctx.options = options if by_row is None else options | {"temperature": None}
         return kl
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, ref_hidden, ref_weight, kl, stats = ctx.saved_tensors
+        hidden, weight, ref_hidden, ref_weight, kl, stats, by_row = ctx.saved_tensors
+        options = ctx.options if by_row is None else ctx.options | {"temperature": by_row}
         wanted = ctx.needs_input_grad[:4]
-        return *linear_kl_backward(grad, hidden, weight, ref_hidden, ref_weight, kl, stats, wanted, **ctx.options), None, None
+        return *linear_kl_backward(grad, hidden, weight, ref_hidden, ref_weight, kl, stats, wanted, **options), None
 
 
 def linear_kl_forward(
-    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, *, temperature: float | Tensor, workspace_mb: float
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    temperature: float | Tensor,
+    workspace_mb: float,
+    vocab_parallel: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """KL (T,) and statistics (T, 4) float32, unknown to autograd."""
-    return forward(hidden, weight, ref_hidden, ref_weight, _inverse(temperature, hidden), workspace_mb)
+    return forward(hidden, weight, ref_hidden, ref_weight, _inverse(temperature, hidden), workspace_mb, vocab_parallel)
 
 
 def linear_kl_backward(
@@ -279,10 +301,11 @@ def linear_kl_backward(
     *,
     temperature: float | Tensor,
     workspace_mb: float,
+    vocab_parallel: Any = None,
 ) -> list[Tensor | None]:
     """The gradients of sum(grad * KL) by the four inputs, where wanted and in their dtypes."""
     inputs = (hidden, weight, ref_hidden, ref_weight)
-    grads = backward(*inputs, _inverse(temperature, hidden), kl, stats, grad.float().contiguous(), wanted, workspace_mb)
+    grads = backward(*inputs, _inverse(temperature, hidden), kl, stats, grad.float().contiguous(), wanted, workspace_mb, vocab_parallel)
     return [None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
 
 
@@ -299,6 +322,7 @@ def linear_kl(
     *,
     temperature: float | Tensor = 1.0,
     workspace_mb: float = 700,
+    vocab_parallel: Any = None,
 ) -> Tensor:
     """KL(p || q) per row, p from (hidden, weight) and q from (ref_hidden, ref_weight): see `reference.linear_kl`.
 
@@ -307,4 +331,5 @@ def linear_kl(
     workspace_mb MiB are held above inputs, outputs and the heads' gradients in float32. ValueError when that holds no row; else arguments
     are taken as checked.
     """
-    return _LinearKL.apply(hidden, weight, ref_hidden, ref_weight, temperature, workspace_mb)
+    options = {"temperature": temperature, "workspace_mb": workspace_mb, "vocab_parallel": vocab_parallel}
+    return _LinearKL.apply(hidden, weight, ref_hidden, ref_weight, options)

@@ -18,23 +18,33 @@ from actial_fast.kernels.head import Head, forward, make_head
 
 
 class LinearLogprob(torch.autograd.Function):
-    """hidden, weight and bias come a second time beside the `Head` made of them, for autograd to see."""
-
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, workspace_mb: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float | Tensor,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        head = make_head(hidden, weight, targets, bias, temperature, options["softcap"], options["vocab_parallel"])
         logp, entropy = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
-        for start, stop in cut(head, False, workspace_mb):
+        for start, stop in cut(head, False, options["workspace_mb"]):
             _, logp[start:stop], entropy[start:stop] = forward(head.rows(start, stop), None)
         ctx.set_materialize_grads(False)
-        ctx.head, ctx.workspace_mb, ctx.sizes = head, workspace_mb, (hidden.shape[1], weight.dtype)
+        by_row = isinstance(temperature, Tensor)
+        ctx.save_for_backward(hidden, weight, targets, bias, temperature if by_row else None)
+        ctx.number, ctx.options = None if by_row else temperature, options
         return logp, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        width, dtype = ctx.sizes
-        gradients = _gradients(ctx.head, width, g_logp, g_entropy, ctx.needs_input_grad[:3], ctx.workspace_mb)
-        return *(None if x is None else x.to(dtype) for x in gradients), None, None
+        hidden, weight, targets, bias, by_row = ctx.saved_tensors
+        options = ctx.options | {"bias": bias, "temperature": ctx.number if by_row is None else by_row}
+        wanted = ctx.needs_input_grad[:3]
+        return *linear_logprob_backward(hidden, weight, targets, g_logp, g_entropy, wanted, **options), *[None] * 3
 
 
 def _gradients(
@@ -68,10 +78,11 @@ def linear_logprob(
     temperature: float | Tensor,
     softcap: float | None,
     workspace_mb: float,
+    vocab_parallel: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.linear_logprob`, which has checked the arguments. A target outside [0, V) has a NaN log-prob. Returns two (T,) float32."""
-    head = make_head(hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), temperature, softcap)
-    return LinearLogprob.apply(hidden, weight, bias, head, workspace_mb)
+    options = {"softcap": softcap, "workspace_mb": workspace_mb, "vocab_parallel": vocab_parallel}
+    return LinearLogprob.apply(hidden, weight, bias, targets, temperature, options)
 
 
 def linear_logprob_backward(
@@ -86,8 +97,9 @@ def linear_logprob_backward(
     temperature: float | Tensor,
     softcap: float | None,
     workspace_mb: float,
+    vocab_parallel: Any = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of hidden, weight and bias, where wanted and in their dtype, from those of log-probs and entropies (T,)."""
-    head = make_head(hidden, weight, targets, bias, temperature, softcap)
+    head = make_head(hidden, weight, targets, bias, temperature, softcap, vocab_parallel)
     gradients = _gradients(head, hidden.shape[1], g_logp, g_entropy, wanted, workspace_mb)
     return tuple(None if x is None else x.to(weight.dtype) for x in gradients)

@@ -6,8 +6,6 @@ forward    logp = (z_target - z_m) - log s;  entropy = log s - sum_v p_v (z_v - 
 backward   dlogits_v = (g_logp ([v = target] - p_v) - g_entropy p_v (log p_v + entropy)) / temperature
 
 z_m and log s are kept apart: their sum would lose log s where logits are large. Everything is fp32 from the load on; a row is one program.
-These kernels are close to the rate at which instructions issue: what belongs to a row is worked out before its elements, and the target's 1
-is added to its one element afterwards.
 
 `logprob_kernel` reads the logits once, `gradient_kernel` reads and writes them once. `grpo_logits_kernel` is both with the loss between: it
 reads a row, forms loss and coefficients, and goes back over the row from its end, which is still in the L2 cache. Rows whose coefficients
@@ -17,7 +15,7 @@ Bytes: T V (1 + 2) elements from HBM, of which the loss in one launch saves up t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +27,8 @@ from torch.autograd.function import once_differentiable
 from actial_fast.kernels import common
 from actial_fast.kernels.objective import grpo_rows
 from actial_fast.kernels.objective_math import STATS, arguments, token_objective
-from actial_fast.kernels.scale import scale_
+from actial_fast.kernels.scale import scale_, upstream_scaled
+from actial_fast.kernels.sweeps import row_gradient, row_softmax, target_logp
 
 KIND = {"logprob_kernel": "memory", "gradient_kernel": "memory", "grpo_logits_kernel": "memory"}
 
@@ -50,92 +49,10 @@ SWEEP = Launch(warps=8, loads=4)  # one pass over a row: several rows share a mu
 TWO_SWEEPS = Launch(warps=32, loads=4)  # a row a multiprocessor: all rows in flight fit into the L2 cache until they are read again
 
 
-@triton.jit
-def _row_softmax(row, vocab, inverse, THREADS: tl.constexpr, LOADS: tl.constexpr, VECTOR: tl.constexpr):
-    """m, log s and entropy of one row, from a pointer to it. Threads keep sums of their own, so that nothing waits before the row's end."""
-    step = inverse * common.LOG2E
-    m = tl.full((THREADS,), float("-inf"), tl.float32)
-    s = tl.zeros((THREADS,), tl.float32)
-    u = tl.zeros((THREADS,), tl.float32)
-    BLOCK: tl.constexpr = THREADS * LOADS * VECTOR
-    whole = vocab // BLOCK * BLOCK
-    for first in range(0, whole, BLOCK):  # without a mask, which costs an instruction an element
-        x = _by_thread(tl.load(row + first + tl.arange(0, BLOCK)), THREADS, LOADS, VECTOR)
-        m, s, u = common.online_softmax_step(m, s, u, x, step, 1)
-    if whole < vocab:
-        column = whole + tl.arange(0, BLOCK)
-        x = _by_thread(tl.load(row + column, column < vocab, float("-inf")), THREADS, LOADS, VECTOR)
-        m, s, u = common.online_softmax_step(m, s, u, x, step, 1)
-    m, s, u = common.softmax_join(m, s, u, step, 0)
-    log_s = tl.log(s)
-    entropy = log_s - common.LN2 * u / s
-    return m, log_s, tl.where(entropy < 0, 0.0, entropy)
-
-
-@triton.jit
-def _by_thread(x, THREADS: tl.constexpr, LOADS: tl.constexpr, VECTOR: tl.constexpr):
-    """The columns that one thread has loaded side by side, in fp32: no data moves."""
-    x = tl.reshape(tl.permute(tl.reshape(x, (LOADS, THREADS, VECTOR)), (1, 0, 2)), (THREADS, LOADS * VECTOR))
-    return x.to(tl.float32)
-
-
-@triton.jit
-def _target_logp(row, target, vocab, inverse, m, log_s):
-    """The target's log-prob; NaN, and no read, where the target is not in the vocabulary."""
-    valid = (target >= 0) & (target < vocab)
-    x = tl.load(row + target, valid, float("nan")).to(tl.float32)
-    logp = (x - m) * inverse - log_s
-    return tl.where(logp > 0, 0.0, logp)
-
-
-@triton.jit
-def _dlogits(x, m, step, bits, slope, flat, ENTROPY: tl.constexpr):
-    """p (slope log2 p + flat) of logits x, log2 p = (x - m) step - bits; without entropy's term p flat."""
-    power = (x - m) * step - bits
-    if ENTROPY:
-        power = tl.maximum(power, common.FAR_BITS, propagate_nan=tl.PropagateNan.ALL)  # 0 * -inf would be NaN
-        return tl.exp2(power) * (slope * power + flat)
-    else:
-        return tl.exp2(power) * flat
-
-
-@triton.jit
-def _row_gradient(row, out, vocab, inverse, m, log_s, entropy, target, logp, a, b, BLOCK: tl.constexpr):
-    """Writes one row of dlogits to `out`, which may be `row` once every thread has its logp, from the row's end to its start.
-
-    a, b: d loss / d logp and d entropy, b None where there is none.
-    """
-    tiles = tl.cdiv(vocab, BLOCK)
-    zero = a == 0
-    if b is not None:
-        zero = zero & (b == 0)
-    if zero:
-        for tile in range(0, tiles):
-            column = tile * BLOCK + tl.arange(0, BLOCK)
-            tl.store(out + column, tl.zeros((BLOCK,), out.dtype.element_ty), column < vocab)
-    else:
-        step = inverse * common.LOG2E
-        bits = log_s * common.LOG2E
-        flat = -a * inverse
-        slope = 0.0
-        if b is not None:
-            flat -= b * entropy * inverse
-            slope = -b * common.LN2 * inverse
-        whole = vocab // BLOCK * BLOCK
-        if whole < vocab:
-            column = whole + tl.arange(0, BLOCK)
-            x = tl.load(row + column, column < vocab, 0.0).to(tl.float32)
-            dx = _dlogits(x, m, step, bits, slope, flat, b is not None)
-            tl.store(out + column, dx.to(out.dtype.element_ty), column < vocab)
-        for back in range(0, whole, BLOCK):  # without a mask, as above
-            column = whole - BLOCK - back + tl.arange(0, BLOCK)
-            dx = _dlogits(tl.load(row + column).to(tl.float32), m, step, bits, slope, flat, b is not None)
-            tl.store(out + column, dx.to(out.dtype.element_ty))
-        if (target >= 0) & (target < vocab):
-            power = logp * common.LOG2E
-            dx = a * inverse + tl.exp2(power) * (slope * power + flat)
-            tl.debug_barrier()  # another thread has just written what stands there
-            tl.store(out + target, dx.to(out.dtype.element_ty))
+def two_sweeps() -> Launch:
+    """TWO_SWEEPS, with half the loads where four would spill: on sm_120, and with Tritons newer than 3.6."""
+    newer = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
+    return replace(TWO_SWEEPS, loads=2) if newer or common.capability()[0] >= 12 else TWO_SWEEPS
 
 
 @triton.jit
@@ -157,8 +74,8 @@ def logprob_kernel(
     t = tl.program_id(0).to(tl.int64)
     inverse = 1.0 / (tl.load(temperature + t) if ROW_TEMPERATURE else temperature)
     row = logits + t * stride
-    m, log_s, h = _row_softmax(row, vocab, inverse, THREADS, LOADS, VECTOR)
-    tl.store(logp + t, _target_logp(row, tl.load(targets + t), vocab, inverse, m, log_s))
+    m, log_s, h = row_softmax(row, vocab, inverse, THREADS, LOADS, VECTOR)
+    tl.store(logp + t, target_logp(row, tl.load(targets + t), vocab, inverse, m, log_s))
     tl.store(entropy + t, h)
     tl.store(peak + t, m)
     tl.store(log_total + t, log_s)
@@ -190,9 +107,9 @@ def gradient_kernel(
     if g_entropy is not None:
         b, h = tl.load(g_entropy + t).to(tl.float32) * f, tl.load(entropy + t)
     row, target, m, log_s = logits + t * stride, tl.load(targets + t), tl.load(peak + t), tl.load(log_total + t)
-    logp = _target_logp(row, target, vocab, inverse, m, log_s)
+    logp = target_logp(row, target, vocab, inverse, m, log_s)
     tl.debug_barrier()  # `out` may be `row`, whose target every thread has read
-    _row_gradient(row, out + t * out_stride, vocab, inverse, m, log_s, h, target, logp, a * f, b, BLOCK)
+    row_gradient(row, out + t * out_stride, vocab, inverse, m, log_s, h, target, logp, a * f, b, BLOCK)
 
 
 @triton.jit
@@ -220,8 +137,8 @@ def grpo_logits_kernel(
     inverse = 1.0 / (tl.load(temperature + t) if ROW_TEMPERATURE else temperature)
     row = logits + t * stride
     target = tl.load(targets + t)
-    m, log_s, h = _row_softmax(row, vocab, inverse, THREADS, LOADS, VECTOR)
-    x = _target_logp(row, target, vocab, inverse, m, log_s)
+    m, log_s, h = row_softmax(row, vocab, inverse, THREADS, LOADS, VECTOR)
+    x = target_logp(row, target, vocab, inverse, m, log_s)
     tl.store(logp + t, x)
     tl.store(entropy + t, h)
     a, b, row_stats = token_objective(x, h, rows, numbers, t, t >= 0, OPTIONS)
@@ -230,7 +147,7 @@ def grpo_logits_kernel(
     if out is not None:
         tl.debug_barrier()  # `out` may be `row`, whose target every thread has read
         b = b if ENTROPY else None
-        _row_gradient(row, out + t * out_stride, vocab, inverse, m, log_s, h, target, x, a, b, THREADS * LOADS * VECTOR)
+        row_gradient(row, out + t * out_stride, vocab, inverse, m, log_s, h, target, x, a, b, THREADS * LOADS * VECTOR)
 
 
 def logprob_from_logits(
@@ -263,9 +180,9 @@ def grpo_loss_from_logits(
     """`reference.grpo_terms` of the logits' log-probs: loss, statistics, logp and entropy, of which the loss is differentiable.
 
     logits (T, V) bf16, fp16 or fp32 whose rows are contiguous, targets (T,) int64; the others as for `objective.grpo_rows`. inplace: the
-    gradient is written over the logits. Where rows do not depend on each other, one launch does loss and gradient, which the backward
-    multiplies by the upstream gradient unless that is 1; it can run once. Where they do, and in fp16, whose small gradients would be
-    lost before a loss scaler's factor reaches them, the backward forms the gradient.
+    gradient is written over the logits, and the backward can run once. Where rows do not depend on each other, one launch does loss and
+    gradient, which the backward multiplies by the upstream gradient unless that is 1. Where they do, and in fp16, whose small gradients
+    would be lost before a loss scaler's factor reaches them, the backward forms the gradient.
     """
     rows = dict(
         advantages=advantages,
@@ -286,16 +203,17 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float | Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
         logp, entropy, peak, log_total = _logprob(logits, targets, temperature)
-        ctx.save_for_backward(logits, targets, entropy, peak, log_total)
-        ctx.temperature, ctx.inplace = temperature, inplace
+        by_row = isinstance(temperature, Tensor)
+        ctx.save_for_backward(logits, targets, entropy, peak, log_total, temperature if by_row else None)
+        ctx.number, ctx.inplace = None if by_row else temperature, inplace
         return logp, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_logp: Tensor, g_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        logits, targets, entropy, peak, log_total = ctx.saved_tensors
-        out = _out(logits, ctx.inplace)
-        return _gradient(logits, targets, entropy, peak, log_total, ctx.temperature, g_logp, g_entropy, None, out), None, None, None
+        logits, targets, entropy, peak, log_total, by_row = ctx.saved_tensors
+        temperature, out = ctx.number if by_row is None else by_row, _out(logits, ctx.inplace)
+        return _gradient(logits, targets, entropy, peak, log_total, temperature, g_logp, g_entropy, None, out), None, None, None
 
 
 class _LateLoss(torch.autograd.Function):
@@ -307,17 +225,17 @@ class _LateLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         logp, entropy, peak, log_total = _logprob(logits, targets, temperature)
         g_logp, g_entropy, partial = grpo_rows(logp, entropy, spec=spec, **rows)
-        ctx.save_for_backward(logits, targets, entropy, peak, log_total)
-        ctx.temperature, ctx.inplace, ctx.coefficients = temperature, inplace, (g_logp, g_entropy)
+        by_row = isinstance(temperature, Tensor)
+        ctx.save_for_backward(logits, targets, entropy, peak, log_total, g_logp, g_entropy, temperature if by_row else None)
+        ctx.number, ctx.inplace = None if by_row else temperature, inplace
         return _results(ctx, partial, logp, entropy)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        logits, targets, entropy, peak, log_total = ctx.saved_tensors
-        g_logp, g_entropy = ctx.coefficients
-        out = _out(logits, ctx.inplace)
-        return _gradient(logits, targets, entropy, peak, log_total, ctx.temperature, g_logp, g_entropy, g_loss, out), *[None] * 5
+        logits, targets, entropy, peak, log_total, g_logp, g_entropy, by_row = ctx.saved_tensors
+        temperature, out = ctx.number if by_row is None else by_row, _out(logits, ctx.inplace)
+        return _gradient(logits, targets, entropy, peak, log_total, temperature, g_logp, g_entropy, g_loss, out), *[None] * 5
 
 
 class _EarlyLoss(torch.autograd.Function):
@@ -347,18 +265,19 @@ class _EarlyLoss(torch.autograd.Function):
             OPTIONS=options,
             ENTROPY=spec.entropy_coef != 0,
             ROW_TEMPERATURE=isinstance(temperature, Tensor),
-            **(TWO_SWEEPS if wanted else SWEEP).block(logits.dtype),
+            **(two_sweeps() if wanted else SWEEP).block(logits.dtype),
         )
         if out is not None:
             torch.autograd.graph.increment_version(out)
             ctx.save_for_backward(out)
+            ctx.inplace = inplace
         return _results(ctx, stats, logp, entropy)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return scale_(gradient, g_loss), *[None] * 6
+        return scale_(gradient, g_loss) if ctx.inplace else upstream_scaled(gradient, g_loss, gradient.dtype), *[None] * 6
 
 
 def _results(ctx: Any, partial: Tensor, logp: Tensor, entropy: Tensor) -> tuple[Tensor, ...]:

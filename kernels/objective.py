@@ -86,7 +86,7 @@ def sequence_objective_kernel(
         count += tl.where(counted, 1.0, 0.0)
         ratio_sum += x - old
         if OPTIONS.objective == "vespo":
-            w_sum += tl.minimum(tl.maximum(x - old, -MAX_LOG_RATIO), MAX_LOG_RATIO)
+            w_sum += _between(x - old, -MAX_LOG_RATIO, MAX_LOG_RATIO)
         if rows.sampler_logp is not None:
             gap = sampler_gap(old, rows, at, counted)
             gap_sum += gap
@@ -100,7 +100,7 @@ def sequence_objective_kernel(
     if rows.sampler_logp is not None and OPTIONS.sequence_importance:
         sequence_importance = importance_weight(tl.sum(gap_sum, 0), numbers, OPTIONS.mask_importance)
         log_w += tl.log(tl.maximum(sequence_importance, MIN_RATIO_VESPO))
-    log_w = tl.minimum(tl.maximum(log_w, tl.log(MIN_RATIO_VESPO)), MAX_LOG_RATIO)
+    log_w = _between(log_w, tl.log(MIN_RATIO_VESPO), MAX_LOG_RATIO)
 
     through_sum = zero
     totals = ()
@@ -138,6 +138,12 @@ def sequence_objective_kernel(
             at = first + tl.arange(0, BLOCK)
             counted = tl.load(rows.token_weight + at, at < stop, 0.0) != 0
             tl.store(g_logp + at, tl.load(g_logp + at, counted, 0.0) + share, counted)
+
+
+@triton.jit
+def _between(x, low, high):
+    """x clamped; NaN stays, which tl.minimum and tl.maximum would drop."""
+    return tl.where(x > high, high, tl.where(x < low, low, x))
 
 
 @triton.jit

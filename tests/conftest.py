@@ -1,5 +1,6 @@
 """Shared data for the tests: captures rendered once, questions built from them, a tiny model that fits their texts."""
 
+import functools
 import importlib.util
 import io
 import os
@@ -17,6 +18,10 @@ from PIL import Image
 
 if not torch.cuda.is_available():  # before any kernel is imported: without a GPU they run in Triton's interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton"):
+        from tests.interpreter import repair
+
+        repair()
 
 from actial_fast.data.sources.row import Row, Turn
 from actial_fast.data.sources.source import SourceConfig
@@ -46,6 +51,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_report_header() -> str | None:
     return f"not run, trl is not installed: {', '.join(collect_ignore)}" if collect_ignore else None
+
+
+@pytest.fixture
+def poisoned(monkeypatch) -> None:
+    """Memory that nobody has written holds NaN, or an integer that is no index: what a kernel forgets to write shows."""
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, functools.partial(_poisoned, getattr(torch, name)))
+    if not torch.cuda.is_available():  # where PyTorch's product in bfloat16 multiplies what lies between two rows by 0
+        mm = torch.mm
+        monkeypatch.setattr(torch, "mm", lambda a, b, **kinds: mm(a.contiguous(), b.contiguous(), **kinds))
+
+
+def _poisoned(empty, *arguments, **kinds) -> torch.Tensor:
+    x = empty(*arguments, **kinds)
+    return x.fill_(torch.nan if x.is_floating_point() else x.dtype.is_signed and -(2 ** (8 * x.element_size() - 2)))
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,7 @@ def fake_cuda() -> Iterator[torch.device]:
         if not torch.cuda.is_available():
             stack.enter_context(_device_guard())
             stack.enter_context(mock.patch("torch.cuda.Event", _Event))
+            stack.enter_context(mock.patch("torch.cuda.device", lambda _: contextlib.nullcontext()))  # there is one, and it is current
             stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True))
             stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
         for kernel in ("interpreter.InterpretedFunction", "jit.JITFunction"):

@@ -9,9 +9,12 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from actial_fast.cli.shared import Commands, add_format, add_overrides, one_line
+from actial_fast.cli.shared import Commands, add_format, add_overrides, check_model, one_line, settle
+
+if TYPE_CHECKING:
+    from actial_fast.data.cot.writer import Writer
 
 
 def add(commands: Commands) -> None:
@@ -42,13 +45,14 @@ def add(commands: Commands) -> None:
     cot.add_argument("source", help="rows with a truth")
     add_format(cot)
     cot.add_argument("-o", "--out", type=Path, required=True, help="JSONL to write or to go on with")
-    cot.add_argument("--endpoint", default="", help="an OpenAI-compatible base URL, for example http://localhost:8000/v1; "
-                     "without it, chains of thought are written from the rows' poses")  # fmt: skip
-    cot.add_argument("--model", default="", help="the model that the endpoint serves")
-    cot.add_argument("--template", type=Path, help="a file with an example that a person has corrected")
+    cot.add_argument("--model", default="", help="a checkpoint folder or hub name that writes them, or with --endpoint the name that it "
+                     "knows the model by; without a model they are written from the rows' poses")  # fmt: skip
+    cot.add_argument("--endpoint", default="", help="an OpenAI-compatible base URL, for example http://localhost:8000/v1")
+    cot.add_argument("--template", type=Path, help="a file with an example that a person has corrected, for the model")
+    cot.add_argument("--max-new-tokens", type=int, help="the model's longest reply (default: the endpoint's own limit; 2048 without one)")
     cot.add_argument("--style", choices=("full", "short"), default="full", help="how much is written from poses")
     cot.add_argument("--count", type=int, default=0, help="rows drawn from the source (default: all; the paper uses about 1000)")
-    cot.add_argument("--workers", type=int, default=8, help="requests at a time (default: %(default)s)")
+    cot.add_argument("--workers", type=int, default=8, help="with --endpoint: requests at a time (default: %(default)s)")
     cot.add_argument("--seed", type=int, default=0, help="seed of which rows are drawn and of the wordings")
     cot.set_defaults(run=_cot)
 
@@ -110,29 +114,11 @@ def _spatial(args: argparse.Namespace) -> int:
 
 
 def _cot(args: argparse.Namespace) -> int:
-    from actial_fast.data.cot.writer import Writer, geometric_cot, write_cot
+    from actial_fast.data.cot.writer import write_cot
 
-    writer: Writer
-    if args.endpoint:
-        from actial_fast.data.cot.endpoint import EndpointWriter
-
-        if not args.model:
-            raise ValueError("--model: the name of the model that the endpoint serves is needed")
-        extra = {"template": args.template.read_text()} if args.template else {}
-        writer = EndpointWriter(args.endpoint, args.model, **extra)
-    else:
-        writer = functools.partial(geometric_cot, style=args.style)
     source = _source(args)
-    with _progress("chains of thought", args.count or len(source)) as advance:
-        done = write_cot(
-            source,
-            args.out,
-            writer,
-            seed=args.seed,
-            count=args.count,
-            workers=args.workers if args.endpoint else 1,
-            progress=lambda number, total: advance(number),
-        )
+    with _writer(args) as writer, _progress("chains of thought", args.count or len(source)) as advance:
+        done = write_cot(source, args.out, writer, seed=args.seed, count=args.count, progress=lambda number, total: advance(number))
     there = f" ({done.kept} were there already)" if done.kept else ""
     print(f"{args.out}: {done.written} rows written{there}, {sum(done.rejected.values())} rejected")
     for reason, count in done.rejected.items():
@@ -140,6 +126,42 @@ def _cot(args: argparse.Namespace) -> int:
     if done.rejected:
         print(f"each is kept with its reason in {args.out.with_suffix('.rejects.jsonl')}; the same command tries them again")
     return 0
+
+
+@contextlib.contextmanager
+def _writer(args: argparse.Namespace) -> Iterator[Writer]:
+    """Who writes chains of thought: the poses, a model that is loaded here, or a server."""
+    from actial_fast.data.cot.writer import geometric_cot, one_by_one
+
+    if args.endpoint and not args.model:
+        raise ValueError("--model: the name of the model that the endpoint serves is needed")
+    if not args.model:
+        yield one_by_one(functools.partial(geometric_cot, style=args.style))
+        return
+    from actial_fast.data.cot.asking import TEMPLATE
+    from actial_fast.rollout.protocol import Draw, Engine, Reader
+    from actial_fast.rollout.thoughts import EngineWriter
+
+    template = args.template.read_text() if args.template else TEMPLATE
+    engine: Engine
+    reader: Reader
+    if args.endpoint:
+        from actial_fast.rollout.client import Client
+        from actial_fast.rollout.server import Rows, Server
+
+        engine, reader = Server(Client(args.endpoint, args.model), args.workers), Rows()
+        yield EngineWriter(engine, reader, Draw(max_new_tokens=args.max_new_tokens or 0), template=template)
+        return
+    from actial_fast.rollout.engines import open_checkpoint
+    from actial_fast.train.dist import world
+
+    check_model(args.model)
+    settle()
+    with world() as where:
+        if where.size > 1:
+            raise ValueError("actial data cot is one process; have the model served on several GPUs and use --endpoint")
+        engine, reader = open_checkpoint(args.model, where, args.seed)
+        yield EngineWriter(engine, reader, Draw(max_new_tokens=args.max_new_tokens or 2048), template=template)
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from actial_fast.cli.shared import Commands, add_format, settle
+from actial_fast.cli.shared import Commands, add_format, check_model, settle
 
 
 def add(commands: Commands) -> None:
@@ -43,11 +43,8 @@ def _eval(args: argparse.Namespace) -> int:
     # before the model is loaded and the replies are made, which takes long
     for source in config.sources:
         open_source(source)
-    # a hub name has one slash and nothing local before it; asking the hub for a mistyped path would take a minute
-    if not args.server and not Path(args.model).exists() and (args.model.count("/") != 1 or Path(args.model).parent.is_dir()):
-        raise ValueError(
-            f"model {args.model}: no such folder (looked from {Path.cwd()}), nor a hub name such as Qwen/Qwen2.5-VL-7B-Instruct"
-        )
+    if not args.server:
+        check_model(args.model)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
 

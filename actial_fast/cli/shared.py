@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import TypeAlias
 
 OVERRIDES = "key=value ... changes a field, for example optim.lr=1e-5 (values are YAML); `actial recipe show` lists them"
@@ -19,6 +20,12 @@ def add_format(parser: argparse.ArgumentParser) -> None:
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Words key=value at the end."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+
+
+def check_model(name: str) -> None:
+    """ValueError for what is neither a folder nor looks like a hub name, without asking the hub, which would take a minute."""
+    if not Path(name).exists() and (name.count("/") != 1 or Path(name).parent.is_dir()):  # a hub name: one slash, nothing local before it
+        raise ValueError(f"model {name}: no such folder (looked from {Path.cwd()}), nor a hub name such as Qwen/Qwen2.5-VL-7B-Instruct")
 
 
 def one_line(error: Exception) -> str:

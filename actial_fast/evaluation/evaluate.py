@@ -10,12 +10,11 @@ from actial_fast.data.sources.source import SourceConfig
 from actial_fast.data.sources.stream import Example, Pass
 from actial_fast.data.sources.tags import extract_answer, is_well_formed, same_answer
 from actial_fast.evaluation.statistics import Record, accuracy_table
-from actial_fast.model.policy import load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.report.metrics import MetricLog
-from actial_fast.rollout.embedded import Embedded
+from actial_fast.rollout.engines import open_checkpoint
 from actial_fast.rollout.protocol import Draw, Engine, Reader, Reply, Watch, awake
-from actial_fast.settings.recipe import EvalConfig, GRPORecipe, ModelConfig, RolloutConfig, SFTRecipe
+from actial_fast.settings.recipe import EvalConfig, GRPORecipe, RolloutConfig, SFTRecipe
 from actial_fast.train.dist import Agreed, World, world
 from actial_fast.train.phases import Phases
 from actial_fast.train.stopping import NEVER, Stop
@@ -116,18 +115,16 @@ def reply_tokens(results: dict[str, dict[str, Any]]) -> float:
 def evaluate_checkpoint(model: Path | str, config: EvalConfig, seed: int = 0) -> dict[str, dict[str, Any]]:
     """`evaluate` for a checkpoint folder or hub name, on this process's device (or torchrun's ranks)."""
     with world() as where:
-        # the dtype of the computation, so that nothing is cast again for every token
-        weights = ModelConfig(path=str(model), dtype="bfloat16" if where.device.type == "cuda" else "float32")
-        policy, processor = load_policy(weights, where.device, seed).eval(), Processor.load(str(model))
-        return evaluate(Embedded(policy, processor), processor, config, where, seed=seed)
+        return evaluate(*open_checkpoint(model, where, seed), config, where, seed=seed)
 
 
 def evaluate_server(rollout: RolloutConfig, config: EvalConfig, seed: int = 0) -> dict[str, dict[str, Any]]:
     """`evaluate` for what a server serves; its replies' lengths are in tokens as it counts them."""
+    from actial_fast.rollout.client import Client
     from actial_fast.rollout.server import Rows, Server
 
     with world() as where:
-        return evaluate(Server(rollout), Rows(), config, where, seed=seed)
+        return evaluate(Server(Client(rollout.url, rollout.model), rollout.workers), Rows(), config, where, seed=seed)
 
 
 def _records(

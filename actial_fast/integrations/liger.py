@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
@@ -37,13 +38,16 @@ class FusedLinearGRPOLoss(nn.Module):
 
     `compiled` and `chunk_size` are taken and change nothing: rows go through the head in chunks that fit `workspace_mb` MiB. Constructor
     and forward raise ValueError for what is not supported, and name what is. Beyond Liger's rules: cispo caps the ratio at epsilon_high,
-    so that must be >= 1; delta must be > 1 + epsilon_high; beta >= 0.
+    so that must be >= 1; delta must be > 1 + epsilon_high; beta >= 0. Every option is an attribute of its name, as on Liger's class, and
+    is read at each call: code that anneals `loss.epsilon_high` does so here too.
 
     Where Liger's class differs, this one computes what the papers and TRL 1.16 have:
     - luspo: the mean over sequences of each one's sum over its unmasked tokens. Liger sums over padding too, and weighs a sequence by the
       share of the batch's width that it fills; both are one with importance_sampling_level="sequence" and beta 0, or without padding.
     - vespo: importance ratios of masked tokens do not count; log-ratios beyond 20 are held there in every loss (expm1 and exp overflow).
-    - The log-softmax and its gradient are taken from fp32 accumulators; head and reference gradients of masked rows are exactly 0.
+    - The log-softmax and its gradient are taken from fp32 accumulators; head and reference gradients of masked rows are exactly 0. In
+      16 bits old_ and ref_per_token_logps of a head that rounds its logits are off by that rounding, and so are ratio, clip and KL: score
+      them with `ops.linear_logprob` (ref_input and ref_weight are), or leave old_per_token_logps out where the policy has not moved.
     """
 
     def __init__(
@@ -70,47 +74,26 @@ class FusedLinearGRPOLoss(nn.Module):
         workspace_mb: float = 700,
     ):
         super().__init__()
-        if loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type: {loss_type!r} is not supported; supported are {', '.join(LOSS_TYPES)}")
-        if importance_sampling_level not in LEVELS:
-            raise ValueError(
-                f"importance_sampling_level: {importance_sampling_level!r} is not supported; supported are {', '.join(LEVELS)}"
-            )
-        objective = NAMED[loss_type].get("objective", "clip")
-        if importance_sampling_level == "sequence" and objective != "clip":
-            raise ValueError(f"importance_sampling_level: 'sequence' is not defined for {loss_type}; pass 'token'")
-        if loss_type == "dr_grpo" and max_completion_length is None:
-            raise ValueError("max_completion_length: needed for loss_type 'dr_grpo'; pass the generation limit in tokens")
-        if loss_type == "cispo" and not epsilon_high >= 1:
-            raise ValueError(f"epsilon_high: cispo caps the ratio at it, so it must be >= 1 (5.0 is usual), got {epsilon_high}")
-        try:
-            self.spec = GRPOSpec(
-                objective=objective,
-                ratio="sequence" if importance_sampling_level == "sequence" else "token",
-                clip_low=epsilon_low,
-                clip_high=epsilon_high - 1 if loss_type == "cispo" else epsilon_high,
-                clip_delta=delta if objective == "clip" else None,
-                sapo_temperature_pos=sapo_temperature_pos,
-                sapo_temperature_neg=sapo_temperature_neg,
-                vespo_k_pos=vespo_k_pos,
-                vespo_lambda_pos=vespo_lambda_pos,
-                vespo_k_neg=vespo_k_neg,
-                vespo_lambda_neg=vespo_lambda_neg,
-                beta=beta if use_ref_model else 0.0,  # without a reference Liger takes the policy itself: neither value nor gradient
-                kl_bias_correction=use_bias_correction_kl,
-                importance_max=math.exp(MAX_LOG_RATIO),
-                aggregation=NAMED[loss_type]["aggregation"],
-            )
-        except ValueError as error:
-            message = str(error)
-            for name, theirs in OURS.items():
-                message = message.replace(name, theirs)
-            raise ValueError(message) from None
         self.beta = beta
+        self.compiled = compiled
+        self.use_ref_model = use_ref_model
+        self.chunk_size = chunk_size
+        self.epsilon_low = epsilon_low
+        self.epsilon_high = epsilon_high
         self.loss_type = loss_type
         self.max_completion_length = max_completion_length
+        self.importance_sampling_level = importance_sampling_level
+        self.sapo_temperature_pos = sapo_temperature_pos
+        self.sapo_temperature_neg = sapo_temperature_neg
         self.temperature = temperature
+        self.delta = delta
+        self.use_bias_correction_kl = use_bias_correction_kl
+        self.vespo_k_pos = vespo_k_pos
+        self.vespo_lambda_pos = vespo_lambda_pos
+        self.vespo_k_neg = vespo_k_neg
+        self.vespo_lambda_neg = vespo_lambda_neg
         self.workspace_mb = workspace_mb
+        _spec_of(self)
 
     def forward(
         self,
@@ -154,6 +137,7 @@ class FusedLinearGRPOLoss(nn.Module):
             cu_seqlens = shape[1] * torch.arange(shape[0] + 1, dtype=torch.int32, device="cpu")
         if advantages.shape != (len(cu_seqlens) - 1,):
             raise ValueError(f"advantages: expected one per sequence, ({len(cu_seqlens) - 1},), got {tuple(advantages.shape)}")
+        spec = _spec_of(self)
         hidden, weight = _input.flatten(0, -2), lin_weight.to(_input.dtype)
         mask = attention_mask.flatten() != 0
         targets = torch.where(mask, selected_token_ids.flatten().long(), 0)  # padding may hold any id
@@ -163,7 +147,7 @@ class FusedLinearGRPOLoss(nn.Module):
         advantage, sampler, policy_mask = advantages.detach()[owner], None, None
         if vllm_is_ratio is not None:
             ratio, per_token = _ratio(vllm_is_ratio.detach(), shape, len(advantages), owner)
-            if self.spec.objective == "vespo":  # it enters the sequence's weight
+            if spec.objective == "vespo":  # it enters the sequence's weight
                 if old is None:
                     with torch.no_grad():
                         old, _ = ops.linear_logprob(hidden, weight, targets, **head, return_entropy=False)
@@ -176,7 +160,7 @@ class FusedLinearGRPOLoss(nn.Module):
             else:  # a factor of the policy term; where it is 0 the advantage keeps its sign, by which clipped tokens are counted
                 advantage, policy_mask = advantage * torch.where(ratio == 0, 1, ratio), ratio != 0
         token_weight = ops.token_weights(
-            self.spec,
+            spec,
             cu_seqlens,
             mask=mask,
             tokens=_tokens(mask, num_items_in_batch) if self.loss_type in GLOBAL_MEAN else None,
@@ -188,8 +172,8 @@ class FusedLinearGRPOLoss(nn.Module):
             targets,
             advantage,
             old,
-            self._reference(targets, ref_per_token_logps, ref_input, ref_weight, ref_bias),
-            self.spec,
+            self._reference(spec, targets, ref_per_token_logps, ref_input, ref_weight, ref_bias),
+            spec,
             token_weight=token_weight,
             cu_seqlens=cu_seqlens,
             sampler_logp=sampler,
@@ -201,12 +185,14 @@ class FusedLinearGRPOLoss(nn.Module):
         return loss, (*((mean["kl"],) if self.beta else ()), mean["clip_low"] + mean["clip_high"])
 
     def _reference(
-        self, targets: Tensor, logps: Tensor | None, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
+        self, spec: GRPOSpec, targets: Tensor, logps: Tensor | None, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor | None:
         """The reference's log-probs (T,), where the loss has a KL term."""
-        if not self.spec.beta:
+        if not spec.beta:
             return None
         if logps is not None:
+            if hidden is not None:
+                warnings.warn("Both ref_per_token_logps and ref_input are provided. Using ref_per_token_logps.", stacklevel=5)
             return logps.flatten().detach()
         if hidden is None or weight is None:
             raise ValueError(
@@ -214,8 +200,47 @@ class FusedLinearGRPOLoss(nn.Module):
             )
         with torch.no_grad():
             weight = weight.to(hidden.dtype)
-            scaling = {"temperature": self.temperature, "workspace_mb": self.workspace_mb}
+            scaling: dict[str, Any] = {"temperature": self.temperature, "workspace_mb": self.workspace_mb}
             return ops.linear_logprob(hidden.flatten(0, -2), weight, targets, bias=bias, **scaling, return_entropy=False)[0]
+
+
+def _spec_of(loss: FusedLinearGRPOLoss) -> GRPOSpec:
+    """What the options of the loss mean in our terms. ValueError, in Liger's names, for what is not supported."""
+    if loss.loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type: {loss.loss_type!r} is not supported; supported are {', '.join(LOSS_TYPES)}")
+    level, named = loss.importance_sampling_level, NAMED[loss.loss_type]
+    if level not in LEVELS:
+        raise ValueError(f"importance_sampling_level: {level!r} is not supported; supported are {', '.join(LEVELS)}")
+    objective = named.get("objective", "clip")
+    if level == "sequence" and objective != "clip":
+        raise ValueError(f"importance_sampling_level: 'sequence' is not defined for {loss.loss_type}; pass 'token'")
+    if loss.loss_type == "dr_grpo" and loss.max_completion_length is None:
+        raise ValueError("max_completion_length: needed for loss_type 'dr_grpo'; pass the generation limit in tokens")
+    if objective == "cispo" and not loss.epsilon_high >= 1:
+        raise ValueError(f"epsilon_high: cispo caps the ratio at it, so it must be >= 1 (5.0 is usual), got {loss.epsilon_high}")
+    try:
+        return GRPOSpec(
+            objective=objective,
+            ratio="sequence" if level == "sequence" else "token",
+            clip_low=loss.epsilon_low,
+            clip_high=loss.epsilon_high - 1 if objective == "cispo" else loss.epsilon_high,
+            clip_delta=loss.delta if objective == "clip" else None,
+            sapo_temperature_pos=loss.sapo_temperature_pos,
+            sapo_temperature_neg=loss.sapo_temperature_neg,
+            vespo_k_pos=loss.vespo_k_pos,
+            vespo_lambda_pos=loss.vespo_lambda_pos,
+            vespo_k_neg=loss.vespo_k_neg,
+            vespo_lambda_neg=loss.vespo_lambda_neg,
+            beta=loss.beta if loss.use_ref_model else 0.0,  # without a reference Liger takes the policy itself: neither value nor gradient
+            kl_bias_correction=loss.use_bias_correction_kl,
+            importance_max=math.exp(MAX_LOG_RATIO),
+            aggregation=named["aggregation"],
+        )
+    except ValueError as error:
+        message = str(error)
+        for name, theirs in OURS.items():
+            message = message.replace(name, theirs)
+        raise ValueError(message) from None
 
 
 def _ratio(ratio: Tensor, shape: torch.Size, sequences: int, owner: Tensor) -> tuple[Tensor, bool]:

@@ -6,7 +6,8 @@
 Two levels. "logprob" puts our head under every trainer of TRL that asks for log-probs: 1 product of T x H x V, and 3 more in the backward
 pass (2 with a frozen head), as TRL's own, within a workspace and with fp32 accumulators. "loss" also gives GRPOTrainer the fused loss: 3
 products in all (2 with a frozen head), and rows without a gradient leave two of them; top_entropy_quantile and off_policy_mask_threshold
-need the log-probs first and cost one product more. Loss, gradients and logged metrics are TRL's. What is not supported is refused.
+need the log-probs first and cost one product more. Old and reference log-probs are scored with the same head. Loss, gradients and logged
+metrics are TRL's; under bfloat16 TRL rounds logits where ours stay fp32 accumulators. What is not supported is refused.
 
 B sequences, C the longest completion, T rows that carry loss, H hidden, V vocabulary.
 """
@@ -102,7 +103,8 @@ def _extra_outputs(
 
 
 class FusedGRPOTrainer(GRPOTrainer):
-    """trl.GRPOTrainer with `ops.linear_grpo_loss` in the place of its loss; arguments, logs and everything else are its own.
+    """trl.GRPOTrainer with `ops.linear_grpo_loss` in the place of its loss, and our head under the log-probs that it scores; arguments,
+    logs and everything else are its own.
 
     workspace_mb: MiB that the loss may hold above hidden states, head and their gradients. ValueError for what is not SUPPORTED.
     """

@@ -76,13 +76,15 @@ def spec_of(args: Any) -> GRPOSpec:
 # ---- the head's part
 
 
-def add_policy_loss(model: Any, temperature: float, cast_lm_head_to_fp32: bool = False) -> None:
-    """Give a transformers model's forward the keyword `policy_loss`; without it the forward is as before.
+def add_head(model: Any, temperature: float, cast_lm_head_to_fp32: bool, workspace_mb: Callable[[], float]) -> None:
+    """Give a transformers model's forward the keywords `policy_loss` and `fused_lm_head`; without them the forward is as before.
 
     model(..., labels=labels, policy_loss=f) with labels (B, L) int64 calls f(hidden, weight, targets, bias=, temperature=, softcap=) with
-    the hidden states (T, H) whose next label is not -100, in order; f returns a GRPOLoss. The forward returns a dict: loss, differentiable;
-    log_probs and entropy (B, L - 1), 0 elsewhere; aux_loss of a mixture of experts where router logits are asked for. It happens inside of
-    the forward so that autocast, PEFT and DDP see the head used. ValueError for a head whose scaling we do not know.
+    the hidden states (T, H) whose next label is not -100, in order; f returns a GRPOLoss. fused_lm_head=True is what TRL scores old and
+    reference log-probs with: the same head, so that a ratio of equal weights is 1, within workspace_mb() MiB. The forward returns loss,
+    differentiable (of fused_lm_head: -log-prob, a mean over the labels); log_probs and entropy (B, L - 1), 0 elsewhere; aux_loss of a
+    mixture of experts where router logits are asked for. It happens inside of the forward so that autocast, PEFT and DDP see the head
+    used. ValueError for a head whose scaling we do not know.
     """
     original, config = model.forward, model.config.get_text_config()
     if model.base_model is model:
@@ -93,9 +95,16 @@ def add_policy_loss(model: Any, temperature: float, cast_lm_head_to_fp32: bool =
     scale = getattr(config, "logit_scale", None)
     scaling = head_scaling(temperature, getattr(config, "final_logit_softcapping", None), 1.0 if scale is None else scale)
 
+    def scored(hidden: Tensor, weight: Tensor, targets: Tensor, **scaling: Any) -> ops.GRPOLoss:
+        logp, entropy = ops.linear_logprob(hidden, weight, targets, **scaling, workspace_mb=workspace_mb())
+        assert entropy is not None
+        return ops.GRPOLoss(-logp.sum() / max(len(targets), 1), logp.new_empty(0), logp, entropy)
+
     @functools.wraps(type(model).forward)  # generate() reads the signature
-    def forward(self: Any, *args: Any, policy_loss: Callable[..., ops.GRPOLoss] | None = None, **kwargs: Any) -> Any:
-        if policy_loss is None:
+    def forward(
+        self: Any, *args: Any, policy_loss: Callable[..., ops.GRPOLoss] | None = None, fused_lm_head: bool = False, **kwargs: Any
+    ) -> Any:
+        if policy_loss is None and not fused_lm_head:
             return original(*args, **kwargs)
         labels = kwargs.pop("labels")[:, 1:]
         out = self.base_model(*args, use_cache=False, **kwargs)
@@ -107,9 +116,10 @@ def add_policy_loss(model: Any, temperature: float, cast_lm_head_to_fp32: bool =
             hidden, as_is = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
         with as_is:
             weight, bias = like(hidden, head.weight), like(hidden, getattr(head, "bias", None))
-            loss, _, *values = policy_loss(hidden, weight, labels[chosen], bias=bias, **scaling)
+            loss, _, *values = (policy_loss or scored)(hidden, weight, labels[chosen], bias=bias, **scaling)
         logp, entropy = (torch.zeros(labels.shape, device=x.device).masked_scatter(chosen, x.float()) for x in values)
-        return {"loss": loss.float(), "log_probs": logp, "entropy": entropy, "aux_loss": _aux_loss(config, out, kwargs)}
+        aux_loss = _aux_loss(config, out, kwargs)
+        return trl.trainer.utils.FusedCausalLMOutput(loss=loss.float(), log_probs=logp, entropy=entropy, aux_loss=aux_loss)
 
     model.forward = types.MethodType(forward, model)
 
@@ -155,7 +165,7 @@ def refuse_partitioned(weight: Tensor) -> None:
 
 
 def prepare(trainer: Any, workspace_mb: float) -> None:
-    """Check that our loss serves this trainer, and give its model the head's part; a second time only the workspace changes."""
+    """Check that our loss serves this trainer, and give its models the head's part; a second time only the workspace changes."""
     spec_of(_current(trainer))
     distributed = trainer.accelerator.distributed_type.name
     if distributed not in DISTRIBUTED:
@@ -164,7 +174,9 @@ def prepare(trainer: Any, workspace_mb: float) -> None:
         raise ValueError(f"torch_compile: would compile the loss anew at every step, set it to False; {SUPPORTED}")
     if not hasattr(trainer, "workspace_mb"):
         inner = trainer.model.get_base_model() if hasattr(trainer.model, "peft_config") else trainer.model
-        add_policy_loss(inner, trainer.temperature, trainer.args.cast_lm_head_to_fp32)
+        for model in (inner, trainer.ref_model):
+            if model is not None:
+                add_head(model, trainer.temperature, trainer.args.cast_lm_head_to_fp32, lambda: trainer.workspace_mb)
     trainer.workspace_mb = workspace_mb
 
 
@@ -208,8 +220,8 @@ def compute_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
         prompt = torch.zeros(len(mask), labels.shape[1] - mask.shape[1], dtype=torch.bool, device=mask.device)
         labels = labels.masked_fill(~torch.cat([prompt, mask.bool()], 1), -100)
         out = model(**model_inputs, labels=labels, policy_loss=head)
-        losses.append(out["loss"])
-        return types.SimpleNamespace(**out)
+        losses.append(out.loss)
+        return out
 
     # TRL's own function makes the model's inputs; in the place of the model it calls `score`, for the whole batch at once
     ids, attention = (torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], dim=1) for name in ("ids", "mask"))

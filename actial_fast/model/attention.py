@@ -15,6 +15,7 @@ the vision tower of an unmodified transformers model on it. L rows, H query head
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -27,6 +28,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from actial_fast.ops.library import current_device
 from actial_fast.ops.ranges import named
 from actial_fast.packing.batch import Segments
 
@@ -144,7 +146,8 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     if out.is_cuda:
         from actial_fast.kernels.merge import merge_
 
-        return merge_(out, lse, part, part_lse)
+        with current_device(out):
+            return merge_(out, lse, part, part_lse)
     weight, part_weight = (torch.sigmoid(x).T[..., None] for x in (lse - part_lse, part_lse - lse))
     out.copy_(weight * out + part_weight * part)
     lse.copy_(torch.logaddexp(lse, part_lse))
@@ -235,8 +238,10 @@ def use_packed_attention(model: nn.Module) -> Callable[[], None]:
     must so be in 16 bit or under autocast, and finds its segments without a sync only if handed transformers' precomputed arguments
     (image_cu_seqlens, image_max_seqlen and their like).
 
-    Returns a function that puts back what was there. ValueError where the model has no exchangeable attention, or layers with a sliding
-    window.
+    The towers get configs of their own, with this attention's name: the caller's stay as they are, so that models can be made from them,
+    and what is changed in them later no longer reaches the towers. Returns a function that puts back what was there.
+
+    ValueError where the model has no exchangeable attention, or layers with a sliding window.
     """
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
@@ -246,16 +251,35 @@ def use_packed_attention(model: nn.Module) -> Callable[[], None]:
     configs = {id(config): config for module in models for config in _tree(module.config)}.values()
     if any("sliding_attention" in (getattr(config, "layer_types", None) or ()) for config in configs):
         raise ValueError("model: packed attention has no sliding window; set use_sliding_window to false in its text config")
-    before = [(config, config._attn_implementation_internal) for config in configs]
-    for config in configs:
-        # the public setter takes "flash" in the name for a kernel of the Hub and looks for it
-        config._attn_implementation_internal = IMPLEMENTATION
+    before = [(module, module.config) for module in _dispatching(model)]
+    marked: dict[int, PreTrainedConfig] = {}
+    for module, config in before:
+        if id(config) not in marked:
+            marked[id(config)] = copy.copy(config)
+            # the public setter takes "flash" in the name for a kernel of the Hub and looks for it, as does a model's constructor
+            marked[id(config)]._attn_implementation_internal = IMPLEMENTATION
+        module.config = marked[id(config)]
 
     def restore() -> None:
-        for config, name in before:
-            config._attn_implementation_internal = name
+        for module, config in before:
+            module.config = config
 
     return restore
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether `use_packed_attention` serves the model."""
+    return any(isinstance(module, PreTrainedModel) and module.config._attn_implementation == IMPLEMENTATION for module in model.modules())
+
+
+def _dispatching(model: nn.Module) -> list[Any]:
+    """The modules whose config chooses the attention: the innermost models of transformers and what is in them."""
+    inner = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and not any(isinstance(x, PreTrainedModel) for x in module.modules() if x is not module)
+    ]
+    return [x for tower in inner for x in tower.modules() if isinstance(getattr(x, "config", None), PreTrainedConfig)]
 
 
 def _tree(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:

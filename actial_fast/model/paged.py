@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from actial_fast.model.attention import merge
+from actial_fast.ops.library import current_device
 from actial_fast.packing import native
 
 
@@ -80,7 +81,8 @@ def _read(q: Tensor, keys: Tensor, values: Tensor, reads: Reads, scale: float) -
     if q.is_cuda:
         from actial_fast.kernels.decode import decode
 
-        return decode(q, keys, values, reads.rows, reads.table, reads.tokens, scale)
+        with current_device(q):
+            return decode(q, keys, values, reads.rows, reads.table, reads.tokens, scale)
     (items, members), heads = reads.rows.shape, keys.shape[2]
     share = q.shape[1] // heads
     k, v = (x[reads.table].flatten(1, 2).transpose(1, 2) for x in (keys, values))  # (N, K, C * S, D)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
 
 from actial_fast.integrations.liger import apply_liger
-from actial_fast.model.attention import IMPLEMENTATION, use_flash, use_packed_attention
+from actial_fast.model.attention import is_packed, use_flash, use_packed_attention
 from actial_fast.model.vision import VisionArguments, encode_images, vision_arguments
 from actial_fast.model.weights import draw_adapters, fill, misfits, open_weights, parameters_on_meta, resolve, skeleton
 from actial_fast.ops.ranges import named
@@ -107,7 +107,7 @@ class Policy(nn.Module):
 
     def _packed(self, batch: PackedBatch) -> Tensor:
         """Hidden states (L, H) of a packed batch, whose shared prefixes pass the layers once."""
-        assert self.base.config._attn_implementation == IMPLEMENTATION, "packed rows would see each other: load with packed=True"
+        assert is_packed(self.base), "packed rows would see each other: load with packed=True"
         assert batch.features is not None or not batch.images, "the images of a packed batch pass the tower first (features.Features)"
         trunk, features = self.base.model, batch.features
         with named("embedding"):

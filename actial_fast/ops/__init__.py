@@ -2,8 +2,9 @@
 
 Here lives what is computed and how it is called, not the Triton code (../kernels, reached through library.py alone), no model and no data.
 Needs torch and numpy. In order of reading: spec.py (what a loss is, as data), reference.py (the same in plain torch, the truth of the
-tests), api.py (what users call), checks.py (their arguments); then chunked*.py (a CPU, chunk by chunk) and library.py, operators*.py
-(torch.library operators, for compiled callers). warm.py compiles ahead. ranges.py names what a profile shows, for the whole package.
+tests), api.py (what users call), checks.py (their arguments), parallel.py (a head over several ranks); then chunked*.py (a CPU, chunk by
+chunk) and library.py, operators*.py (torch.library operators, for compiled callers). warm.py compiles ahead. ranges.py names what a profile
+shows, for the whole package.
 """
 
 import importlib
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         token_kl,
         token_weights,
     )
+    from actial_fast.ops.parallel import VocabParallel
     from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
     from actial_fast.ops.warm import warm_up
 
@@ -31,6 +33,7 @@ __all__ = [
     "AdvantageSpec",
     "GRPOLoss",
     "GRPOSpec",
+    "VocabParallel",
     "group_advantages",
     "grpo_loss_from_logits",
     "linear_cross_entropy",
@@ -48,5 +51,6 @@ def __getattr__(name: str) -> Any:
     """On first use: a process that reads recipes knows the specs without importing torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}")
-    module = "spec" if name.endswith("Spec") else "warm" if name == "warm_up" else "api"
+    modules = {"VocabParallel": "parallel", "warm_up": "warm"}
+    module = "spec" if name.endswith("Spec") else modules.get(name, "api")
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -2,13 +2,22 @@
 `chunked`. `reference` is the readable form of the same equations. Under torch.compile each op is one node of the graph (`library`).
 
 T rows that carry loss, H hidden size, V vocabulary, S sequences of rows, N rewards, R reward functions. Floating results are float32,
-float64 for float64 inputs (CPU only). What would cost a host sync on CUDA, or a break in a compiled graph, is checked elsewhere only: on
-CUDA an out-of-range target gives NaN (nothing is read out of bounds), and NaN advantages or a temperature of 0 show in the loss. Under
-autocast hidden states, weight and bias are cast as F.linear would cast them.
+float64 for float64 inputs (CPU only). Under autocast hidden states, weight and bias are cast as F.linear would cast them.
+
+Values are checked where that costs no host sync and no break in a compiled graph, on the CPU: out-of-range targets, advantages that are
+not finite, a temperature of 0, infinite rewards. On CUDA they show: such a target's log-prob is NaN (nothing is read out of bounds), and
+what is not finite makes loss and gradient so, or the advantages of its group. A NaN in a row that counts is never a gradient of 0.
+A row with token_weight 0 may hold anything, a target of -100 and a NaN hidden state included: its gradient is 0 and its own log-prob, NaN
+perhaps, is in `logp` alone. The same holds for a row whose log-prob and entropy get a gradient of 0.
+
+Gradients are those of autograd for any number of backward passes (retain_graph), for hooks on saved tensors and for inputs changed in
+place before the backward, which is an error where they are needed again. They have no derivative: with create_graph=True they are right,
+and differentiating them is a RuntimeError.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +26,9 @@ from torch import Tensor
 
 from actial_fast.ops import checks, chunked, chunked_kl, chunked_logits, operators, operators_logits, reference
 from actial_fast.ops.library import implementation
+from actial_fast.ops.parallel import VocabParallel
 from actial_fast.ops.reference import STATS, token_weights
+from actial_fast.ops.sharding import plain_tensors, refuse_reduced
 from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
 
 __all__ = [
@@ -44,6 +55,7 @@ class GRPOLoss(NamedTuple):
     entropy: Tensor
 
 
+@plain_tensors
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -54,21 +66,30 @@ def linear_logprob(
     softcap: float | None = None,
     return_entropy: bool = True,
     workspace_mb: float = 700,
+    vocab_parallel: VocabParallel | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of each target and entropy of each row's distribution, from hidden states and the head.
 
     hidden (T, H), weight (V, H), bias (V,) of one floating dtype; targets (T,) int64; logits are softcap * tanh(x / softcap) / temperature
     with a temperature for all rows or one each, (T,). Returns logp (T,) and entropy (T,) in nats (None without return_entropy), both
     differentiable in hidden, weight and bias, once. At most workspace_mb MiB are held above inputs, outputs and a float32 weight gradient.
-    1 GEMM of T * H * V; with its backward pass 4, with a frozen head 3. ValueError for arguments that do not fit together.
+    1 GEMM of T * H * V; with its backward pass 4, with a frozen head 3. vocab_parallel: weight and bias are this rank's part of the
+    vocabulary, targets are ids of the whole, and so are the results, on every rank. ValueError for arguments that do not fit together.
     """
-    hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb)
+    hidden = _entered(hidden, vocab_parallel)
+    hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb, parallel=vocab_parallel)
+    checks.in_vocabulary(targets, vocab_parallel.vocab if vocab_parallel else len(weight))
     scaling = {"bias": bias, "temperature": checks.temperature(temperature, hidden), "softcap": softcap}
-    run = _path(hidden, "linear_logprob", chunked.linear_logprob, operators.linear_logprob)
-    logp, entropy = run(hidden, weight, targets, **scaling, workspace_mb=workspace_mb)
+    logp, entropy = _logprob(hidden, weight, targets, vocab_parallel, **scaling, workspace_mb=workspace_mb)
     return logp, entropy if return_entropy else None
 
 
+def _logprob(hidden: Tensor, weight: Tensor, targets: Tensor, parallel: VocabParallel | None, **options: Any) -> tuple[Tensor, Tensor]:
+    run = _path(hidden, "linear_logprob", chunked.linear_logprob, operators.linear_logprob, parallel)
+    return run(hidden, weight, parallel.local(targets) if parallel else targets, **options)
+
+
+@plain_tensors
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -89,41 +110,48 @@ def linear_grpo_loss(
     weight_grad: Tensor | None = None,
     skip_zero_rows: bool | None = None,
     workspace_mb: float = 700,
+    vocab_parallel: VocabParallel | None = None,
 ) -> GRPOLoss:
     """A policy loss of the GRPO family from hidden states: `reference.grpo_terms` has the equation, GRPOSpec the papers.
 
-    hidden, weight, targets, bias, temperature, softcap and workspace_mb as in `linear_logprob`. All other rows are (T,) floating, without
-    gradient: advantages, which may also be (S,) with cu_seqlens; old_logp, log-probs of the policy that sampled (None: this one, the ratio
-    is 1); ref_logp, of the reference (needed where spec.beta > 0); token_weight, each row's weight in the loss, 0 = masked (None: those of
-    spec.aggregation for these rows, see `token_weights`); sampler_logp, of the engine that sampled, for the importance weight;
-    entropy_weight, of the entropy bonus (None: token_weight where the policy term counts); policy_mask (T,) bool, rows that carry the
-    policy term (None: all; with spec.top_entropy < 1 the highest entropies of this call, found by one more GEMM). cu_seqlens (S + 1,)
-    int32 or int64: where sequences begin and end; where rows depend on their sequence (spec.needs_sequences) on the CPU, because chunks
-    are cut between sequences.
+    hidden, weight, targets, bias, temperature, softcap, workspace_mb and vocab_parallel as in `linear_logprob`. All other rows are (T,)
+    floating, without gradient: advantages, which may also be (S,) with cu_seqlens; old_logp, log-probs of the policy that sampled (None:
+    this one, the ratio is 1); ref_logp, of the reference (needed where spec.beta > 0); token_weight, each row's weight in the loss, 0 =
+    masked (None: those of spec.aggregation for these rows, see `token_weights`); sampler_logp, of the engine that sampled, for the
+    importance weight; entropy_weight, of the entropy bonus (None: token_weight where the policy term counts); policy_mask (T,) bool, rows
+    that carry the policy term (None: all; with spec.top_entropy < 1 the highest entropies of this call, found by one more GEMM).
+    cu_seqlens (S + 1,) int32 or int64: where sequences begin and end; where rows depend on their sequence (spec.needs_sequences) on the
+    CPU, because chunks are cut between sequences.
 
     The gradients are computed with the loss: 3 GEMMs of T * H * V, 2 with a frozen head, 1 without gradients; the backward pass only
     scales them. weight_grad (V, H) float32, contiguous: the head's gradient is added to it here, autograd gets none, and the loss must be
-    the root of backward. skip_zero_rows: rows without a gradient leave the two backward GEMMs (None: where the spec makes such rows).
-    T = 0 gives 0 and zero gradients. ValueError for arguments that do not fit together, and when the workspace holds not one row or,
-    with sequences, not the longest one.
+    the root of backward, once: another upstream gradient than 1, as of loss / n, is a ValueError on the CPU and, where the host would have
+    to wait to know, NaN in weight_grad and all gradients. skip_zero_rows: rows without a gradient leave the two backward GEMMs (None:
+    where the spec makes such rows). T = 0 gives 0 and zero gradients. ValueError for arguments that do not fit together, and when the
+    workspace holds not one row or, with sequences, not the longest one.
     """
-    hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb)
+    if weight_grad is not None:
+        refuse_reduced(weight)
+    hidden = _entered(hidden, vocab_parallel)
+    hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb, parallel=vocab_parallel)
     rows: dict[str, Any] = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy_weight": entropy_weight}
     rows = checks.grpo_rows(hidden, advantages, spec, token_weight, cu_seqlens, policy_mask, **rows)
+    checks.in_vocabulary(targets, vocab_parallel.vocab if vocab_parallel else len(weight), rows["token_weight"])
     weight_grad = checks.weight_grad(weight_grad, weight)
     temperature = checks.temperature(temperature, hidden)
     scaling: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap, "workspace_mb": workspace_mb}
     if spec.top_entropy < 1 and policy_mask is None and len(targets):
         with torch.no_grad():
-            entropy = linear_logprob(hidden, weight, targets, **scaling)[1]
-        assert entropy is not None
+            entropy = _logprob(hidden, weight, torch.zeros_like(targets), vocab_parallel, **scaling)[1]
         rows["policy_mask"] = reference.high_entropy(entropy, rows["token_weight"], spec.top_entropy)
     if skip_zero_rows is None:
         skip_zero_rows = spec.beta == 0 and spec.entropy_coef == 0
-    run = _path(hidden, "linear_grpo", chunked.linear_grpo_loss, operators.linear_grpo_loss)
+    run = _path(hidden, "linear_grpo", chunked.linear_grpo_loss, operators.linear_grpo_loss, vocab_parallel)
+    targets = vocab_parallel.local(targets) if vocab_parallel else targets
     return GRPOLoss(*run(hidden, weight, targets, spec=spec, **rows, **scaling, weight_grad=weight_grad, skip_zero_rows=skip_zero_rows))
 
 
+@plain_tensors
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -134,20 +162,27 @@ def linear_cross_entropy(
     softcap: float | None = None,
     weight_grad: Tensor | None = None,
     workspace_mb: float = 700,
+    vocab_parallel: VocabParallel | None = None,
 ) -> Tensor:
     """-sum_t token_weight[t] * log p(targets[t]), scalar: the weights carry the normaliser, so that micro-batches and ranks add up.
 
-    hidden, weight, targets, bias, softcap, workspace_mb as in `linear_logprob`, token_weight (T,) floating, weight_grad as in
-    `linear_grpo_loss`. The gradients are computed with the loss: 3 GEMMs, 2 with a frozen head, 1 without gradients. ValueError for
+    hidden, weight, targets, bias, softcap, workspace_mb, vocab_parallel as in `linear_logprob`, token_weight (T,) floating, weight_grad
+    as in `linear_grpo_loss`. The gradients are computed with the loss: 3 GEMMs, 2 with a frozen head, 1 without gradients. ValueError for
     arguments that do not fit together.
     """
-    hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb)
+    if weight_grad is not None:
+        refuse_reduced(weight)
+    hidden = _entered(hidden, vocab_parallel)
+    hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb, parallel=vocab_parallel)
     token_weight = checks.row("token_weight", token_weight, hidden)
+    checks.in_vocabulary(targets, vocab_parallel.vocab if vocab_parallel else len(weight), token_weight)
     weight_grad = checks.weight_grad(weight_grad, weight)
-    run = _path(hidden, "linear_grpo", chunked.linear_cross_entropy, operators.linear_cross_entropy)
+    run = _path(hidden, "linear_grpo", chunked.linear_cross_entropy, operators.linear_cross_entropy, vocab_parallel)
+    targets = vocab_parallel.local(targets) if vocab_parallel else targets
     return run(hidden, weight, targets, token_weight, bias=bias, softcap=softcap, weight_grad=weight_grad, workspace_mb=workspace_mb)
 
 
+@plain_tensors
 def linear_kl(
     hidden: Tensor,
     weight: Tensor,
@@ -156,22 +191,26 @@ def linear_kl(
     *,
     temperature: float | Tensor = 1.0,
     workspace_mb: float = 700,
+    vocab_parallel: VocabParallel | None = None,
 ) -> Tensor:
     """KL(p || q) of each row over the whole vocabulary, in nats: p from hidden and weight, q from ref_hidden and ref_weight.
 
-    hidden (T, H), weight (V, H), ref_hidden (T, G), ref_weight (V, G), temperature and workspace_mb as in `linear_logprob` -> (T,),
-    differentiable in all four, once. Swap the pairs for KL(q || p). ValueError for arguments that do not fit together.
+    hidden (T, H), weight (V, H), ref_hidden (T, G), ref_weight (V, G), temperature, workspace_mb and vocab_parallel as in
+    `linear_logprob` -> (T,), differentiable in all four, once. Swap the pairs for KL(q || p). ValueError for arguments that do not fit
+    together.
     """
-    hidden, weight, _ = checks.head(hidden, weight, None, None, None, workspace_mb)
+    hidden, ref_hidden = _entered(hidden, vocab_parallel), _entered(ref_hidden, vocab_parallel)
+    hidden, weight, _ = checks.head(hidden, weight, None, None, None, workspace_mb, parallel=vocab_parallel)
     ref_hidden, ref_weight, _ = checks.head(ref_hidden, ref_weight, None, None, None, workspace_mb, names=("ref_hidden", "ref_weight"))
     for name, got, want in (("ref_hidden", len(ref_hidden), len(hidden)), ("ref_weight", len(ref_weight), len(weight))):
         if got != want:
             raise ValueError(f"{name}: expected {want} rows like {name.removeprefix('ref_')}, got {got}")
     checks.match("ref_hidden", ref_hidden, "hidden", hidden)
-    run = _path(hidden, "linear_kl", chunked_kl.linear_kl, operators_logits.linear_kl)
+    run = _path(hidden, "linear_kl", chunked_kl.linear_kl, operators_logits.linear_kl, vocab_parallel)
     return run(hidden, weight, ref_hidden, ref_weight, temperature=checks.temperature(temperature, hidden), workspace_mb=workspace_mb)
 
 
+@plain_tensors
 def logprob_from_logits(
     logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, inplace_backward: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -185,6 +224,7 @@ def logprob_from_logits(
     return run(logits, targets, temperature=checks.temperature(temperature, logits), inplace_backward=inplace_backward)
 
 
+@plain_tensors
 def grpo_loss_from_logits(
     logits: Tensor,
     targets: Tensor,
@@ -208,23 +248,25 @@ def grpo_loss_from_logits(
     logits = checks.logits(logits, targets)
     rows: dict[str, Any] = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy_weight": entropy_weight}
     rows = checks.grpo_rows(logits, advantages, spec, token_weight, cu_seqlens, policy_mask, **rows)
+    checks.in_vocabulary(targets, logits.shape[1], rows["token_weight"])
     temperature = checks.temperature(temperature, logits)
     if spec.top_entropy < 1 and policy_mask is None and len(targets):
         with torch.no_grad():
-            entropy = logprob_from_logits(logits, targets, temperature=temperature)[1]
+            entropy = logprob_from_logits(logits, torch.zeros_like(targets), temperature=temperature)[1]
         rows["policy_mask"] = reference.high_entropy(entropy, rows["token_weight"], spec.top_entropy)
     run = _path(logits, "logits", chunked_logits.grpo_loss_from_logits, operators_logits.grpo_loss_from_logits)
     return GRPOLoss(*run(logits, targets, spec=spec, **rows, temperature=temperature, inplace=inplace))
 
 
+@plain_tensors
 def group_advantages(rewards: Tensor, groups: Tensor, spec: AdvantageSpec, *, weights: Tensor | None = None) -> Tensor:
     """Rewards relative to those of their group: `reference.group_advantages` has the equations.
 
-    rewards (N,) or (N, R) floating, NaN = unscorable; groups (N,) int64, any ids in any order; weights (R,) floating, of the
-    reward functions (None: 1 each). Returns (N,). ValueError for arguments that do not fit together.
+    rewards (N,) or (N, R) floating, NaN = unscorable; groups (N,) int64, any ids in any order; weights (R,) floating, of the reward
+    functions (None: 1 each). Returns (N,) float32, float64 for float64 rewards, without gradient. ValueError for arguments that do not fit
+    together.
     """
-    if rewards.ndim not in (1, 2) or not rewards.is_floating_point():
-        raise ValueError(f"rewards: expected (N,) or (N, R) floating point, got {checks.text(rewards)}")
+    rewards = checks.rewards(rewards)
     if groups.shape != rewards.shape[:1] or groups.dtype != torch.int64:
         raise ValueError(f"groups: expected ({len(rewards)},) int64, got {checks.text(groups)}")
     checks.match("groups", groups, "rewards", rewards, dtype=False)
@@ -238,6 +280,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, spec: AdvantageSpec, *, we
     return run(rewards, groups, spec, weights=weights)
 
 
+@plain_tensors
 def token_kl(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
     """An estimate (k1, k2 or k3) of KL(policy || reference) per token from log-probs (T,) and (T,), differentiable in both -> (T,).
 
@@ -253,6 +296,16 @@ def token_kl(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
     return _path(logp, "token_kl", chunked_logits.token_kl, operators_logits.token_kl)(logp, ref_logp, kind)
 
 
-def _path(x: Tensor, module: str, cpu: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+def _entered(hidden: Tensor, parallel: VocabParallel | None) -> Tensor:
+    return parallel.enter(hidden) if parallel else hidden
+
+
+def _path(
+    x: Tensor, module: str, cpu: Callable[..., Any], compiled: Callable[..., Any], parallel: VocabParallel | None = None
+) -> Callable[..., Any]:
     """What computes: an operator that the compiler leaves whole, or directly the kernels for CUDA tensors or `cpu`."""
+    if parallel:
+        if torch.compiler.is_compiling():
+            raise ValueError("vocab_parallel: not under torch.compile, whose operators know no process group; call the op outside of it")
+        return functools.partial(implementation(x, module, cpu), vocab_parallel=parallel)
     return compiled if torch.compiler.is_compiling() else implementation(x, module, cpu)

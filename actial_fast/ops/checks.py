@@ -4,6 +4,7 @@ was expected, what came, and what to do. Values are looked at only where that wa
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from actial_fast.ops import reference
 from actial_fast.ops.chunked_logits import compute_dtype
+from actial_fast.ops.parallel import VocabParallel
 from actial_fast.ops.spec import GRPOSpec
+
+TEMPERATURES = 1e-30, 1e30  # lowest and highest: float32 holds logits of up to 1e8 divided by the one, and 1 divided by the other
 
 
 def head(
@@ -22,6 +26,7 @@ def head(
     softcap: float | None,
     workspace_mb: float,
     names: tuple[str, str] = ("hidden", "weight"),
+    parallel: VocabParallel | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """hidden, weight and bias, checked, in the dtype of an enclosing autocast."""
     h, w = names
@@ -45,11 +50,13 @@ def head(
             raise ValueError(f"bias: expected ({len(weight)},) floating point to fit {w}, got {text(bias)}")
         match("bias", bias, h, hidden)
     if targets is not None:
-        _targets(targets, hidden, len(weight))
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: must be > 0, got {softcap}; None = no cap")
-    if not workspace_mb > 0:
-        raise ValueError(f"workspace_mb: must be > 0, got {workspace_mb}")
+        _targets(targets, hidden)
+    if parallel and parallel.rows != len(weight):
+        raise ValueError(f"vocab_parallel: made of {parallel.rows} rows, but {w} has {len(weight)}; make it anew with VocabParallel.of")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: must be > 0 and finite, got {softcap}; None = no cap")
+    if not 0 < workspace_mb < math.inf:
+        raise ValueError(f"workspace_mb: must be > 0 and finite, got {workspace_mb}")
     if not torch.is_grad_enabled():  # an autograd.Function cannot tell: its inputs still ask for gradients
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     return hidden.contiguous(), weight, bias
@@ -81,8 +88,9 @@ def grpo_rows(
     advantages, token_weight = row("advantages", advantages, like), row("token_weight", token_weight, like)
     if spec.beta > 0 and rows["ref_logp"] is None:
         raise ValueError(f"ref_logp: needed for beta={spec.beta}; pass the reference's log-probs (T,) or set beta to 0")
-    if _readable(like) and (advantages.isnan() & (token_weight != 0)).any():
-        raise ValueError("advantages: NaN in rows that count; give unscorable samples 0 (as group_advantages does) or mask their rows")
+    if _readable(like) and (~advantages.isfinite() & (token_weight != 0)).any():
+        what = "NaN" if (advantages.isnan() & (token_weight != 0)).any() else "infinite"
+        raise ValueError(f"advantages: {what} in rows that count; give unscorable samples 0 (as group_advantages does) or mask their rows")
     if policy_mask is not None:
         if policy_mask.shape != (count,) or policy_mask.dtype != torch.bool:
             raise ValueError(f"policy_mask: expected ({count},) bool, got {text(policy_mask)}")
@@ -106,24 +114,35 @@ def row(name: str, x: Tensor, like: Tensor) -> Tensor:
 
 def temperature(x: float | Tensor, like: Tensor) -> float | Tensor:
     """A temperature for all rows, or one for each of the rows of `like`."""
-    lowest = x
+    lowest = highest = x
     if isinstance(x, Tensor):
         x = row("temperature", x, like)
-        lowest = float(x.min()) if len(like) and _readable(like) else 1.0
+        lowest, highest = (float(y) for y in x.aminmax()) if len(like) and _readable(like) else (1.0, 1.0)
     if not lowest > 0:
         raise ValueError(f"temperature: must be > 0, got {lowest}")
+    for wrong in (lowest, highest):
+        if not TEMPERATURES[0] <= wrong <= TEMPERATURES[1]:
+            raise ValueError(f"temperature: must be in [{TEMPERATURES[0]}, {TEMPERATURES[1]}], where float32 holds the logits, got {wrong}")
     return x
 
 
-def _targets(targets: Tensor, like: Tensor, vocabulary: int) -> None:
+def _targets(targets: Tensor, like: Tensor) -> None:
     if targets.shape != like.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(f"targets: expected ({len(like)},) int64, got {text(targets)}")
     match("targets", targets, "hidden", like, dtype=False)
-    if _readable(targets) and len(targets):
-        low, high = (int(x) for x in targets.aminmax())
-        if low < 0 or high >= vocabulary:
-            wrong = low if low < 0 else high
-            raise ValueError(f"targets: expected ids in [0, {vocabulary}), got {wrong}; leave out rows without a target")
+
+
+def in_vocabulary(targets: Tensor, vocabulary: int, token_weight: Tensor | None = None) -> None:
+    """Checks the range of the targets of all rows or, given token_weight, of those that count: padding often comes as -100."""
+    if not _readable(targets):
+        return
+    wrong = (targets < 0) | (targets >= vocabulary)
+    if token_weight is not None:
+        wrong &= token_weight != 0
+    if wrong.any():
+        example = int(targets[wrong][0])
+        hint = "leave out rows without a target" if token_weight is None else "leave out rows without a target, or give them token_weight 0"
+        raise ValueError(f"targets: expected ids in [0, {vocabulary}), got {example}; {hint}")
 
 
 def logits(x: Tensor, targets: Tensor) -> Tensor:
@@ -131,7 +150,7 @@ def logits(x: Tensor, targets: Tensor) -> Tensor:
     if x.ndim != 2 or not x.is_floating_point() or not x.shape[1]:
         raise ValueError(f"logits: expected (T, V) floating point with V >= 1, got {text(x)}")
     _device("logits", x)
-    _targets(targets, x, x.shape[1])
+    _targets(targets, x)
     return x if torch.is_grad_enabled() else x.detach()
 
 
@@ -158,6 +177,15 @@ def weight_grad(x: Tensor | None, weight: Tensor) -> Tensor | None:
     if torch.is_grad_enabled() and not weight.requires_grad:
         raise ValueError("weight_grad: weight does not require a gradient, so nothing would be added; leave it out for a frozen head")
     return x
+
+
+def rewards(x: Tensor) -> Tensor:
+    """Rewards (N,) or (N, R), without gradient."""
+    if x.ndim not in (1, 2) or not x.is_floating_point():
+        raise ValueError(f"rewards: expected (N,) or (N, R) floating point, got {text(x)}")
+    if _readable(x) and x.isinf().any():
+        raise ValueError("rewards: infinite; a mean and a deviation need finite ones, and NaN says that a sample could not be scored")
+    return x.detach()
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -25,11 +25,14 @@ from torch.autograd.function import once_differentiable
 
 from actial_fast.ops import reference
 from actial_fast.ops.chunked_logits import BUFFERS, Softmax, compute_dtype
+from actial_fast.ops.library import joined, split
+from actial_fast.ops.parallel import VocabParallel
 from actial_fast.ops.reference import STATS
 from actial_fast.ops.spec import GRPOSpec
 
 Terms = Callable[[slice, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """A loss from the log-probs and entropies (C,) of some rows, differentiable in them, and its statistics."""
+SPENT = "weight_grad: the head's gradient was added to it once, with the loss, and a second backward would not: call the loss again"
 Wanted = tuple[bool, bool, bool]
 """Which of hidden, weight and bias need a gradient."""
 
@@ -46,10 +49,11 @@ def linear_logprob(
     temperature: float | Tensor,
     softcap: float | None,
     workspace_mb: float,
+    vocab_parallel: VocabParallel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `ops.linear_logprob`: 1 GEMM; with the backward pass, which computes the logits again, 4, with a frozen head 3."""
-    chunks, block = _plan(hidden, weight, workspace_mb)
-    job = Job(targets, temperature, softcap, chunks, block)
+    chunks, block = _plan(hidden, weight, workspace_mb, parallel=vocab_parallel)
+    job = Job(targets, temperature, softcap, chunks, block, parallel=vocab_parallel)
     return _LinearLogprob.apply(hidden, weight, bias, job)
 
 
@@ -89,6 +93,7 @@ def linear_grpo_loss(
     skip_zero_rows: bool,
     workspace_mb: float,
     wanted: Wanted | None = None,
+    vocab_parallel: VocabParallel | None = None,
     **named: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """As `ops.linear_grpo_loss`; `named` are the other (T,) arguments of `reference.grpo_terms`.
@@ -96,7 +101,7 @@ def linear_grpo_loss(
     cu_seqlens (CPU) only where rows depend on their sequence: chunks are then cut between sequences. With `wanted` autograd is left
     out: the gradients of hidden, weight and bias follow the results, for an upstream gradient of 1 and as computed (see `Result`).
     """
-    chunks, block = _plan(hidden, weight, workspace_mb, cu_seqlens)
+    chunks, block = _plan(hidden, weight, workspace_mb, cu_seqlens, vocab_parallel)
 
     def terms(rows: slice, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
         inside = None
@@ -109,7 +114,8 @@ def linear_grpo_loss(
             logp, entropy, advantages[rows], old, ref, spec, token_weight=token_weight[rows], cu_seqlens=inside, **others
         )
 
-    job = Job(targets, temperature, softcap, chunks, block, terms, len(STATS), skip=skip_zero_rows, weight_grad=weight_grad)
+    more: dict[str, Any] = {"skip": skip_zero_rows, "weight_grad": weight_grad, "parallel": vocab_parallel}
+    job = Job(targets, temperature, softcap, chunks, block, terms, len(STATS), **more)
     return _loss(hidden, weight, bias, job, wanted)
 
 
@@ -124,15 +130,16 @@ def linear_cross_entropy(
     weight_grad: Tensor | None,
     workspace_mb: float,
     wanted: Wanted | None = None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> Tensor | tuple[Tensor | None, ...]:
     """As `ops.linear_cross_entropy`; with `wanted` the gradients follow the loss, as in `linear_grpo_loss`."""
-    chunks, block = _plan(hidden, weight, workspace_mb)
+    chunks, block = _plan(hidden, weight, workspace_mb, parallel=vocab_parallel)
 
     def terms(rows: slice, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
         loss = -(token_weight[rows] * torch.where(token_weight[rows] != 0, logp, 0)).sum()
         return loss, loss.new_zeros(0)
 
-    job = Job(targets, 1.0, softcap, chunks, block, terms, entropy=False, weight_grad=weight_grad)
+    job = Job(targets, 1.0, softcap, chunks, block, terms, entropy=False, weight_grad=weight_grad, parallel=vocab_parallel)
     loss, _, _, _, *gradients = _loss(hidden, weight, bias, job, wanted)
     return loss if wanted is None else (loss, *gradients)
 
@@ -146,7 +153,8 @@ class Job:
 
     targets (T,); temperature and softcap, the scaling of the logits; chunks of rows; block, how many vocabulary rows are upcast at once;
     terms, the loss (None: log-probs only), and stats, how many statistics it has; entropy, whether it is wanted; skip, whether rows of
-    coefficient 0 leave the backward GEMMs; wanted, which of hidden, weight and bias need a gradient; weight_grad, where weight's is added.
+    coefficient 0 leave the backward GEMMs; wanted, which of hidden, weight and bias need a gradient; weight_grad, where weight's is added;
+    parallel, the ranks that have the rest of the vocabulary.
     """
 
     targets: Tensor
@@ -160,6 +168,7 @@ class Job:
     skip: bool = True
     wanted: Wanted = (False, False, False)
     weight_grad: Tensor | None = None
+    parallel: VocabParallel | None = None
 
 
 @dataclass
@@ -205,7 +214,7 @@ def _run_chunk(chunk: slice, hidden: Tensor, weight: Tensor, bias: Tensor | None
     """One chunk's share of `out`. A function of its own, so that its (C, V) tensors are gone when the next chunk begins."""
     h, targets = hidden[chunk].to(out.logp.dtype), job.targets[chunk]
     temperature = job.temperature[chunk, None] if isinstance(job.temperature, Tensor) else job.temperature
-    soft = Softmax.of(_logits(h, weight, bias, temperature, job), targets, job.entropy)
+    soft = Softmax.of(_logits(h, weight, bias, temperature, job), targets, job.entropy, job.parallel)
     out.logp[chunk] = soft.logp
     if out.entropy is not None and soft.entropy is not None:  # both, or neither
         out.entropy[chunk] = soft.entropy
@@ -214,12 +223,15 @@ def _run_chunk(chunk: slice, hidden: Tensor, weight: Tensor, bias: Tensor | None
     g, g_entropy = _coefficients(chunk, soft, job.terms, any(job.wanted), out)
     if g is None:
         return
-    index = torch.nonzero(g if g_entropy is None else (g != 0) | (g_entropy != 0)).squeeze(1) if job.skip else torch.arange(len(g))
+    active = g != 0 if g_entropy is None else (g != 0) | (g_entropy != 0)
+    index = torch.nonzero(active).squeeze(1) if job.skip else torch.arange(len(g))
     if not len(index):
         return
     dx = soft.gradient(targets, g, g_entropy, temperature, job.softcap)
     if len(index) < len(h):
         dx, h = dx[index], h[index]
+    if not job.skip:  # a row without a coefficient may hold NaN, which times 0 is NaN
+        dx, h = dx.masked_fill_(~active[:, None], 0), h.where(active[:, None], 0)
     if out.dhidden is not None:
         dh = torch.zeros_like(h)
         for part, block in _blocks(weight, job.block, h.dtype):
@@ -264,12 +276,14 @@ def _blocks(weight: Tensor, size: int, dtype: torch.dtype) -> Iterator[tuple[sli
         yield part, weight[part].to(dtype)
 
 
-def _plan(hidden: Tensor, weight: Tensor, workspace_mb: float, cu_seqlens: Tensor | None = None) -> tuple[list[slice], int]:
+def _plan(
+    hidden: Tensor, weight: Tensor, workspace_mb: float, cu_seqlens: Tensor | None = None, parallel: VocabParallel | None = None
+) -> tuple[list[slice], int]:
     """Chunks of rows that fit the workspace, cut between sequences where these are given, and the size of a block of the vocabulary.
 
     ValueError when not one row, or not the longest sequence, fits.
     """
-    (rows, width), vocabulary, dtype = hidden.shape, len(weight), compute_dtype(hidden)
+    (rows, width), vocabulary, dtype = hidden.shape, parallel.largest if parallel else len(weight), compute_dtype(hidden)
     row = dtype.itemsize * (BUFFERS * vocabulary + 3 * width)  # and the chunk's hidden states, those selected, and their gradient
     share = 1.0 if weight.dtype == dtype else 0.75  # the rest is for the block of weights that is upcast
     block = vocabulary if share == 1 else max(1, min(vocabulary, int((1 - share) * workspace_mb * 2**20 / (dtype.itemsize * width))))
@@ -320,16 +334,18 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> tuple[Tensor, Tensor | None]:
         out = _run(hidden, weight, bias, job)
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.job = job
+        number, by_row = split(job.temperature)
+        ctx.save_for_backward(hidden, weight, bias, job.targets, by_row)
+        ctx.job = replace(job, targets=hidden.new_empty(0), temperature=number)  # tensors go where autograd watches them
         ctx.set_materialize_grads(False)
         return out.logp, out.entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = ctx.saved_tensors
-        return *_logprob_gradients(hidden, weight, bias, ctx.job, g_logp, g_entropy, ctx.needs_input_grad[:3]), None
+        hidden, weight, bias, targets, by_row = ctx.saved_tensors
+        job = replace(ctx.job, targets=targets, temperature=joined(ctx.job.temperature, by_row))
+        return *_logprob_gradients(hidden, weight, bias, job, g_logp, g_entropy, ctx.needs_input_grad[:3]), None
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -341,7 +357,7 @@ class _LinearLoss(torch.autograd.Function):
         out = _run(hidden, weight, bias, job)
         ctx.save_for_backward(out.dhidden, out.dweight, out.dbias)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.buffered = job.wanted[1] and job.weight_grad is not None
+        ctx.buffered, ctx.spent = job.wanted[1] and job.weight_grad is not None, False
         ctx.mark_non_differentiable(*(x for x in (out.stats, out.logp, out.entropy) if x is not None))
         return out.loss, out.stats, out.logp, out.entropy
 
@@ -349,6 +365,9 @@ class _LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         one = bool(upstream == 1)
+        if ctx.buffered and ctx.spent:
+            raise RuntimeError(SPENT)
+        ctx.spent = True
         if ctx.buffered and not one:
             raise ValueError(
                 f"weight_grad: the head's gradient is in it already, for an upstream gradient of 1, but {upstream.item():g} arrived; "

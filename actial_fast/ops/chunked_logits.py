@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from actial_fast.ops import reference
+from actial_fast.ops.library import differentiable_once, joined, split
+from actial_fast.ops.parallel import VocabParallel
 from actial_fast.ops.spec import GRPOSpec
 
 BUFFERS = 3  # (C, V) tensors alive at once: logits, exponentials, one temporary
@@ -41,22 +42,35 @@ class Softmax:
     entropy: Tensor | None
 
     @classmethod
-    def of(cls, z: Tensor, targets: Tensor, entropy: bool) -> Softmax:
-        """Of scaled logits (C, V), which it takes over."""
+    def of(cls, z: Tensor, targets: Tensor, entropy: bool, parallel: VocabParallel | None = None) -> Softmax:
+        """Of scaled logits (C, V), which it takes over. parallel: they are a part of the vocabulary's, and a target of -1 is elsewhere."""
         peak = z.amax(-1, keepdim=True)
+        if parallel:
+            parallel.max(peak)
         z.sub_(peak)
         e = z.exp()
-        total = e.sum(-1, keepdim=True)
-        logp = (z.gather(1, targets[:, None]) - total.log()).squeeze(1)
+        index, valid = reference.in_vocabulary(targets, z.shape[1])
+        total, chosen = e.sum(-1, keepdim=True), z.gather(1, index[:, None])
         z.clamp_(min=-1e4)  # -inf times a probability of 0 is 0 here; exp of anything below is 0 already
-        h = total.log().squeeze(1) - (e * z).sum(-1) / total.squeeze(1) if entropy else None
+        moment = (e * z).sum(-1, keepdim=True) if entropy else torch.zeros_like(total)
+        if parallel:
+            found = valid[:, None].to(z.dtype)
+            total, chosen, moment, found = parallel.sum(total, chosen.masked_fill_(found == 0, 0), moment, found)
+            valid = found.squeeze(1) > 0
+        logp = torch.where(valid, (chosen - total.log()).squeeze(1), torch.nan)
+        h = (total.log() - moment / total).squeeze(1) if entropy else None
         return cls(z, e, peak, total, logp, h)
 
     def gradient(self, targets: Tensor, g: Tensor, h: Tensor | None, temperature: float | Tensor, softcap: float | None) -> Tensor:
         """dx (C, V) for the coefficients g and h (C,) of log-prob and entropy; temperature a number or (C, 1). Consumes z and e."""
-        slope = None if softcap is None else (self.z + self.peak).mul_(temperature / softcap).square_().neg_().add_(1)
+        index, valid = reference.in_vocabulary(targets, self.z.shape[1])
+        slope = None
+        if softcap is not None:
+            slope = (self.z + self.peak).mul_(temperature / softcap).square_().neg_().add_(1)
+            chosen = (self.logp[:, None] + self.total.log() + self.peak) * (temperature / softcap)  # z stops at -1e4
+            slope.scatter_(1, index[:, None], torch.where(valid[:, None], 1 - chosen.square(), 0))
         p = self.e.div_(self.total)
-        g = g[:, None] / temperature
+        g = torch.where(valid | (g == 0), g, torch.nan)[:, None] / temperature
         if h is None:
             out = p.mul_(-g)
         else:
@@ -64,7 +78,7 @@ class Softmax:
             h = h[:, None] / temperature
             out = self.z.add_(self.entropy[:, None] - self.total.log()).mul_(h).add_(g).mul_(p).neg_()
         del self.z, self.e
-        out.scatter_add_(1, targets[:, None], g)
+        out.scatter_add_(1, index[:, None], g)
         return out if slope is None else out.mul_(slope)
 
 
@@ -103,17 +117,19 @@ class _LogitsLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float | Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
         logp, entropy, *_ = logits_forward(logits, targets, temperature=temperature)
-        ctx.save_for_backward(logits, targets)
-        ctx.temperature, ctx.inplace = temperature, inplace
+        ctx.number, by_row = split(temperature)
+        ctx.save_for_backward(logits, targets, by_row)
+        ctx.inplace = inplace
         ctx.set_materialize_grads(False)
         return logp, entropy
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, targets = ctx.saved_tensors
+        logits, targets, by_row = ctx.saved_tensors
+        temperature = joined(ctx.number, by_row)
         out = logits.detach() if ctx.inplace else torch.empty_like(logits)
-        logits_backward(logits, targets, None, None, None, g_logp, g_entropy, out, temperature=ctx.temperature)
+        logits_backward(logits, targets, None, None, None, g_logp, g_entropy, out, temperature=temperature)
         return out, None, None, None
 
 
@@ -155,8 +171,9 @@ def _gradient(
     """The logits' gradient of the rows from those of log-probs and entropies (T,), either of which may be None."""
     temperature = _column(temperature, rows)
     soft = _softmax(logits, targets, temperature, rows, entropy=g_entropy is not None)
-    g = torch.zeros_like(soft.logp) if g_logp is None else g_logp[rows]
-    return soft.gradient(targets[rows], g, None if g_entropy is None else g_entropy[rows], temperature, None)
+    g, h = torch.zeros_like(soft.logp) if g_logp is None else g_logp[rows], None if g_entropy is None else g_entropy[rows]
+    idle = g == 0 if h is None else (g == 0) & (h == 0)  # 0 whatever the row holds: NaN times 0 would be NaN
+    return soft.gradient(targets[rows], g, h, temperature, None).masked_fill_(idle[:, None], 0)
 
 
 def _softmax(logits: Tensor, targets: Tensor, temperature: float | Tensor, rows: slice, *, entropy: bool) -> Softmax:

@@ -12,6 +12,7 @@ Operators take tensors, numbers and strings, and return tensors that are nobody 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -26,16 +27,63 @@ from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
 
 
 def implementation(x: Tensor, module: str, cpu: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of that name in kernels/module.py for CUDA tensors, `cpu` on the CPU and for no rows; outside of autocast."""
+    """The function of that name in kernels/module.py for CUDA tensors, `cpu` on the CPU and for no rows; outside of autocast.
+
+    Its gradients are constants to autograd: who differentiates them (create_graph=True) gets an error and not a wrong result.
+    """
     function = cpu
     if on_gpu(x) and len(x):  # imported here, so that the CPU needs no Triton
         function = getattr(importlib.import_module(f"actial_fast.kernels.{module}"), cpu.__name__)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
-            return function(*args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False), current_device(x):
+            outputs = function(*args, **kwargs)
+        first = outputs[0] if isinstance(outputs, tuple) else outputs
+        if isinstance(first, Tensor) and first.grad_fn is not None:
+            first.grad_fn.register_hook(lambda grads, _: _constants(grads))
+        return outputs
 
     return run
+
+
+def current_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """x's device as the current one: Triton launches there, and a model may be split over several. Backward passes need it not, since
+    autograd runs each node on the device of its forward pass."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the backward pass of an op: no graph is made of it, and who asks for one (create_graph=True) and uses it gets an error."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        return _constants(outputs)
+
+    return run
+
+
+def _constants(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients that an op has computed; where a graph is made of the backward pass, ones whose differentiation is an error."""
+    if not torch.is_grad_enabled():
+        return grads
+    given = [x.detach().requires_grad_() for x in grads if x is not None]
+    refusing = iter(_Refuse.apply(*given) if given else ())
+    return tuple(None if x is None else next(refusing) for x in grads)
+
+
+class _Refuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "the ops of actial_fast are differentiable once, and the gradient of one was differentiated again (create_graph=True); "
+            "the functions of the same names in actial_fast.ops.reference have second derivatives"
+        )
 
 
 def on_gpu(x: Tensor) -> bool:

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from actial_fast.ops import chunked
 from actial_fast.ops.chunked_logits import compute_dtype
-from actial_fast.ops.library import filled, flat, implementation, joined, operator, spec_of, split
+from actial_fast.ops.library import differentiable_once, filled, flat, implementation, joined, operator, spec_of, split
 from actial_fast.ops.reference import STATS
 from actial_fast.ops.spec import GRPOSpec
 
@@ -75,7 +74,7 @@ def _save_logprob(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable
+@differentiable_once
 def _logprob_autograd(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, row_temperature = ctx.saved_tensors
     temperature, *others = ctx.numbers
@@ -221,9 +220,11 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
 
 
-@once_differentiable
+@differentiable_once
 def _scaled_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    if ctx.buffered:
+    if ctx.buffered and upstream.is_cuda:  # where a failed assertion would end the process's CUDA context: NaN, as outside of the compiler
+        upstream = torch.where(upstream == 1, upstream, torch.nan)
+    elif ctx.buffered:
         torch._assert_async(upstream == 1, "with weight_grad the loss must be backpropagated as it is: scale token_weight instead")
     wanted = ctx.wanted[0], ctx.wanted[1] and not ctx.buffered, ctx.wanted[2]
     kinds = zip(ctx.saved_tensors, ctx.dtypes, wanted, strict=True)

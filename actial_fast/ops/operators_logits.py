@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from actial_fast.ops import chunked_kl, chunked_logits, library, reference
 from actial_fast.ops.chunked_logits import compute_dtype
-from actial_fast.ops.library import filled, flat, implementation, joined, operator, spec_of, split
+from actial_fast.ops.library import differentiable_once, filled, flat, implementation, joined, operator, spec_of, split
 from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
 
 # ---- exact KL
@@ -78,7 +77,7 @@ def _save_kl(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -
     ctx.mark_non_differentiable(output[1])
 
 
-@once_differentiable
+@differentiable_once
 def _kl_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, row_temperature = ctx.saved_tensors
     temperature, workspace_mb = ctx.numbers
@@ -137,7 +136,7 @@ def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.mark_non_differentiable(*output[2:])
 
 
-@once_differentiable
+@differentiable_once
 def _logits_gradient(ctx: Any, g_logp: Tensor, g_entropy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     logits, *tensors, row_temperature = ctx.saved_tensors
     out = logits.detach() if ctx.inplace else torch.empty_like(logits)
@@ -185,7 +184,7 @@ def token_kl(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
 # ---- advantages
 
 
-@operator(lambda rewards, *_: rewards.new_empty(rewards.shape[0]))
+@operator(lambda rewards, *_: rewards.new_empty(rewards.shape[0], dtype=compute_dtype(rewards)))
 def _group_advantages(rewards: Tensor, groups: Tensor, weights: Tensor | None, words: str, numbers: Sequence[float]) -> Tensor:
     run = implementation(rewards, "advantages", reference.group_advantages)
     return run(rewards, groups, spec_of(AdvantageSpec, words, *numbers), weights=weights)
@@ -193,4 +192,4 @@ def _group_advantages(rewards: Tensor, groups: Tensor, weights: Tensor | None, w
 
 def group_advantages(rewards: Tensor, groups: Tensor, spec: AdvantageSpec, *, weights: Tensor | None) -> Tensor:
     """As `ops.group_advantages`."""
-    return _group_advantages(rewards.detach(), groups, weights, *flat(spec))
+    return _group_advantages(rewards, groups, weights, *flat(spec))

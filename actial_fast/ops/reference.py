@@ -67,7 +67,8 @@ def token_kl(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
     With d = ref_logp - logp up to MAX_LOG_RATIO: k1 = -d, k2 = d^2 / 2, k3 = expm1(d) - d >= 0; expm1 keeps it exact where d is small.
     Source: J. Schulman, "Approximating KL divergence", 2020.
     """
-    d = (ref_logp - logp).clamp(max=MAX_LOG_RATIO)
+    d = ref_logp - logp
+    d = torch.where(d > MAX_LOG_RATIO, MAX_LOG_RATIO, nan_in_both(d))
     if kind == "k3":
         return torch.expm1(d) - d
     return -d if kind == "k1" else 0.5 * d * d
@@ -153,11 +154,14 @@ def grpo_terms(
 
     loss = sum_t token_weight * (policy_mask * importance * policy + beta * kl) - entropy_coef * sum_t entropy_weight * entropy, with
     the policy term of `spec.objective`. `old_logp` None means on policy: the ratio is 1 and its gradient that of the log-prob.
-    `entropy_weight` is token_weight (times policy_mask) when left out. Returns the loss and detached statistics (len(STATS),) float32.
+    `entropy_weight` is token_weight (times policy_mask) when left out. A NaN in a row that counts is NaN in the loss and in the
+    gradient; only in `sampler_logp` it stands for a token that the sampler could not score, whose importance is 1. Returns the loss and
+    detached statistics (len(STATS),) float32.
     """
     counted = token_weight != 0
     logp, entropy, A = (torch.where(counted, x, 0) for x in (logp, entropy, advantages))
     old = logp.detach() if old_logp is None else torch.where(counted, old_logp, 0)
+    ref = None if ref_logp is None else torch.where(counted, ref_logp, 0)
     owner = None if cu_seqlens is None else sequence_of_rows(cu_seqlens.to(logp.device), len(logp))
 
     def over_sequence(x: Tensor, mean: bool) -> Tensor:
@@ -166,8 +170,9 @@ def grpo_terms(
         sums = x.new_zeros(2, len(cu_seqlens) - 1).index_add(1, owner, torch.stack([torch.where(counted, x, 0), counted.to(x.dtype)]))
         return (sums[0] / sums[1].clamp(min=1) if mean else sums[0])[owner]
 
-    log_ratio = logp - old
-    ratio = (over_sequence(log_ratio, mean=True) if spec.ratio == "sequence" else log_ratio).clamp(max=MAX_LOG_RATIO).exp()
+    log_ratio = nan_in_both(logp - old)
+    ratio = nan_in_both(over_sequence(log_ratio, mean=True)) if spec.ratio == "sequence" else log_ratio
+    ratio = ratio.clamp(max=MAX_LOG_RATIO).exp()
     importance = torch.ones_like(logp)
     if sampler_logp is not None:
         gap = torch.where(counted, old.detach() - sampler_logp, 0).nan_to_num(nan=0.0)  # a token that the sampler could not score
@@ -205,9 +210,9 @@ def grpo_terms(
     kept = torch.ones_like(token_weight) if policy_mask is None else policy_mask.to(token_weight.dtype)
     policy = policy * kept
     kl = torch.zeros_like(logp)
-    if ref_logp is not None:
-        kl = token_kl(logp, torch.where(counted, ref_logp, 0), spec.kl) * (ratio if spec.kl_bias_correction else 1)
-    entropy_weight = token_weight * kept if entropy_weight is None else entropy_weight
+    if ref is not None:
+        kl = token_kl(logp, ref, spec.kl) * (ratio if spec.kl_bias_correction else 1)
+    entropy_weight = token_weight * kept if entropy_weight is None else torch.where(counted, entropy_weight, 0)
     policy_loss = (token_weight * policy).sum()
     loss = policy_loss + spec.beta * (token_weight * kl).sum() - spec.entropy_coef * (entropy_weight * entropy).sum()
     with torch.no_grad():
@@ -244,13 +249,15 @@ def linear_grpo_loss(
 def group_advantages(rewards: Tensor, groups: Tensor, spec: AdvantageSpec, *, weights: Tensor | None = None) -> Tensor:
     """Rewards relative to their group: (r - baseline) / (std + epsilon), or undivided.
 
-    rewards (N,) or (N, R) float, groups (N,) int64 (any ids, in any order), weights (R,) float, 1 when left out -> (N,) of the rewards'
-    dtype. The baseline is the group's mean, or that of its other members, which is n / (n - 1) * (r - mean) in all; deviations are the
-    unbiased ones. sum_then_normalize does this to the weighted sums of the rewards; normalize_then_sum does it to each reward and divides
-    the weighted sums of the results by their deviation over the call (their mean is 0, since those of a group add up to 0).
+    rewards (N,) or (N, R) float, groups (N,) int64 (any ids, in any order), weights (R,) float, 1 when left out -> (N,) float32, float64
+    for float64 rewards; 16-bit ones are taken for what they hold (0.1, 0.2 and 0.3 lie unevenly in bfloat16). The baseline is the group's
+    mean, or that of its other members, which is n / (n - 1) * (r - mean) in all; deviations are the unbiased ones. sum_then_normalize does
+    this to the weighted sums of the rewards; normalize_then_sum does it to each reward and divides the weighted sums of the results by
+    their deviation over the call (their mean is 0, since those of a group add up to 0).
 
     NaN rewards stay out of the statistics and count 0 in a row's sum; a row with no other reward is unscorable: out of all statistics and
-    0. So are groups of one and, exactly, groups of equal rewards.
+    0. So are groups of one and, exactly, groups of equal rewards. An infinite reward has no mean: its group is NaN, and all of the call
+    where a deviation is taken over that.
     """
     table = _upcast(rewards if rewards.ndim == 2 else rewards[:, None])  # (N, R)
     weights = table.new_ones(table.shape[1]) if weights is None else weights.to(table.dtype)
@@ -258,17 +265,17 @@ def group_advantages(rewards: Tensor, groups: Tensor, spec: AdvantageSpec, *, we
     _, groups = groups.unique(return_inverse=True)
     if spec.combine == "sum_then_normalize":
         sums = (torch.where(table.isnan(), 0, table) * weights).sum(1).masked_fill(unscorable, torch.nan)
-        return _normalized(sums, groups, spec).to(rewards.dtype)
+        return _normalized(sums, ~unscorable, groups, spec)
     sums = sum(
-        (weight * _normalized(column, groups, spec) for weight, column in zip(weights, table.T, strict=True)), table.new_zeros(len(table))
+        (weight * _normalized(column, ~column.isnan(), groups, spec) for weight, column in zip(weights, table.T, strict=True)),
+        table.new_zeros(len(table)),
     )
     std = _std(torch.where(unscorable, 0, sums).square().sum(), (~unscorable).sum())
-    return torch.where(~unscorable & (std > EQUAL_REWARDS), sums / (std + spec.epsilon), 0).to(rewards.dtype)
+    return torch.where(unscorable | (std <= EQUAL_REWARDS), 0, sums / (std + spec.epsilon))
 
 
-def _normalized(rewards: Tensor, groups: Tensor, spec: AdvantageSpec) -> Tensor:
-    """One reward (N,) relative to its group, groups (N,) from 0 on; 0 where it is NaN."""
-    known = ~rewards.isnan()
+def _normalized(rewards: Tensor, known: Tensor, groups: Tensor, spec: AdvantageSpec) -> Tensor:
+    """One reward (N,) relative to its group, groups (N,) from 0 on; 0 where it is not known."""
     value = torch.where(known, rewards, 0)
     total = value.new_zeros(3, int(groups.max()) + 1 if len(groups) else 0)
     total[0].index_add_(0, groups, known.to(value.dtype))
@@ -277,7 +284,7 @@ def _normalized(rewards: Tensor, groups: Tensor, spec: AdvantageSpec) -> Tensor:
     centred = torch.where(known, value - mean[groups], 0)
     total[2].index_add_(0, groups, centred * centred)
     std = _std(total[2], count)
-    differ = (count > 1) & (std > EQUAL_REWARDS * mean.abs().clamp(min=1))
+    differ = (count > 1) & ~(std <= EQUAL_REWARDS * mean.abs().clamp(min=1))  # NaN, of infinite rewards, is to show
     if spec.baseline == "leave_one_out":
         centred = centred * (count / (count - 1).clamp(min=1))[groups]
     if spec.scale == "std":
@@ -307,7 +314,19 @@ def _scaled(out: Tensor, temperature: float | Tensor, softcap: float | None) -> 
 def _logp_and_entropy(scaled: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logp = scaled.log_softmax(-1)
     entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
-    return logp.gather(-1, targets[:, None]).squeeze(-1), entropy
+    index, valid = in_vocabulary(targets, scaled.shape[-1])
+    return torch.where(valid, logp.gather(-1, index[:, None]).squeeze(-1), torch.nan), entropy
+
+
+def in_vocabulary(targets: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Targets (T,) that can be looked up, and which of them were in [0, vocabulary): the log-prob of another is NaN."""
+    valid = (targets >= 0) & (targets < vocabulary)
+    return torch.where(valid, targets, 0), valid
+
+
+def nan_in_both(x: Tensor) -> Tensor:
+    """x, whose NaN is also the derivative: a clamp behind it would make that 0, and a loss of NaN would come with a gradient of 0."""
+    return x * torch.where(x.isnan(), torch.nan, 1.0).to(x.dtype)
 
 
 def _upcast(x: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from actial_fast.ops import checks
+from actial_fast.ops.library import current_device
+from actial_fast.ops.sharding import plain_tensors
 from actial_fast.packing import native
 
 if TYPE_CHECKING:
@@ -76,7 +78,9 @@ def patchify(batch: PixelBatch, dtype: torch.dtype = torch.float32) -> Tensor:
         from actial_fast.kernels.patchify import patchify as run
 
         scale, shift = tuple((1 / (255 * std)).tolist()), tuple((-mean / std).tolist())
-        return run(batch.pixels, batch.table, batch.tokens, patch=patch, merge=merge, frames=frames, scale=scale, shift=shift, dtype=dtype)
+        sizes = {"patch": patch, "merge": merge, "frames": frames}
+        with current_device(batch.pixels):
+            return run(batch.pixels, batch.table, batch.tokens, **sizes, scale=scale, shift=shift, dtype=dtype)
     out, at = torch.empty(batch.tokens * merge**2, 3 * frames * patch**2, dtype=dtype), 0
     for (_, rows, columns), start in zip(batch.grids, batch.table[1].tolist(), strict=True):
         shape = rows * patch, columns * patch, 3
@@ -87,6 +91,7 @@ def patchify(batch: PixelBatch, dtype: torch.dtype = torch.float32) -> Tensor:
     return out
 
 
+@plain_tensors
 def embed(input_ids: Tensor, table: Tensor, features: Tensor | None, image_slots: Tensor, image_rows: Tensor) -> Tensor:
     """The model's input (L, H), in the table's dtype: row image_slots[j] is features[image_rows[j]], every other row table[input_ids].
 
@@ -112,7 +117,8 @@ def embed(input_ids: Tensor, table: Tensor, features: Tensor | None, image_slots
     if _on_gpu(table):
         from actial_fast.kernels.embedding import embed as run
 
-        return run(input_ids.contiguous(), _rows(table), _rows(features), image_slots.contiguous(), image_rows.contiguous())
+        with current_device(table):
+            return run(input_ids.contiguous(), _rows(table), _rows(features), image_slots.contiguous(), image_rows.contiguous())
     _check_range("input_ids", input_ids, len(table))
     _check_range("image_slots", image_slots, len(input_ids))
     _check_range("image_rows", image_rows, len(features))

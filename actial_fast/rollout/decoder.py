@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actial_fast.model.attention import IMPLEMENTATION, prompt_once, use_packed_attention
+from actial_fast.model.attention import is_packed, prompt_once, use_packed_attention
 from actial_fast.model.paged import Pages, Reads, turned
 from actial_fast.model.policy import ImageBatch, Policy
 from actial_fast.model.processor import Processor
@@ -202,7 +202,7 @@ def serving(policy: Policy) -> Iterator[None]:
     """The policy as `Decoder` needs it, and afterwards as it was."""
     was_training, low = policy.training, policy.compute_dtype != torch.float32
     policy.eval()
-    restore = use_packed_attention(policy.base) if policy.base.config._attn_implementation != IMPLEMENTATION else None
+    restore = None if is_packed(policy.base) else use_packed_attention(policy.base)
     try:
         # one autocast for all steps: weights in 32 bits are cast once, not for every token
         with torch.no_grad(), torch.autocast(policy.device.type, policy.compute_dtype, enabled=low):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import torch
 
-from actial_fast.model.policy import Policy
+from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.rollout.embedded import Embedded
 from actial_fast.rollout.protocol import Engine
-from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
+from actial_fast.settings.recipe import GRPORecipe, ModelConfig, SFTRecipe
 from actial_fast.train.dist import World
 from actial_fast.train.offload import Offload
 
@@ -39,6 +40,14 @@ def open_engine(
         engine = Embedded(policy, processor)
     stack.callback(engine.close)
     return engine
+
+
+def open_checkpoint(model: Path | str, where: World, seed: int = 0) -> tuple[Embedded, Processor]:
+    """The engine that replies with a checkpoint folder or hub name as it is, and what makes its prompts."""
+    # the dtype of the computation, so that nothing is cast again for every token
+    weights = ModelConfig(path=str(model), dtype="bfloat16" if where.device.type == "cuda" else "float32")
+    policy, processor = load_policy(weights, where.device, seed).eval(), Processor.load(str(model))
+    return Embedded(policy, processor), processor
 
 
 def longest_of(recipe: SFTRecipe | GRPORecipe) -> int:

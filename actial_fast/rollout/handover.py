@@ -7,7 +7,6 @@ made whole by FSDP for it: its memory would have to outlive whatever still refer
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +14,6 @@ from torch.distributed.tensor import DTensor
 
 from actial_fast.model.policy import Policy
 from actial_fast.model.weights import base_name, stored_name
-
-ADAPTER = 1  # the number that vLLM knows our adapters by
 
 
 def checkpoint_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
@@ -40,26 +37,6 @@ def adapters(policy: Policy) -> tuple[dict[str, Tensor], list[str]]:
         if ".lora_" in name
     }
     return found, sorted({name.split(".lora_")[0].rpartition(".")[2] for name in found})
-
-
-def take_adapters(worker: Any, tensors: dict[str, Tensor], targets: list[str], lora: Any) -> None:
-    """Runs in vLLM's worker: our adapters in the place of those it has, without a folder in between."""
-    from vllm.lora.lora_model import LoRAModel
-    from vllm.lora.peft_helper import PEFTHelper
-
-    manager = worker.model_runner.lora_manager._adapter_manager
-    mapper = getattr(manager.model, "hf_to_vllm_mapper", None)
-    made = LoRAModel.from_lora_tensors(
-        lora_model_id=ADAPTER,
-        tensors=tensors,
-        peft_helper=PEFTHelper.from_dict({"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets}),
-        device="cpu",
-        dtype=worker.model_runner.lora_config.lora_dtype,
-        weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,
-    )
-    manager.remove_adapter(ADAPTER)
-    manager.add_adapter(made)
-    manager.activate_adapter(ADAPTER)
 
 
 def _whole(parameter: Tensor, dtype: torch.dtype) -> Tensor:

@@ -59,12 +59,15 @@ class Watch:
     have: replies by their prompt's index that were drawn before, and are returned as they are. drawn: called with replies by index, a
     prompt's all at once, as soon as they are complete, in turn with the drawing. asked: looked at between tokens; once it is true nothing
     more is drawn. dropped: looked at in the same places, with an index; once it is true that prompt's replies are not drawn any further.
+    failed: called with an index and why its prompt got no replies, where that is this prompt's misfortune and not the engine's; without
+    it, that is an error.
     """
 
     have: Mapping[int, list[Reply]] | None = None
     drawn: Callable[[dict[int, list[Reply]]], None] | None = None
     asked: Callable[[], bool] = nobody
     dropped: Callable[[int], bool] = never
+    failed: Callable[[int, str], None] | None = None
 
 
 UNWATCHED = Watch()

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible address, vLLM's server among others, that replies to rows: for evaluation.
+"""A model behind an OpenAI-compatible address, vLLM's server among others, that replies to rows: for evaluation and chains of thought.
 
 It has a tokenizer, a chat template and weights of its own, so rows are sent as messages, with their images as they are, and text comes
 back. There are no token ids and no log-probs that a policy could be trained on, and no way to hand it the policy's weights.
@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from actial_fast.data.cot.client import Answer, Client, parts
 from actial_fast.data.sources.row import Row, decode
 from actial_fast.data.sources.stream import Example
 from actial_fast.packing.batch import Sequence
+from actial_fast.rollout.client import Answer, Client, Unanswered, parts
 from actial_fast.rollout.protocol import UNWATCHED, Draw, Reply, Watch
-from actial_fast.settings.recipe import RolloutConfig
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionMessageParam
@@ -49,14 +48,14 @@ class Rows:
 
 
 class Server:
-    """The engine that asks a server. Its prompts come from `Rows`; replies that it does not finish in time are an error that names it."""
+    """The engine that asks a server, `workers` questions at a time. Its prompts come from `Rows`. draw.max_new_tokens 0 is the server's own
+    limit; a question that it does not answer, after all retries, has failed."""
 
     own = False
 
-    def __init__(self, config: RolloutConfig):
+    def __init__(self, client: Client, workers: int):
         self.version = -1
-        self._client = Client(config.url, config.model)
-        self._workers = config.workers
+        self._client, self._workers = client, workers
 
     def wake(self) -> None:
         """It is awake, or not ours to wake."""
@@ -93,10 +92,14 @@ class Server:
                         for future in running.pop(i):
                             future.cancel()
                     wait([f for group in running.values() for f in group if not f.done()], PAUSE, FIRST_COMPLETED)
-                    done = {i: [_reply(f.result()) for f in group] for i, group in running.items() if all(f.done() for f in group)}
-                    for i, group in done.items():
-                        replies[i] = group
-                        del running[i]
+                    done = {}
+                    for i in [i for i, group in running.items() if all(f.done() for f in group)]:
+                        try:
+                            replies[i] = done[i] = [_reply(f.result()) for f in running.pop(i)]
+                        except Unanswered as error:
+                            if watch.failed is None:
+                                raise
+                            watch.failed(i, str(error))
                     if done and watch.drawn:
                         watch.drawn(done)
             finally:
@@ -115,7 +118,7 @@ class Server:
             cast("list[ChatCompletionMessageParam]", messages),
             temperature=draw.temperature,
             seed=seed,
-            max_tokens=draw.max_new_tokens,
+            max_tokens=draw.max_new_tokens or None,
         )
 
 

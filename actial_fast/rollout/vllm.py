@@ -18,25 +18,23 @@ import contextlib
 import gc
 import os
 import random
-import secrets
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import Tensor, nn
 
 from actial_fast.model.policy import Policy
 from actial_fast.model.processor import Processor
 from actial_fast.packing.batch import Sequence
-from actial_fast.rollout.handover import ADAPTER, adapters, checkpoint_weights, take_adapters
+from actial_fast.rollout.handover import adapters, checkpoint_weights
 from actial_fast.rollout.protocol import UNWATCHED, Draw, Reply, Watch
+from actial_fast.rollout.vllm_inside import ADAPTER, View, shared_memory, take_adapters
 from actial_fast.settings.recipe import RolloutConfig
 from actial_fast.train.dist import World
 from actial_fast.train.offload import Offload
@@ -62,26 +60,6 @@ def _untouched_random_numbers() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-
-
-@contextlib.contextmanager
-def _shared_memory(where: World, ranks: int) -> Iterator[None]:
-    """On a CPU ranks that share an engine meet in memory that vLLM gives the same name in every run and never removes: after a run that
-    was killed, or beside another, none could start. Here each engine's has a name of its own, and none once all its ranks hold it."""
-    if ranks == 1:
-        yield
-        return
-    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Shared
-
-    name = where.gather([secrets.token_hex(8)])[where.rank // ranks * ranks]
-    plain = Shared.make_group_name
-    Shared.make_group_name = staticmethod(lambda communicator: f"{plain(communicator)}-{name}")
-    try:
-        yield
-    finally:
-        Shared.make_group_name = staticmethod(plain)
-        for left in Path("/dev/shm").glob(f"*-{name}_*"):
-            left.unlink(missing_ok=True)
 
 
 class VLLM:
@@ -110,8 +88,8 @@ class VLLM:
         self._offload = offload or Offload(None, enabled=False)
         self._holds_base = False  # the weights that are not trained as well
         self._cached = True  # there is memory for keys and values
-        self._view = _View(torch.tensor(processor.never_sampled(policy.base.config.get_text_config().vocab_size)))
-        with _untouched_random_numbers(), contextlib.nullcontext() if self._cuda else _shared_memory(where, config.tensor_parallel):
+        self._view = View(torch.tensor(processor.never_sampled(policy.base.config.get_text_config().vocab_size)))
+        with _untouched_random_numbers(), contextlib.nullcontext() if self._cuda else shared_memory(where, config.tensor_parallel):
             self._llm = self._open()
         self._llm.apply_model(self._view.put_on)
         self._peers = _peers(config.tensor_parallel)
@@ -328,28 +306,6 @@ class _Job:
     @property
     def name(self) -> tuple[int, int]:
         return self.rank, self.index
-
-
-class _View:
-    """What is put before vLLM's sampler: see the module's docstring."""
-
-    def __init__(self, banned: Tensor):
-        self.temperature = 1.0
-        self._banned = banned
-
-    def put_on(self, model: nn.Module) -> None:
-        """From now on the model's logits are log-probs at the temperature, minus infinity where banned."""
-        plain: Callable[..., Tensor | None] = model.compute_logits  # type: ignore[assignment]
-
-        def compute_logits(*args: Any, **kwargs: Any) -> Tensor | None:
-            logits = plain(*args, **kwargs)
-            if logits is None:  # of a rank that does not sample
-                return None
-            self._banned = self._banned.to(logits.device)
-            logits = logits.float() if self.temperature == 1 else logits.float() / self.temperature
-            return logits.log_softmax(-1).index_fill_(-1, self._banned, -torch.inf)
-
-        model.compute_logits = compute_logits  # type: ignore[assignment]
 
 
 def _collapsed(prompt: Sequence, processor: Processor) -> list[int]:

@@ -165,6 +165,13 @@ def _liger_grpo(x: Inputs) -> Answers:
     return {"logp": None, "entropy": None, "dhidden": dhidden, "dweight": dweight}
 
 
+def _liger_scaled(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, targets, return_entropy=True)
+    return -nll, entropy
+
+
 def _liger_cross_entropy(x: Inputs) -> Answers:
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
@@ -212,6 +219,7 @@ IMPLEMENTATIONS = (
     Implementation(TORCH, _through_logprob(reference.linear_logprob)),
     Implementation("TRL chunked log-prob", _through_logprob(_trl), package="trl"),
     Implementation("Liger fused linear GRPO", _liger_grpo, package="liger_kernel"),
+    Implementation("Liger fused linear scaled cross-entropy", _through_logprob(_liger_scaled), package="liger_kernel"),
     Implementation("Liger fused linear cross-entropy", _liger_cross_entropy, package="liger_kernel", devices=("cuda",)),
 )
 

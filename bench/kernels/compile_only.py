@@ -21,20 +21,24 @@ from actial_fast.kernels import common
 class Chip:
     """Limits of one compute capability (CUDA C++ Programming Guide, technical specifications); shared memory in KiB."""
 
-    sm_count: int  # of the A100, H100 SXM and B200
+    sm_count: int  # of the A100, A10, RTX 4090, H100 SXM, B200, B300 and RTX 5090
     shared_per_block: int
     shared_per_sm: int
     tensor_core: str  # the mnemonic of its matrix instruction, a regular expression
     registers: int = 65536
     warps: int = 64
     blocks: int = 32
-    tensor_memory: int = 512  # columns; only sm_100 has them
+    tensor_memory: int = 0  # columns
 
 
 CHIPS = {
     80: Chip(108, 163, 164, r"HMMA\b"),
+    86: Chip(72, 99, 100, r"HMMA\b", warps=48, blocks=16),
+    89: Chip(128, 99, 100, r"HMMA\b", warps=48, blocks=24),
     90: Chip(132, 227, 228, r"HGMMA\b"),
-    100: Chip(148, 227, 228, r"UTC\w*MMA\b"),
+    100: Chip(148, 227, 228, r"UTC\w*MMA\b", tensor_memory=512),
+    103: Chip(148, 227, 228, r"UTC\w*MMA\b", tensor_memory=512),
+    120: Chip(170, 99, 100, r"HMMA\b", warps=48, blocks=24),
 }
 
 

@@ -1,12 +1,14 @@
 """Runs every op once, forward and backward, at odd sizes and with a target out of range: what compute-sanitizer watches in `make gpu`.
 
-    compute-sanitizer --tool memcheck --error-exitcode 1 python -m bench.kernels.memcheck
+    compute-sanitizer --tool memcheck --error-exitcode 1 python -m bench.kernels.memcheck [--one]
 
 Nothing is compared or timed here, only that no thread reads or writes where it must not; set PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that
 tensors do not share an allocation. T rows, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 from torch import Tensor
@@ -19,16 +21,19 @@ T, H, V = 37, 72, 1031
 DTYPES = (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.float32,)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Every op in every dtype; the out-of-range target on a GPU only, where it is NaN and not an error."""
-    for dtype in DTYPES:
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels.memcheck", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--one", action="store_true", help="in one dtype, the recipe's: racecheck takes minutes for all")
+    dtypes = DTYPES[:1] if parser.parse_args(argv).one else DTYPES
+    for dtype in dtypes:
         for frozen in (False, True):
             _head(dtype, frozen)
         _logits(dtype)
     _rows()
     if CUDA:
         torch.cuda.synchronize()
-    print(f"every op ran at T={T}, H={H}, V={V} in {', '.join(str(x).removeprefix('torch.') for x in DTYPES)} on {DEVICE}")
+    print(f"every op ran at T={T}, H={H}, V={V} in {', '.join(str(x).removeprefix('torch.') for x in dtypes)} on {DEVICE}")
 
 
 def _head(dtype: torch.dtype, frozen: bool) -> None:

@@ -43,7 +43,7 @@ def trl_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor
 
 
 def scaled_ce_logprob(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Liger's ScaledCE: CuTe DSL on sm_90, its own chunked torch elsewhere."""
+    """Liger's ScaledCE: on sm_90 CuTe DSL, whatever LIGER_KERNEL_IMPL says; its own chunked torch elsewhere."""
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
 
     nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, targets, return_entropy=True)
@@ -135,6 +135,15 @@ def liger_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tens
     return LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)(weight, hidden, targets)
 
 
+def liger_cute_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The same in CuTe DSL, which LIGER_KERNEL_IMPL=cutedsl puts in the other's place for a whole process; native on sm_100."""
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    return LigerFusedLinearCrossEntropyFunction.apply(
+        hidden, weight, targets, *[None] * 2, -100, 0.0, 0.0, "mean", None, False, torch.float32
+    )[0]
+
+
 def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Apple's; it leaves out gradients smaller than the dtype can tell (`filter_eps="auto"`)."""
     from cut_cross_entropy import linear_cross_entropy
@@ -143,10 +152,17 @@ def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
 
 
 def quack_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Tri Dao's CuTe DSL one."""
+    """Tri Dao's CuTe DSL one, its logits rounded and stored; by itself it takes the one below where that runs."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return chunked_linear_cross_entropy(hidden, weight, targets)
+    return chunked_linear_cross_entropy(hidden, weight, targets, use_scaled_exp=False)
+
+
+def quack_scaled_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Its scaled-exponential pipeline (quack.epilogue.scaled_exp, 0.6.5): sm_90, bf16, vocabularies that 128 divides."""
+    from quack.linear_cross_entropy import scaled_exp_linear_cross_entropy
+
+    return scaled_exp_linear_cross_entropy(hidden, weight, targets)
 
 
 # ---- KL(policy || reference model)

@@ -1,6 +1,6 @@
 """What the compiler makes of every Triton kernel on chips that need not be here: registers, spills, shared memory, occupancy, SASS.
 
-    python -m bench.kernels.resources [--arch 80 90 100] [--op NAME] [--json FILE]
+    python -m bench.kernels.resources [--arch 80 86 89 90 100 103 120] [--op NAME] [--json FILE]
 
 The real launchers are called with meta tensors at the recipe's sizes while Triton's driver is replaced by one that only compiles, so what
 is read is what would be launched: signature, specialisation, constexprs and options. Everything told is compile time: counts of
@@ -62,7 +62,7 @@ def _dot_findings(used: Usage) -> list[str]:
     expected, wrong = CHIPS[80 if used.kind == "thin" else used.arch].tensor_core, []
     if not used.count(expected):
         wrong.append(f"tensor cores: no instruction like {expected}")
-    elif used.kind == "matrix" and used.arch >= 90 and used.count(r"HMMA\b"):
+    elif used.kind == "matrix" and not re.match(expected, "HMMA") and used.count(r"HMMA\b"):
         wrong.append(f"tensor cores: {used.count('HMMA')} HMMA beside {expected}: some of its dots fell back to Ampere's")
     wide = sorted({dtype for dtype, _ in used.dots if BITS.get(dtype, 8) > 16})
     if wide:
@@ -138,10 +138,10 @@ def main() -> None:
     """Compile, print the table and the findings, write the JSON when asked."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels.resources", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=CHIPS, default=list(CHIPS), help="compute capabilities (default: all)")
-    parser.add_argument("--op", choices=sorted({case.op for case in CASES}), help="only this op's kernels (default: all)")
+    parser.add_argument("--op", nargs="+", choices=sorted({case.op for case in CASES}), help="only these ops' kernels (default: all)")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     args = parser.parse_args()
-    cases = [case for case in CASES if args.op in (None, case.op)]
+    cases = [case for case in CASES if args.op is None or case.op in args.op]
     used, wrong = [], []
     for arch in args.arch:
         more, found = collect(arch, cases)

@@ -150,10 +150,12 @@ def linear_cross_entropy() -> list[Side]:
         side("torch.compile", peers.torch_cross_entropy, compiled=True),
         side("F.linear_cross_entropy", peers.chunked_cross_entropy, needs="torch.nn.functional.linear_cross_entropy"),
         side("Liger FLCE", peers.liger_cross_entropy, needs="liger_kernel", gpu=True),
+        side("Liger FLCE, CuTe DSL", peers.liger_cute_cross_entropy, needs="cutlass", gpu=True, capability=(10, 0)),
         side("Liger ScaledCE", mean_of(peers.scaled_ce_logprob), needs="liger_kernel"),
         side("TRL", mean_of(peers.trl_logprob), needs="trl"),
         side("cut-cross-entropy", peers.cut_cross_entropy, needs="cut_cross_entropy", gpu=True),
         side("quack", peers.quack_cross_entropy, needs="quack", gpu=True, capability=(9, 0)),
+        side("quack scaled exp", peers.quack_scaled_cross_entropy, needs="quack", gpu=True, capability=(9, 0)),
     ]
 
 

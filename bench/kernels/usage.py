@@ -17,6 +17,8 @@ import triton
 
 from bench.kernels.compile_only import CHIPS, Launch
 
+ENCODINGS = {90: "SM90a", 100: "SM100a", 103: "SM100a", 120: "SM120a"}
+"""Whose instructions nvdisasm reads, where that is not SM and the number. sm_103 has sm_100's, by which name Triton 3.6's tool knows it."""
 BITS = {"i1": 8, "i8": 8, "i16": 16, "i32": 32, "i64": 64, "f16": 16, "bf16": 16, "f32": 32, "f64": 64}
 
 
@@ -137,7 +139,7 @@ def _instructions(cubins: Sequence[bytes], arch: int) -> list[dict[str, int]]:
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
         file.write(b"".join(codes))
         file.flush()
-        sass = _tool(triton.knobs.nvidia.nvdisasm.path, "-ndf", "-b", f"SM{arch}{'a' if arch >= 90 else ''}", file.name) if codes else ""
+        sass = _tool(triton.knobs.nvidia.nvdisasm.path, "-ndf", "-b", ENCODINGS.get(arch, f"SM{arch}"), file.name) if codes else ""
     lines = re.findall(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
     assert 16 * len(lines) == sum(map(len, codes)), "nvdisasm prints instructions of 16 bytes in another way now"
     counts, ends = [Counter() for _ in codes], list(accumulate(map(len, codes)))

@@ -353,34 +353,50 @@ def test_the_markdown_says_who_is_fastest():
 def test_every_step_of_the_gate_runs_and_one_failure_fails_it(capfd, monkeypatch, tmp_path):
     monkeypatch.setattr(gate, "ROOT", tmp_path)
     run = lambda code: [sys.executable, "-c", code]  # noqa: E731
+    budget = lambda s: [f"{s:.0f}"]  # noqa: E731
     todo = [
-        gate.Step("bad", run("raise SystemExit(3)")),
-        gate.Step("slow", run("import time; time.sleep(60)"), most=1),
-        gate.Step("none", ["none"], absent="it is not here"),
-        gate.Step("told", run("import sys; print('budget', *sys.argv[1:])"), budget=lambda s: [f"{s:.0f}"]),
-        gate.Step("kept", run("import sys; print('kept', *sys.argv[1:])"), least=10, budget=lambda s: [f"{s:.0f}"]),
-        gate.Step("absent", ["none"], least=1000, absent="nor is this"),
+        gate.Step("bad", run("raise SystemExit(3)"), 3),
+        gate.Step("slow", run("import time; print('begun', flush=True); time.sleep(60)"), 1),
+        gate.Step("none", ["none"], 100, absent="it is not here"),
+        gate.Step("told", run("import sys; print('budget', *sys.argv[1:])"), 10, budget=budget),
+        gate.Step("last", run("import sys; print('kept', *sys.argv[1:])"), 10, budget=budget),
     ]
-    assert gate.run(todo, 30) == 1
+    assert gate.run(todo, 42) == 1
     out = capfd.readouterr().out
     assert "FAILED: exit code 3" in out and "FAILED: ran out of time" in out and "not run: it is not here" in out
-    assert re.search(r"budget 1\d\n", out) and re.search(r"kept 2\d\n", out) and re.search(r"told +\d+ s  passed", out)
+    assert re.search(r"budget (19|20)\n", out) and re.search(r"kept (39|40)\n", out), "what a step leaves goes to those after it"
+    (told,) = (tmp_path / "bench/results").glob("*/gate-*.json")
+    steps = json.loads(told.read_text())["steps"]
+    assert [each["step"] for each in steps] == [step.name for step in todo] and steps[3]["outcome"] == "passed"
+    assert (tmp_path / "build/gate/slow.log").read_text() == "begun\n", "what a step printed before its end is kept"
     assert gate.run(todo[2:], 30) == 0
 
 
+def test_a_gate_that_is_cut_off_has_told_what_it_did(monkeypatch, tmp_path):
+    monkeypatch.setattr(gate, "ROOT", tmp_path)
+    plain = gate._call
+    monkeypatch.setattr(gate, "_call", lambda step, s: plain(step, s) if step.name == "good" else (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        gate.run([gate.Step("good", [sys.executable, "-c", ""], 1), gate.Step("cut", [], 1)], 60)
+    (told,) = (tmp_path / "bench/results").glob("*/gate-*.json")
+    assert [each["outcome"] for each in json.loads(told.read_text())["steps"]] == ["passed"]
+
+
 def test_the_gate_holds_what_make_gpu_promises():
-    names = [step.name for step in gate.steps()]
-    assert names == ["build", "tests", "memcheck", "accuracy", "rollout", "microbenchmarks", "one step"]
-    tests = gate.steps()[1].command
-    assert "tests/kernels/test_linear.py" in tests and all((ROOT / x).exists() for x in tests if x.startswith("tests/"))
-    assert gate.steps()[5].budget(300) == ["--budget-seconds", "260"]
+    found = gate.steps()
+    names = ["build", "bfloat16 tests", "memcheck", "racecheck", "microbenchmarks", "one step", "accuracy", "rollout", "other tests"]
+    assert [step.name for step in found] == names
+    assert sum(step.share for step in found) == 7 * 60, "the shares are seconds of a gate of 7 minutes"
+    for tests in (found[1].command, found[-1].command):
+        assert "tests/kernels/test_linear.py" in tests and all((ROOT / x).exists() for x in tests if x.startswith("tests/"))
+    assert found[4].budget(85) == ["--budget-seconds", "70"]
     if not CUDA:
         with pytest.raises(SystemExit):
             gate.main([])
 
 
 def test_memcheck_runs_every_op(capsys):
-    memcheck.main()
+    memcheck.main([])
     assert "every op ran" in capsys.readouterr().out
 
 

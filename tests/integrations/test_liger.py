@@ -19,6 +19,7 @@ from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
 from peft import LoraConfig, get_peft_model
 
+from actial_fast import ops
 from actial_fast.integrations.liger import LOSS_TYPES, FusedLinearGRPOLoss, apply_liger
 from actial_fast.model.attention import use_packed_attention
 from actial_fast.ops import reference
@@ -305,6 +306,53 @@ def test_packed_rows_give_what_padded_rows_give(loss_type, ratio):
 def test_options_that_are_not_supported(options, message):
     with pytest.raises(ValueError, match=message):
         FusedLinearGRPOLoss(**options)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_options_are_attributes_that_may_change(loss_type):
+    """Code written for Liger reads and anneals them."""
+    made, changed = settings(loss_type, beta=0.04), settings(loss_type, beta=0.1)
+    changed |= {"epsilon_low": 0.05, "epsilon_high": changed["epsilon_high"] + 0.05, "temperature": 1.1, "max_completion_length": 12}
+    changed |= {"sapo_temperature_pos": 0.7, "vespo_k_pos": 1.5, "vespo_lambda_neg": 1.0, "use_bias_correction_kl": True}
+    changed |= {"delta": 1.5} if loss_type in CLIPPED else {}
+    changed |= {"importance_sampling_level": "sequence"} if loss_type in CLIPPED else {}
+    loss, liger, c = FusedLinearGRPOLoss(**made), theirs(**made), make()
+    before = run(loss, c)
+    assert {name: getattr(loss, name) for name in vars(liger) if name in made} == made
+    assert {name for name in vars(liger) if not name.startswith("_")} <= vars(loss).keys()
+    for name, value in changed.items():
+        setattr(loss, name, value)
+    assert_same(run(loss, c), run(FusedLinearGRPOLoss(**changed), c), 1e-6)
+    assert difference(run(loss, c)["dhidden"], before["dhidden"]) > 1e-3
+    loss.epsilon_low = -0.1
+    with pytest.raises(ValueError, match="epsilon_low: must be >= 0"):
+        run(loss, c)
+
+
+def test_both_references_give_the_first_and_a_warning_as_ligers():
+    c = make()
+    both = {"ref_input": c.ref_hidden, "ref_weight": c.ref_weight, "ref_per_token_logps": c.ref}
+    call = c.hidden, c.weight, c.ids, c.mask, c.advantages
+    for kind in (theirs, FusedLinearGRPOLoss):
+        with pytest.warns(UserWarning, match="Both ref_per_token_logps and ref_input are provided") as caught:
+            loss, _ = kind(beta=0.04, compiled=False)(*call, **both)
+        assert loss == kind(beta=0.04, compiled=False)(*call, ref_per_token_logps=c.ref)[0]
+    assert caught[0].filename == __file__
+
+
+def test_in_bf16_log_probs_of_the_same_head_give_ratios_of_1_and_no_kl():
+    """And those of a head that rounds its logits do not: the docstring and docs/from-liger.md say so."""
+    c = make(torch.bfloat16, scale=3.0)
+    rows = c.hidden.flatten(0, 1), c.weight, c.ids.flatten()
+    ours = ops.linear_logprob(*rows, temperature=VALUES["temperature"])[0].view(c.ids.shape)
+    rounded = ((c.hidden @ c.weight.T) / VALUES["temperature"]).float().log_softmax(-1).gather(-1, c.ids[..., None]).squeeze(-1)
+    loss = FusedLinearGRPOLoss(**settings("grpo", beta=0.04, epsilon_low=3e-4, epsilon_high=4e-4, importance_sampling_level="sequence"))
+    kl, clipped = {}, {}
+    for name, logp in {"ours": ours, "rounded": rounded}.items():
+        given = {"old_per_token_logps": logp, "ref_per_token_logps": logp}
+        _, (kl[name], clipped[name]) = loss(c.hidden, c.weight, c.ids, c.mask, c.advantages, **given)
+    assert kl["ours"] == clipped["ours"] == 0
+    assert kl["rounded"] > 1e-6 and clipped["rounded"] > 0.1
 
 
 def test_arguments_that_do_not_fit():

@@ -353,6 +353,21 @@ def test_a_model_of_verl_with_fused_kernels_runs_on_our_head(core):
     assert difference(got.entropy.detach(), want.entropy.detach().flatten()) < 1e-5
 
 
+def test_in_bf16_a_policy_that_has_not_moved_clips_nothing(core):
+    """Old, reference and policy log-probs of verl's engines come through the one function that is patched: scored without gradients or
+    with, in other batches, they are the same."""
+    config = config_of(clip_ratio=3e-4, clip_ratio_low=3e-4, clip_ratio_high=3e-4)
+    hidden, weight, ids = head(torch.bfloat16, shape=(len(LENGTHS), L))
+    with torch.no_grad():
+        old = torch.cat([ours.linear_cross_entropy(hidden[i : i + 2], weight, ids[i : i + 2], 0.7)[0] for i in (0, 2, 4)]).view(ids.shape)
+    logp = ours.linear_cross_entropy(hidden, weight, ids, 0.7)[0].view(ids.shape)
+    assert (old - logp).abs().max() < 1e-5
+    c = make()
+    for mode in ("vanilla", "gspo"):
+        _, metrics = ours.policy_loss(mode)(old, logp, c.advantages, c.mask, "token-mean", config)
+        assert metrics["actor/pg_clipfrac"] == 0 and abs(metrics["actor/ppo_kl"]) < 1e-5, metrics
+
+
 def test_heads_that_are_not_supported(monkeypatch):
     hidden, weight, ids = head()
     with pytest.raises(ValueError, match="reduction: 'max' is not supported; supported are none, sum, mean"):

@@ -13,7 +13,7 @@ from actial_fast.ops import reference
 from actial_fast.ops.spec import GRPOSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float32, torch.float16]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [(1, 64, 64), (70, 33, 200), (130, 64, 150)]
 ids = lambda case: "x".join(map(str, case)) if isinstance(case, tuple) else str(case).removeprefix("torch.")  # noqa: E731
 
@@ -260,25 +260,27 @@ def test_chunks_add_to_a_weight_grad_that_begins_anywhere(start):
     assert torch.equal(buffer[:start], torch.full_like(buffer[:start], 3.0)) and buffer[-1] == 3
 
 
-def test_weight_grad_asks_for_an_upstream_gradient_of_one():
-    if DEVICE == "cuda":
-        pytest.skip("on a GPU the assertion ends the process's CUDA context")
+def test_an_upstream_gradient_other_than_one_shows_in_weight_grad():
+    """The host cannot know it without waiting, and must not end the process's CUDA context by an assertion."""
     case = make()
-    h = case.hidden.detach().requires_grad_()
-    loss = losses(case, SPECS["clip"], weight_grad=torch.zeros_like(case.weight))[0](h, case.weight, None)[0]
-    with pytest.raises(RuntimeError, match="weight_grad"):
-        (2 * loss).backward()
+    for scale in (1, 2):
+        h, buffer = case.hidden.detach().requires_grad_(), torch.zeros_like(case.weight)
+        loss = losses(case, SPECS["clip"], weight_grad=buffer)[0](h, case.weight.detach().requires_grad_(), None)[0]
+        (scale * loss).backward()
+        assert all(x.isnan().all() if scale == 2 else x.isfinite().all() and x.any() for x in (buffer, h.grad))
 
 
-def test_the_upstream_gradient_scales_and_a_second_backward_is_refused():
+def test_the_upstream_gradient_scales_as_often_as_it_comes():
     case = make()
     _, want = gradients(losses(case, SPECS["clip"])[0], case)
     h, w = case.hidden.detach().requires_grad_(), case.weight.detach().requires_grad_()
     loss = losses(case, SPECS["clip"])[0](h, w, None)[0]
-    (3 * loss).backward(retain_graph=True)
-    assert torch.allclose(h.grad, 3 * want[0]) and torch.allclose(w.grad, 3 * want[1])
-    with pytest.raises(RuntimeError, match="computed once"):
-        loss.backward()
+    for _ in range(2):
+        h.grad = w.grad = None
+        (3 * loss).backward(retain_graph=True)
+        assert torch.allclose(h.grad, 3 * want[0]) and torch.allclose(w.grad, 3 * want[1])
+    (3 * loss).backward()
+    assert torch.allclose(h.grad, 6 * want[0]) and torch.allclose(w.grad, 6 * want[1])
 
 
 def test_cross_entropy():
@@ -296,21 +298,6 @@ def test_cross_entropy():
     results = [gradients(f, case, d) for f, d in ((ours, None), (plain, None), (plain, torch.float64))]
     for i in range(2):
         assert_close(*(r[i] for r in results))
-
-
-def test_every_output_is_written(monkeypatch):
-    """Memory that a kernel forgets to write would hold NaN."""
-    empty = torch.empty
-
-    def poisoned(*size, **kinds):
-        x = empty(*size, **kinds)
-        return x.fill_(torch.nan if x.is_floating_point() else -(2**30))
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    case = make(130, 64, 150, bias=True)
-    for name in ("clip", "gspo"):
-        out, grads = gradients(losses(case, SPECS[name])[0], case)
-        assert not any(x.isnan().any() for x in (*out, *grads))
 
 
 def test_a_target_outside_of_the_vocabulary_gives_nan_and_nothing_else():

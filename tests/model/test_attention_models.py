@@ -1,5 +1,6 @@
 """Packed batches through unmodified transformers models: equal to one sample at a time, and to sdpa where nothing is packed."""
 
+import copy
 import itertools
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ from transformers import (
 )
 from transformers.utils.generic import is_flash_attention_requested
 
-from actial_fast.model.attention import IMPLEMENTATION, use_packed_attention
+from actial_fast.model.attention import IMPLEMENTATION, is_packed, use_packed_attention
 from actial_fast.model.policy import Policy
 from actial_fast.packing.batch import Sequence, collate, mrope_positions
 from actial_fast.packing.images import ImageSettings, ImageStore
@@ -261,18 +262,39 @@ def test_autocast_casts_as_sdpa_does():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_config_is_set_and_put_back(name):
+def test_every_tower_is_set_and_put_back_and_no_config_of_the_caller_is(name):
     model = build(name)
-    configs = [model.config, model.config.text_config, model.config.vision_config]
-    configs += [model.model.visual.config, model.model.language_model.config]
+    callers = [model.config, model.config.text_config, model.config.vision_config]
+    towers = [model.model.visual, model.model.language_model]
+    assert not is_packed(model)
     restore = use_packed_attention(model)
-    for config in configs:
+    assert is_packed(model)
+    for tower in towers:
+        configs = {id(x.config): x.config for x in tower.modules() if hasattr(x, "config")}
+        assert len(configs) == 1, "the layers read the tower's"
         # the private name behind the property that every layer reads, which is the one place that asks no Hub
-        assert config.__dict__["_attn_implementation_internal"] == config._attn_implementation == IMPLEMENTATION
-        assert is_flash_attention_requested(config)
+        assert tower.config.__dict__["_attn_implementation_internal"] == tower.config._attn_implementation == IMPLEMENTATION
+        assert is_flash_attention_requested(tower.config)
+    assert {config._attn_implementation for config in callers} == {"sdpa"}
     assert "actial" not in model.config.to_json_string()
     restore()
-    assert {config._attn_implementation for config in configs} == {"sdpa"}
+    assert not is_packed(model)
+    assert [tower.config for tower in towers] == [model.config.vision_config, model.config.text_config]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_made_from_the_config_of_one_that_is_packed(name):
+    model = build(name)
+    use_packed_attention(model)
+    for config in (model.config, copy.deepcopy(model.config)):
+        again = type(model)(config).to(DEVICE)
+        assert not is_packed(again)
+        again.load_state_dict(model.state_dict())
+        ids = torch.tensor([[1, 2, 3]], device=DEVICE)
+        assert relative(again(input_ids=ids).logits, model(input_ids=ids).logits) < 1e-5
+    assert is_packed(copy.deepcopy(model)) and is_packed(model)
+    model.set_attn_implementation("eager")
+    assert not is_packed(model) and model.config.text_config._attn_implementation == "eager"
 
 
 def test_models_it_cannot_serve_are_refused():

@@ -504,18 +504,6 @@ def test_float16_gradients_wait_for_the_loss_scale():
     assert error(dhidden, want[0]) < 2e-3 and error(dweight, want[1]) < 2e-3
 
 
-def test_gradients_of_gradients_are_refused():
-    case = case_of()
-    for out in (
-        ops.linear_cross_entropy(case.hidden, case.weight, case.targets, case.token_weight),
-        ops.linear_logprob(case.hidden, case.weight, case.targets)[0].sum(),
-        ops.logprob_from_logits(case.weight, torch.zeros(29, dtype=torch.int64))[0].sum(),
-    ):
-        first = torch.autograd.grad(out * case.weight.sum(), case.weight, create_graph=True)[0]
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            first.sum().backward()
-
-
 def test_autocast_casts_like_a_linear_layer():
     case = case_of(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -648,8 +636,8 @@ BAD_HEAD = [
     ({"targets": torch.tensor([0, -100, 1])}, r"^targets: expected ids in \[0, 5\), got -100"),
     ({"bias": torch.zeros(4)}, r"^bias: expected \(5,\) floating point to fit weight, got \(4,\) torch\.float32$"),
     ({"bias": torch.zeros(5).double()}, r"^bias: torch\.float64 but hidden is torch\.float32"),
-    ({"softcap": 0.0}, r"^softcap: must be > 0, got 0\.0; None = no cap$"),
-    ({"workspace_mb": 0}, r"^workspace_mb: must be > 0, got 0$"),
+    ({"softcap": 0.0}, r"^softcap: must be > 0 and finite, got 0\.0; None = no cap$"),
+    ({"workspace_mb": 0}, r"^workspace_mb: must be > 0 and finite, got 0$"),
 ]
 BAD_ROW = [
     (torch.zeros(2), r"expected \(3,\) floating point on cpu, got \(2,\) torch\.float32 on cpu$"),
@@ -668,8 +656,8 @@ def loss(**changes):
 def test_heads_that_do_not_fit(change, message):
     for refused in (
         lambda: ops.linear_logprob(**(HEAD | change)),
-        lambda: ops.linear_cross_entropy(**(HEAD | change), token_weight=torch.zeros(3)),
-        lambda: loss(**change),
+        lambda: ops.linear_cross_entropy(**(HEAD | change), token_weight=torch.ones(3)),
+        lambda: loss(**({"token_weight": torch.ones(3)} | change)),
     ):
         with pytest.raises(ValueError, match=message):
             refused()

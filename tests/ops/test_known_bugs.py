@@ -96,6 +96,24 @@ def test_verl_2656_log_probs_of_the_kernels(V, scale):
 
 
 @BOTH
+@pytest.mark.parametrize("V", [1920, 1056, 1025, 999], ids=["896 left of 1024, as of 129920", "33 * 32", "one more", "odd"])
+def test_verl_2899_vocabularies_that_no_block_divides(path, V):
+    """Peaked rows of negative logits, where a column that is not there and counts as a logit of 0 would take all of the probability."""
+    case = make((4, 3), H=8, V=V, scale=6.0)
+    case.hidden[:, 0], case.weight[:, 0] = 10.0, -10.0
+    hidden, weight = (x.double().requires_grad_() for x in (case.hidden, case.weight))
+    want, want_entropy = reference.linear_logprob(hidden, weight, case.targets)
+    given = [x.clone().requires_grad_() for x in (case.hidden, case.weight)]
+    with on(path):
+        logp, entropy = ops.linear_logprob(*given, case.targets)
+        ((0.3 * logp).sum() + entropy.sum()).backward()
+    ((0.3 * want).sum() + want_entropy.sum()).backward()
+    assert want.max() < 0 and (logp - want).abs().max() < 1e-4 and (entropy - want_entropy).abs().max() < 1e-4
+    for mine, exact in zip(given, (hidden, weight), strict=True):
+        assert (mine.grad - exact.grad).norm() < 1e-4 * exact.grad.norm()
+
+
+@BOTH
 def test_verl_2656_the_log_prob_of_a_certain_token_is_zero(path):
     hidden, weight = torch.full((3, 4), 50.0, device=DEVICE), torch.zeros(70, 4, device=DEVICE)
     weight[66] = 1.0

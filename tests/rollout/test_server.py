@@ -9,11 +9,12 @@ import pytest
 from actial_fast.cli.main import main
 from actial_fast.data.sources.row import BadRow, Row, Turn
 from actial_fast.data.sources.stream import Example
+from actial_fast.rollout.client import Client
 from actial_fast.rollout.protocol import Draw, Watch, awake
 from actial_fast.rollout.server import Rows, Server
 from actial_fast.settings.recipe import GRPORecipe, RolloutConfig, SFTRecipe
 from tests.conftest import png
-from tests.data.cot.test_writer import server
+from tests.endpoint import server
 
 GREEN = png(np.full((28, 28, 3), 40, np.uint8))
 
@@ -26,8 +27,12 @@ def config(url: str, **changes) -> RolloutConfig:
     return RolloutConfig(engine="server", url=url, model="m", **changes)
 
 
+def asking(url: str) -> Server:
+    return Server(Client(url, "m"), workers=8)
+
+
 def test_rows_are_asked_as_messages_and_answered_as_text():
-    with server(lambda body, number: (200, {}, f"<answer>{number}</answer>")) as (url, requests), awake(Server(config(url)), 0) as engine:
+    with server(lambda body, number: (200, {}, f"<answer>{number}</answer>")) as (url, requests), awake(asking(url), 0) as engine:
         told = []
         groups = engine.generate([prompt(), prompt("Left?", ())], Draw(2, 0.5, 33), [(1, 2), (3, 4)], Watch(drawn=told.append))
     assert sorted(reply.text for group in groups for reply in group) == [f"<answer>{i}</answer>" for i in range(1, 5)]
@@ -44,7 +49,7 @@ def test_rows_are_asked_as_messages_and_answered_as_text():
 
 
 def test_what_was_drawn_before_is_not_asked_and_what_is_not_wanted_is_empty():
-    with server(lambda body, number: (200, {}, "A")) as (url, requests), awake(Server(config(url)), 0) as engine:
+    with server(lambda body, number: (200, {}, "A")) as (url, requests), awake(asking(url), 0) as engine:
         have = engine.generate([prompt("Left?", ())], Draw(), [])[0]
         asked = len(requests)
         found = engine.generate([prompt("Left?", ())] * 2, Draw(), [], Watch(have={0: have}))
@@ -54,7 +59,7 @@ def test_what_was_drawn_before_is_not_asked_and_what_is_not_wanted_is_empty():
 
 
 def test_a_server_that_refuses_ends_it_with_its_address():
-    with server(lambda body, number: (404, None, "no such model")) as (url, _), awake(Server(config(url)), 0) as engine:
+    with server(lambda body, number: (404, None, "no such model")) as (url, _), awake(asking(url), 0) as engine:
         with pytest.raises(ValueError, match=r"the endpoint http://127.0.0.1:\d+/v1/ refuses model 'm': .*no such model"):
             engine.generate([prompt("Left?", ())], Draw(), [])
 

@@ -1,6 +1,7 @@
 """GRPO from end to end with replies from vLLM."""
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from actial_fast import grpo
 from actial_fast.data.sources.jsonl import JsonlSource
@@ -16,11 +18,28 @@ from actial_fast.model.processor import Processor
 from actial_fast.model.tiny import create
 from actial_fast.rollout import vllm
 from actial_fast.rollout.embedded import Embedded
+from actial_fast.settings.config import to_yaml
 from actial_fast.settings.recipe import EvalConfig, ModelConfig, RolloutConfig
 from tests.loops import ALONE
 from tests.vllm.shared import SHAPE, opened, policy_of
 
 ROOT = Path(__file__).parents[2]
+KILLED = """
+import os, signal, sys
+from actial_fast import grpo
+from actial_fast.rollout import vllm
+from actial_fast.settings.config import load_recipe
+
+plain = grpo.Kept.add
+def add(self, groups):
+    plain(self, groups)
+    if "step-000002" in str(self.folder):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+grpo.Kept.add = add
+vllm.SEQUENCES = 2  # one group after the other
+grpo.train(load_recipe(sys.argv[1]))
+"""
 
 
 @pytest.fixture
@@ -40,8 +59,8 @@ def metrics(run: str) -> list[dict]:
 
 
 def test_grpo_from_end_to_end_and_killed_while_it_samples(recipe, tmp_path, monkeypatch):
-    """Three steps with evaluations; the sampler's log-probs are the trainer's. A second run dies in step 2 with some groups drawn and goes
-    on: the same replies are trained on."""
+    """Three steps with evaluations; the sampler's log-probs are the trainer's. A second run is killed (-9) in step 2 with some groups drawn
+    and goes on: the same replies are trained on."""
     final = grpo.train(recipe)
     lines = metrics(recipe.run)
     assert [line["step"] for line in lines] == [1, 2, 3]
@@ -51,25 +70,17 @@ def test_grpo_from_end_to_end_and_killed_while_it_samples(recipe, tmp_path, monk
     assert Processor.load(str(final))
 
     again = replace(recipe, run=str(tmp_path / "killed"))
-    plain, kept = grpo.Kept.add, []
-
-    def dies(self, groups):
-        plain(self, groups)
-        kept.append(groups)
-        if "step-000002" in str(self.folder):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(vllm, "SEQUENCES", 2)  # one group after the other
-    with monkeypatch.context() as patch:
-        patch.setattr(grpo.Kept, "add", dies)
-        with pytest.raises(KeyboardInterrupt):
-            grpo.train(again)
-    assert list((tmp_path / "killed").glob("*/replies/step-000002-*/*.safetensors"))
+    (tmp_path / "recipe.yaml").write_text(to_yaml(again))
+    run = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "recipe.yaml"], cwd=ROOT, text=True, capture_output=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr[-3000:]
+    assert [line["step"] for line in metrics(again.run)] == [1]
+    kept = sum(len(load_file(path)) // 4 for path in (tmp_path / "killed").glob("*/replies/step-000002-*/*.safetensors"))
     drawn: list[int] = []
+    plain = grpo.Kept.add
+    monkeypatch.setattr(vllm, "SEQUENCES", 2)
     monkeypatch.setattr(grpo.Kept, "add", lambda self, groups: drawn.extend(groups) or plain(self, groups))
     grpo.train(again)
-    there = sum(len(groups) for groups in kept) - recipe.prompts
-    assert 0 < there < recipe.prompts and len(drawn) == 2 * recipe.prompts - there, "what was kept was drawn again"
+    assert 0 < kept < recipe.prompts and len(drawn) == 2 * recipe.prompts - kept, "what was kept was drawn again"
     for whole, other in zip(lines, metrics(again.run), strict=True):
         for name in ("reward", "response_length", "loss", "grad_norm"):
             assert np.isclose(whole[name], other[name], rtol=1e-3, atol=1e-5), (whole["step"], name)

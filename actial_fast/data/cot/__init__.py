@@ -1,2 +1,2 @@
-"""Pseudo chains of thought for the cold start: writer.py writes them from a row's poses and checks what anybody writes; endpoint.py has
-them written by a model behind an OpenAI-compatible address, which client.py asks."""
+"""Pseudo chains of thought for the cold start: writer.py writes them from a row's poses, and checks and stores what anybody writes;
+asking.py says what a model is asked for one (rollout/thoughts.py has it replied to)."""

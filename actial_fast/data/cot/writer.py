@@ -1,7 +1,7 @@
 """Pseudo chains of thought for the hybrid cold start: written from a row's poses, checked, and stored as rows.
 
-A writer is `writer(row, rng) -> str`. `geometric_cot` is one (the poses give every statement), endpoint.EndpointWriter another (a strong
-model that is told the truth). Whoever wrote it, no text is stored before `check_cot` has passed it.
+A `Writer` writes them for many rows at a time. `one_by_one(geometric_cot)` is one (the poses give every statement), EngineWriter of
+rollout/thoughts.py another (a strong model that is told the truth). Whoever wrote it, no text is stored before `check_cot` has passed it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import json
 import os
 import random
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from PIL import Image
 
@@ -25,9 +25,10 @@ from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Row, Turn, decode
 from actial_fast.data.sources.source import Source
 from actial_fast.data.sources.tags import TAG, is_well_formed, same_answer, tagged_answer
 
-Writer = Callable[[Row, random.Random], str]
 _Finished = tuple[Row, str | None, str | None]  # a row, its text, why it is rejected
-MAX_FAILURES = 20  # rows in a row without a reply: the endpoint is gone, not the row
+_Store = Callable[[Row, str | None, str | None], None]
+MAX_FAILURES = 20  # rows in a row without a reply: the model is gone, not the row
+CHUNK = 256  # rows that a writer has at a time
 
 SHORT = {  # one wording a kind and no figures: a tiny model has to learn these from a few hundred rows
     "ego_translation": "The camera moved to the {ego}. So the answer is {letter}.",
@@ -179,7 +180,32 @@ def _contradicts(thought: str, row: Row) -> bool:
 
 
 class WriterError(Exception):
-    """A writer got no text for a row, for a reason that is not the row's (the endpoint timed out, say)."""
+    """A writer got no text for a row, for a reason that is not the row's (its server timed out, say)."""
+
+
+Written = str | BadRow | WriterError  # a text, or why there is none
+
+
+class Writer(Protocol):
+    """Writes a chain of thought for each of some rows."""
+
+    def __call__(self, rows: Sequence[Row], rngs: Sequence[random.Random], done: Callable[[int, Written], None]) -> None:
+        """Calls done(i, text) once for every row, in any order, as soon as its text is final. rngs: one a row, for all that is random."""
+
+
+def one_by_one(write: Callable[[Row, random.Random], str]) -> Writer:
+    """The writer that writes row after row: write(row, rng) gives a text or raises BadRow or WriterError."""
+
+    def writer(rows: Sequence[Row], rngs: Sequence[random.Random], done: Callable[[int, Written], None]) -> None:
+        for i, (row, rng) in enumerate(zip(rows, rngs, strict=True)):
+            text: Written
+            try:
+                text = write(row, rng)
+            except (BadRow, WriterError) as error:
+                text = error
+            done(i, text)
+
+    return writer
 
 
 @dataclass(frozen=True)
@@ -198,7 +224,6 @@ def write_cot(
     *,
     seed: int = 0,
     count: int = 0,
-    workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> CotSummary:
     """Write the rows of `source` with a chain of thought in place of the answer to `out`, as JSON Lines (row.py).
@@ -210,10 +235,9 @@ def write_cot(
     Args:
         source: rows with a truth; an id that occurs twice is an error.
         out: the file to write or continue.
-        writer: called as writer(row, rng) with an rng that depends on seed and id only; several at a time when workers > 1.
+        writer: given CHUNK rows at a time, each with an rng that depends on seed and id only.
         seed: chooses the rows (with count) and the wordings.
         count: draw this many rows of the source; 0 takes all.
-        workers: threads that call the writer.
         progress: called with (rows done, rows in all).
 
     Raises ValueError for a count above the number of rows, a repeated id, and after MAX_FAILURES rows in a row without a reply (run it
@@ -224,10 +248,14 @@ def write_cot(
     indices = sorted(random.Random(seed).sample(range(len(source)), count)) if count else range(len(source))
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {record["id"] for record in recover(out)}
-    kept = written = failures = 0
+    number = kept = written = failures = 0
     rejected: Counter[str] = Counter()
     with open(out, "a") as good, open(out.with_suffix(".rejects.jsonl"), "w") as bad:
-        for number, (row, text, reason) in enumerate(_texts(source, indices, writer, seed, done, workers, out), 1):
+
+        def store(row: Row, text: str | None, reason: str | None) -> None:
+            """text and reason are None for a row that was there before."""
+            nonlocal number, kept, written, failures
+            number += 1
             if progress:
                 progress(number, len(indices))
             if reason is None and text is None:
@@ -243,52 +271,77 @@ def write_cot(
             failures = failures + 1 if reason and reason.startswith("no reply") else 0
             if failures >= MAX_FAILURES:
                 raise ValueError(f"the last {failures} rows got no reply ({reason}); {written} are written, run it again to go on")
+
+        for chunk in _chunks(source, indices):
+            _write_chunk(chunk, writer, seed, done, out, store)
     return CotSummary(written, kept, dict(rejected))
 
 
-def _texts(
-    source: Source, indices: Sequence[int], writer: Writer, seed: int, done: set[str], workers: int, out: Path
-) -> Iterator[_Finished]:
-    """(finished row, text, reason it is rejected) in order; text and reason are None for a row that was there before."""
-
-    def work(row: Row) -> _Finished:
-        try:
-            text = writer(row, random.Random(f"{seed}/{row.id}"))
-            if reason := check_cot(text, row):
-                return row, text, reason
-            images = tuple(image if isinstance(image, Path) else _to_file(image, row.where, out) for image in row.images)
-        except BadRow as error:
-            return row, None, f"bad row: {error.reason}"
-        except WriterError as error:
-            return row, None, f"no reply: {error}"
-        return replace(row, turns=(*row.prompt, Turn("assistant", text)), images=images), text, None
-
+def _chunks(source: Source, indices: Sequence[int]) -> Iterator[list[Row | BadRow]]:
+    """The rows in order, each with an id."""
     seen: set[str] = set()
-    todo = iter(indices)
-    ahead: deque[Future[_Finished]] = deque()
-    with ThreadPoolExecutor(workers, "cot") as pool:
-        try:
-            while True:
-                while len(ahead) < 2 * workers and (index := next(todo, None)) is not None:
-                    future: Future[_Finished] = Future()
-                    try:
-                        row = source[index]
-                        row = replace(row, id=row.id or row.where)
-                    except BadRow as error:
-                        future.set_result((Row((), where=error.where), None, f"bad row: {error.reason}"))
-                        ahead.append(future)
-                        continue
-                    if row.id in seen:
-                        raise ValueError(f"{row.where}: the id {row.id!r} occurs twice; ids must be unique to continue a run")
-                    seen.add(row.id)
-                    if row.id in done:
-                        future.set_result((row, None, None))
-                    ahead.append(future if row.id in done else pool.submit(work, row))
-                if not ahead:
-                    return
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    for start in range(0, len(indices), CHUNK):
+        chunk: list[Row | BadRow] = []
+        for index in indices[start : start + CHUNK]:
+            try:
+                row = source[index]
+            except BadRow as error:
+                chunk.append(error)
+                continue
+            row = replace(row, id=row.id or row.where)
+            if row.id in seen:
+                raise ValueError(f"{row.where}: the id {row.id!r} occurs twice; ids must be unique to continue a run")
+            seen.add(row.id)
+            chunk.append(row)
+        yield chunk
+
+
+def _write_chunk(
+    chunk: Sequence[Row | BadRow],
+    writer: Writer,
+    seed: int,
+    done: set[str],
+    out: Path,
+    store: Callable[[Row, str | None, str | None], None],
+) -> None:
+    """Have a chunk written, and store each row once all before it are stored."""
+    finished: dict[int, _Finished] = {}
+    stored = 0
+
+    def finish(place: int, each: _Finished) -> None:
+        nonlocal stored
+        assert place not in finished, "a row is written once"
+        finished[place] = each
+        while stored in finished:
+            stored += 1
+            store(*finished[stored - 1])
+
+    todo: list[tuple[int, Row]] = []
+    for place, row in enumerate(chunk):
+        if isinstance(row, BadRow):
+            finish(place, (Row((), where=row.where), None, f"bad row: {row.reason}"))
+        elif row.id in done:
+            finish(place, (row, None, None))
+        else:
+            todo.append((place, row))
+    if todo:
+        rngs = [random.Random(f"{seed}/{row.id}") for _, row in todo]
+        writer([row for _, row in todo], rngs, lambda i, text: finish(todo[i][0], _checked(todo[i][1], text, out)))
+    assert stored == len(chunk), "a writer finishes every row"
+
+
+def _checked(row: Row, text: Written, out: Path) -> _Finished:
+    if isinstance(text, WriterError):
+        return row, None, f"no reply: {text}"
+    try:
+        if isinstance(text, BadRow):
+            raise text
+        if reason := check_cot(text, row):
+            return row, text, reason
+        images = tuple(image if isinstance(image, Path) else _to_file(image, row.where, out) for image in row.images)
+    except BadRow as error:
+        return row, None, f"bad row: {error.reason}"
+    return replace(row, turns=(*row.prompt, Turn("assistant", text)), images=images), text, None
 
 
 def _to_file(image: bytes, where: str, out: Path) -> Path:

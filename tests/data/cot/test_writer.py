@@ -1,60 +1,27 @@
-"""Chains of thought: true by the poses in every wording, checked before they are stored, and never lost on the way from an endpoint."""
+"""Chains of thought: true by the poses in every wording, checked before they are stored."""
 
-import base64
 import io
-import json
 import random
 import re
-import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from actial_fast.data.cot import writer as cot
-from actial_fast.data.cot.writer import WriterError, check_cot, geometric_cot, write_cot
+from actial_fast.data.cot.writer import WriterError, check_cot, geometric_cot, one_by_one, write_cot
 from actial_fast.data.sources.row import BadRow, Row, Turn
 from actial_fast.data.sources.source import SourceConfig, open_source
 from actial_fast.tasks.rewards import score
+from tests.viewpoint_rows import KINDS, OPPOSITE, lines, pose, question, viewpoint_rows
 
-endpoint = pytest.importorskip("actial_fast.data.cot.endpoint", reason="needs openai")
-client = pytest.importorskip("actial_fast.data.cot.client", reason="needs openai")
-
-OPPOSITE = {"left": "right", "right": "left"}
-KINDS = ("ego_translation", "object_translation", "ego_rotation")
+FULL = one_by_one(geometric_cot)
+SHORT = one_by_one(partial(geometric_cot, style="short"))
 SWAP = {"left": "right", "right": "left", "clockwise": "counterclockwise", "counterclockwise": "clockwise"}
-
-
-def pose(ego: str = "right", turn: str = "left", angle: float = 41.4, yaw: float = 38.6) -> dict:
-    """The meta of a pair. The camera that goes to its right goes counterclockwise around the object (see geometry.py)."""
-    return {
-        "object": "car/0001",
-        "pair": ["000.png", "001.png"],
-        "azimuth_deg": [0.0, angle],
-        "azimuth_change_deg": angle if ego == "right" else -angle,
-        "yaw_deg": yaw if turn == "left" else -yaw,
-        "ego_translation": ego,
-        "object_translation": OPPOSITE[ego],
-        "ego_rotation": turn,
-        "poses": [{}, {}],
-    }
-
-
-def question(kind: str, meta: dict, seed: int = 0, **changes) -> Row:
-    choices = ["left", "right", "no rotation" if kind == "ego_rotation" else "no movement"]
-    random.Random(f"{seed}/{kind}").shuffle(choices)
-    truth = "ABC"[choices.index(meta[kind])]
-    options = "\n".join(f"{letter}. {text}" for letter, text in zip("ABC", choices, strict=True))
-    turns = (Turn("user", f"<image><image>Which way?\n{options}"), Turn("assistant", truth))
-    plain = dict(turns=turns, images=(), truth=truth, kind=kind, choices=tuple(choices), id=f"p{seed}/{kind}", meta=meta)
-    return Row(**{**plain, **changes})
 
 
 def reply(row: Row, thought: str = "Seen from the first camera, more of one side appears.") -> str:
@@ -221,21 +188,12 @@ def test_check_is_fast_on_long_text():
 
 @pytest.fixture
 def captures(tmp_path) -> list[Row]:
-    images = []
-    for i in range(2):
-        Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
-        images.append(tmp_path / f"{i}.png")
-    metas = [pose(ego, turn, 20 + i) for i, (ego, turn) in enumerate([("right", "left"), ("left", "right")] * 5)]
-    return [question(kind, meta, i, images=tuple(images)) for i, meta in enumerate(metas) for kind in KINDS]
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return viewpoint_rows(tmp_path)
 
 
 def test_write_and_read_back(tmp_path, captures):
     out = tmp_path / "deep" / "cot.jsonl"
-    summary = write_cot(captures, out, partial(geometric_cot, style="full"), seed=1)
+    summary = write_cot(captures, out, FULL, seed=1)
     assert (summary.written, summary.kept, summary.rejected) == (30, 0, {})
     source = open_source(SourceConfig(str(out)))
     for i, row in enumerate(captures):
@@ -244,21 +202,21 @@ def test_write_and_read_back(tmp_path, captures):
         assert got.turns[-1].role == "assistant" and check_cot(got.turns[-1].content, row) is None
         assert [image.resolve() for image in got.images] == list(row.images)
     again = tmp_path / "again.jsonl"
-    write_cot(captures, again, partial(geometric_cot, style="full"), seed=1, workers=4)
+    write_cot(captures, again, FULL, seed=1)
     assert [line["messages"] for line in lines(again)] == [line["messages"] for line in lines(out)]
-    write_cot(captures, tmp_path / "other.jsonl", partial(geometric_cot, style="full"), seed=2)
+    write_cot(captures, tmp_path / "other.jsonl", FULL, seed=2)
     assert [line["messages"] for line in lines(tmp_path / "other.jsonl")] != [line["messages"] for line in lines(out)]
 
 
 def test_count_draws_rows_by_seed(tmp_path, captures):
     drawn = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert write_cot(captures, tmp_path / name, partial(geometric_cot, style="short"), seed=seed, count=12).written == 12
+        assert write_cot(captures, tmp_path / name, SHORT, seed=seed, count=12).written == 12
         drawn.append([line["id"] for line in lines(tmp_path / name)])
     order = [row.id for row in captures]
     assert drawn[0] == drawn[1] != drawn[2] and drawn[0] == sorted(drawn[0], key=order.index) and len(set(drawn[0])) == 12
     with pytest.raises(ValueError, match="count is 31, but there are only 30"):
-        write_cot(captures, tmp_path / "d", geometric_cot, count=31)
+        write_cot(captures, tmp_path / "d", FULL, count=31)
 
 
 def test_rejected_rows_are_counted_and_kept_apart(tmp_path, captures):
@@ -271,7 +229,7 @@ def test_rejected_rows_are_counted_and_kept_apart(tmp_path, captures):
         return {0: "B", 1: reply(row, "The answer is Z."), 2: "<think>a</think><answer>D</answer>"}.get(number, reply(row))
 
     seen = []
-    summary = write_cot(captures, tmp_path / "c.jsonl", writer, progress=lambda done, total: seen.append((done, total)))
+    summary = write_cot(captures, tmp_path / "c.jsonl", one_by_one(writer), progress=lambda done, total: seen.append((done, total)))
     reasons = {"malformed tags": 1, "reasoning contradicts the answer": 1, "wrong answer": 1, "no reply": 1, "bad row": 1}
     assert summary.written == 25 and summary.rejected == reasons and seen[-1] == (30, 30)
     kept, left = lines(tmp_path / "c.jsonl"), lines(tmp_path / "c.rejects.jsonl")
@@ -290,18 +248,18 @@ def test_an_interrupted_run_goes_on(tmp_path, captures):
         return "no tags" if row.id == captures[2].id and len(calls) < 11 else geometric_cot(row, rng)
 
     with pytest.raises(KeyboardInterrupt):
-        write_cot(captures, out, writer, seed=5)
+        write_cot(captures, out, one_by_one(writer), seed=5)
     done = len(lines(out))
     assert 0 < done < 11
     with open(out, "a") as file:
         file.write('{"id": "p9/ego_ro')  # what a kill in the middle of a write leaves
     calls.clear()
     calls.extend(["-"] * 20)
-    summary = write_cot(captures, out, writer, seed=5)
+    summary = write_cot(captures, out, one_by_one(writer), seed=5)
     assert summary.kept == done and summary.written == 30 - done and summary.rejected == {}
     assert sorted(line["id"] for line in lines(out)) == sorted(row.id for row in captures)
     whole = tmp_path / "whole.jsonl"
-    write_cot(captures, whole, geometric_cot, seed=5)
+    write_cot(captures, whole, FULL, seed=5)
     by_id = {line["id"]: line for line in lines(out)}
     assert all(by_id[line["id"]] == line for line in lines(whole))
     assert lines(tmp_path / "c.rejects.jsonl") == []
@@ -310,13 +268,13 @@ def test_an_interrupted_run_goes_on(tmp_path, captures):
 def test_a_file_of_something_else_is_not_continued(tmp_path, captures):
     (tmp_path / "notes.txt").write_text("my notes\nand more")
     with pytest.raises(ValueError, match=r"notes\.txt cannot be continued"):
-        write_cot(captures, tmp_path / "notes.txt", geometric_cot)
+        write_cot(captures, tmp_path / "notes.txt", FULL)
     assert (tmp_path / "notes.txt").read_text() == "my notes\nand more"
 
 
 def test_a_repeated_id_is_an_error(tmp_path, captures):
     with pytest.raises(ValueError, match="occurs twice"):
-        write_cot([*captures, captures[0]], tmp_path / "c.jsonl", geometric_cot)
+        write_cot([*captures, captures[0]], tmp_path / "c.jsonl", FULL)
 
 
 def test_bad_rows_of_the_source_and_embedded_images(tmp_path, captures):
@@ -333,7 +291,7 @@ def test_bad_rows_of_the_source_and_embedded_images(tmp_path, captures):
             image = buffer.getvalue() if index == 0 else buffer.getvalue()[:30]
             return question("ego_rotation", pose(), index, images=(image, image), id="", where=f"f.parquet:{index + 1}")
 
-    summary = write_cot(Source(), tmp_path / "c.jsonl", geometric_cot)
+    summary = write_cot(Source(), tmp_path / "c.jsonl", FULL)
     assert summary.written == 1 and summary.rejected == {"bad row": 2}
     got = open_source(SourceConfig(str(tmp_path / "c.jsonl")))[0]
     assert got.id == "f.parquet:1" and got.images[0].read_bytes() == buffer.getvalue() and got.images[0].suffix == ".jpeg"
@@ -358,180 +316,3 @@ def test_short_chains_for_spatial_rows(kind, choices, truth, says):
         geometric_cot(replace(row, truth=choices[0]), random.Random(0), style="short")
     with pytest.raises(BadRow, match="is no viewpoint row"):
         geometric_cot(row, random.Random(0))
-
-
-# --- the endpoint
-
-
-@contextmanager
-def server(answer):
-    """An OpenAI-compatible server; `answer(request body, number of this request)` gives (status, headers, text) or seconds to hang."""
-    requests, lock = [], threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                requests.append(body)
-                number = len(requests)
-            result = answer(body, number)
-            if isinstance(result, float):
-                time.sleep(result)
-                return
-            status, headers, text = result
-            message = {"role": "assistant", "content": text}
-            full = {
-                "id": "x",
-                "object": "chat.completion",
-                "created": 0,
-                "model": "m",
-                "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-            }
-            data = json.dumps(full if status == 200 and headers is not None else {"error": {"message": text}}).encode()
-            self.send_response(status)
-            for key, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **(headers or {})}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    thread = threading.Thread(target=partial(http.serve_forever, poll_interval=0.01), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{http.server_port}/v1", requests
-    finally:
-        http.shutdown()
-        http.server_close()
-        thread.join()
-
-
-SOON = {"retry-after-ms": "5"}
-
-
-def told(body: dict) -> str:
-    """The true answer as the request tells it to the model."""
-    return body["messages"][1]["content"][-1]["text"].removeprefix("The right answer is: ")
-
-
-def good(body: dict) -> tuple:
-    return 200, {}, f"<think>More of one flank shows.</think>\n<answer>{told(body)}</answer>"
-
-
-def ask(url: str, **changes):
-    return endpoint.EndpointWriter(url, "m", **{"timeout": 5.0, "retries": 3, **changes})
-
-
-def test_endpoint_request(tmp_path, captures):
-    with server(lambda body, n: good(body)) as (url, requests):
-        summary = write_cot(captures[:6], tmp_path / "c.jsonl", ask(url, temperature=0.5), workers=3)
-    assert summary.written == 6 and len(requests) == 6
-    body = next(body for body in requests if captures[0].prompt[0].content.splitlines()[1] in json.dumps(body["messages"]))
-    assert body["model"] == "m" and body["temperature"] == 0.5
-    system, user = body["messages"]
-    assert system["content"].endswith(endpoint.TEMPLATE)
-    assert [part["type"] for part in user["content"]] == ["image_url", "image_url", "text", "text"]
-    for part, path in zip(user["content"], captures[0].images, strict=False):
-        head, data = part["image_url"]["url"].split(",")
-        assert head == "data:image/png;base64" and base64.b64decode(data) == path.read_bytes()
-    assert user["content"][2]["text"].startswith("Which way?\nA. ")
-    assert {line["truth"] for line in lines(tmp_path / "c.jsonl")} == {row.truth for row in captures[:6]}
-
-
-def test_endpoint_template_of_the_user(captures):
-    mine = "<think>Mine.</think><answer>C</answer>"
-    with server(lambda body, n: good(body)) as (url, requests):
-        ask(url, template=mine)(captures[0], random.Random(0))
-        assert requests[0]["messages"][0]["content"].endswith(mine)
-        with pytest.raises(ValueError, match="template"):
-            ask(url, template="Think step by step.")
-
-
-def test_other_image_formats_are_re_encoded():
-    pixels = np.random.default_rng(0).integers(0, 255, (5, 6, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "BMP")
-    head, data = client.data_url(buffer.getvalue(), "").split(",")
-    assert head == "data:image/png;base64"
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))), pixels)
-
-
-@pytest.mark.parametrize(
-    "first, times, asked",
-    [((429, SOON, "slow down"), 2, 3), ((500, SOON, "oops"), 3, 4), ((503, SOON, "later"), 1, 2), (1.0, 1, 2)],
-    ids=["429", "500", "503", "hang"],
-)
-def test_endpoint_retries(captures, first, times, asked):
-    with server(lambda body, n: first if n <= times else good(body)) as (url, requests):
-        text = ask(url, timeout=0.3)(captures[0], random.Random(0))
-        assert check_cot(text, captures[0]) is None and len(requests) == asked
-
-
-@pytest.mark.parametrize(
-    "answer, reason, asked",
-    [
-        (lambda body, n: (500, SOON, "oops"), "InternalServerError", 2),
-        (lambda body, n: (429, SOON, "slow"), "RateLimitError", 2),
-        (lambda body, n: 1.0, "APITimeoutError", 2),
-        (lambda body, n: (400, SOON, "image too large"), "image too large", 1),
-        (lambda body, n: (200, None, "not a completion"), "TypeError", 1),
-    ],
-    ids=["500", "429", "hang", "400", "nonsense"],
-)
-def test_endpoint_failures_become_rejects(tmp_path, captures, answer, reason, asked):
-    with server(answer) as (url, requests):
-        summary = write_cot(captures[:1], tmp_path / "c.jsonl", ask(url, timeout=0.2, retries=1))
-    assert summary.written == 0 and summary.rejected == {"no reply": 1} and len(requests) == asked
-    assert reason in lines(tmp_path / "c.rejects.jsonl")[0]["reason"]
-
-
-def test_endpoint_asks_again_after_a_rejected_reply(tmp_path, captures):
-    def answer(body, n):
-        kind = len(body["messages"])
-        if kind == 2:
-            return 200, {}, "<think>a</think><answer>Z</answer>"
-        assert body["messages"][-2]["content"] == "<think>a</think><answer>Z</answer>" if kind == 4 else "bare"
-        assert "wrong answer" in body["messages"][-1]["content"] and told(body) in body["messages"][-1]["content"]
-        return good(body)
-
-    with server(answer) as (url, requests):
-        assert write_cot(captures[:2], tmp_path / "c.jsonl", ask(url)).written == 2
-        assert len(requests) == 4
-
-
-@pytest.mark.parametrize(
-    "text, reason",
-    [
-        ("<think>a</think><answer>Z</answer>", "wrong answer"),
-        ("B", "malformed tags"),
-        (None, "malformed tags"),
-        ("<think>a", "malformed tags"),
-    ],
-)
-def test_endpoint_gives_up_on_bad_replies(tmp_path, captures, text, reason):
-    with server(lambda body, n: (200, {}, text)) as (url, requests):
-        summary = write_cot(captures[:2], tmp_path / "c.jsonl", ask(url, reasks=1))
-    assert summary.rejected == {reason: 2} and len(requests) == 4
-    assert [line["text"] for line in lines(tmp_path / "c.rejects.jsonl")] == [text or ""] * 2
-
-
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_endpoint_refusal_ends_the_run(tmp_path, captures, status):
-    with server(lambda body, n: (status, {}, "no")) as (url, _), pytest.raises(ValueError, match="refuses model 'm'"):
-        write_cot(captures, tmp_path / "c.jsonl", ask(url), workers=2)
-
-
-def test_a_dead_endpoint_ends_the_run_and_a_later_one_finishes_it(tmp_path, captures, monkeypatch):
-    monkeypatch.setattr(cot, "MAX_FAILURES", 4)
-    out = tmp_path / "c.jsonl"
-    with server(lambda body, n: good(body) if n <= 10 else (500, SOON, "down")) as (url, _):
-        with pytest.raises(ValueError, match=r"last 4 rows got no reply.*run it again"):
-            write_cot(captures, out, ask(url, retries=0))
-        assert len(lines(out)) == 10
-    with server(lambda body, n: good(body)) as (url, requests):
-        summary = write_cot(captures, out, ask(url), workers=4)
-        assert (summary.kept, summary.written, len(requests)) == (10, 20, 20)
-    assert [line["id"] for line in lines(out)] == [row.id for row in captures]
