@@ -193,7 +193,7 @@ def draw_budgets(memory: Records, before: dict[str, dict[str, Any]], peers: Reco
     figure, axis = plt.subplots(figsize=(8.6, 0.27 * len(bars) + 1.0))
     for y, (_, now, then, colour) in enumerate(bars):
         axis.barh(y, min(now, end), height=0.68, color=colour, zorder=2)
-        if then < now:
+        if then < 0.98 * now:
             axis.barh(y, min(then, end), height=0.68, color=OTHER, zorder=3)
         told = f"{now:.0%}" if f"{then:.0%}" == f"{now:.0%}" else f"{then:.0%} → {now:.0%}"
         inside = now > 0.8 * end
