@@ -4,6 +4,7 @@
 #                   kill -9 at random moments in each of four cases (an hour)
 # make test-vllm    the engine that is vLLM, on a CPU, in an environment of its own (about 8 minutes with its installation); SLOW=1: and the
 #                   quickstart with it
+# make evidence     what is known of the kernels' speed without a GPU, against bench/results/evidence (about 5 minutes)
 # make test-newest  kernels, ops and compile guard with the newest torch and Triton (constraints-newest.txt), in an environment of its own: 5.5 GB
 # make gpu          on one GPU, 12 minutes (MINUTES=7: the most telling in 7): build, GPU tests, sanitizers, ops beside the peers, one 7B step;
 #                   GPU_PYTHON=python3: that Python, as it is
@@ -15,7 +16,7 @@ VLLM_VENV ?= .venv-vllm
 NEWEST_VENV ?= .venv-newest
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-slow test-faults test-vllm test-newest docs package gpu bench bench-data lint
+.PHONY: quickstart test test-slow test-faults test-vllm test-newest docs package evidence gpu bench bench-data lint
 quickstart: $(VENV)/installed
 	$(VENV)/bin/actial quickstart
 
@@ -39,6 +40,9 @@ docs: $(VENV)/installed
 
 package: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m slow -s tests/test_packaging.py
+
+evidence: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench.evidence
 
 # with GPU_PYTHON nothing is installed or fetched: it brings torch, triton, numpy, pillow, pybind11, pytest, hypothesis, pytest-benchmark;
 # for the 7B step transformers, peft and what `train` in pyproject.toml needs to read recipes (pyyaml), bitsandbytes and trl where wanted

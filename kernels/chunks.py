@@ -72,7 +72,8 @@ class Sums:
         self.dhidden = torch.zeros((rows, width), dtype=kept, device=device) if wanted[0] else None
         self.given = weight_grad
         self.dweight, self.dbias = None, torch.zeros(vocab, device=device) if wanted[2] else None
-        self.add = weight_grad is not None and weight_grad.shape[1] == width  # else hidden and weight are padded copies
+        # else hidden and weight are padded copies, or the buffer begins where TMA cannot reach
+        self.add = weight_grad is not None and weight_grad.shape[1] == width and weight_grad.data_ptr() % 16 == 0
         if wanted[1]:
             self.dweight = weight_grad if self.add else torch.empty((vocab, width), dtype=torch.float32, device=device)
 

@@ -5,10 +5,11 @@ T rows (a chunk of them), H hidden size, V vocabulary, P parts of PART vocabular
 x = hidden @ weight.T + bias;  z = softcap * tanh(x / softcap) / temperature  (x / temperature without a softcap)
 lse = log sum_v exp(z_v);  logp = z_target - lse;  entropy = lse - sum_v p_v z_v,  p = exp(z - lse)
 
-`logits_kernel` leaves per row and part the peak m, s = sum exp(z - m), u = sum exp(z - m) * (z - m), the target's z, and, where a gradient
-will follow (head_grad.py), exp(z - m) in the inputs' dtype: an exponential scaled by its part's peak keeps the RELATIVE error of p at the
-dtype's rounding, where a bf16 logit of 16 would be off by up to 1/16. `row_stats_kernel` joins the parts. A target outside [0, V) is never
-read: its log-prob is NaN. (quack.epilogue.scaled_exp stores the same exponential for its cross-entropy on sm_90.)
+`logits_kernel` leaves per row and part the peak m, s = sum exp(z - m), u = sum exp(z - m) * log2 exp(z - m), the target's z, and, where a
+gradient will follow (head_grad.py), exp(z - m) in the inputs' dtype: an exponential scaled by its part's peak keeps the RELATIVE error of
+p at the dtype's rounding, where a bf16 logit of 16 would be off by up to 1/16. `row_stats_kernel` joins the parts. A target outside [0, V)
+is never read: its log-prob is NaN. (quack.epilogue.scaled_exp stores the same
+exponential for its cross-entropy on sm_90.)
 
 Bytes beside the product, 16-bit inputs: T V 2 written when a gradient will follow, T V / PART * 24 for the parts.
 """
@@ -26,6 +27,7 @@ from torch.nn.functional import pad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from actial_fast.kernels import common
+from actial_fast.kernels.blocks import column_part, load_block, store_block, tile_place
 
 KIND = {"logits_kernel": "matrix", "row_stats_kernel": "small"}
 
@@ -33,7 +35,8 @@ KIND = {"logits_kernel": "matrix", "row_stats_kernel": "small"}
 @dataclass(frozen=True)
 class Tile:
     """Launch configuration of a product: block sizes of its rows, columns and inner dimension, the column parts that its accumulators are
-    finished in, warps, pipeline stages, and whether blocks travel by TMA."""
+    finished in, warps, pipeline stages, whether blocks travel by TMA, and whether warps of their own load and issue the products: then a
+    tile's inner loop stays one, else it is made one with the loop over tiles, so that the next one's loads begin in the epilogue."""
 
     m: int
     n: int
@@ -42,16 +45,25 @@ class Tile:
     warps: int
     stages: int
     tma: bool
+    specialize: bool = False
 
 
 # by major compute capability; chosen by registers, shared memory and instruction mix at compile time (bench/kernels/resources.py)
 HALF_TILES = {
     8: Tile(128, 128, 64, parts=1, warps=8, stages=3, tma=False),
     9: Tile(128, 256, 64, parts=2, warps=8, stages=3, tma=True),
-    10: Tile(128, 128, 64, parts=1, warps=8, stages=4, tma=True),
+    10: Tile(128, 128, 64, parts=1, warps=8, stages=4, tma=True, specialize=True),
     12: Tile(128, 128, 64, parts=1, warps=8, stages=3, tma=False),  # 99 KiB of shared memory, as sm_86 and sm_89, and no wgmma
 }
 FLOAT_TILE = Tile(64, 64, 32, parts=1, warps=4, stages=3, tma=False)
+
+
+L2_SHARE = 0.6  # of the L2 cache for hidden states; weights and what is written need the rest
+
+
+def row_group(tile: Tile, width: int, size: int) -> int:
+    """Tiles of rows whose hidden states, `width` elements of `size` bytes a row, stay in the L2 cache together."""
+    return max(1, int(L2_SHARE * common.l2_bytes()) // (tile.m * width * size))
 
 
 def tile_for(dtype: torch.dtype) -> Tile:
@@ -67,7 +79,11 @@ def tile_for(dtype: torch.dtype) -> Tile:
     return HALF_TILES[max(known for known in HALF_TILES if known <= major)]
 
 
-@triton.jit
+# chunks of any number of rows, whose views start anywhere, run one compiled kernel; what is 16 bytes wide is known by its stride
+VECTORS = ["inverse_temperature", "targets", "peak", "total", "moment", "chosen", "top", "log_total", "logp", "entropy"]
+
+
+@triton.jit(do_not_specialize=["rows", "group"], do_not_specialize_on_alignment=VECTORS)
 def logits_kernel(
     # inputs
     hidden,  # (T, H), blocks (BLOCK_M, BLOCK_K); this, weight and scaled are descriptors with TMA, else pointers
@@ -89,36 +105,44 @@ def logits_kernel(
     weight_stride,
     scaled_stride,
     softcap,
+    group,  # tiles of rows that share a pass over the vocabulary
     # constants
     HAS_CAP: tl.constexpr,
     ROW_TEMPERATURE: tl.constexpr,
     STORE: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     tiles_m = tl.cdiv(rows, BLOCK_M)
-    tiles = tiles_m * tl.cdiv(vocab, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        # rows run fastest: the chunk of hidden states stays in L2 while the weights stream by once
-        m0 = (tile % tiles_m) * BLOCK_M
-        n0 = (tile // tiles_m) * BLOCK_N
+    tiles_n = tl.cdiv(vocab, BLOCK_N)
+    tiles = tiles_m * tiles_n
+    m, n = tile_place(tl.program_id(0), tiles_m, tiles_n, group)
+    target, inverse = _load_rows(targets, inverse_temperature, m, rows, ROW_TEMPERATURE, BLOCK_M)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=not SPECIALIZE):
+        m, n = tile_place(tile, tiles_m, tiles_n, group)
+        m0 = m * BLOCK_M
+        n0 = n * BLOCK_N
         x = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in tl.range(0, width, BLOCK_K):
+        for k0 in tl.range(0, width, BLOCK_K, warp_specialize=SPECIALIZE):
             a = load_block(hidden, m0, k0, rows, width, hidden_stride, TMA, BLOCK_M, BLOCK_K)
             b = load_block(weight, n0, k0, vocab, width, weight_stride, TMA, BLOCK_N, BLOCK_K)
             x = tl.dot(a, b.T, x, input_precision=PRECISION)
+        here = tl.where((target >= n0) & (target < tl.minimum(n0 + BLOCK_N, vocab)), target, -1).to(tl.int32)
+        found = tl.max(here, 0) >= 0
         for part in tl.static_range(PARTS):
             _softmax_part(
                 column_part(x, part, PARTS),
                 m0,
                 n0 + part * (BLOCK_N // PARTS),
                 bias,
-                inverse_temperature,
-                targets,
+                inverse,
+                here,
+                found,
                 scaled,
                 peak,
                 total,
@@ -135,47 +159,20 @@ def logits_kernel(
                 BLOCK_M,
                 BLOCK_N // PARTS,
             )
+        # those of the next tile: its products hide how long they take
+        m, n = tile_place(tile + tl.num_programs(0), tiles_m, tiles_n, group)
+        target, inverse = _load_rows(targets, inverse_temperature, m, rows, ROW_TEMPERATURE, BLOCK_M)
 
 
 @triton.jit
-def load_block(x, r0, c0, rows, columns, stride, TMA: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A block of a matrix, zeros outside of it: x is a descriptor with TMA, else a pointer."""
-    if TMA:
-        return x.load([r0, c0])
+def _load_rows(targets, inverse_temperature, m, rows, ROW_TEMPERATURE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Targets and inverse temperatures of the m-th BLOCK_M rows."""
+    row = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    if ROW_TEMPERATURE:
+        inverse = tl.load(inverse_temperature + row, row < rows, 1.0)
     else:
-        r = r0 + tl.arange(0, BLOCK_R)
-        c = c0 + tl.arange(0, BLOCK_C)
-        mask = (r[:, None] < rows) & (c[None, :] < columns)
-        return tl.load(x + r.to(tl.int64)[:, None] * stride + c[None, :], mask, 0.0)
-
-
-@triton.jit
-def store_block(x, value, r0, c0, rows, columns, stride, TMA: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Stores a block of a matrix, nothing outside of it: x is a descriptor with TMA, else a pointer."""
-    if TMA:
-        x.store([r0, c0], value)
-    else:
-        r = r0 + tl.arange(0, BLOCK_R)
-        c = c0 + tl.arange(0, BLOCK_C)
-        mask = (r[:, None] < rows) & (c[None, :] < columns)
-        tl.store(x + r.to(tl.int64)[:, None] * stride + c[None, :], value, mask)
-
-
-@triton.jit
-def load_target(targets, row, mask, vocab):
-    """The rows' targets (int64 in memory) as int32; -1 for one outside of the vocabulary, beyond 32 bits too, and outside of the mask."""
-    target = tl.load(targets + row, mask, -1)
-    return tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
-
-
-@triton.jit
-def column_part(x, part: tl.constexpr, PARTS: tl.constexpr):
-    """The part-th of PARTS (1 or 2) column blocks of accumulators; two where the whole and its exponential outgrow the registers."""
-    if PARTS == 1:
-        return x
-    else:
-        left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
-        return left if part == 0 else right
+        inverse = inverse_temperature
+    return tl.load(targets + row, row < rows, -1), inverse
 
 
 @triton.jit
@@ -184,8 +181,9 @@ def _softmax_part(
     m0,
     n0,
     bias,
-    inverse_temperature,
-    targets,
+    inverse,
+    target,
+    found,
     scaled,
     peak,
     total,
@@ -202,27 +200,23 @@ def _softmax_part(
     BLOCK_M: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """The softmax of PART columns of BLOCK_M rows, from their fp32 products x."""
+    """The softmax of PART columns of BLOCK_M rows, from their fp32 products x. target: a row's column if it is in this tile, else -1."""
     row = m0 + tl.arange(0, BLOCK_M)
     column = n0 + tl.arange(0, PART)
     if bias is not None:
         x += tl.load(bias + column, column < vocab, 0.0).to(tl.float32)[None, :]
     if HAS_CAP:
         x = softcap * tanh(x * (1.0 / softcap))
-    if ROW_TEMPERATURE:
-        z = x * tl.load(inverse_temperature + row, row < rows, 1.0)[:, None]
-    else:
-        z = x * inverse_temperature
-    z = tl.where(column[None, :] < vocab, z, float("-inf"))
-    target = load_target(targets, row, row < rows, vocab)
-    here = (target >= n0) & (target < tl.minimum(n0 + PART, vocab))
-    if tl.max(here.to(tl.int32), 0) > 0:
-        z_target = tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
-        tl.store(chosen + row, z_target, here)
-    m, e, s, u = common.softmax_tile(z, 1)
+    if n0 + PART > vocab:
+        x = tl.where(column[None, :] < vocab, x, float("-inf"))
+    step = inverse * common.LOG2E
+    if found:
+        x_target = tl.sum(tl.where(column[None, :] == target[:, None], x, 0.0), 1)
+        tl.store(chosen + row, x_target * inverse, (target >= n0) & (target < n0 + PART))
+    top, e, s, u = common.softmax_tile(x, step[:, None] if ROW_TEMPERATURE else step, 1)
     at = (n0 // PART).to(tl.int64) * rows + row
     inside = (row < rows) & (n0 < vocab)
-    tl.store(peak + at, m, inside)
+    tl.store(peak + at, top * inverse, inside)
     tl.store(total + at, s, inside)
     tl.store(moment + at, u, inside)
     if STORE:
@@ -236,7 +230,7 @@ def tanh(x):
     return tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=VECTORS)
 def row_stats_kernel(peak, total, moment, chosen, top, log_total, logp, entropy, rows, parts, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr):
     """Joins the parts of each row: (P, T) partial softmaxes -> top = max z, log_total = lse - top, logp, entropy (T,)."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -250,8 +244,8 @@ def row_stats_kernel(peak, total, moment, chosen, top, log_total, logp, entropy,
         m2 = tl.load(peak + at, mask, float("-inf"))
         s2 = tl.load(total + at, mask, 0.0)
         u2 = tl.load(moment + at, mask, 0.0)
-        m, s, u = common.softmax_merge(m, s, u, m2, s2, u2)
-    m, s, u = common.softmax_join(m, s, u, 0)
+        m, s, u = common.softmax_merge(m, s, u, m2, s2, u2, common.LOG2E)
+    m, s, u = common.softmax_join(m, s, u, common.LOG2E, 0)
     log_s = tl.log(s)
     z = tl.load(chosen + row, row < rows, 0.0)
     # centred on the peak first: exact for a dominant target, whose log-prob is -log(s)
@@ -259,7 +253,7 @@ def row_stats_kernel(peak, total, moment, chosen, top, log_total, logp, entropy,
     # not their sum: at logits of -1e4 a float32 lse has lost three digits of p
     tl.store(top + row, m, row < rows)
     tl.store(log_total + row, log_s, row < rows)
-    tl.store(entropy + row, tl.maximum(log_s - u / s, 0.0, propagate_nan=tl.PropagateNan.ALL), row < rows)
+    tl.store(entropy + row, tl.maximum(log_s - common.LN2 * u / s, 0.0, propagate_nan=tl.PropagateNan.ALL), row < rows)
 
 
 @dataclass(frozen=True)
@@ -356,11 +350,13 @@ def forward(head: Head, scaled: Tensor | None) -> tuple[Softmax, Tensor, Tensor]
         weight_stride=head.weight.stride(0),
         scaled_stride=0 if scaled is None else scaled.stride(0),
         softcap=float(head.softcap or 0.0),
+        group=row_group(tile, width, head.hidden.element_size()),
         HAS_CAP=head.softcap is not None,
         ROW_TEMPERATURE=row_temperature,
         STORE=scaled is not None,
         PRECISION=head.precision,
         TMA=tile.tma,
+        SPECIALIZE=tile.specialize,
         PARTS=tile.parts,
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,

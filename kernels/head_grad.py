@@ -23,14 +23,15 @@ import triton.language as tl
 from torch import Tensor
 
 from actial_fast.kernels import common
-from actial_fast.kernels.head import Head, Softmax, block_argument, column_part, load_block, load_target, store_block, tile_for
+from actial_fast.kernels.blocks import column_part, load_block, load_target, store_block
+from actial_fast.kernels.head import VECTORS, Head, Softmax, block_argument, tile_for
 from actial_fast.kernels.rows import combine_kernel, compact_kernel, gather_kernel
 
 KIND = {"dlogits_kernel": "memory", "dhidden_kernel": "matrix", "dweight_kernel": "matrix"}
 SPLIT = 4  # shares of the vocabulary in dhidden_kernel: 2,048 rows make 224 tiles of 128 x 256, not enough for 132 multiprocessors
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=[*VECTORS, "g_logp", "g_entropy", "position", "count"])
 def dlogits_kernel(
     # inputs
     scaled,  # (T, V): exp(z - peak), overwritten with dx * scale of the active rows, in order
@@ -121,7 +122,7 @@ def dlogits_kernel(
         tl.store(dbias + column, before + column_sum, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "padded"])
 def dhidden_kernel(
     dx,  # (T, V), blocks (BLOCK_M, BLOCK_K); this, weight and partial are descriptors with TMA, else pointers
     weight,  # (V, H), blocks (BLOCK_K, BLOCK_N)
@@ -136,6 +137,7 @@ def dhidden_kernel(
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -145,12 +147,12 @@ def dhidden_kernel(
     tiles_m = tl.cdiv(tl.load(count), BLOCK_M)
     tiles_n = tl.cdiv(width, BLOCK_N)
     share = tl.cdiv(tl.cdiv(vocab, BLOCK_K), SPLIT) * BLOCK_K
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n * SPLIT, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n * SPLIT, tl.num_programs(0), flatten=not SPECIALIZE):
         s = tile // (tiles_m * tiles_n)
         m0 = (tile % tiles_m) * BLOCK_M
         n0 = (tile // tiles_m) % tiles_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in tl.range(s * share, tl.minimum((s + 1) * share, vocab), BLOCK_K):
+        for k0 in tl.range(s * share, tl.minimum((s + 1) * share, vocab), BLOCK_K, warp_specialize=SPECIALIZE):
             a = load_block(dx, m0, k0, rows, vocab, dx_stride, TMA, BLOCK_M, BLOCK_K)
             b = load_block(weight, k0, n0, vocab, width, weight_stride, TMA, BLOCK_K, BLOCK_N)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
@@ -169,11 +171,11 @@ def dhidden_kernel(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def dweight_kernel(
-    dx,  # (T, V), blocks (BLOCK_K, BLOCK_M); this and hidden are descriptors with TMA, else pointers
+    dx,  # (T, V), blocks (BLOCK_K, BLOCK_M); this, hidden and out are descriptors with TMA, else pointers
     hidden,  # (T, H), blocks (BLOCK_K, BLOCK_N): the active rows, zeros up to a multiple of BLOCK_K
-    out,  # (V, H) float32; a pointer, as its blocks beside the pipeline's would outgrow the shared memory
+    out,  # (V, H) float32, blocks (BLOCK_M, BLOCK_N / PARTS)
     count,  # (1,) int32
     scale,  # (1,) float32
     rows,
@@ -185,6 +187,7 @@ def dweight_kernel(
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -194,21 +197,24 @@ def dweight_kernel(
     n = tl.load(count)
     inverse = 1.0 / tl.load(scale)
     tiles_n = tl.cdiv(width, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(vocab, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=True):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(vocab, BLOCK_M) * tiles_n, tl.num_programs(0), flatten=not SPECIALIZE):
         # columns of hidden run fastest: a block of dx is read once and shared
         m0 = (tile // tiles_n) * BLOCK_M
         n0 = (tile % tiles_n) * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in tl.range(0, n, BLOCK_K):
+        for k0 in tl.range(0, n, BLOCK_K, warp_specialize=SPECIALIZE):
             a = load_block(dx, k0, m0, rows, vocab, dx_stride, TMA, BLOCK_K, BLOCK_M)
             b = load_block(hidden, k0, n0, rows, width, hidden_stride, TMA, BLOCK_K, BLOCK_N)
             acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
         for part in tl.static_range(PARTS):
             value = column_part(acc, part, PARTS) * inverse
             c0 = n0 + part * (BLOCK_N // PARTS)
-            if ADD:
-                value += load_block(out, m0, c0, vocab, width, out_stride, False, BLOCK_M, BLOCK_N // PARTS)
-            store_block(out, value, m0, c0, vocab, width, out_stride, False, BLOCK_M, BLOCK_N // PARTS)
+            if ADD and TMA:
+                out.atomic_add([m0, c0], value)  # in L2: a block has one program, so that the sum has one order
+            else:
+                if ADD:
+                    value += load_block(out, m0, c0, vocab, width, out_stride, TMA, BLOCK_M, BLOCK_N // PARTS)
+                store_block(out, value, m0, c0, vocab, width, out_stride, TMA, BLOCK_M, BLOCK_N // PARTS)
 
 
 @dataclass(frozen=True)
@@ -268,7 +274,15 @@ def backward(head: Head, parts: Softmax, entropy: Tensor, g_logp: Tensor, g_entr
     if not compact:
         _products(head, scaled, g_logp, g_entropy, out)
         return
-    blocks = {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "TMA": tile.tma, "PARTS": tile.parts, "PRECISION": head.precision}
+    blocks = {
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "TMA": tile.tma,
+        "SPECIALIZE": tile.specialize,
+        "PARTS": tile.parts,
+        "PRECISION": head.precision,
+    }
     launch = blocks | {"num_warps": tile.warps, "num_stages": tile.stages}
     if out.dhidden is not None:
         padded = triton.cdiv(rows, tile.m) * tile.m
@@ -311,7 +325,7 @@ def backward(head: Head, parts: Softmax, entropy: Tensor, g_logp: Tensor, g_entr
         dweight_kernel[(min(tiles, common.sm_count()),)](
             dx=block_argument(scaled, tile.k, tile.m, tile.tma),
             hidden=block_argument(active, tile.k, tile.n, tile.tma),
-            out=out.dweight,
+            out=block_argument(out.dweight, tile.m, part, tile.tma),
             count=count,
             scale=scale,
             rows=rows,

@@ -65,8 +65,8 @@ def kl_forward_kernel(
         z_q = tl.load(logits_q + row * stride + column, column < stride, 0.0) * scale
         z_p = tl.where(column < vocab, z_p, float("-inf"))
         z_q = tl.where(column < vocab, z_q, float("-inf"))
-        tile_m_p, e, tile_s_p, _ = common.softmax_tile(z_p, 0)
-        tile_m_q, _, tile_s_q, _ = common.softmax_tile(z_q, 0)
+        tile_m_p, e, tile_s_p, _ = common.softmax_tile(z_p, common.LOG2E, 0)
+        tile_m_q, _, tile_s_q, _ = common.softmax_tile(z_q, common.LOG2E, 0)
         gap = (z_p - tile_m_p[None, :]) - (z_q - tile_m_q[None, :])
         tile_w = tl.sum(tl.where(e > 0, e * gap, 0.0), 0)
         peak_p, peak_q = tl.maximum(m_p, tile_m_p), tl.maximum(m_q, tile_m_q)

@@ -1,11 +1,11 @@
 """Log-prob, entropy and the GRPO loss from logits that somebody already holds, forward and backward.
 
-T rows, V vocabulary. With z = logits / temperature, m = max z, s = sum_v exp(z_v - m):
+T rows, V vocabulary. With z = logits / temperature, m the largest logit, z_m = m / temperature, s = sum_v exp(z_v - z_m):
 
-forward    logp = (z_target - m) - log s;  entropy = log s - sum_v p_v (z_v - m);  p = exp((z - m) - log s)
+forward    logp = (z_target - z_m) - log s;  entropy = log s - sum_v p_v (z_v - z_m);  p = exp((z - z_m) - log s)
 backward   dlogits_v = (g_logp ([v = target] - p_v) - g_entropy p_v (log p_v + entropy)) / temperature
 
-m and log s are kept apart: their sum would lose log s where logits are large. Everything is fp32 from the load on; a row is one program.
+z_m and log s are kept apart: their sum would lose log s where logits are large. Everything is fp32 from the load on; a row is one program.
 
 `logprob_kernel` reads the logits once, `gradient_kernel` reads and writes them once. `grpo_logits_kernel` is both with the loss between: it
 reads a row, forms loss and coefficients, and goes back over the row from its end, which is still in the L2 cache. Rows whose coefficients
@@ -28,6 +28,7 @@ from actial_fast.kernels import common
 from actial_fast.kernels.objective import grpo_rows
 from actial_fast.kernels.objective_math import STATS, arguments, token_objective
 from actial_fast.kernels.scale import scale_, upstream_scaled
+from actial_fast.kernels.sweeps import row_gradient, row_softmax, target_logp
 
 KIND = {"logprob_kernel": "memory", "gradient_kernel": "memory", "grpo_logits_kernel": "memory"}
 
@@ -55,59 +56,13 @@ def two_sweeps() -> Launch:
 
 
 @triton.jit
-def _row_softmax(row, vocab, inverse, THREADS: tl.constexpr, LOADS: tl.constexpr, VECTOR: tl.constexpr):
-    """m, log s and entropy of one row, from a pointer to it. Threads keep sums of their own, so that nothing waits before the row's end."""
-    m = tl.full((THREADS,), float("-inf"), tl.float32)
-    s = tl.zeros((THREADS,), tl.float32)
-    u = tl.zeros((THREADS,), tl.float32)
-    for first in range(0, vocab, THREADS * LOADS * VECTOR):
-        column = first + tl.arange(0, THREADS * LOADS * VECTOR)
-        z = tl.load(row + column, column < vocab, float("-inf")).to(tl.float32) * inverse
-        # the columns that one thread has loaded, side by side: no data moves
-        z = tl.reshape(tl.permute(tl.reshape(z, (LOADS, THREADS, VECTOR)), (1, 0, 2)), (THREADS, LOADS * VECTOR))
-        m, s, u = common.online_softmax_step(m, s, u, z, 1)
-    m, s, u = common.softmax_join(m, s, u, 0)
-    log_s = tl.log(s)
-    entropy = log_s - u / s
-    return m, log_s, tl.where(entropy < 0, 0.0, entropy)
-
-
-@triton.jit
-def _target_logp(row, target, vocab, inverse, m, log_s):
-    """The target's log-prob; NaN, and no read, where the target is not in the vocabulary."""
-    valid = (target >= 0) & (target < vocab)
-    z = tl.load(row + target, valid, float("nan")).to(tl.float32) * inverse
-    logp = (z - m) - log_s
-    return tl.where(logp > 0, 0.0, logp)
-
-
-@triton.jit
-def _row_gradient(row, out, vocab, inverse, m, log_s, entropy, target, a, b, BLOCK: tl.constexpr):
-    """Writes one row of dlogits to `out`, which may be `row`, from the row's end to its start. a, b: d loss / d logp and d entropy."""
-    tiles = tl.cdiv(vocab, BLOCK)
-    if (a == 0) & (b == 0):
-        for tile in range(0, tiles):
-            column = tile * BLOCK + tl.arange(0, BLOCK)
-            tl.store(out + column, tl.zeros((BLOCK,), out.dtype.element_ty), column < vocab)
-    else:
-        a = tl.where((a != 0) & ((target < 0) | (target >= vocab)), float("nan"), a)  # as the log-prob of such a target
-        for back in range(0, tiles):
-            column = (tiles - 1 - back) * BLOCK + tl.arange(0, BLOCK)
-            z = tl.load(row + column, column < vocab, float("-inf")).to(tl.float32) * inverse
-            log_p = (z - m) - log_s
-            p = tl.exp(log_p)
-            dz = tl.where(column == target, a, 0.0) - tl.where(p != 0, p * (a + b * (log_p + entropy)), 0.0)
-            tl.store(out + column, (dz * inverse).to(out.dtype.element_ty), column < vocab)
-
-
-@triton.jit
 def logprob_kernel(
     logits,  # (T, V), row stride `stride`
     targets,  # (T,) int64
     temperature,  # (T,) float32, or a number
     logp,  # (T,) float32, out
     entropy,  # (T,) float32, out
-    peak,  # (T,) float32, out: m
+    peak,  # (T,) float32, out: m, as the logits are
     log_total,  # (T,) float32, out: log s
     vocab,
     stride,
@@ -119,8 +74,8 @@ def logprob_kernel(
     t = tl.program_id(0).to(tl.int64)
     inverse = 1.0 / (tl.load(temperature + t) if ROW_TEMPERATURE else temperature)
     row = logits + t * stride
-    m, log_s, h = _row_softmax(row, vocab, inverse, THREADS, LOADS, VECTOR)
-    tl.store(logp + t, _target_logp(row, tl.load(targets + t), vocab, inverse, m, log_s))
+    m, log_s, h = row_softmax(row, vocab, inverse, THREADS, LOADS, VECTOR)
+    tl.store(logp + t, target_logp(row, tl.load(targets + t), vocab, inverse, m, log_s))
     tl.store(entropy + t, h)
     tl.store(peak + t, m)
     tl.store(log_total + t, log_s)
@@ -135,7 +90,7 @@ def gradient_kernel(
     peak,  # (T,) float32
     log_total,  # (T,) float32
     g_logp,  # (T,) float
-    g_entropy,  # (T,) float
+    g_entropy,  # (T,) float, or None
     factor,  # scalar that multiplies both, or None
     out,  # (T, V), row stride `out_stride`; may be logits
     vocab,
@@ -146,14 +101,15 @@ def gradient_kernel(
 ):
     t = tl.program_id(0).to(tl.int64)
     inverse = 1.0 / (tl.load(temperature + t) if ROW_TEMPERATURE else temperature)
-    a = tl.load(g_logp + t).to(tl.float32)
-    b = tl.load(g_entropy + t).to(tl.float32)
+    a, b, f, h = tl.load(g_logp + t).to(tl.float32), None, 1.0, 0.0
     if factor is not None:
         f = tl.load(factor).to(tl.float32)
-        a *= f
-        b *= f
-    m, log_s, h = tl.load(peak + t), tl.load(log_total + t), tl.load(entropy + t)
-    _row_gradient(logits + t * stride, out + t * out_stride, vocab, inverse, m, log_s, h, tl.load(targets + t), a, b, BLOCK)
+    if g_entropy is not None:
+        b, h = tl.load(g_entropy + t).to(tl.float32) * f, tl.load(entropy + t)
+    row, target, m, log_s = logits + t * stride, tl.load(targets + t), tl.load(peak + t), tl.load(log_total + t)
+    logp = target_logp(row, target, vocab, inverse, m, log_s)
+    tl.debug_barrier()  # `out` may be `row`, whose target every thread has read
+    row_gradient(row, out + t * out_stride, vocab, inverse, m, log_s, h, target, logp, a * f, b, BLOCK)
 
 
 @triton.jit
@@ -171,6 +127,7 @@ def grpo_logits_kernel(
     stride,
     out_stride,
     OPTIONS: tl.constexpr,
+    ENTROPY: tl.constexpr,  # whether the loss has an entropy term
     ROW_TEMPERATURE: tl.constexpr,
     THREADS: tl.constexpr,
     LOADS: tl.constexpr,
@@ -180,8 +137,8 @@ def grpo_logits_kernel(
     inverse = 1.0 / (tl.load(temperature + t) if ROW_TEMPERATURE else temperature)
     row = logits + t * stride
     target = tl.load(targets + t)
-    m, log_s, h = _row_softmax(row, vocab, inverse, THREADS, LOADS, VECTOR)
-    x = _target_logp(row, target, vocab, inverse, m, log_s)
+    m, log_s, h = row_softmax(row, vocab, inverse, THREADS, LOADS, VECTOR)
+    x = target_logp(row, target, vocab, inverse, m, log_s)
     tl.store(logp + t, x)
     tl.store(entropy + t, h)
     a, b, row_stats = token_objective(x, h, rows, numbers, t, t >= 0, OPTIONS)
@@ -189,7 +146,8 @@ def grpo_logits_kernel(
         tl.store(stats + t * STATS + i, row_stats[i])
     if out is not None:
         tl.debug_barrier()  # `out` may be `row`, whose target every thread has read
-        _row_gradient(row, out + t * out_stride, vocab, inverse, m, log_s, h, target, a, b, THREADS * LOADS * VECTOR)
+        b = b if ENTROPY else None
+        row_gradient(row, out + t * out_stride, vocab, inverse, m, log_s, h, target, x, a, b, THREADS * LOADS * VECTOR)
 
 
 def logprob_from_logits(
@@ -306,6 +264,7 @@ class _EarlyLoss(torch.autograd.Function):
             stride=logits.stride(0),
             out_stride=0 if out is None else out.stride(0),
             OPTIONS=options,
+            ENTROPY=spec.entropy_coef != 0,
             ROW_TEMPERATURE=isinstance(temperature, Tensor),
             **(two_sweeps() if wanted else SWEEP).block(logits.dtype),
         )

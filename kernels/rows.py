@@ -11,7 +11,7 @@ import triton.language as tl
 KIND = {"compact_kernel": "small", "gather_kernel": "memory", "combine_kernel": "memory"}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["g_logp", "g_entropy", "position", "source"])
 def compact_kernel(g_logp, g_entropy, position, source, count, rows, BLOCK: tl.constexpr):
     """Numbers the rows whose coefficients are not both 0: position (T,) int32 (-1 = left out), source (T,) its inverse, count (1,)."""
     found = 0
@@ -27,7 +27,7 @@ def compact_kernel(g_logp, g_entropy, position, source, count, rows, BLOCK: tl.c
     tl.store(count, found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["source"])
 def gather_kernel(x, out, source, count, width, stride_x, stride_out, PAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):
     """out[i] = x[source[i]] for i < count, then zeros up to a multiple of PAD rows."""
     n = tl.load(count)
@@ -40,7 +40,7 @@ def gather_kernel(x, out, source, count, width, stride_x, stride_out, PAD: tl.co
         tl.store(out + i.to(tl.int64)[:, None] * stride_out + column[None, :], value, (i < tl.cdiv(n, PAD) * PAD)[:, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["padded"], do_not_specialize_on_alignment=["source"])
 def combine_kernel(
     partial,  # (SPLIT, T padded, H) float32
     out,  # (T, H)

@@ -18,7 +18,7 @@ WARPS = 8
 PROGRAMS_PER_SM = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "all_tiles"])
 def scale_kernel(
     x,  # (rows, columns), row stride `stride`
     out,  # (rows, columns), row stride `out_stride`; may be x

@@ -29,6 +29,9 @@ from actial_fast.data.sources.stream import Example
 from actial_fast.ops.spec import GRPOSpec
 from actial_fast.settings.recipe import DataConfig, GRPORecipe, ModelConfig, OptimConfig, SamplingConfig, SaveConfig, SFTRecipe
 from actial_fast.tasks.rewards import RewardConfig
+from tests import descriptor_reduce
+
+descriptor_reduce.install()
 
 # the same examples on every run, so that whoever changes nothing sees nothing fail; HYPOTHESIS_RANDOM=1 draws new ones
 settings.register_profile("repeatable", derandomize=not os.environ.get("HYPOTHESIS_RANDOM"))

@@ -3,8 +3,8 @@
 Here lives what is computed and how it is called, not the Triton code (../kernels, reached through library.py alone), no model and no data.
 Needs torch and numpy. In order of reading: spec.py (what a loss is, as data), reference.py (the same in plain torch, the truth of the
 tests), api.py (what users call), checks.py (their arguments), parallel.py (a head over several ranks); then chunked*.py (a CPU, chunk by
-chunk) and library.py, operators*.py (torch.library operators, for compiled callers). ranges.py names what a profile shows, for the whole
-package.
+chunk) and library.py, operators*.py (torch.library operators, for compiled callers). warm.py compiles ahead. ranges.py names what a profile
+shows, for the whole package.
 """
 
 import importlib
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from actial_fast.ops.parallel import VocabParallel
     from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
+    from actial_fast.ops.warm import warm_up
 
 __all__ = [
     "STATS",
@@ -42,6 +43,7 @@ __all__ = [
     "logprob_from_logits",
     "token_kl",
     "token_weights",
+    "warm_up",
 ]
 
 
@@ -49,5 +51,6 @@ def __getattr__(name: str) -> Any:
     """On first use: a process that reads recipes knows the specs without importing torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}")
-    module = "spec" if name.endswith("Spec") else "parallel" if name == "VocabParallel" else "api"
+    modules = {"VocabParallel": "parallel", "warm_up": "warm"}
+    module = "spec" if name.endswith("Spec") else modules.get(name, "api")
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)

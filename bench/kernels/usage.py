@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import struct
 import subprocess
-import sys
 import tempfile
 from bisect import bisect_right
 from collections import Counter
@@ -112,7 +111,7 @@ def _usage(launch: Launch, arch: int, case: str, dtype: str, instructions: dict[
     assert len(found) == 4, f"cuobjdump -res-usage told something else: {takes}"
     static = int(found["SHARED"]) - (1024 if arch >= 90 else 0)  # from sm_90 on it includes the system's 1 KiB
     threads = re.search(r"\.reqntid\s+(\d+)", compiled.asm["ptx"])  # num_warps leaves out the warps that specialisation adds
-    kind = getattr(sys.modules[launch.function.fn.__module__], "KIND", {}).get(launch.function.fn.__name__)
+    kind = launch.function.fn.__globals__.get("KIND", {}).get(launch.function.fn.__name__)
     return Usage(
         kernel=launch.function.fn.__name__,
         kind=kind,

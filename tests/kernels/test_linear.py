@@ -262,6 +262,20 @@ def test_weight_grad_is_added_to(H):
         assert torch.allclose(buffer, 3 + times * want, atol=1e-6)
 
 
+@pytest.mark.parametrize("start", [0, 1, 4])
+def test_chunks_add_to_a_weight_grad_that_begins_anywhere(start):
+    """16-bit tiles add through a tensor descriptor, which only reaches multiples of 16 bytes."""
+    case = make(300, 64, 150, torch.float16)
+    _, (_, want) = gradients(losses(case, SPECS["clip"])[0], case)
+    unit = chunks.row_bytes(head.make_head(case.hidden, case.weight, case.targets, None, 1.0, None), True)
+    buffer = torch.full((start + case.weight.numel() + 1,), 3.0, device=DEVICE)
+    weight_grad = buffer[start:-1].view(case.weight.shape)
+    h = case.hidden.detach().requires_grad_()
+    losses(case, SPECS["clip"], weight_grad=weight_grad, workspace_mb=130 * unit / 2**20)[0](h, case.weight, None)[0].backward()
+    assert torch.allclose(weight_grad, 3 + want.float(), rtol=1e-3, atol=1e-4 * want.abs().max().item())
+    assert torch.equal(buffer[:start], torch.full_like(buffer[:start], 3.0)) and buffer[-1] == 3
+
+
 def test_an_upstream_gradient_other_than_one_shows_in_weight_grad():
     """The host cannot know it without waiting, and must not end the process's CUDA context by an assertion."""
     case = make()
