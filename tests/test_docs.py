@@ -18,7 +18,7 @@ import torch
 import actial_fast
 from actial_fast.kernels import chunks
 from actial_fast.kernels.head import make_head
-from actial_fast.ops import chunked
+from actial_fast.ops import chunks as chunks_cpu
 from actial_fast.ops.spec import NAMED, AdvantageSpec, GRPOSpec
 from bench.kernels.accuracy import markdown
 
@@ -93,7 +93,7 @@ SIZES = [
 @pytest.mark.parametrize(("dtype", "V", "H", "budget"), SIZES)
 def test_the_formula_for_the_cpu_is_the_one_that_cuts(dtype, V, H, budget):
     hidden, weight = (torch.empty(n, H, dtype=dtype, device="meta") for n in (100_000, V))
-    (rows,) = chunked._plan(hidden, weight, budget)[0][0]
+    (rows,) = chunks_cpu.plan(hidden, weight, budget)[0][0]
     share = 1 if dtype == torch.float32 else 0.75
     assert r"b = e \, (3 V + 3 H)" in MEMORY and "the block gets a quarter of \\(W\\)" in MEMORY
     assert rows.stop - rows.start == math.floor(share * budget * 2**20 / (4 * (3 * V + 3 * H)))

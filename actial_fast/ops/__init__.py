@@ -2,9 +2,9 @@
 
 Here lives what is computed and how it is called, not the Triton code (../kernels, reached through library.py alone), no model and no data.
 Needs torch and numpy. In order of reading: spec.py (what a loss is, as data), reference.py (the same in plain torch, the truth of the
-tests), api.py (what users call), checks.py (their arguments), parallel.py (a head over several ranks); then chunked*.py (a CPU, chunk by
-chunk) and library.py, operators*.py (torch.library operators, for compiled callers). warm.py compiles ahead. ranges.py names what a profile
-shows, for the whole package.
+tests), api.py (what users call), checks.py (their arguments), sharding.py and parallel.py (several ranks); then chunks.py and chunked*.py
+(a CPU, chunk by chunk) and library.py, operators*.py (torch.library operators, for compiled callers). warm.py compiles ahead. ranges.py
+names what a profile shows, for the whole package.
 """
 
 import importlib

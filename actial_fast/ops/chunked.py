@@ -14,8 +14,7 @@ which the GEMM adds up (rounding; the Triton path is exact in this).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from actial_fast.ops import reference
-from actial_fast.ops.chunked_logits import BUFFERS, Softmax, compute_dtype
+from actial_fast.ops.chunked_logits import Softmax, compute_dtype
+from actial_fast.ops.chunks import blocks, plan
 from actial_fast.ops.library import joined, split
 from actial_fast.ops.parallel import VocabParallel
 from actial_fast.ops.reference import STATS
@@ -52,7 +52,7 @@ def linear_logprob(
     vocab_parallel: VocabParallel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `ops.linear_logprob`: 1 GEMM; with the backward pass, which computes the logits again, 4, with a frozen head 3."""
-    groups, block = _plan(hidden, weight, workspace_mb, parallel=vocab_parallel)
+    groups, block = plan(hidden, weight, workspace_mb, parallel=vocab_parallel)
     job = Job(targets, temperature, softcap, groups, block, parallel=vocab_parallel)
     return _LinearLogprob.apply(hidden, weight, bias, job)
 
@@ -71,7 +71,7 @@ def linear_logprob_backward(
     workspace_mb: float,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of hidden, weight and bias, where wanted and in their dtypes, from those of log-probs and entropies (T,)."""
-    groups, block = _plan(hidden, weight, workspace_mb)
+    groups, block = plan(hidden, weight, workspace_mb)
     return _logprob_gradients(hidden, weight, bias, Job(targets, temperature, softcap, groups, block), g_logp, g_entropy, wanted)
 
 
@@ -102,7 +102,7 @@ def linear_grpo_loss(
     logits are computed twice. With `wanted` autograd is left out: the gradients of hidden, weight and bias follow the results, for an
     upstream gradient of 1 and as computed (see `Result`).
     """
-    groups, block = _plan(hidden, weight, workspace_mb, cu_seqlens, vocab_parallel)
+    groups, block = plan(hidden, weight, workspace_mb, cu_seqlens, vocab_parallel)
 
     def terms(rows: slice, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
         inside = None
@@ -134,7 +134,7 @@ def linear_cross_entropy(
     vocab_parallel: VocabParallel | None = None,
 ) -> Tensor | tuple[Tensor | None, ...]:
     """As `ops.linear_cross_entropy`; with `wanted` the gradients follow the loss, as in `linear_grpo_loss`."""
-    groups, block = _plan(hidden, weight, workspace_mb, parallel=vocab_parallel)
+    groups, block = plan(hidden, weight, workspace_mb, parallel=vocab_parallel)
 
     def terms(rows: slice, logp: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
         loss = -(token_weight[rows] * torch.where(token_weight[rows] != 0, logp, 0)).sum()
@@ -152,7 +152,7 @@ def linear_cross_entropy(
 class Job:
     """What a pass computes, but for the tensors that autograd follows.
 
-    targets (T,); temperature and softcap, the scaling of the logits; groups of chunks of rows (see `_plan`); block, how many vocabulary
+    targets (T,); temperature and softcap, the scaling of the logits; groups of chunks of rows (see chunks.plan); block, how many vocabulary
     rows are upcast at once; terms, the loss (None: log-probs only), and stats, how many statistics it has; entropy, whether it is wanted;
     skip, whether rows of coefficient 0 leave the backward GEMMs; wanted, which of hidden, weight and bias need a gradient; weight_grad,
     where weight's is added; parallel, the ranks that have the rest of the vocabulary.
@@ -266,7 +266,7 @@ def _add_gradients(
         dx, h = dx.masked_fill_(~active[:, None], 0), h.where(active[:, None], 0)
     if out.dhidden is not None:
         dh = torch.zeros_like(h)
-        for part, block in _blocks(weight, job.block, h.dtype):
+        for part, block in blocks(weight, job.block, h.dtype):
             torch.addmm(dh, dx[:, part], block, out=dh)
         out.dhidden[chunk][index] = dh.to(out.dhidden.dtype)
     if out.dweight is not None:
@@ -293,46 +293,13 @@ def _coefficients(rows: slice, terms: Terms, wanted: bool, out: Result) -> tuple
 def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, temperature: float | Tensor, job: Job) -> Tensor:
     """Scaled logits of a chunk's hidden states (C, H), in their dtype: (C, V)."""
     z = h.new_empty(len(h), len(weight))
-    for part, block in _blocks(weight, job.block, h.dtype):
+    for part, block in blocks(weight, job.block, h.dtype):
         torch.mm(h, block.T, out=z[:, part])
     if bias is not None:
         z.add_(bias)
     if job.softcap is not None:
         z.div_(job.softcap).tanh_().mul_(job.softcap)
     return z.div_(temperature)
-
-
-def _blocks(weight: Tensor, size: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    for start in range(0, len(weight), size):
-        part = slice(start, start + size)
-        yield part, weight[part].to(dtype)
-
-
-def _plan(
-    hidden: Tensor, weight: Tensor, workspace_mb: float, cu_seqlens: Tensor | None = None, parallel: VocabParallel | None = None
-) -> tuple[list[list[slice]], int]:
-    """Chunks of rows that fit the workspace, and the size of a block of the vocabulary. The chunks come in groups that no sequence
-    leaves: one of as many whole sequences as fit, or those of a longer one; without sequences, each alone.
-
-    ValueError when not one row fits.
-    """
-    (rows, width), vocabulary, dtype = hidden.shape, parallel.largest if parallel else len(weight), compute_dtype(hidden)
-    row = dtype.itemsize * (BUFFERS * vocabulary + 3 * width)  # and the chunk's hidden states, those selected, and their gradient
-    share = 1.0 if weight.dtype == dtype else 0.75  # the rest is for the block of weights that is upcast
-    block = vocabulary if share == 1 else max(1, min(vocabulary, int((1 - share) * workspace_mb * 2**20 / (dtype.itemsize * width))))
-    fit = int(share * workspace_mb * 2**20 / row)
-    if rows and fit < 1:
-        need = math.ceil(row / share / 2**20 * 100) / 100
-        raise ValueError(f"workspace_mb: {workspace_mb} is too small for one row; with V={vocabulary} it takes workspace_mb={need:g}")
-    stops = cu_seqlens[1:].tolist() if cu_seqlens is not None else [*range(fit, rows, fit), rows] if rows else []
-    groups, start, end = [], 0, 0
-    for stop in stops:
-        if stop - start > fit and end > start:
-            groups.append((start, end))
-            start = end
-        end = stop
-    groups += [(start, end)] * (end > start)
-    return [[slice(x, min(x + fit, b)) for x in range(a, b, fit)] for a, b in groups], block
 
 
 def _loss(

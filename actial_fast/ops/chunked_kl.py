@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actial_fast.ops.chunked import _blocks
+from actial_fast.ops.chunks import blocks
 from actial_fast.ops.library import joined, split
 from actial_fast.ops.parallel import VocabParallel
 
@@ -107,7 +107,7 @@ def _add_gradients(
 ) -> None:
     if by_states is not None:
         total = by_logits.new_zeros(len(by_logits), head.shape[1])
-        for part, weights in _blocks(head, block, by_logits.dtype):
+        for part, weights in blocks(head, block, by_logits.dtype):
             torch.addmm(total, by_logits[:, part], weights, out=total)
         by_states[rows] = total
     if by_head is not None:
@@ -130,7 +130,7 @@ def _log_probs(
     for rows in chunks:
         log_p, log_q, spare = workspace[:, : rows.stop - rows.start]
         for states, head, out in ((hidden[rows].to(dtype), weight, log_p), (ref_hidden[rows].to(dtype), ref_weight, log_q)):
-            for part, weights in _blocks(head, block, dtype):
+            for part, weights in blocks(head, block, dtype):
                 torch.mm(states, weights.T, out=out[:, part])
             out.div_(temperature[rows, None] if isinstance(temperature, Tensor) else temperature)
             peak = out.amax(-1, keepdim=True)

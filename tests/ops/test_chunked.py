@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from actial_fast import ops
-from actial_fast.ops import chunked, chunked_logits, reference
+from actial_fast.ops import chunked, chunked_logits, chunks, reference
 from actial_fast.ops.spec import NAMED, GRPOSpec
 from tests.head_cases import assert_agrees, doubled, error, make
 
@@ -178,7 +178,7 @@ def test_the_chunks_do_not_matter():
     whole = grpo(ops.linear_grpo_loss, case, spec)
     for rows in (1, 2, 7, 33, 100):
         workspace = rows * (3 * 70 + 3 * 12) * 4 / 2**20
-        assert len(chunked._plan(case.hidden, case.weight, workspace)[0]) == math.ceil(101 / rows)
+        assert len(chunks.plan(case.hidden, case.weight, workspace)[0]) == math.ceil(101 / rows)
         part = grpo(ops.linear_grpo_loss, case, spec, workspace_mb=workspace)
         for name in whole:
             assert error(part[name], whole[name]) < 2e-6, (rows, name)
@@ -190,7 +190,7 @@ def test_chunks_are_cut_between_sequences_and_within_longer_ones():
     row = (3 * 29 + 3 * 12) * 4 / 2**20
 
     def plan(rows, *more):
-        return [[(c.start, c.stop) for c in chunks] for chunks in chunked._plan(hidden, weight, rows * row, *more)[0]]
+        return [[(c.start, c.stop) for c in chunks] for chunks in chunks.plan(hidden, weight, rows * row, *more)[0]]
 
     assert plan(13, cu_seqlens) == [[(0, 6)], [(6, 15)], [(15, 27)], [(27, 37)]]
     assert plan(9, cu_seqlens) == [[(0, 6)], [(6, 15)], [(15, 24), (24, 27)], [(27, 30)], [(30, 37)]]
