@@ -46,7 +46,7 @@ def memory_example() -> str:
 
     from actial_fast.kernels.chunks import cut, row_bytes
     from actial_fast.kernels.head import make_head
-    from actial_fast.ops.chunked import _plan
+    from actial_fast.ops.chunks import plan
 
     rows, vocab, width, budget = EXAMPLE.values()
     told = []
@@ -61,7 +61,7 @@ def memory_example() -> str:
             chunks, unit = cut(head, True, budget), row_bytes(head, True)
             sizes = [stop - start for start, stop in chunks]
         else:
-            groups, _ = _plan(hidden, weight, budget)
+            groups, _ = plan(hidden, weight, budget)
             sizes, unit = [chunk.stop - chunk.start for (chunk,) in groups], 4 * (3 * vocab + 3 * width)
         told.append((name, f"{unit:,}", f"{max(sizes)}", f"{len(sizes)}"))
     return table(("path", "b, bytes a row", "C, rows a chunk", "chunks"), told)

@@ -85,9 +85,12 @@ def dlogits_kernel(
         # a part of nothing but -inf has a peak of -inf and e = 0: its offset stays finite, as 0 * inf is NaN
         shift = tl.maximum(m - tl.load(top + row, active, 0.0), common.FAR, propagate_nan=tl.PropagateNan.ALL)
         offset = shift - tl.load(log_total + row, active, 0.0)
-        is_target = column[None, :] == load_target(targets, row, active, vocab)[:, None]
-        z_target = tl.load(chosen + row, active, 0.0)
-        a = tl.where((z_target != z_target) & (a != 0), z_target, a * inverse)  # NaN, as the log-prob of a target that is no token
+        if HAS_CAP:
+            target = load_target(targets, row, active, vocab)
+        else:  # cheaper: what lies beyond 32 bits has a coefficient of NaN or 0, wherever it lands
+            target = tl.load(targets + row, active, -1).to(tl.int32)
+        is_target = column[None, :] == target[:, None]
+        a *= inverse
         # what belongs to a row stays out of the element's way: this kernel is to wait for memory alone
         p_scale = tl.exp(offset)
         dx = e * (-a * p_scale)[:, None] + tl.where(is_target, a[:, None], 0.0)
@@ -98,7 +101,7 @@ def dlogits_kernel(
             h = tl.load(entropy + row, active, 0.0)
             dx -= (e * (b * inverse * p_scale)[:, None]) * (log_e + (offset + h)[:, None])
         if HAS_CAP:
-            z = tl.where(is_target, z_target[:, None], log_e + m[:, None])
+            z = tl.where(is_target, tl.load(chosen + row, active, 0.0)[:, None], log_e + m[:, None])
             ratio = z * (1.0 / (inverse * softcap))[:, None] if ROW_TEMPERATURE else z * (1.0 / (inverse * softcap))
             dx = dx * tl.where((e > 0) | is_target, 1.0 - ratio * ratio, 0.0)
         if dbias is not None:
@@ -239,6 +242,7 @@ def backward(head: Head, parts: Softmax, entropy: Tensor, g_logp: Tensor, g_entr
     tile, scaled = tile_for(dtype), parts.scaled
     assert scaled is not None, "the forward pass has kept it"
     scale, count = _loss_scale(g_logp, g_entropy, dtype), torch.empty(1, dtype=torch.int32, device=device)
+    g_logp = torch.where(parts.chosen.isnan() & (g_logp != 0), parts.chosen, g_logp)  # NaN, as the log-prob of a target that is no token
     position = source = None
     if compact:
         position, source = torch.empty((2, rows), dtype=torch.int32, device=device)

@@ -95,7 +95,7 @@ def row_gradient(row, out, vocab, inverse, m, log_s, entropy, target, logp, a, b
             dx = _dlogits(tl.load(row + column).to(tl.float32), m, step, bits, slope, flat, b is not None)
             tl.store(out + column, dx.to(out.dtype.element_ty))
         if (target >= 0) & (target < vocab):
-            power = logp * common.LOG2E
+            power = tl.maximum(logp * common.LOG2E, common.FAR_BITS, propagate_nan=tl.PropagateNan.ALL)  # as above
             dx = a * inverse + tl.exp2(power) * (slope * power + flat)
             tl.debug_barrier()  # another thread has just written what stands there
             tl.store(out + target, dx.to(out.dtype.element_ty))

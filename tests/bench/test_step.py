@@ -273,7 +273,7 @@ def test_the_7b_has_the_checkpoints_weights(tmp_path):
     assert 2 * sum(shape.text["rope_parameters"]["mrope_section"]) == model.model.language_model.layers[0].self_attn.head_dim == 128
 
 
-def test_the_gate_leaves_the_step_its_time():
-    *_, ops, last = gate.steps()
-    assert "bench.step.step" in last.command and last.least >= 240 and last.budget(250) == ["--budget", "240"] and ops.least >= 150
-    assert last.absent is None and last.command[-1].endswith(".json")
+def test_the_gate_gives_the_step_its_time():
+    (step,) = (step for step in gate.steps() if "bench.step.step" in step.command)
+    assert step.budget(95) == ["--budget", "85"] and step.share >= 85
+    assert step.absent is None and step.command[-1].endswith(".json")
