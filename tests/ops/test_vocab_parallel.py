@@ -50,7 +50,13 @@ def found_on(ranks: int, cases: str, path: str) -> list[dict[str, dict[str, floa
 
 @pytest.mark.parametrize(
     ("ranks", "cases", "path"),
-    [(2, ",".join(CASES), "cpu"), (4, ",".join(CASES), "cpu"), (2, "rows,all,half,banned", "kernels"), (4, "plain,sequences", "kernels")],
+    [
+        (2, ",".join(CASES), "cpu"),
+        (4, ",".join(CASES), "cpu"),
+        (2, "all,banned", "kernels"),
+        pytest.param(2, "rows,half,sequences,buffer", "kernels", marks=pytest.mark.slow),
+        pytest.param(4, "plain,all,sequences", "kernels", marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_find_what_one_process_finds(ranks, cases, path):
     everyone = found_on(ranks, cases, path)
