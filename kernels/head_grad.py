@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from actial_fast.kernels import common
-from actial_fast.kernels.blocks import column_part, load_block, load_target, store_block
+from actial_fast.kernels.blocks import column_part, load_block, store_block
 from actial_fast.kernels.head import VECTORS, Head, Softmax, block_argument, tile_for
 from actial_fast.kernels.rows import combine_kernel, compact_kernel, gather_kernel
 
@@ -85,10 +85,7 @@ def dlogits_kernel(
         # a part of nothing but -inf has a peak of -inf and e = 0: its offset stays finite, as 0 * inf is NaN
         shift = tl.maximum(m - tl.load(top + row, active, 0.0), common.FAR, propagate_nan=tl.PropagateNan.ALL)
         offset = shift - tl.load(log_total + row, active, 0.0)
-        if HAS_CAP:
-            target = load_target(targets, row, active, vocab)
-        else:  # cheaper: what lies beyond 32 bits has a coefficient of NaN or 0, wherever it lands
-            target = tl.load(targets + row, active, -1).to(tl.int32)
+        target = tl.load(targets + row, active, -1).to(tl.int32)  # one beyond 32 bits has a coefficient of NaN or 0, wherever it lands
         is_target = column[None, :] == target[:, None]
         a *= inverse
         # what belongs to a row stays out of the element's way: this kernel is to wait for memory alone
