@@ -114,10 +114,11 @@ def _spatial(args: argparse.Namespace) -> int:
 
 
 def _cot(args: argparse.Namespace) -> int:
-    from actial_fast.data.cot.writer import write_cot
+    from actial_fast.data.cot.writer import rows_drawn, write_cot
 
     source = _source(args)
-    with _writer(args) as writer, _progress("chains of thought", args.count or len(source)) as advance:
+    total = len(rows_drawn(source, args.seed, args.count))  # before a model is loaded, which takes long
+    with _writer(args) as writer, _progress("chains of thought", total) as advance:
         done = write_cot(source, args.out, writer, seed=args.seed, count=args.count, progress=lambda number, total: advance(number))
     there = f" ({done.kept} were there already)" if done.kept else ""
     print(f"{args.out}: {done.written} rows written{there}, {sum(done.rejected.values())} rejected")

@@ -1,12 +1,5 @@
 """A head spread over 2 and 4 ranks computes what one has, on the CPU path and through the kernels."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,38 +7,9 @@ import torch.distributed as dist
 from actial_fast import ops
 from actial_fast.ops import VocabParallel
 from tests.ops.vocab_ranks import CASES
+from tests.ranks import on_ranks
 
-ROOT = Path(__file__).parents[2]
 EXACT = {"cpu": 1e-7, "kernels": 2e-6}  # of the largest value: float64 with float32 statistics, and float32 added up in another order
-
-
-def found_on(ranks: int, cases: str, path: str) -> list[dict[str, dict[str, float]]]:
-    """What each rank says, of each case."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    common = {
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.ops.vocab_ranks", cases, path],
-            cwd=ROOT,
-            env={**os.environ, **common, "PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    ends = [process.communicate(timeout=280) for process in processes]
-    for process, (_, errors) in zip(processes, ends, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    return json.loads(ends[0][0])
 
 
 @pytest.mark.parametrize(
@@ -59,7 +23,7 @@ def found_on(ranks: int, cases: str, path: str) -> list[dict[str, dict[str, floa
     ],
 )
 def test_ranks_find_what_one_process_finds(ranks, cases, path):
-    everyone = found_on(ranks, cases, path)
+    everyone = on_ranks("tests.ops.vocab_ranks", cases, path, ranks=ranks)
     assert len(everyone) == ranks
     for found in everyone:
         assert list(found) == cases.split(",")

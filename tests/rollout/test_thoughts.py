@@ -245,3 +245,5 @@ def test_the_command_line_has_a_checkpoint_write(lab, tiny, tmp_path, capsys):
     assert len(texts) == 3 and all(0 < len(text) < 200 for text in texts)
     assert main(["data", "cot", str(lab.questions / "train.jsonl"), "-o", str(out), "--model", "no/such/folder"]) == 2
     assert "model no/such/folder: no such folder" in capsys.readouterr().err
+    assert main([*asked[:-3], "100000", "--model", "no/such/folder"]) == 2
+    assert "count is 100000, but there are only" in capsys.readouterr().err, "told before a model is looked for"

@@ -1,11 +1,7 @@
 """examples/judge_reward.py against a server on this machine, as a recipe would use it."""
 
-import json
 import sys
 import threading
-from contextlib import contextmanager
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -14,48 +10,12 @@ import pytest
 from actial_fast.data.sources.row import Row, Turn
 from actial_fast.tasks import calls
 from actial_fast.tasks.rewards import RewardConfig, Scorer, probe
+from tests.endpoint import server
 
 pytest.importorskip("openai")
 ROOT = Path(__file__).parents[2]
 ROW = Row((Turn("system", "Be brief."), Turn("user", "Which way?"), Turn("assistant", "B")), truth="B", where="file.jsonl:7")
 JUDGE = RewardConfig("judge_reward:judge", workers=32, timeout=10.0, on_error="nan", max_failures=0.3)
-
-
-@contextmanager
-def server(answer):
-    """An OpenAI-compatible server; `answer(text of the request, number of this request)` gives a status and the model's text."""
-    requests, lock = [], threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"  # connections are kept, as real servers do
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                requests.append(body)
-                number = len(requests)
-            status, text = answer(body["messages"][0]["content"], number)
-            message = {"role": "assistant", "content": text}
-            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
-            full = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": choices}
-            data = json.dumps(full if status == 200 else {"error": {"message": text}}).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    threading.Thread(target=partial(http.serve_forever, poll_interval=0.01), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{http.server_port}/v1", requests
-    finally:
-        http.shutdown()
-        http.server_close()
 
 
 @pytest.fixture(autouse=True)
@@ -72,12 +32,13 @@ def test_the_judge_is_asked_side_by_side_and_its_marks_are_rewards(monkeypatch):
     """After a preflight whose connections are still open, and with a server that answers only when all 16 replies have come."""
     together = threading.Barrier(16, timeout=9.0)
 
-    def answer(text, number):
+    def answer(body, number):
+        text = body["messages"][0]["content"]
         if "dashes" in text and "reply " in text:
             if number <= 2 + 16:
                 together.wait()
-            return 200, f" {text.split('reply ')[-1].split()[0]}\n"
-        return 200, "10"
+            return 200, {}, f" {text.split('reply ')[-1].split()[0]}\n"
+        return 200, {}, "10"
 
     with server(answer) as (url, requests):
         monkeypatch.setenv("JUDGE_URL", url)
@@ -95,12 +56,13 @@ def test_the_judge_is_asked_side_by_side_and_its_marks_are_rewards(monkeypatch):
 def test_busy_servers_and_replies_that_are_no_mark_are_tried_again_and_then_counted(monkeypatch):
     tries = {}
 
-    def answer(text, number):
+    def answer(body, number):
+        text = body["messages"][0]["content"]
         reply = text.split("reply ")[-1].split()[0]
         tries[reply] = tries.get(reply, 0) + 1
         if reply == "never":
-            return 200, "11"
-        return [(500, "busy"), (200, "seven"), (200, "7")][tries[reply] - 1]
+            return 200, {}, "11"
+        return [(500, {}, "busy"), (200, {}, "seven"), (200, {}, "7")][tries[reply] - 1]
 
     with server(answer) as (url, _):
         monkeypatch.setenv("JUDGE_URL", url)

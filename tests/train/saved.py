@@ -11,8 +11,6 @@ import functools
 import gc
 import json
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,30 +70,6 @@ def everything(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, to
     for name, parameter in policy.trained().items():
         out |= {f"{key}/{name}": whole(value) for key, value in optimizer.state.get(parameter, {}).items()}
     return out
-
-
-def on_ranks(scene: str, folder: Path, *args: object, ranks: int = 2, module: str = "tests.train.saved") -> Any:
-    """What a scene of `module` finds on rank 0, run by processes of their own."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", module, scene, str(folder), *map(str, args)]
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    ends = [process.communicate(timeout=280) for process in processes]
-    for process, (_, errors) in zip(processes, ends, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    return json.loads(ends[0][0].splitlines()[-1])
 
 
 def sharded(folder: Path, where: World, model: str) -> Any:

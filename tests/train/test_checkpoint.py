@@ -26,7 +26,8 @@ from actial_fast.train import checkpoint, export
 from actial_fast.train.dist import World
 from actial_fast.train.stage import build_optimizer
 from tests.loops import ALONE
-from tests.train.saved import KINDS, config, everything, on_ranks, trained
+from tests.ranks import on_ranks
+from tests.train.saved import KINDS, config, everything, trained
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_replicated_ranks_write_a_part_each_and_any_number_reads_them(ranks, kin
 
 
 def test_sharded_ranks_write_their_shards_and_one_rank_reads_them(tiny, tmp_path):
-    found = on_ranks("sharded", tmp_path, tiny)
+    found = on_ranks("tests.train.saved", "sharded", tmp_path, tiny)
     for kind in KINDS:
         assert found[kind] == [True, True, {"position": 7}], "read by as many ranks as wrote"
         here, _ = restored(tiny, tmp_path / kind, 1, kind)
@@ -374,7 +375,7 @@ def test_a_tied_head_stays_tied(tiny, tmp_path):
     assert reference.lm_head.weight is reference.model.language_model.embed_tokens.weight
     policy = load_policy(config(model), ALONE.device, 0)
     assert policy.base.lm_head.weight is policy.base.model.language_model.embed_tokens.weight
-    names, total = on_ranks("tied", tmp_path / "run", model)
+    names, total = on_ranks("tests.train.saved", "tied", tmp_path / "run", model)
     assert names == len(policy.trained()) == len(list(reference.parameters()))
     ids = torch.arange(12)[None] % 7 + 5
     assert total == pytest.approx(float(reference(input_ids=ids).logits.abs().sum()), rel=1e-5)
@@ -395,7 +396,7 @@ def test_no_rank_holds_more_than_its_shard_and_a_tensor(tiny, tmp_path):
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "model")  # as on the hub; it is trained in float32
     del model
-    for rank, found in enumerate(on_ranks("memory", tmp_path / "run", tmp_path / "model", tiny)):
+    for rank, found in enumerate(on_ranks("tests.train.saved", "memory", tmp_path / "run", tmp_path / "model", tiny)):
         print(f"rank {rank}: " + ", ".join(f"{name} {value / 1e6:.1f}" for name, value in found.items()) + " (millions, bytes)")
         assert found["parameters"] > 100e6 and found["state"] == pytest.approx(3 * found["shard"], rel=0.1)
         assert found["load"] <= found["shard"] + found["largest"]

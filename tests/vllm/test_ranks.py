@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from actial_fast.model.tiny import TinyConfig
-from tests.train.saved import on_ranks
+from tests.ranks import on_ranks
 from tests.vllm.shared import create_model
 
 CLOSE = 1e-5
@@ -13,7 +13,7 @@ PROGRAM = "tests.vllm.scenes"
 
 
 def test_weights_reach_each_ranks_engine_out_of_the_shards(model):
-    for found in on_ranks("sharded", model, module=PROGRAM):
+    for found in on_ranks(PROGRAM, "sharded", model):
         assert len(found["far"]) == 4 and max(found["far"]) < CLOSE
 
 
@@ -26,7 +26,7 @@ def test_two_ranks_share_an_engine(tmp_path):
     left.touch()
     before = _shared_memory()
     model = create_model(tmp_path / "model", TinyConfig(hidden=384, heads=12, layers=2, vision_hidden=384, vision_depth=2))  # to be halved
-    first, second = on_ranks("together", model, module=PROGRAM)
+    first, second = on_ranks(PROGRAM, "together", model)
     for found in (first, second):
         assert found["same"] and found["told"] and found["stopped"]
         assert max(found["far"], found["far after a sync"]) < 5 * CLOSE  # a wider model, summed in halves
@@ -41,7 +41,7 @@ def test_a_sync_takes_no_more_than_a_block_beside_the_shard(tmp_path, monkeypatc
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         monkeypatch.setenv(name, str(1 << 18))  # what is freed is gone: glibc would keep it, and residence would be more than what is held
     model = create_model(tmp_path / "model", TinyConfig(hidden=1024, heads=32, layers=6, vision_hidden=128, vision_depth=2))
-    for rank, found in enumerate(on_ranks("memory", model, module=PROGRAM)):
+    for rank, found in enumerate(on_ranks(PROGRAM, "memory", model)):
         print(
             f"rank {rank}: " + ", ".join(f"{name} {found[name] / 1e6:.1f}" for name in ("model", "shard", "block", "whole", "sync")) + " MB"
         )

@@ -217,6 +217,13 @@ class CotSummary:
     rejected: dict[str, int]
 
 
+def rows_drawn(source: Source, seed: int, count: int) -> Sequence[int]:
+    """The rows that `write_cot` takes, in order. ValueError for a count above the number of rows."""
+    if count > len(source):
+        raise ValueError(f"count is {count}, but there are only {len(source)} rows")
+    return sorted(random.Random(seed).sample(range(len(source)), count)) if count else range(len(source))
+
+
 def write_cot(
     source: Source,
     out: Path,
@@ -243,9 +250,7 @@ def write_cot(
     Raises ValueError for a count above the number of rows, a repeated id, and after MAX_FAILURES rows in a row without a reply (run it
     again to go on).
     """
-    if count > len(source):
-        raise ValueError(f"count is {count}, but there are only {len(source)} rows")
-    indices = sorted(random.Random(seed).sample(range(len(source)), count)) if count else range(len(source))
+    indices = rows_drawn(source, seed, count)
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {record["id"] for record in recover(out)}
     number = kept = written = failures = 0
@@ -316,17 +321,17 @@ def _write_chunk(
             stored += 1
             store(*finished[stored - 1])
 
-    todo: list[tuple[int, Row]] = []
+    wanted: list[tuple[int, Row]] = []
     for place, row in enumerate(chunk):
         if isinstance(row, BadRow):
             finish(place, (Row((), where=row.where), None, f"bad row: {row.reason}"))
         elif row.id in done:
             finish(place, (row, None, None))
         else:
-            todo.append((place, row))
-    if todo:
-        rngs = [random.Random(f"{seed}/{row.id}") for _, row in todo]
-        writer([row for _, row in todo], rngs, lambda i, text: finish(todo[i][0], _checked(todo[i][1], text, out)))
+            wanted.append((place, row))
+    if wanted:
+        rngs = [random.Random(f"{seed}/{row.id}") for _, row in wanted]
+        writer([row for _, row in wanted], rngs, lambda i, text: finish(wanted[i][0], _checked(wanted[i][1], text, out)))
     assert stored == len(chunk), "a writer finishes every row"
 
 
