@@ -136,8 +136,8 @@ def linear_grpo_loss(
         )
         return g_logp, g_entropy if spec.entropy_coef else None, partial
 
-    bias_alone = None if bias is None else bias.detach()
-    head = make_head(hidden.detach(), weight.detach(), targets, bias_alone, temperature, softcap, vocab_parallel)
+    alone = None if bias is None else bias.detach()
+    head = make_head(hidden.detach(), weight.detach(), targets, alone, temperature, softcap, vocab_parallel)
     call = Call(head, coefficients, skip_zero_rows, workspace_mb, cu_seqlens, weight_grad)
     return FusedLoss.apply(hidden, weight, bias, call) if wanted is None else _run(call, hidden.shape[1], wanted)
 

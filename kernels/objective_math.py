@@ -198,7 +198,7 @@ def row_objective(logp, entropy, log_ratio, importance, log_w, weight, rows, num
         applied = kept
         direct = -applied * gamma
     policy = -gain * applied
-    kl = tl.where(counted, 0.0, 0.0)
+    kl = tl.zeros_like(logp)
     if rows.ref_logp is not None:
         ref_logp = tl.load(rows.ref_logp + at, counted, 0.0).to(tl.float32)
         kl, kl_slope = kl_estimate(ref_logp - logp, tl.constexpr(OPTIONS.kl))
