@@ -27,7 +27,10 @@ from actial_fast.data.sources.row import Row, Turn
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.data.sources.stream import Example
 from actial_fast.ops.spec import GRPOSpec
-from actial_fast.settings.recipe import DataConfig, GRPORecipe, ModelConfig, OptimConfig, SamplingConfig, SaveConfig, SFTRecipe
+from actial_fast.settings.model import ModelConfig
+from actial_fast.settings.recipe import DataConfig, GRPORecipe, SFTRecipe
+from actial_fast.settings.running import OptimConfig, SaveConfig
+from actial_fast.settings.sampling import SamplingConfig
 from actial_fast.tasks.rewards import RewardConfig
 from tests import descriptor_reduce
 

@@ -23,17 +23,10 @@ from actial_fast.data.sources.source import SourceConfig
 from actial_fast.report.metrics import read_events, read_metrics
 from actial_fast.report.page import write_report
 from actial_fast.settings.config import to_yaml
-from actial_fast.settings.recipe import (
-    DataConfig,
-    DistConfig,
-    EvalConfig,
-    GRPORecipe,
-    ModelConfig,
-    OptimConfig,
-    SamplingConfig,
-    SaveConfig,
-    SFTRecipe,
-)
+from actial_fast.settings.model import ModelConfig
+from actial_fast.settings.recipe import DataConfig, EvalConfig, GRPORecipe, SFTRecipe
+from actial_fast.settings.running import DistConfig, OptimConfig, SaveConfig
+from actial_fast.settings.sampling import SamplingConfig
 from actial_fast.tasks.rewards import RewardConfig
 from actial_fast.train import checkpoint
 

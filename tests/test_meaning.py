@@ -20,7 +20,9 @@ from actial_fast.packing.batch import Sequence
 from actial_fast.rollout.choosing import advantages_of
 from actial_fast.rollout.groups import Groups
 from actial_fast.rollout.protocol import Reply
-from actial_fast.settings.recipe import LoRAConfig, ModelConfig, OptimConfig, SaveConfig, SFTRecipe
+from actial_fast.settings.model import LoRAConfig, ModelConfig
+from actial_fast.settings.recipe import SFTRecipe
+from actial_fast.settings.running import OptimConfig, SaveConfig
 from actial_fast.tasks.rewards import RewardConfig
 from actial_fast.train import checkpoint, preflight
 from actial_fast.train.preflight import Unready

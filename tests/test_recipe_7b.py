@@ -22,7 +22,9 @@ from actial_fast.data.sources.row import IMAGE_TAG, Row
 from actial_fast.data.sources.source import SourceConfig, open_source
 from actial_fast.report.metrics import read_events, read_metrics
 from actial_fast.settings.config import describe, load_recipe
-from actial_fast.settings.recipe import DataConfig, ModelConfig, OptimConfig, SaveConfig, SFTRecipe
+from actial_fast.settings.model import ModelConfig
+from actial_fast.settings.recipe import DataConfig, SFTRecipe
+from actial_fast.settings.running import OptimConfig, SaveConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SWAPPED = ("model.path", "run", "dist.fsdp", "rollout.engine")

@@ -17,17 +17,10 @@ from actial_fast.ops.spec import GRPOSpec
 from actial_fast.report.metrics import read_events, read_metrics
 from actial_fast.report.page import write_report
 from actial_fast.rollout.embedded import Embedded
-from actial_fast.settings.recipe import (
-    DataConfig,
-    EvalConfig,
-    GRPORecipe,
-    ModelConfig,
-    OptimConfig,
-    ProfileConfig,
-    SamplingConfig,
-    SaveConfig,
-    SFTRecipe,
-)
+from actial_fast.settings.model import ModelConfig
+from actial_fast.settings.recipe import DataConfig, EvalConfig, GRPORecipe, SFTRecipe
+from actial_fast.settings.running import OptimConfig, ProfileConfig, SaveConfig
+from actial_fast.settings.sampling import SamplingConfig
 from actial_fast.tasks.rewards import RewardConfig
 from actial_fast.train import profile
 from tests.loops import ALONE

@@ -12,7 +12,8 @@ from actial_fast.model.processor import Processor
 from actial_fast.ops.spec import GRPOSpec
 from actial_fast.rollout.decoder import Decoder, Rows, serving, tensors_of
 from actial_fast.rollout.graphs import rows_of_graph
-from actial_fast.settings.recipe import LoRAConfig, ModelConfig, SFTRecipe
+from actial_fast.settings.model import LoRAConfig, ModelConfig
+from actial_fast.settings.recipe import SFTRecipe
 from actial_fast.train.account import Account
 from actial_fast.train.dist import World, clip_gradients
 from actial_fast.train.guard import Guard

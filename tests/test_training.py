@@ -27,13 +27,9 @@ from actial_fast.ops.spec import GRPOSpec
 from actial_fast.packing.packed_ops import collect, patchify
 from actial_fast.report.metrics import read_events, read_metrics
 from actial_fast.settings.config import to_yaml
-from actial_fast.settings.recipe import (
-    DataConfig,
-    DistConfig,
-    EvalConfig,
-    LoRAConfig,
-    SaveConfig,
-)
+from actial_fast.settings.model import LoRAConfig
+from actial_fast.settings.recipe import DataConfig, EvalConfig
+from actial_fast.settings.running import DistConfig, SaveConfig
 from actial_fast.train import checkpoint
 from actial_fast.train.preflight import FIRST
 from actial_fast.train.samples import figures

@@ -23,7 +23,7 @@ from actial_fast.model.weights import draw_adapters, fill, misfits, open_weights
 from actial_fast.ops.ranges import named
 from actial_fast.packing.batch import Batch, PackedBatch
 from actial_fast.packing.packed_ops import PixelBatch, embed, patchify
-from actial_fast.settings.recipe import ModelConfig
+from actial_fast.settings.model import ModelConfig
 
 LANGUAGE_MODEL = "model.language_model"
 

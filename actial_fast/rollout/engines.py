@@ -11,7 +11,8 @@ from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.rollout.embedded import Embedded
 from actial_fast.rollout.protocol import Engine
-from actial_fast.settings.recipe import GRPORecipe, ModelConfig, SFTRecipe
+from actial_fast.settings.model import ModelConfig
+from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.train.dist import World
 from actial_fast.train.offload import Offload
 

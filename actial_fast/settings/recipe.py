@@ -8,89 +8,10 @@ from typing import Literal
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
 from actial_fast.packing.planning import Costs
+from actial_fast.settings.model import ModelConfig, trainable
+from actial_fast.settings.running import DistConfig, OptimConfig, ProfileConfig, SaveConfig
 from actial_fast.settings.sampling import OverlongConfig, SamplingConfig, at_least
 from actial_fast.tasks.rewards import RewardConfig
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Low-rank adapters through PEFT; rank 0 trains the weights themselves."""
-
-    rank: int = 0
-    """Rank of the adapters; 0 = no adapters."""
-    alpha: float = 32.0
-    """Scale of the adapters: their product is multiplied by alpha / rank."""
-    dropout: float = 0.0
-    """Dropout on the adapters' input."""
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Names of the linear layers of the language model that get adapters."""
-
-    def __post_init__(self) -> None:
-        at_least(self, 0, "rank", "alpha", "dropout")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which weights to start from and how they are held."""
-
-    path: str = ""
-    """Folder (or hub name) with a Hugging Face checkpoint of a Qwen2.5-VL model."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Storage of the weights that are not frozen and of the optimizer's states; only float32 can be trained, since steps at small learning
-    rates round away in bfloat16. Compute is bf16 on CUDA either way."""
-    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Storage of weights that are not trained (the base under LoRA, a frozen vision tower, the reference model)."""
-    freeze: tuple[str, ...] = ()
-    """Parameters whose name starts with one of these are not trained, e.g. model.visual or lm_head."""
-    lora: LoRAConfig = LoRAConfig()
-    """Low-rank adapters."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"] = "sdpa"
-    """Kernels of the attention. packing: packed: sdpa and flash_attention_2 are the flash kernels compiled into PyTorch, 3 (Hopper) and 4
-    (Hopper, Blackwell) those of the packages flash-attn-3 and flash-attn-4. packing: plain: transformers' attention of that name."""
-    liger: Literal["auto", "on", "off"] = "auto"
-    """Liger's RMSNorm, SwiGLU and rotary kernels in the model, on CUDA; auto = where liger-kernel is installed."""
-    min_pixels: int = 0
-    """Images with fewer pixels are scaled up to this; 0 = as the checkpoint's image processor says."""
-    max_pixels: int = 0
-    """Images with more pixels are scaled down to this; 0 = as the checkpoint's image processor says."""
-
-
-def _trainable(model: ModelConfig) -> None:
-    if model.dtype != "float32":
-        raise ValueError(
-            f"model.dtype: {model.dtype} weights do not move at these learning rates (20 steps at 1e-6 changed 1.2% of them, float32 92%); "
-            "train in float32, sharded by dist.fsdp or through model.lora, and hold what is frozen in bfloat16 (model.frozen_dtype)"
-        )
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its schedule."""
-
-    lr: float = 5e-6
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of AdamW's two averages."""
-    eps: float = 1e-8
-    """AdamW's epsilon."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay, applied to matrices only."""
-    warmup_steps: int = 50
-    """Steps over which the learning rate rises linearly from 0."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up: stay, or fall to `min_lr_ratio` of the peak by the last step."""
-    min_lr_ratio: float = 0.0
-    """Learning rate at the end of the schedule, as a share of the peak."""
-    clip_norm: float = 1.0
-    """Gradients are scaled down to this global norm; 0 = no clipping."""
-    max_skipped: int = 5
-    """An optimizer step whose loss or gradient is NaN or infinite is skipped; so many in a row end the run."""
-
-    def __post_init__(self) -> None:
-        at_least(self, 0, "lr", "eps", "weight_decay", "warmup_steps", "min_lr_ratio", "clip_norm")
-        at_least(self, 1, "max_skipped")
 
 
 @dataclass(frozen=True)
@@ -158,56 +79,6 @@ def _weights_reach(rollout: RolloutConfig) -> None:
             "rollout.engine: a server keeps the weights that it was started with, so its replies would not be this policy's; set it to "
             "embedded or vllm here, and use a server with `actial eval --server` or `actial data cot --endpoint`"
         )
-
-
-@dataclass(frozen=True)
-class SaveConfig:
-    """Checkpoints and logs."""
-
-    every: int = 100
-    """Steps between checkpoints; 0 = only after the last step."""
-    keep: int = 2
-    """Checkpoints kept; older ones are deleted."""
-    tensorboard: bool = True
-    """Write TensorBoard scalars into the run folder."""
-    wandb: str = ""
-    """Weights & Biases project; empty = not used."""
-
-    def __post_init__(self) -> None:
-        at_least(self, 0, "every")
-        at_least(self, 1, "keep")
-
-
-@dataclass(frozen=True)
-class ProfileConfig:
-    """A window of steps to look at in https://ui.perfetto.dev: RUN/profile has a trace of each."""
-
-    steps: tuple[int, int] = (0, 0)
-    """First and last step to record; [0, 0] = none. Recorded steps are slower, and their files large: two or three will do."""
-    all_ranks: bool = False
-    """Record every rank, not rank 0 alone."""
-    memory: bool = False
-    """Record allocations as well."""
-    stacks: bool = False
-    """Record where in the Python code each operator was called, which slows the host down."""
-
-    def __post_init__(self) -> None:
-        first, last = self.steps
-        if not (first == last == 0 or 1 <= first <= last):
-            raise ValueError(f"steps: expected the first and the last step, from 1, or [0, 0] for none, got {list(self.steps)}")
-
-
-@dataclass(frozen=True)
-class DistConfig:
-    """How the ranks share the work."""
-
-    fsdp: bool = False
-    """Shard weights, gradients and optimizer states over the ranks (FSDP2); otherwise each rank holds a copy."""
-    timeout: float = 60.0
-    """Minutes that a rank waits for another, for the last replies and their rewards among others, before the run ends."""
-
-    def __post_init__(self) -> None:
-        at_least(self, 1e-3, "timeout")
 
 
 @dataclass(frozen=True)
@@ -286,7 +157,7 @@ class SFTRecipe:
     def __post_init__(self) -> None:
         at_least(self, 0, "seed", "epochs", "steps", "stop_accuracy", "stop_steps")
         at_least(self, 1, "batch_size", "micro_batch", "pack_tokens", "pack_patches")
-        _trainable(self.model)
+        trainable(self.model)
         _weights_reach(self.rollout)
 
 
@@ -360,7 +231,7 @@ class GRPORecipe:
     def __post_init__(self) -> None:
         at_least(self, 0, "seed", "log_rollouts")
         at_least(self, 1, "steps", "prompts", "minibatch", "micro_batch", "pack_tokens", "pack_patches")
-        _trainable(self.model)
+        trainable(self.model)
         _weights_reach(self.rollout)
         if not self.rewards:
             raise ValueError("rewards: at least one is needed, for example [{name: accuracy}]")

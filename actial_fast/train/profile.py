@@ -13,7 +13,7 @@ from typing import Self
 from torch.profiler import ProfilerActivity, profile
 
 from actial_fast.ops import ranges
-from actial_fast.settings.recipe import ProfileConfig
+from actial_fast.settings.running import ProfileConfig
 from actial_fast.train.dist import World
 
 

@@ -24,7 +24,8 @@ from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.report.metrics import MetricLog
 from actial_fast.settings.config import describe, load_recipe, to_yaml
-from actial_fast.settings.recipe import GRPORecipe, OptimConfig, SFTRecipe
+from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
+from actial_fast.settings.running import OptimConfig
 from actial_fast.train import checkpoint
 from actial_fast.train.dist import World, shard
 from actial_fast.train.guard import Guard

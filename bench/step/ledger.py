@@ -47,7 +47,8 @@ from actial_fast.quickstart import _resolved
 from actial_fast.rollout.embedded import Embedded
 from actial_fast.rollout.groups import Groups
 from actial_fast.settings.config import load_recipe
-from actial_fast.settings.recipe import GRPORecipe, LoRAConfig, ModelConfig
+from actial_fast.settings.model import LoRAConfig, ModelConfig
+from actial_fast.settings.recipe import GRPORecipe
 from actial_fast.tasks.rewards import Scorer
 from actial_fast.train.stage import open_stage
 from bench.harness.timing import machine

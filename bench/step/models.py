@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 
 from actial_fast.model.policy import _add_adapters
 from actial_fast.model.weights import draw_adapters
-from actial_fast.settings.recipe import ModelConfig
+from actial_fast.settings.model import ModelConfig
 from bench.step.shapes import narrow
 
 VOCABULARY, HIDDEN = 8192, 128  # of the narrow one

@@ -37,7 +37,8 @@ from actial_fast.packing.batch import Sequence, collate
 from actial_fast.rollout.embedded import Embedded
 from actial_fast.rollout.protocol import Draw, Engine, awake
 from actial_fast.settings.config import load_recipe
-from actial_fast.settings.recipe import ModelConfig, RolloutConfig
+from actial_fast.settings.model import ModelConfig
+from actial_fast.settings.recipe import RolloutConfig
 from actial_fast.train.dist import World
 from bench.harness.timing import machine
 

@@ -23,7 +23,8 @@ from actial_fast.model.attention import use_packed_attention
 from actial_fast.model.flops import minimum
 from actial_fast.model.policy import Policy
 from actial_fast.ops.spec import GRPOSpec
-from actial_fast.settings.recipe import GRPORecipe, LoRAConfig, ModelConfig, SFTRecipe
+from actial_fast.settings.model import LoRAConfig, ModelConfig
+from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.train.dist import World
 from bench.harness.timing import CUDA, DEVICE, Tick, clock, gemm, gpu_state, release, seconds_of
 from bench.step.minimum import work_of

@@ -17,7 +17,9 @@ from actial_fast.model.policy import load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.ops.spec import GRPOSpec
 from actial_fast.settings.config import to_yaml
-from actial_fast.settings.recipe import DataConfig, GRPORecipe, LoRAConfig, ModelConfig, SamplingConfig
+from actial_fast.settings.model import LoRAConfig, ModelConfig
+from actial_fast.settings.recipe import DataConfig, GRPORecipe
+from actial_fast.settings.sampling import SamplingConfig
 from actial_fast.tasks.rewards import RewardConfig
 from actial_fast.train.account import Account
 from actial_fast.train.phases import Phases

@@ -13,7 +13,7 @@ from actial_fast.model import weights
 from actial_fast.model.policy import load_policy, load_reference
 from actial_fast.model.tiny import TinyConfig, create
 from actial_fast.model.weights import check_checkpoint, module_name, share, stored_name
-from actial_fast.settings.recipe import LoRAConfig, ModelConfig
+from actial_fast.settings.model import LoRAConfig, ModelConfig
 
 CPU = torch.device("cpu")
 

@@ -17,7 +17,7 @@ from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.packing.batch import Sequence
 from actial_fast.rollout.decoder import Decoder
-from actial_fast.settings.recipe import ModelConfig
+from actial_fast.settings.model import ModelConfig
 from actial_fast.train.dist import World, shard, world
 from tests.faults import leave
 from tests.loops import generate

@@ -12,8 +12,8 @@ from actial_fast.data.sources.source import SourceConfig
 from actial_fast.ops.spec import AdvantageSpec
 from actial_fast.rollout import choosing
 from actial_fast.rollout.choosing import Gate, Race, advantages_of, chosen, differ, fines, next_size, totals_of, weights_of
-from actial_fast.settings.recipe import GRPORecipe, SamplingConfig
-from actial_fast.settings.sampling import GateConfig, OverlongConfig
+from actial_fast.settings.recipe import GRPORecipe
+from actial_fast.settings.sampling import GateConfig, OverlongConfig, SamplingConfig
 from actial_fast.tasks.rewards import RewardConfig
 from tests.loops import ALONE
 

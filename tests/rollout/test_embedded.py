@@ -17,7 +17,7 @@ from actial_fast.rollout import embedded, graphs
 from actial_fast.rollout.decoder import Decoder, draw
 from actial_fast.rollout.graphs import Graphs
 from actial_fast.rollout.schedule import Schedule
-from actial_fast.settings.recipe import LoRAConfig, ModelConfig
+from actial_fast.settings.model import LoRAConfig, ModelConfig
 from tests.loops import generate
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from actial_fast.rollout import choosing
 from actial_fast.rollout.embedded import Embedded
 from actial_fast.rollout.groups import Groups, settled
 from actial_fast.rollout.kept import Kept
-from actial_fast.settings.recipe import DistConfig, OptimConfig, SaveConfig
+from actial_fast.settings.running import DistConfig, OptimConfig, SaveConfig
 from actial_fast.settings.sampling import GateConfig, OverlongConfig
 from actial_fast.tasks.rewards import RewardConfig, Scorer
 from actial_fast.train import checkpoint

@@ -17,7 +17,9 @@ from actial_fast.data.sources.source import SourceConfig
 from actial_fast.model.tiny import TinyConfig
 from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
 from actial_fast.settings.config import config_from, describe, field_docs, from_dict, load_recipe, recipe_class, to_yaml
-from actial_fast.settings.recipe import EvalConfig, GRPORecipe, ModelConfig, OptimConfig, SFTRecipe
+from actial_fast.settings.model import ModelConfig
+from actial_fast.settings.recipe import EvalConfig, GRPORecipe, SFTRecipe
+from actial_fast.settings.running import OptimConfig
 from actial_fast.tasks.rewards import RewardConfig
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

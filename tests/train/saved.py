@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.model.weights import local
-from actial_fast.settings.recipe import LoRAConfig, ModelConfig, OptimConfig
+from actial_fast.settings.model import LoRAConfig, ModelConfig
+from actial_fast.settings.running import OptimConfig
 from actial_fast.train import checkpoint
 from actial_fast.train.dist import World, shard, world
 from actial_fast.train.stage import build_optimizer

@@ -21,7 +21,7 @@ from actial_fast.model.policy import load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.model.tensors import Stored
 from actial_fast.model.tiny import TinyConfig, create
-from actial_fast.settings.recipe import OptimConfig
+from actial_fast.settings.running import OptimConfig
 from actial_fast.train import checkpoint, export
 from actial_fast.train.dist import World
 from actial_fast.train.stage import build_optimizer

@@ -16,7 +16,8 @@ from actial_fast.model.policy import load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.ops.spec import GRPOSpec
 from actial_fast.packing.batch import Sequence, pack, share
-from actial_fast.settings.recipe import GRPORecipe, ModelConfig
+from actial_fast.settings.model import ModelConfig
+from actial_fast.settings.recipe import GRPORecipe
 from actial_fast.train.rounds import _in_step
 from tests.loops import ALONE, accumulate, log_probs, rounds
 

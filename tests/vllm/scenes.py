@@ -21,7 +21,7 @@ from actial_fast.model.policy import load_policy
 from actial_fast.model.weights import local
 from actial_fast.rollout import handover
 from actial_fast.rollout.protocol import Draw, Watch, awake
-from actial_fast.settings.recipe import ModelConfig
+from actial_fast.settings.model import ModelConfig
 from actial_fast.train.dist import World, shard, world
 from tests.faults import leave
 from tests.train.saved import _peak

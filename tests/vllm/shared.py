@@ -20,7 +20,9 @@ from actial_fast.model.tiny import TinyConfig, create
 from actial_fast.packing.batch import Sequence
 from actial_fast.rollout.protocol import Reply
 from actial_fast.rollout.vllm import VLLM
-from actial_fast.settings.recipe import GRPORecipe, ModelConfig, RolloutConfig, SamplingConfig
+from actial_fast.settings.model import ModelConfig
+from actial_fast.settings.recipe import GRPORecipe, RolloutConfig
+from actial_fast.settings.sampling import SamplingConfig
 from actial_fast.train.dist import World
 from actial_fast.train.rounds import Pass, passes
 from tests.loops import ALONE, log_probs

@@ -8,7 +8,7 @@ import torch
 from vllm import LLM
 
 from actial_fast.rollout.protocol import Draw, awake
-from actial_fast.settings.recipe import LoRAConfig
+from actial_fast.settings.model import LoRAConfig
 from tests.vllm.shared import furthest, log_probs, opened, policy_of, recipe_at, replied, train
 
 CLOSE = 1e-5

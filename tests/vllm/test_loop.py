@@ -19,7 +19,8 @@ from actial_fast.model.tiny import create
 from actial_fast.rollout import vllm
 from actial_fast.rollout.embedded import Embedded
 from actial_fast.settings.config import to_yaml
-from actial_fast.settings.recipe import EvalConfig, ModelConfig, RolloutConfig
+from actial_fast.settings.model import ModelConfig
+from actial_fast.settings.recipe import EvalConfig, RolloutConfig
 from tests.loops import ALONE
 from tests.vllm.shared import SHAPE, opened, policy_of
 

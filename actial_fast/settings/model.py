@@ -1,0 +1,62 @@
+"""What a recipe says of the model: which weights it starts from, how they are held, and what of them is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from actial_fast.settings.sampling import at_least
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters through PEFT; rank 0 trains the weights themselves."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 = no adapters."""
+    alpha: float = 32.0
+    """Scale of the adapters: their product is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the adapters' input."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the linear layers of the language model that get adapters."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "rank", "alpha", "dropout")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which weights to start from and how they are held."""
+
+    path: str = ""
+    """Folder (or hub name) with a Hugging Face checkpoint of a Qwen2.5-VL model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage of the weights that are not frozen and of the optimizer's states; only float32 can be trained, since steps at small learning
+    rates round away in bfloat16. Compute is bf16 on CUDA either way."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage of weights that are not trained (the base under LoRA, a frozen vision tower, the reference model)."""
+    freeze: tuple[str, ...] = ()
+    """Parameters whose name starts with one of these are not trained, e.g. model.visual or lm_head."""
+    lora: LoRAConfig = LoRAConfig()
+    """Low-rank adapters."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"] = "sdpa"
+    """Kernels of the attention. packing: packed: sdpa and flash_attention_2 are the flash kernels compiled into PyTorch, 3 (Hopper) and 4
+    (Hopper, Blackwell) those of the packages flash-attn-3 and flash-attn-4. packing: plain: transformers' attention of that name."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """Liger's RMSNorm, SwiGLU and rotary kernels in the model, on CUDA; auto = where liger-kernel is installed."""
+    min_pixels: int = 0
+    """Images with fewer pixels are scaled up to this; 0 = as the checkpoint's image processor says."""
+    max_pixels: int = 0
+    """Images with more pixels are scaled down to this; 0 = as the checkpoint's image processor says."""
+
+
+def trainable(model: ModelConfig) -> None:
+    """ValueError where weights are to be trained in a storage that steps at these learning rates round away in."""
+    if model.dtype != "float32":
+        raise ValueError(
+            f"model.dtype: {model.dtype} weights do not move at these learning rates (20 steps at 1e-6 changed 1.2% of them, float32 92%); "
+            "train in float32, sharded by dist.fsdp or through model.lora, and hold what is frozen in bfloat16 (model.frozen_dtype)"
+        )

@@ -1,0 +1,86 @@
+"""What a recipe says of how its stage is run: the optimizer, the ranks, what is kept of it and what is looked at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from actial_fast.settings.sampling import at_least
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 5e-6
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two averages."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, applied to matrices only."""
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up: stay, or fall to `min_lr_ratio` of the peak by the last step."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the end of the schedule, as a share of the peak."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 = no clipping."""
+    max_skipped: int = 5
+    """An optimizer step whose loss or gradient is NaN or infinite is skipped; so many in a row end the run."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "lr", "eps", "weight_decay", "warmup_steps", "min_lr_ratio", "clip_norm")
+        at_least(self, 1, "max_skipped")
+
+
+@dataclass(frozen=True)
+class DistConfig:
+    """How the ranks share the work."""
+
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer states over the ranks (FSDP2); otherwise each rank holds a copy."""
+    timeout: float = 60.0
+    """Minutes that a rank waits for another, for the last replies and their rewards among others, before the run ends."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1e-3, "timeout")
+
+
+@dataclass(frozen=True)
+class SaveConfig:
+    """Checkpoints and logs."""
+
+    every: int = 100
+    """Steps between checkpoints; 0 = only after the last step."""
+    keep: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    tensorboard: bool = True
+    """Write TensorBoard scalars into the run folder."""
+    wandb: str = ""
+    """Weights & Biases project; empty = not used."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "every")
+        at_least(self, 1, "keep")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A window of steps to look at in https://ui.perfetto.dev: RUN/profile has a trace of each."""
+
+    steps: tuple[int, int] = (0, 0)
+    """First and last step to record; [0, 0] = none. Recorded steps are slower, and their files large: two or three will do."""
+    all_ranks: bool = False
+    """Record every rank, not rank 0 alone."""
+    memory: bool = False
+    """Record allocations as well."""
+    stacks: bool = False
+    """Record where in the Python code each operator was called, which slows the host down."""
+
+    def __post_init__(self) -> None:
+        first, last = self.steps
+        if not (first == last == 0 or 1 <= first <= last):
+            raise ValueError(f"steps: expected the first and the last step, from 1, or [0, 0] for none, got {list(self.steps)}")
