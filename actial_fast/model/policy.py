@@ -147,6 +147,16 @@ def load_policy(
     model: Qwen2_5_VLForConditionalGeneration | PeftModel = skeleton(folder, dtype, "sdpa" if packed else config.attention)
     if wrong := misfits(model, stored, config.path):
         raise ValueError("; ".join(wrong))
+    policy = assembled(model, config, device, packed=packed)
+    policy = place(policy) if place else policy
+    fill(policy, stored, device)
+    draw_adapters(policy, seed)
+    return policy.train()
+
+
+def assembled(model: Qwen2_5_VLForConditionalGeneration | PeftModel, config: ModelConfig, device: torch.device, *, packed: bool) -> Policy:
+    """The policy of a recipe around a model on the meta device: adapters, checkpoints, what is frozen, and the attention; no memory yet."""
+    lora = config.lora.rank > 0
     if lora:
         model = _add_adapters(model, config)
     if config.gradient_checkpointing:
@@ -170,10 +180,7 @@ def load_policy(
     if packed:
         _choose_flash(config.attention, device)
         use_packed_attention(policy.base)
-    policy = place(policy) if place else policy
-    fill(policy, stored, device)
-    draw_adapters(policy, seed)
-    return policy.train()
+    return policy
 
 
 def _choose_flash(attention: str, device: torch.device) -> None:
