@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
 
 from actial_fast.integrations.liger import apply_liger
+from actial_fast.model.activations import use_checkpoints
 from actial_fast.model.attention import is_packed, use_flash, use_packed_attention
 from actial_fast.model.vision import VisionArguments, encode_images, vision_arguments
 from actial_fast.model.weights import draw_adapters, fill, misfits, open_weights, parameters_on_meta, resolve, skeleton
@@ -159,9 +160,6 @@ def assembled(model: Qwen2_5_VLForConditionalGeneration | PeftModel, config: Mod
     lora = config.lora.rank > 0
     if lora:
         model = _add_adapters(model, config)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.disable_input_require_grads()  # only reentrant checkpoints need it, and a frozen tower would run backward
     for prefix in config.freeze:
         names = [n for n, _ in model.named_parameters() if n.removeprefix("base_model.model.").startswith(prefix)]
         if not names:
@@ -180,6 +178,8 @@ def assembled(model: Qwen2_5_VLForConditionalGeneration | PeftModel, config: Mod
     if packed:
         _choose_flash(config.attention, device)
         use_packed_attention(policy.base)
+    trunk = policy.base.model
+    use_checkpoints(trunk.language_model, trunk.visual, config, packed=packed)
     return policy
 
 
@@ -197,7 +197,8 @@ def load_reference(
     config: ModelConfig, device: torch.device, *, packed: bool = False, place: Callable[[Policy], Policy] | None = None
 ) -> Policy:
     """A frozen copy of the starting weights, to measure the KL against (with adapters, switch those off instead); place as above."""
-    config = replace(config, dtype=config.frozen_dtype, lora=replace(config.lora, rank=0), freeze=(), gradient_checkpointing=False)
+    config = replace(config, dtype=config.frozen_dtype, lora=replace(config.lora, rank=0), freeze=())
+    config = replace(config, checkpointing="none", tower_checkpointing="none", offload_activations=False)  # no backward pass
     return load_policy(config, device, seed=0, packed=packed, place=place).requires_grad_(False).eval()
 
 

@@ -40,8 +40,13 @@ class ModelConfig:
     """Parameters whose name starts with one of these are not trained, e.g. model.visual or lm_head."""
     lora: LoRAConfig = LoRAConfig()
     """Low-rank adapters."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass recomputes of the language model's layers, to the same loss and gradients. full: all of a layer but its input,
+    for about a third more compute. selective: all but its input and the attention, which is the dearest part of long rows."""
+    tower_checkpointing: Literal["none", "full"] = "none"
+    """The same of the vision tower's layers, where it is trained."""
+    offload_activations: bool = False
+    """What checkpointing keeps waits for the backward pass in pinned host memory, and not on the device."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"] = "sdpa"
     """Kernels of the attention. packing: packed: sdpa and flash_attention_2 are the flash kernels compiled into PyTorch, 3 (Hopper) and 4
     (Hopper, Blackwell) those of the packages flash-attn-3 and flash-attn-4. packing: plain: transformers' attention of that name."""
@@ -51,6 +56,21 @@ class ModelConfig:
     """Images with fewer pixels are scaled up to this; 0 = as the checkpoint's image processor says."""
     max_pixels: int = 0
     """Images with more pixels are scaled down to this; 0 = as the checkpoint's image processor says."""
+
+    def __post_init__(self) -> None:
+        if self.offload_activations and self.checkpointing == self.tower_checkpointing == "none":
+            raise ValueError("offload_activations: moves what checkpoints keep, and there are none; set checkpointing to selective or full")
+
+
+def checkpointed(model: ModelConfig, packing: str) -> None:
+    """ValueError where checkpointing asks for what a path cannot do."""
+    if packing == "plain" and model.checkpointing == "selective":
+        if model.attention != "sdpa":
+            raise ValueError(f"model.checkpointing: of {model.attention} attention selective cannot keep the output; set it to full")
+        if model.offload_activations:
+            raise ValueError(
+                "model.offload_activations: packing: plain moves what full checkpoints keep only; set model.checkpointing to full"
+            )
 
 
 def trainable(model: ModelConfig) -> None:

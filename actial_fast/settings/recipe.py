@@ -8,7 +8,7 @@ from typing import Literal
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
 from actial_fast.packing.planning import Costs
-from actial_fast.settings.model import ModelConfig, trainable
+from actial_fast.settings.model import ModelConfig, checkpointed, trainable
 from actial_fast.settings.running import DistConfig, OptimConfig, ProfileConfig, SaveConfig
 from actial_fast.settings.sampling import OverlongConfig, SamplingConfig, at_least
 from actial_fast.tasks.rewards import RewardConfig
@@ -158,6 +158,7 @@ class SFTRecipe:
         at_least(self, 0, "seed", "epochs", "steps", "stop_accuracy", "stop_steps")
         at_least(self, 1, "batch_size", "micro_batch", "pack_tokens", "pack_patches")
         trainable(self.model)
+        checkpointed(self.model, self.packing)
         _weights_reach(self.rollout)
 
 
@@ -232,6 +233,7 @@ class GRPORecipe:
         at_least(self, 0, "seed", "log_rollouts")
         at_least(self, 1, "steps", "prompts", "minibatch", "micro_batch", "pack_tokens", "pack_patches")
         trainable(self.model)
+        checkpointed(self.model, self.packing)
         _weights_reach(self.rollout)
         if not self.rewards:
             raise ValueError("rewards: at least one is needed, for example [{name: accuracy}]")
