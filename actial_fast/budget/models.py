@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -111,10 +112,11 @@ class Weight:
 
 @dataclass(frozen=True)
 class Shapes:
-    """A model as the budget sees it: its configuration and its parameters, each once."""
+    """A model as the budget sees it: its configuration, its parameters, each once, and transformers' model without memory."""
 
     config: Qwen2_5_VLConfig
     weights: tuple[Weight, ...]
+    model: Any
 
     @property
     def numel(self) -> int:
@@ -152,13 +154,15 @@ class Shapes:
 
 def shapes_of(config: Qwen2_5_VLConfig, model: ModelConfig) -> Shapes:
     """The parameters of the recipe's policy."""
-    return _shapes(config.to_json_string(), _without_cuda(model))
+    alike = {"path": "", "checkpointing": "none", "tower_checkpointing": "none", "offload_activations": False}
+    return _shapes(config.to_json_string(), replace(_without_cuda(model), **alike))
 
 
 @lru_cache(maxsize=8)  # a plan tries many keys, few of which change what parameters there are
 def _shapes(config: str, model: ModelConfig) -> Shapes:
     made = Qwen2_5_VLConfig(**json.loads(config))
-    return Shapes(made, tuple(_weights(on_meta(made, model, packed=False))))
+    policy = on_meta(made, model, packed=False)
+    return Shapes(made, tuple(_weights(policy)), policy.base)
 
 
 def _weights(policy: Policy) -> Iterator[Weight]:

@@ -92,37 +92,54 @@ class Activations:
 def traced(config: Qwen2_5_VLConfig, model: ModelConfig, *, packed: bool, low: bool, sharded: bool) -> Activations:
     """The activations of a recipe's model. low: computes in bfloat16, as on CUDA, else in float32; sharded: FSDP hands its layers weights
     that are in the dtype of the computation already. Takes a few seconds, once for each of these."""
-    relevant = replace(model, path="", freeze=model.freeze, min_pixels=0, max_pixels=0)
-    return _traced(config.to_json_string(), relevant, packed, low, sharded)
+    text, kept = config.to_json_string(), replace(model, path="", min_pixels=0, max_pixels=0, offload_activations=False)
+    in_language, in_tower = replace(kept, tower_checkpointing="none"), replace(kept, checkpointing="none")
+    dtype = torch.bfloat16 if low else torch.float32
+    tower, looking = _of_tower(text, in_tower, dtype, sharded)
+    reading = _of_reading(text, dtype)
+    return Activations(_of_language(text, in_language, dtype, sharded, packed), tower, reading, looking)
 
 
 @lru_cache(maxsize=64)
-def _traced(config: str, model: ModelConfig, packed: bool, low: bool, sharded: bool) -> Activations:
-    whole = Qwen2_5_VLConfig(**json.loads(config))
-    depth, dtype = min(1, whole.vision_config.depth), torch.bfloat16 if low else torch.float32
-    patches = 4 * ROWS[0], 4 * ROWS[1]
-    looked = {n: vision_arguments([(1, 32, n // 32)], whole.vision_config) for n in patches}  # numbers, which are real
-    no_adapters = replace(model, lora=replace(model.lora, rank=0))
-
-    def policy(layers: int, blocks: int, packed: bool) -> Policy:
-        made = on_meta(shallow(whole, layers, blocks), model, packed=packed)
-        made.compute_dtype = dtype
-        return made.to(dtype) if low and sharded else made
-
-    one, two = policy(1, 0, packed), policy(2, 0, packed)
-    eye, eyes = policy(1, depth, True), policy(1, 2 * depth, True)
-    # float32 on a CPU would be read by the extension, which needs numbers
-    reader = on_meta(shallow(whole, 1, 0), no_adapters, packed=True).to(torch.bfloat16 if low else torch.float64)
+def _of_language(config: str, model: ModelConfig, dtype: torch.dtype, sharded: bool, packed: bool) -> Part:
+    made = [_policy(config, model, dtype, sharded, layers, 0, packed=packed) for layers in (1, 2)]
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for each in (one, two, eye, eyes, reader):
-            each.to_empty(device="cpu").train(each is not reader)
-        language = _part([[_language(p, rows, packed=packed) for rows in ROWS] for p in (one, two)], ROWS)
-        tower = Part()
-        if eye.trains_tower:
-            tower = _part([[_tower(p, looked[n], grad=True) for n in patches] for p in (eye, eyes)], patches)
-        looking = _line([_tower(eye, looked[n], grad=False)[1] for n in patches], patches)
-        reading = _line([_reading(reader, rows) for rows in ROWS], ROWS) * (1 if low else 0.5)
-    return Activations(language, tower, reading, looking)
+        for policy in made:
+            policy.to_empty(device="cpu").train()
+        return _part([[_language(policy, rows, packed=packed) for rows in ROWS] for policy in made], ROWS)
+
+
+@lru_cache(maxsize=64)
+def _of_tower(config: str, model: ModelConfig, dtype: torch.dtype, sharded: bool) -> tuple[Part, Line]:
+    """The tower's part, nothing where none of it is trained, and the line of its passes without gradients."""
+    vision = Qwen2_5_VLConfig(**json.loads(config)).vision_config
+    patches = 4 * ROWS[0], 4 * ROWS[1]
+    looked = {n: vision_arguments([(1, 32, n // 32)], vision) for n in patches}  # numbers, which are real
+    depth = min(1, vision.depth)
+    made = [_policy(config, model, dtype, sharded, 1, depth * blocks, packed=True) for blocks in (1, 2)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for policy in made:
+            policy.to_empty(device="cpu").train()
+        looking = _line([_tower(made[0], looked[n], grad=False)[1] for n in patches], patches)
+        if not made[0].trains_tower:
+            return Part(), looking
+        return _part([[_tower(policy, looked[n], grad=True) for n in patches] for policy in made], patches), looking
+
+
+@lru_cache(maxsize=16)
+def _of_reading(config: str, dtype: torch.dtype) -> Line:
+    # float32 on a CPU would be read by the extension, which needs numbers
+    wide, scale = (torch.float64, 0.5) if dtype == torch.float32 else (dtype, 1.0)
+    policy = _policy(config, ModelConfig(), dtype, False, 1, 0, packed=True).to(wide)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        policy.to_empty(device="cpu").eval()
+        return _line([_reading(policy, rows) for rows in ROWS], ROWS) * scale
+
+
+def _policy(config: str, model: ModelConfig, dtype: torch.dtype, sharded: bool, layers: int, blocks: int, *, packed: bool) -> Policy:
+    made = on_meta(shallow(Qwen2_5_VLConfig(**json.loads(config)), layers, blocks), model, packed=packed)
+    made.compute_dtype = dtype
+    return made.to(dtype) if sharded else made
 
 
 def _line(values: list[float], rows: Iterable[int]) -> Line:

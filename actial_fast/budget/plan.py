@@ -1,0 +1,230 @@
+"""The plan of a recipe on a machine, and what to change where it does not fit: each change is planned again, and told if it helps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from actial_fast.budget.gpus import Machine
+from actial_fast.budget.models import shapes_of
+from actial_fast.budget.phases import Case, Phase, Recipe, Size, largest_batch, phases_of
+from actial_fast.budget.rates import Rates
+from actial_fast.budget.seconds import Range, seconds_of
+from actial_fast.budget.workload import Workload
+from actial_fast.settings.recipe import GRPORecipe
+
+STEP = 512  # pack_tokens are told in multiples of it
+HELPS = 0.01  # share of what is too much that a change must take away to be worth telling
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A case with what it takes. rates None: no seconds."""
+
+    case: Case
+    rates: Rates | None
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        """In the order of a run."""
+        return phases_of(self.case)
+
+    @property
+    def over(self) -> float:
+        """Bytes that are too much, over all devices' phases and the host."""
+        short = sum((p.kv_needed - p.kv_tokens) for p in self.phases if p.kv_tokens is not None and p.kv_tokens < p.kv_needed)
+        width = 2 if self.case.low else 4
+        return sum(max(0.0, -p.spare) for p in self.phases) + short * width * self.case.shapes.kv_elements + max(0.0, -self.host_spare)
+
+    @property
+    def host_spare(self) -> float:
+        """Bytes of host memory that are left in the fullest phase; infinite where the host is not known, or is the device."""
+        if not self.case.machine.cuda:
+            return float("inf")
+        return self.case.machine.host - max(sum(p.host.values()) for p in self.phases)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase fits."""
+        return all(p.fits for p in self.phases) and self.host_spare >= 0
+
+    @cached_property
+    def seconds(self) -> dict[str, Range]:
+        """Of a step's phases; nothing where no rates are known."""
+        return seconds_of(self.case, self.phases, self.rates) if self.rates else {}
+
+    @cached_property
+    def pack_tokens(self) -> int:
+        """The largest pack_tokens whose update fits, its images with it; 0 where none does, and where nothing is packed."""
+        recipe = self.case.recipe
+        if recipe.packing == "plain":
+            return 0
+        share = 4 * self.case.workload.images / self.case.workload.prompt
+
+        def fits(tokens: int) -> bool:
+            size = Size(tokens, min(recipe.pack_patches, int(share * tokens)), 0)
+            return next(p for p in phases_of(self.case, size) if p.name == "update").fits
+
+        low, high = 0, 1
+        while fits(high * STEP) and high < 2048:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle * STEP) else (low, middle)
+        return low * STEP
+
+
+@dataclass(frozen=True)
+class Change:
+    """Keys and their new values, what they cost in words, and the plan with them."""
+
+    keys: dict[str, Any]
+    cost: str
+    plan: Plan
+
+
+def plan(recipe: Recipe, config: Any, machine: Machine, workload: Workload, rates: Rates | None = None) -> Plan:
+    """The plan of a recipe whose model has this configuration, on this machine, for rows of these lengths."""
+    return Plan(Case(recipe, shapes_of(config, recipe.model), machine, workload), rates)
+
+
+def changes(made: Plan) -> tuple[list[Change], Change | None]:
+    """What makes a plan fit that does not: single changes, cheapest first, that do; where none does, several together, or None."""
+    single, helpful = [], []
+    for keys, cost in options(made):
+        if (tried := _with(made, keys)) is None:
+            continue
+        if tried.fits:
+            single.append(Change(keys, cost, tried))
+        elif tried.over < (1 - HELPS) * made.over:
+            helpful.append((keys, cost))
+    return single, None if single else _together(made)
+
+
+def _together(made: Plan) -> Change | None:
+    """Cheap changes one after another for as long as each helps, without those that turn out not to be needed."""
+    taken: list[tuple[dict[str, Any], str]] = []
+    at = made
+    for _ in range(2):  # a second round: some changes are possible after others only
+        for number in itertools.count():
+            offered = list(options(at))
+            if number >= len(offered) or at.fits:
+                break
+            tried = _with(at, offered[number][0])
+            if tried is not None and tried.over < (1 - HELPS) * at.over:
+                taken.append(offered[number])
+                at = tried
+    if not at.fits:
+        return None
+    for each in list(taken):
+        rest = [other for other in taken if other is not each]
+        without = _with(made, _joined(rest))
+        if without is not None and without.fits:
+            taken, at = rest, without
+    return Change(_joined(taken), "; ".join(dict.fromkeys(cost for _, cost in taken)), at)
+
+
+def _joined(taken: list[tuple[dict[str, Any], str]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for keys, _ in taken:
+        out |= keys
+    return out
+
+
+def _with(made: Plan, keys: dict[str, Any]) -> Plan | None:
+    """The plan with other values of some keys; None where the recipe may not have them."""
+    recipe: Any = made.case.recipe
+    try:
+        for key, value in keys.items():
+            recipe = _changed(recipe, key.split("."), value)
+        shapes = shapes_of(made.case.shapes.config, recipe.model)
+    except ValueError:
+        return None
+    return Plan(made.case.with_recipe(recipe, shapes), made.rates)
+
+
+def _changed(config: Any, path: list[str], value: Any) -> Any:
+    name, *rest = path
+    return replace(config, **{name: _changed(getattr(config, name), rest, value) if rest else value})
+
+
+def options(made: Plan) -> Iterator[tuple[dict[str, Any], str]]:
+    """Changes that take memory away, cheapest first, with what they cost. Not all of them help everywhere."""
+    recipe, machine = made.case.recipe, made.case.machine
+    model, optim, dist = recipe.model, recipe.optim, recipe.dist
+    adapters = model.lora.rank > 0
+    if machine.count > 1 and not dist.fsdp:
+        yield {"dist.fsdp": True}, "weights travel between the ranks, twice a micro-batch"
+    if dist.reshard == "step":
+        yield {"dist.reshard": "block"}, "weights travel twice a micro-batch"
+    if dist.reduce == "step":
+        yield {"dist.reduce": "pass"}, "gradients travel every micro-batch"
+    if model.frozen_dtype == "float32" and (adapters or model.freeze or made.case.shares.reference):
+        yield {"model.frozen_dtype": "bfloat16"}, "frozen weights as published, in 16 bits"
+    yield from _for_sampling(made)
+    for tokens in _smaller_batches(made):
+        yield {"pack_tokens": tokens, "pack_patches": min(recipe.pack_patches, 4 * tokens)}, "smaller micro-batches"
+    if recipe.packing == "plain" and recipe.micro_batch > 1:
+        yield {"micro_batch": 1}, "smaller micro-batches"
+    if model.checkpointing == "none":
+        yield {"model.checkpointing": "selective"}, "layers are computed again but for attention"
+    if model.checkpointing != "full":
+        yield {"model.checkpointing": "full"}, "layers are computed again"
+    if model.tower_checkpointing == "none" and made.case.shapes.trains_tower:
+        yield {"model.tower_checkpointing": "full"}, "the tower's blocks are computed again"
+    if machine.cuda and optim.offload == "none":
+        yield {"optim.offload": "sampling"}, "moments go to the host and back every step"
+    if not model.offload_activations and model.checkpointing != "none" and machine.cuda:
+        yield {"model.offload_activations": True}, "what checkpoints keep goes to the host and back"
+    if optim.kind == "adamw" and not adapters:
+        yield {"optim.kind": "adamw8bit"}, "moments in 8 bits"
+    if machine.cuda and optim.offload != "always" and not adapters:
+        yield {"optim.offload": "always"}, "moments pass through the device every step"
+    if model.dtype == "float32" and not adapters:
+        yield {"model.dtype": "bfloat16"}, "weights in 16 bits, rounded stochastically"
+    if not adapters:
+        yield {"model.lora.rank": 16, "model.frozen_dtype": "bfloat16"}, "adapters are trained in place of the weights"
+    if machine.cuda and model.quantize == "none" and (adapters or machine.count == 1):
+        yield {"model.lora.rank": model.lora.rank or 16, "model.quantize": "nf4"}, "the base is rounded to 4 bits"
+    prompt, reply = recipe.data.max_prompt_tokens, 0 if not isinstance(recipe, GRPORecipe) else recipe.sampling.max_new_tokens
+    for divisor in (2, 4, 8):
+        keys: dict[str, Any] = {"data.max_prompt_tokens": prompt // divisor}
+        if reply:
+            keys["sampling.max_new_tokens"] = max(256, reply // divisor)
+        yield keys, "longer prompts and replies are left out or cut"
+
+
+def _for_sampling(made: Plan) -> Iterator[tuple[dict[str, Any], str]]:
+    recipe, width = made.case.recipe, 2 if made.case.low else 4
+    for phase in made.phases:
+        if phase.name not in ("sample", "eval") or phase.fits:
+            continue
+        if "vLLM" in phase.device:
+            kv = width * made.case.shapes.kv_elements
+            share = (phase.device["vLLM"] + min(0.0, phase.spare)) / made.case.machine.memory
+            need = max(0, phase.kv_needed - (phase.kv_tokens or 0)) * kv / made.case.machine.memory
+            for wanted in (share - 0.005, recipe.rollout.gpu_memory + need + 0.005):
+                if 0.05 < wanted <= 1:
+                    yield {"rollout.gpu_memory": round(wanted, 2)}, "less room for replies at once" if need == 0 else "more of the device is vLLM's"
+        elif phase.name == "sample" and (phase.kv_tokens or 0) >= phase.kv_needed:
+            yield {"sampling.kv_tokens": phase.kv_tokens}, "fewer replies at once"
+
+
+def _smaller_batches(made: Plan) -> list[int]:
+    recipe = made.case.recipe
+    if recipe.packing == "plain" or all(p.fits for p in made.phases if p.name == "update"):
+        return []
+    least = made.case.workload.longest or recipe.data.max_prompt_tokens
+    least += recipe.sampling.max_new_tokens if isinstance(recipe, GRPORecipe) else 0
+    smallest = [made.pack_tokens] if least <= made.pack_tokens < recipe.pack_tokens else []
+    return smallest or ([-(-least // STEP) * STEP] if least < recipe.pack_tokens else [])
+
+
+def batch_of(made: Plan) -> Size:
+    """The micro-batch that the plan is for."""
+    return largest_batch(made.case)
+
+
