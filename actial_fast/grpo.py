@@ -36,6 +36,7 @@ from actial_fast.train.account import Account
 from actial_fast.train.dist import World, clip_gradients, is_sharded, reduce_gradients, shard, world
 from actial_fast.train.guard import Guard
 from actial_fast.train.mismatch import Band, Mismatch
+from actial_fast.train.optim import parameters_of, set_learning_rate
 from actial_fast.train.phases import Timer, untimed
 from actial_fast.train.rounds import Pass, Round, balanced, passes
 from actial_fast.train.samples import Sample, figures, shown
@@ -47,9 +48,7 @@ from actial_fast.train.stage import (
     open_clock,
     open_log,
     open_stage,
-    parameters_of,
     report_skipped,
-    set_learning_rate,
 )
 from actial_fast.train.stopping import NEVER, GivenUp, Stop
 

@@ -26,6 +26,7 @@ from actial_fast.settings.recipe import SFTRecipe
 from actial_fast.train.account import Account
 from actial_fast.train.dist import World, clip_gradients, is_sharded, reduce_gradients, world
 from actial_fast.train.guard import Guard
+from actial_fast.train.optim import parameters_of, set_learning_rate
 from actial_fast.train.rounds import Pass, balanced, passes
 from actial_fast.train.stage import (
     begin,
@@ -34,9 +35,7 @@ from actial_fast.train.stage import (
     open_clock,
     open_log,
     open_stage,
-    parameters_of,
     report_skipped,
-    set_learning_rate,
 )
 from actial_fast.train.stopping import NEVER, GivenUp, Stop
 

@@ -25,9 +25,9 @@ from actial_fast.settings.recipe import SFTRecipe
 from actial_fast.settings.running import OptimConfig, SaveConfig
 from actial_fast.tasks.rewards import RewardConfig
 from actial_fast.train import checkpoint, preflight
+from actial_fast.train.optim import set_learning_rate
 from actial_fast.train.preflight import Unready
 from actial_fast.train.samples import Sample, figures
-from actial_fast.train.stage import set_learning_rate
 from tests.loops import ALONE
 from tests.test_faults import case, run_cases, weights
 

@@ -31,9 +31,9 @@ from actial_fast.settings.model import LoRAConfig
 from actial_fast.settings.recipe import DataConfig, EvalConfig
 from actial_fast.settings.running import DistConfig, SaveConfig
 from actial_fast.train import checkpoint
+from actial_fast.train.optim import build_optimizer
 from actial_fast.train.preflight import FIRST
 from actial_fast.train.samples import figures
-from actial_fast.train.stage import build_optimizer
 from tests.loops import ALONE, accumulate, log_probs, sampled
 
 

@@ -25,6 +25,7 @@ from actial_fast.rollout.memory import kv_budget
 from actial_fast.rollout.protocol import UNWATCHED, Draw, Reply, Watch, never
 from actial_fast.rollout.schedule import Schedule, blocks_for
 from actial_fast.train.dist import gathered, recover
+from actial_fast.train.offload import Offload
 
 SIZE = 16  # tokens of a block
 MOST_ROWS = 1024  # replies decoded at once: by then a step is bound by arithmetic, and more rows only wait for each other
@@ -37,13 +38,17 @@ class Embedded:
 
     own = True
 
-    def __init__(self, policy: Policy, processor: Processor):
+    def __init__(self, policy: Policy, processor: Processor, offload: Offload | None = None):
+        """offload: what leaves the device while it is awake."""
         self.version = -1
         self._policy, self._processor = policy, processor
+        self._offload = offload or Offload(None, enabled=False)
         self._held = contextlib.ExitStack()
 
     def wake(self) -> None:
-        """Gather sharded weights."""
+        """Gather sharded weights, where what is not needed meanwhile has left."""
+        self._held.callback(self._offload.back)
+        self._offload.out()
         self._held.enter_context(gathered(self._policy))
 
     def sync(self, version: int) -> None:

@@ -32,8 +32,8 @@ class ModelConfig:
     path: str = ""
     """Folder (or hub name) with a Hugging Face checkpoint of a Qwen2.5-VL model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Storage of the weights that are not frozen and of the optimizer's states; only float32 can be trained, since steps at small learning
-    rates round away in bfloat16. Compute is bf16 on CUDA either way."""
+    """Storage of the weights that are not frozen, and of their gradients. Of bfloat16, optim.master says how small steps are kept. Compute
+    is bf16 on CUDA either way."""
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage of weights that are not trained (the base under LoRA, a frozen vision tower, the reference model)."""
     freeze: tuple[str, ...] = ()
@@ -71,12 +71,3 @@ def checkpointed(model: ModelConfig, packing: str) -> None:
             raise ValueError(
                 "model.offload_activations: packing: plain moves what full checkpoints keep only; set model.checkpointing to full"
             )
-
-
-def trainable(model: ModelConfig) -> None:
-    """ValueError where weights are to be trained in a storage that steps at these learning rates round away in."""
-    if model.dtype != "float32":
-        raise ValueError(
-            f"model.dtype: {model.dtype} weights do not move at these learning rates (20 steps at 1e-6 changed 1.2% of them, float32 92%); "
-            "train in float32, sharded by dist.fsdp or through model.lora, and hold what is frozen in bfloat16 (model.frozen_dtype)"
-        )

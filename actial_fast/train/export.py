@@ -77,8 +77,9 @@ def export_to(source: Path, out: Path, *, dtype: str = "") -> Exported:
 def export(source: Path, model: Path, adapter: Path, *, dtype: str = "", rank: int = 0, ranks: int = 1) -> Exported:
     """Write the checkpoint `source` as a Hugging Face folder `model` and, where adapters were trained, as PEFT's folder `adapter`.
 
-    dtype: of the weights in `model` (empty: as trained; float32 where adapters are merged). With several ranks each calls and writes its
-    files. ValueError where model.path is needed and gone, OSError where something cannot be written.
+    dtype: of the weights in `model` (empty: as trained; float32 where adapters are merged, or where the optimizer kept masters, which are
+    what is written). With several ranks each calls and writes its files. ValueError where model.path is needed and gone, OSError where
+    something cannot be written.
     """
     weights = _Weights(source, dtype)
     files = weights.files()
@@ -107,13 +108,14 @@ class _Weights:
 
     def __init__(self, source: Path, dtype: str):
         about = json.loads((source / "state.json").read_text())["model"]
-        self.dtype: torch.dtype = getattr(torch, dtype or about["dtype"])
         self.stored = open_ranks(source)
+        masters = {name.removeprefix("master/") for name in self.stored.names if name.startswith("master/")}
+        self.dtype: torch.dtype = getattr(torch, dtype or ("float32" if masters else about["dtype"]))
         self._frozen_dtype: torch.dtype = getattr(torch, about["frozen_dtype"])
         self._scale: float = about["adapter_scale"]
         self._changed = self._lost = 0.0
-        keys = [name for name in self.stored.names if name.startswith("weight/")]
-        names = {key: base_name(key.removeprefix("weight/")) for key in keys}
+        trained = [name.removeprefix("weight/") for name in self.stored.names if name.startswith("weight/")]
+        names = {f"master/{n}" if n in masters else f"weight/{n}": base_name(n) for n in trained}
         self._trained = {stored_name(name): key for key, name in names.items() if ".lora_" not in name}
         self._down = {_adapted(name): key for key, name in names.items() if ".lora_A." in name}
         self._up = {_adapted(name): key for key, name in names.items() if ".lora_B." in name}

@@ -19,12 +19,13 @@ from actial_fast.packing.batch import Sequence
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.tasks.rewards import probe
 from actial_fast.train.dist import Agreed, World
+from actial_fast.train.optim import bytes_of_weight
 from actial_fast.train.packages import vllm_problem
+from actial_fast.train.quantised import problem as problem_of_states
 
 FIRST = 4  # rows of a source that are read and encoded
 TRUTHS = 64  # rows among which one must have a truth to evaluate with
 NEIGHBOURS = 64  # rows by which it is guessed how many share their images
-STATE_BYTES = 12  # of a trained weight in a checkpoint: itself and AdamW's two moments in float32
 GB = 1e9
 
 Encode = Callable[[Processor, Example], Sequence]
@@ -79,6 +80,8 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, folder: Path, wher
         yield from (f"eval.sources: {problem}" for problem in problems)
     if isinstance(recipe, GRPORecipe) and row is not None:
         yield from (f"rewards: {problem}" for problem in probe(recipe.rewards, row))
+    if problem := problem_of_states(recipe.optim.kind, where.device):
+        yield problem
     if recipe.rollout.engine == "vllm":
         if problem := vllm_problem():
             yield problem
@@ -106,7 +109,8 @@ def _room(recipe: SFTRecipe | GRPORecipe, folder: Path, where: World) -> Iterato
     everything = sum(sizes.values())
     frozen = sum(n for name, n in sizes.items() if name.startswith(recipe.model.freeze)) if recipe.model.freeze else 0
     trained = _adapters(recipe, weights) if recipe.model.lora.rank else everything - frozen
-    checkpoint, final = STATE_BYTES * trained, 4 * everything
+    weight, states = bytes_of_weight(recipe.model.dtype, recipe.optim)
+    checkpoint, final = (weight + states) * trained, 4 * everything
     needed = (recipe.save.keep + 1) * checkpoint + final
     there = sum(path.stat().st_size for path in folder.glob("step-*/*.safetensors"))
     if needed - there > (free := shutil.disk_usage(folder if folder.exists() else Path.cwd()).free):
@@ -117,7 +121,8 @@ def _room(recipe: SFTRecipe | GRPORecipe, folder: Path, where: World) -> Iterato
     memory = checkpoint  # the copy that is written while training goes on, over all ranks
     if where.device.type == "cpu":
         copies = 1 if recipe.dist.fsdp else where.size
-        memory += copies * (16 * trained + 4 * (everything - trained))  # weights, gradients and two moments
+        moved = states if recipe.optim.offload == "sampling" else 0  # to memory that is kept for it
+        memory += copies * ((2 * weight + states + moved) * trained + 4 * (everything - trained))  # weights, gradients, what steps need
     if memory > (available := available_memory()):
         told = f"{memory / GB:.1f} GB of this machine's memory for weights, optimizer and the checkpoint being written"
         yield f"the run needs about {told}, and {available / GB:.1f} are free"

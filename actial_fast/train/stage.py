@@ -1,4 +1,4 @@
-"""What both loops share: beginning or resuming a stage, the optimizer, the schedule."""
+"""What both loops share: beginning or resuming a stage, its data and its log."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from actial_fast.data.sources.stream import Example, Stream
 from actial_fast.model.policy import Policy, load_policy
@@ -25,17 +23,17 @@ from actial_fast.model.processor import Processor
 from actial_fast.report.metrics import MetricLog
 from actial_fast.settings.config import describe, load_recipe, to_yaml
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
-from actial_fast.settings.running import OptimConfig
 from actial_fast.train import checkpoint
 from actial_fast.train.dist import World, shard
 from actial_fast.train.guard import Guard
 from actial_fast.train.lock import locked
+from actial_fast.train.optim import build_optimizer
 from actial_fast.train.phases import Phases, measured_rate
 from actial_fast.train.preflight import Encode, Unready, problems_of, processor_of
 from actial_fast.train.profile import Window
 
 # keys that a resumed run may set anew
-MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "data.image_cache", "dist.", "profile.", "rollout.gpu_memory", "rollout.offload")
+MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "data.image_cache", "dist.", "profile.", "rollout.gpu_memory", "optim.offload")
 
 State = dict[str, Any]  # what a checkpoint's state.json holds of the loop
 
@@ -109,7 +107,7 @@ class Stage:
     start: int
     policy: Policy
     processor: Processor
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     stream: Stream
     saver: checkpoint.Saver
     cursor: State
@@ -160,7 +158,7 @@ def open_stage(recipe: SFTRecipe | GRPORecipe, start: int, where: World, encode:
     place = functools.partial(shard, where=where) if recipe.dist.fsdp else None
     policy = load_policy(model, where.device, recipe.seed, packed=recipe.packing == "packed", place=place)
     processor = processor_of(recipe)
-    optimizer = build_optimizer(policy, recipe.optim)
+    optimizer = build_optimizer(policy, recipe.optim, recipe.seed)
     stream = Stream(
         data.sources,
         seed=recipe.seed,
@@ -219,33 +217,6 @@ def open_clock(
     rate = measured_rate(where.device)
     log.event("rate", rate, start)
     return Phases(where, rate["tflops"]), stack.enter_context(Window(recipe.profile, Path(recipe.run), recipe.name, where))
-
-
-def build_optimizer(policy: Policy, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; decay on matrices only."""
-    parameters = list(policy.trained().values())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, total: int) -> float:
-    """Set and return the learning rate of `step` (1-based) of `total`: a function of the step alone, so resuming needs no state."""
-    rate = config.lr * min(1.0, step / config.warmup_steps) if config.warmup_steps else config.lr
-    if config.schedule != "constant" and step > config.warmup_steps:
-        done = (step - config.warmup_steps - 1) / max(1, total - config.warmup_steps)  # 0 at the first step after it, below 1 at the last
-        left = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-        rate = config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
-
-
-def parameters_of(policy: Policy) -> list[nn.Parameter]:
-    """The trained parameters, in a fixed order."""
-    return list(policy.trained().values())
 
 
 def versions(where: World) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from actial_fast.model.tiny import TinyConfig, create
 from actial_fast.settings.running import OptimConfig
 from actial_fast.train import checkpoint, export
 from actial_fast.train.dist import World
-from actial_fast.train.stage import build_optimizer
+from actial_fast.train.optim import build_optimizer
 from tests.loops import ALONE
 from tests.ranks import on_ranks
 from tests.train.saved import KINDS, config, everything, trained
