@@ -81,6 +81,12 @@ def _weights_reach(rollout: RolloutConfig) -> None:
         )
 
 
+def _adapters_reach(model: ModelConfig, rollout: RolloutConfig) -> None:
+    for name in ("dora", "tower", "merger"):
+        if rollout.engine == "vllm" and getattr(model.lora, name):
+            raise ValueError(f"model.lora.{name}: vLLM takes plain adapters of the language model only; set rollout.engine to embedded")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What is trained on."""
@@ -159,6 +165,7 @@ class SFTRecipe:
         at_least(self, 1, "batch_size", "micro_batch", "pack_tokens", "pack_patches")
         trainable(self.model)
         _weights_reach(self.rollout)
+        _adapters_reach(self.model, self.rollout)
 
 
 @dataclass(frozen=True)
@@ -233,6 +240,7 @@ class GRPORecipe:
         at_least(self, 1, "steps", "prompts", "minibatch", "micro_batch", "pack_tokens", "pack_patches")
         trainable(self.model)
         _weights_reach(self.rollout)
+        _adapters_reach(self.model, self.rollout)
         if not self.rewards:
             raise ValueError("rewards: at least one is needed, for example [{name: accuracy}]")
         names, sampling = [r.name for r in self.rewards], self.sampling

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,10 +13,14 @@ from pathlib import Path
 from actial_fast.data.sources.row import BadRow, Row, decode
 from actial_fast.data.sources.source import Source, SourceConfig, open_source
 from actial_fast.data.sources.stream import Example
+from actial_fast.model.adapters import places, unplaced
+from actial_fast.model.nf4 import BYTES as NF4_BYTES
+from actial_fast.model.nf4 import LAYER, nf4_problem
 from actial_fast.model.processor import Processor
 from actial_fast.model.tensors import Stored
 from actial_fast.model.weights import check_checkpoint, module_name, open_weights, resolve
 from actial_fast.packing.batch import Sequence
+from actial_fast.settings.model import LoRAConfig
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.tasks.rewards import probe
 from actial_fast.train.dist import Agreed, World
@@ -79,6 +84,8 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, folder: Path, wher
         yield from (f"eval.sources: {problem}" for problem in problems)
     if isinstance(recipe, GRPORecipe) and row is not None:
         yield from (f"rewards: {problem}" for problem in probe(recipe.rewards, row))
+    if recipe.model.quantize == "nf4" and (problem := nf4_problem()):
+        yield problem
     if recipe.rollout.engine == "vllm":
         if problem := vllm_problem():
             yield problem
@@ -92,20 +99,30 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, folder: Path, wher
             yield f"save.{package}: {package} is not installed; pip install {package}, or {off}"
 
 
-def _adapters(recipe: SFTRecipe | GRPORecipe, weights: Stored) -> int:
-    """Parameters of low-rank adapters: rows and columns of each matrix they stand beside, times the rank."""
-    lora = recipe.model.lora
-    beside = (name for name in weights.names if "visual" not in name and name.removesuffix(".weight").endswith(lora.targets))
-    return lora.rank * sum(sum(weights.shape(name)) for name in beside if len(weights.shape(name)) == 2)
+def _adapters(lora: LoRAConfig, layers: dict[str, tuple[int, ...]]) -> int:
+    """Parameters of low-rank adapters: rows and columns of each matrix they stand beside, times the rank, and DoRA's length of each row.
+
+    layers: shapes of the model's matrices by their layers' names."""
+    pattern = places(lora)
+    beside = [shape for name, shape in layers.items() if re.fullmatch(pattern, name)]
+    return sum(lora.rank * sum(shape) + lora.dora * shape[0] for shape in beside)
+
+
+def _layers(weights: Stored) -> dict[str, tuple[int, ...]]:
+    shapes = {module_name(name).removesuffix(".weight"): weights.shape(name) for name in weights.names}
+    return {name: shape for name, shape in shapes.items() if len(shape) == 2}
 
 
 def _room(recipe: SFTRecipe | GRPORecipe, folder: Path, where: World) -> Iterator[str]:
-    """Too little disk for the checkpoints, or host memory for the run."""
+    """Adapters without a layer, and too little disk for the checkpoints, or host memory for the run."""
     weights = open_weights(resolve(recipe.model.path))
     sizes = {module_name(name): math.prod(weights.shape(name)) for name in weights.names}
     everything = sum(sizes.values())
     frozen = sum(n for name, n in sizes.items() if name.startswith(recipe.model.freeze)) if recipe.model.freeze else 0
-    trained = _adapters(recipe, weights) if recipe.model.lora.rank else everything - frozen
+    lora, layers = recipe.model.lora, _layers(weights)
+    if lora.rank:
+        yield from unplaced(lora, layers)
+    trained = _adapters(lora, layers) if lora.rank else everything - frozen
     checkpoint, final = STATE_BYTES * trained, 4 * everything
     needed = (recipe.save.keep + 1) * checkpoint + final
     there = sum(path.stat().st_size for path in folder.glob("step-*/*.safetensors"))
@@ -114,10 +131,11 @@ def _room(recipe: SFTRecipe | GRPORecipe, folder: Path, where: World) -> Iterato
             f"run: {folder} has room for {free / GB:.1f} GB; {recipe.save.keep + 1} checkpoints of {checkpoint / GB:.1f} GB (save.keep and "
             f"one under way) and the final model of {final / GB:.1f} GB need {needed / GB:.1f}; name a run folder on a larger disk"
         )
-    memory = checkpoint  # the copy that is written while training goes on, over all ranks
+    memory = float(checkpoint)  # the copy that is written while training goes on, over all ranks
     if where.device.type == "cpu":
         copies = 1 if recipe.dist.fsdp else where.size
-        memory += copies * (16 * trained + 4 * (everything - trained))  # weights, gradients and two moments
+        held = sum(n for name, n in sizes.items() if LAYER.search(name)) if recipe.model.quantize == "nf4" else 0
+        memory += copies * (16 * trained + 4 * (everything - held - trained)) + where.size * NF4_BYTES * held  # two moments, gradients
     if memory > (available := available_memory()):
         told = f"{memory / GB:.1f} GB of this machine's memory for weights, optimizer and the checkpoint being written"
         yield f"the run needs about {told}, and {available / GB:.1f} are free"

