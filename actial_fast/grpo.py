@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from actial_fast import ops
+from actial_fast.budget.fits import lacking
 from actial_fast.evaluation.evaluate import held_out
 from actial_fast.model.policy import Policy, load_reference
 from actial_fast.model.processor import Processor
@@ -70,7 +71,7 @@ def train(recipe: GRPORecipe) -> Path:
 
 def _train(recipe: GRPORecipe, where: World) -> Path:
     with contextlib.ExitStack() as stack:
-        start = begin(recipe, where, Processor.encode_prompt, stack)
+        start = begin(recipe, where, Processor.encode_prompt, lacking, stack)
         stage = open_stage(recipe, start, where, Processor.encode_prompt, stack)
         policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
         parameters, guard, total = parameters_of(policy), Guard(optimizer, recipe.optim.max_skipped), recipe.steps

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from actial_fast import ops
+from actial_fast.budget.fits import lacking
 from actial_fast.evaluation.evaluate import held_out
 from actial_fast.model.policy import Policy
 from actial_fast.model.processor import Processor
@@ -52,7 +53,7 @@ def train(recipe: SFTRecipe) -> Path:
 
 def _train(recipe: SFTRecipe, where: World) -> Path:
     with contextlib.ExitStack() as stack:
-        start = begin(recipe, where, Processor.encode, stack)
+        start = begin(recipe, where, Processor.encode, lacking, stack)
         stage = open_stage(recipe, start, where, Processor.encode, stack)
         policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
         parameters, guard = parameters_of(policy), Guard(optimizer, recipe.optim.max_skipped)

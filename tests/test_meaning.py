@@ -102,7 +102,9 @@ def test_b13_a_preflight_names_everything_at_once(grpo_recipe, tmp_path, capsys)
 def test_b13_room_for_adapters_is_that_of_the_adapters(lab):
     recipe = SFTRecipe(model=ModelConfig(path=str(lab.model), lora=LoRAConfig(rank=3)))
     policy = load_policy(recipe.model, torch.device("cpu"), 0)
-    assert preflight._adapters(recipe, open_weights(lab.model)) == sum(p.numel() for p in policy.trained().values())
+    assert preflight._adapters(recipe.model.lora, preflight._layers(open_weights(lab.model))) == sum(
+        p.numel() for p in policy.trained().values()
+    )
 
 
 def test_b13_too_little_disk_is_told_before_the_run(sft_recipe, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from actial_fast.model.nf4 import LAYER
 from actial_fast.model.policy import Policy, assembled
 from actial_fast.model.weights import EMBEDDING, HEAD, base_name, parameters_on_meta
 from actial_fast.rollout.memory import kv_shape
@@ -94,20 +95,25 @@ def on_meta(config: Qwen2_5_VLConfig, model: ModelConfig, *, packed: bool) -> Po
 
 
 def _without_cuda(model: ModelConfig) -> ModelConfig:
-    return replace(model, liger="off", attention="sdpa", quantize="none")
+    return replace(model, liger="off", attention="sdpa", quantize="none", quantize_twice=True)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter. group: what FSDP gathers it with; bytes: of one number as stored, in 16 or 32 bits; linear: whether it is a matrix of
-    the language model's layers, which NF4 holds."""
+    """One parameter. group: what FSDP gathers it with; bytes: of one number as stored, in 16 or 32 bits; linear: whether it is a frozen
+    matrix of the language model's layers, which NF4 would hold."""
 
     name: str
     group: str
-    numel: int
+    shape: tuple[int, ...]
     trained: bool
     bytes: int
     linear: bool
+
+    @property
+    def numel(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -144,13 +150,6 @@ class Shapes:
         """Numbers that a token's keys and values are."""
         return 2 * math.prod(kv_shape(self.config))
 
-    def groups(self) -> dict[str, int]:
-        """Parameters by FSDP group."""
-        out: dict[str, int] = {}
-        for w in self.weights:
-            out[w.group] = out.get(w.group, 0) + w.numel
-        return out
-
 
 def shapes_of(config: Qwen2_5_VLConfig, model: ModelConfig) -> Shapes:
     """The parameters of the recipe's policy."""
@@ -175,6 +174,6 @@ def _weights(policy: Policy) -> Iterator[Weight]:
             group = "tower"
         else:
             group = {EMBEDDING: "embedding", HEAD: "head"}.get(base, "rest")
-        linear = bool(layer and layer[1]) and p.ndim == 2 and ".lora_" not in name
-        yield Weight(name, group, math.prod(p.shape), p.requires_grad, p.element_size(), linear)
+        linear = bool(LAYER.search(base)) and not p.requires_grad
+        yield Weight(name, group, tuple(p.shape), p.requires_grad, p.element_size(), linear)
 

@@ -18,12 +18,14 @@ from actial_fast.rollout.decoder import DRAWN_AT_ONCE
 from actial_fast.rollout.embedded import MOST_ROWS, READ_PATCHES, READ_TOKENS
 from actial_fast.rollout.memory import SHARE
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
+from actial_fast.train.optim import PIECE
 
 Recipe = SFTRecipe | GRPORecipe
 Items = dict[str, float]
 
 WORKSPACE = 700 * 2**20  # of the ops that start from hidden states (docs/memory.md)
 DRAWING = 30  # bytes for an element of logits (rollout/decoder.py)
+PAGED = "paged_adamw8bit"
 ENGINE = 2.0 * GB  # assumed: what vLLM holds beside weights, keys and values
 ASLEEP = 1.5 * GB  # assumed: what it keeps while it sleeps
 PROCESS = 3.0 * GB  # assumed: host memory of a rank's process with CUDA, PyTorch and threads that read rows
@@ -120,10 +122,10 @@ def largest_batch(case: Case) -> Size:
     return Size(tokens, patches, longest)
 
 
-def phases_of(case: Case, size: Size | None = None) -> list[Phase]:
-    """Every phase, for a micro-batch of this size (default: the largest that a rank meets)."""
-    size = size or largest_batch(case)
-    shares, held = case.shares, case.activations()
+def phases_of(case: Case, size: Size | None = None, held: Activations | None = None) -> list[Phase]:
+    """Every phase, for a micro-batch of this size (default: the largest that a rank meets) and these activations (default: traced)."""
+    size, held = size or largest_batch(case), held or case.activations()
+    shares = case.shares
     out = [_load(case, shares), _update(case, shares, held, size), _save(case, shares)]
     recipe = case.recipe
     if isinstance(recipe, GRPORecipe):
@@ -143,20 +145,33 @@ def _on_host(phase: Phase, ranks: int) -> Phase:
 
 def _resident(case: Case, shares: Shares, *, drawing: bool = False) -> Items:
     """What a rank's device holds throughout; drawing: of the time in which replies are drawn."""
-    optim, rollout = case.recipe.optim, case.recipe.rollout
-    away = optim.offload == "always" or optim.kind.startswith("paged") or (drawing and optim.offload == "sampling")
-    items = {"weights": shares.weights, "masters": shares.masters, "moments": 0.0 if away else shares.moments}
-    gone = drawing and case.machine.cuda and rollout.engine == "vllm" and rollout.offload
-    items["reference"] = 0.0 if gone else shares.reference
+    optim, cuda = case.recipe.optim, case.machine.cuda
+    away = optim.offload == "always" or (drawing and optim.offload == "sampling")
+    items = {"weights": shares.weights, "masters": shares.masters * (not away)}
+    items["moments"] = 0.0 if away or optim.kind == PAGED else shares.moments
+    items["reference"] = 0.0 if drawing and optim.offload != "none" else shares.reference
+    if optim.offload == "always":
+        items["buffers of the moments"] = _step_buffers(case, shares)
+    if not cuda:  # what leaves the device stays on the host, which is the same
+        items |= {"moments": shares.moments, "masters": shares.masters, "reference": shares.reference}
+        if optim.offload == "sampling":
+            items["host's copies"] = shares.moments + shares.masters + shares.reference
     return {name: size for name, size in items.items() if size}
+
+
+def _step_buffers(case: Case, shares: Shares) -> float:
+    """Of the two pieces of the states that are on the device at once."""
+    numel = max(1, case.shapes.trained)
+    each = (case.shares.checkpoint / numel) - min(w.bytes for w in case.shapes.weights if w.trained)
+    return 2.0 * min(PIECE, numel) * each
 
 
 def _host(case: Case, shares: Shares) -> Items:
     """What a machine's host holds throughout beside the images, whose file the system caches as it likes."""
     count, optim = case.machine.count, case.recipe.optim
     items = {"processes": PROCESS * count} if case.machine.cuda else {}
-    if case.machine.cuda and (optim.offload == "always" or optim.kind.startswith("paged")):
-        items["moments"] = shares.moments * count
+    if case.machine.cuda and (optim.offload == "always" or optim.kind == PAGED):
+        items["moments"] = (shares.moments + shares.masters * (optim.offload == "always")) * count
     return items
 
 
@@ -219,6 +234,9 @@ def _moments(case: Case, shares: Shares, held: Activations, size: Size) -> Itera
     yield {"activations": kept + held.language.backward(size.tokens) + mask, **back}
     if trained:
         yield {"activations": eyes + held.tower.backward(size.patches), **back}
+    optim = case.recipe.optim
+    lean = optim.kind != "adamw" or optim.offload == "always" or case.recipe.model.dtype != "float32"
+    yield {"the optimizer's step": 16.0 * min(PIECE, case.shapes.trained) * lean}
 
 
 def _kept(case: Case, held: Activations, size: Size, *, offloaded: bool = False) -> float:
@@ -250,10 +268,10 @@ def _sync(case: Case, shares: Shares) -> Phase:
 
 def _away(case: Case, shares: Shares) -> Items:
     """The host's items while replies are drawn."""
-    items, optim, rollout = _host(case, shares), case.recipe.optim, case.recipe.rollout
+    items, optim = _host(case, shares), case.recipe.optim
     if case.machine.cuda and optim.offload == "sampling":
-        items["moments"] = shares.moments * case.machine.count
-    if case.machine.cuda and rollout.engine == "vllm" and rollout.offload and shares.reference:
+        items["moments"] = (shares.moments + shares.masters) * case.machine.count
+    if case.machine.cuda and optim.offload != "none" and shares.reference:
         items["reference"] = shares.reference * case.machine.count
     return items
 

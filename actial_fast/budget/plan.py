@@ -22,15 +22,16 @@ HELPS = 0.01  # share of what is too much that a change must take away to be wor
 
 @dataclass(frozen=True)
 class Plan:
-    """A case with what it takes. rates None: no seconds."""
+    """A case with what it takes. rates None: no seconds; known: its phases, where they are computed already."""
 
     case: Case
     rates: Rates | None
+    known: tuple[Phase, ...] = ()
 
     @cached_property
     def phases(self) -> list[Phase]:
         """In the order of a run."""
-        return phases_of(self.case)
+        return list(self.known) or phases_of(self.case)
 
     @property
     def over(self) -> float:

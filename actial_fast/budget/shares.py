@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from actial_fast.budget.gpus import Machine
 from actial_fast.budget.models import Shapes, Weight
+from actial_fast.model.nf4 import BLOCK
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
+from actial_fast.train import quantised
 
-BLOCK, BLOCK_OF_BLOCKS, SMALLEST = 64, 256, 4096  # bitsandbytes: numbers to a 4-bit scale; scales to a scale; least numbers of 8-bit moments
-MOMENTS_BLOCK = 256  # bitsandbytes: numbers to a scale of 8-bit moments
+SCALES = 256  # of NF4, that share a scale where they are held in 8 bits themselves
 
 
 @dataclass(frozen=True)
@@ -45,26 +47,31 @@ def shares_of(recipe: SFTRecipe | GRPORecipe, shapes: Shapes, machine: Machine) 
     def total(of: Callable[[Weight], float]) -> float:
         return sum(map(of, shapes.weights))
 
-    def stored(w: Weight) -> float:
-        return w.numel * (nf4(model.quantize_twice) if model.quantize == "nf4" and w.linear and not w.trained else w.bytes)
+    def packed(w: Weight) -> bool:
+        return model.quantize == "nf4" and w.linear
+
+    def stored(w: Weight) -> float:  # matrices in NF4 are no parameters: every rank has them whole
+        return w.numel * (nf4(model.quantize_twice) if packed(w) else w.bytes / parts)
 
     def moments(w: Weight) -> float:
-        return w.trained * moment_bytes(optim.kind, w.numel)
+        return w.trained * moment_bytes(optim.kind, w.shape)
 
     masters = total(lambda w: 4.0 * w.numel * w.trained) if optim.master else 0.0
     in_32 = total(lambda w: 2.0 * w.numel * (w.trained and w.bytes == 4)) if machine.cuda and not sharded else 0.0
-    groups = shapes.groups()
+    groups: dict[str, int] = {}
+    for w in shapes.weights:
+        groups[w.group] = groups.get(w.group, 0) + w.numel * (not packed(w))
     layers = [n for name, n in groups.items() if name[-1].isdigit()]
     others = [n for name, n in groups.items() if not name[-1].isdigit()]
     moved = total(moments)
     return Shares(
-        weights=total(stored) / parts,
+        weights=total(stored),
         masters=masters / parts,
         moments=moved / parts,
         gradients=total(lambda w: w.numel * w.trained * w.bytes) / parts,
         reference=_reference(recipe, shapes) / parts,
         cast=in_32,
-        gathered=compute * shapes.numel if sharded else 0.0,
+        gathered=compute * sum(groups.values()) if sharded else 0.0,
         block=compute * max(layers, default=0) if sharded else 0.0,
         ends=compute * max(others) if sharded else 0.0,
         whole_gradients=4.0 * shapes.trained if sharded else 0.0,
@@ -77,14 +84,14 @@ def shares_of(recipe: SFTRecipe | GRPORecipe, shapes: Shapes, machine: Machine) 
 
 def nf4(twice: bool) -> float:
     """Bytes of a number in NF4: half of one, and its share of the scales, which `twice` are 8-bit numbers with scales of their own."""
-    return 0.5 + (1 / BLOCK + 4 / (BLOCK * BLOCK_OF_BLOCKS) if twice else 4 / BLOCK)
+    return 0.5 + (1 / BLOCK + 4 / (BLOCK * SCALES) if twice else 4 / BLOCK)
 
 
-def moment_bytes(kind: str, numel: int) -> float:
-    """Bytes of AdamW's two moments of a parameter: float32, or 8 bits and a float32 scale for every 256, in parameters that are large."""
-    if kind == "adamw" or numel < SMALLEST:
-        return 8.0 * numel
-    return 2.0 * numel + 8.0 * -(-numel // MOMENTS_BLOCK)
+def moment_bytes(kind: str, shape: tuple[int, ...]) -> float:
+    """Bytes of AdamW's two moments of a parameter: float32, or 8 bits and a float32 magnitude for every block of a row."""
+    if kind == "adamw" or not quantised.fits(shape):
+        return 8.0 * math.prod(shape)
+    return 2.0 * math.prod(shape) + 8.0 * shape[0] * quantised.blocks_of(math.prod(shape[1:]))
 
 
 def _reference(recipe: SFTRecipe | GRPORecipe, shapes: Shapes) -> float:

@@ -100,6 +100,19 @@ def traced(config: Qwen2_5_VLConfig, model: ModelConfig, *, packed: bool, low: b
     return Activations(_of_language(text, in_language, dtype, sharded, packed), tower, reading, looking)
 
 
+def roughly(config: Qwen2_5_VLConfig) -> Activations:
+    """At least the activations of any recipe on a model, without tracing: about twice what layers hold in float32."""
+
+    def part(hidden: int, inner: int) -> Part:
+        layer, once = Line(0, 4.0 * (20 * hidden + 6 * inner)), Line(0, 64.0 * hidden)
+        return Part(once, layer, layer, Line(12.0 * hidden * inner, 0), Line(24.0 * hidden * inner, 2 * layer.per_row))
+
+    text, vision = config.text_config, config.vision_config
+    language = part(text.hidden_size, text.intermediate_size)
+    tower = part(max(vision.hidden_size, text.hidden_size), max(vision.intermediate_size, text.intermediate_size))
+    return Activations(language, tower, language.base + language.layer, tower.base + tower.layer)
+
+
 @lru_cache(maxsize=64)
 def _of_language(config: str, model: ModelConfig, dtype: torch.dtype, sharded: bool, packed: bool) -> Part:
     made = [_policy(config, model, dtype, sharded, layers, 0, packed=packed) for layers in (1, 2)]

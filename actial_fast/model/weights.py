@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -148,19 +147,6 @@ def fill(model: nn.Module, stored: Stored, device: torch.device) -> None:
             if base_name(name) == EMBEDDING and HEAD in names and HEAD not in own:  # tied, and there all the same
                 if not torch.equal(*(stored.rows(names[each], start, stop) for each in (EMBEDDING, HEAD))):
                     raise ValueError(f"model.path: config.json says that {HEAD} is the embedding, but the files have another one")
-
-
-def draw_adapters(model: nn.Module, seed: int) -> None:
-    """Fresh low-rank adapters as PEFT begins them, A uniform and B zero, drawn by `seed`: the same for any number of ranks."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if ".lora_A." in name:
-            start, stop = rows_of(parameter)
-            whole = torch.empty(parameter.shape)
-            nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
-            local(parameter).copy_(whole[start:stop])
-        elif ".lora_B." in name:
-            local(parameter).zero_()
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:

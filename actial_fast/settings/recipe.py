@@ -84,6 +84,12 @@ def _master_differs(model: ModelConfig, optim: OptimConfig) -> None:
         raise ValueError("optim.master: float32 weights need no copy in float32; set it to false, or model.dtype to bfloat16")
 
 
+def _adapters_reach(model: ModelConfig, rollout: RolloutConfig) -> None:
+    for name in ("dora", "tower", "merger"):
+        if rollout.engine == "vllm" and getattr(model.lora, name):
+            raise ValueError(f"model.lora.{name}: vLLM takes plain adapters of the language model only; set rollout.engine to embedded")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What is trained on."""
@@ -163,6 +169,7 @@ class SFTRecipe:
         checkpointed(self.model, self.packing)
         _master_differs(self.model, self.optim)
         _weights_reach(self.rollout)
+        _adapters_reach(self.model, self.rollout)
 
 
 @dataclass(frozen=True)
@@ -238,6 +245,7 @@ class GRPORecipe:
         checkpointed(self.model, self.packing)
         _master_differs(self.model, self.optim)
         _weights_reach(self.rollout)
+        _adapters_reach(self.model, self.rollout)
         if not self.rewards:
             raise ValueError("rewards: at least one is needed, for example [{name: accuracy}]")
         names, sampling = [r.name for r in self.rewards], self.sampling

