@@ -63,11 +63,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Size:
-    """A micro-batch: tokens, image patches, and, padded, its longest row."""
+    """A micro-batch: tokens, image patches, its longest row where it is padded, and how many tokens are predicted, at most all."""
 
     tokens: int
     patches: int
     longest: int
+    predicted: int = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _resident(case: Case, shares: Shares, *, drawing: bool = False) -> Items:
     away = optim.offload == "always" or (drawing and optim.offload == "sampling")
     items = {"weights": shares.weights, "masters": shares.masters * (not away)}
     items["moments"] = 0.0 if away or optim.kind == PAGED else shares.moments
-    items["reference"] = 0.0 if drawing and optim.offload != "none" else shares.reference
+    items["reference"] = 0.0 if drawing and optim.offload != "none" and not _beside(case) else shares.reference
     if optim.offload == "always":
         items["buffers of the moments"] = _step_buffers(case, shares)
     if not cuda:  # what leaves the device stays on the host, which is the same
@@ -157,6 +158,11 @@ def _resident(case: Case, shares: Shares, *, drawing: bool = False) -> Items:
         if optim.offload == "sampling":
             items["host's copies"] = shares.moments + shares.masters + shares.reference
     return {name: size for name, size in items.items() if size}
+
+
+def _beside(case: Case) -> bool:
+    """Whether replies are drawn beside the update, which needs the reference."""
+    return case.recipe.rollout.engine == "vllm" and case.recipe.rollout.ahead > 0
 
 
 def _step_buffers(case: Case, shares: Shares) -> float:
@@ -217,8 +223,9 @@ def _moments(case: Case, shares: Shares, held: Activations, size: Size) -> Itera
     mask = mask_bytes(size.tokens, size.longest) if case.recipe.packing == "plain" else 0.0
     yield {"activations": kept + forward + mask, "features": features, "gathered weights": gathered, **summed}
     vocabulary = text.vocab_size * text.hidden_size
-    rows = 2 * width * size.tokens * text.hidden_size  # hidden states and their gradient
-    work = min(WORKSPACE, size.tokens * text.vocab_size * (width if case.low else 12))
+    predicted = min(size.tokens, size.predicted)
+    rows = 2 * width * predicted * text.hidden_size  # hidden states and their gradient
+    work = min(WORKSPACE, predicted * text.vocab_size * (width if case.low else 12))
     head = work
     if case.shapes.trains_head:
         rounded = 2.0 * vocabulary if case.low and not shares.cast and case.recipe.model.dtype == "bfloat16" else 0.0
@@ -271,7 +278,7 @@ def _away(case: Case, shares: Shares) -> Items:
     items, optim = _host(case, shares), case.recipe.optim
     if case.machine.cuda and optim.offload == "sampling":
         items["moments"] = (shares.moments + shares.masters) * case.machine.count
-    if case.machine.cuda and optim.offload != "none" and shares.reference:
+    if case.machine.cuda and optim.offload != "none" and shares.reference and not _beside(case):
         items["reference"] = shares.reference * case.machine.count
     return items
 
@@ -296,26 +303,26 @@ def _drawing(case: Case, shares: Shares, held: Activations, name: str, longest: 
     if recipe.model.quantize == "nf4":
         device["a matrix in 16 bits"] = shares.matrix
     # images pass the tower first, then their prompts are read
-    images = case.workload.images > 0
-    reading = max(held.reading(max(READ_TOKENS, prompt)), held.looking(min(READ_PATCHES, 4 * READ_TOKENS)) if images else 0.0)
-    device["drawing"] = max(reading, float(DRAWING * min(DRAWN_AT_ONCE, MOST_ROWS * text.vocab_size)))
+    grpo = recipe if isinstance(recipe, GRPORecipe) and name == "sample" else None
+    prompts, n = _prompts(case, grpo)
+    read = min(max(READ_TOKENS, prompt), prompts * case.workload.prompt)
+    looked = min(READ_PATCHES, 4 * read * case.workload.images / case.workload.prompt)
+    rows = min(float(MOST_ROWS), prompts * n)
+    drawing = (DRAWING if case.low else 4) * min(float(DRAWN_AT_ONCE), rows * text.vocab_size)
+    device["drawing"] = max(held.reading(read), held.looking(looked), drawing)
     device = {k: v for k, v in device.items() if v}
     room = max(0.0, case.machine.usable - sum(device.values()) + device["drawing"])  # what is free when the budget is asked for
-    grpo = recipe if isinstance(recipe, GRPORecipe) and name == "sample" else None
     wanted = float(grpo.sampling.kv_tokens * kv) if grpo and grpo.sampling.kv_tokens else SHARE * room
-    everything = _all_at_once(case, longest, grpo) * kv
+    everything = prompts * (case.workload.prompt + n * longest) * kv
     device["keys and values"] = max(min(wanted, everything), float(needed * kv))
     tokens = int(min(wanted, max(0.0, room - device["drawing"])) // kv)
     return Phase(name, device, case.machine.usable, _away(case, shares), kv_tokens=tokens, kv_needed=needed)
 
 
-def _all_at_once(case: Case, longest: int, grpo: GRPORecipe | None) -> float:
-    """Tokens of all prompts and replies of a rank, each prompt's once, where their number is known."""
-    if grpo is None:
-        rows, n = float(case.recipe.eval.limit or "inf"), 1
-    else:
-        rows, n = grpo.prompts * max(1.0, grpo.sampling.oversample), grpo.sampling.n
-    return rows / case.machine.count * (case.workload.prompt + n * longest)
+def _prompts(case: Case, grpo: GRPORecipe | None) -> tuple[float, int]:
+    """How many prompts of a rank are replied to, where that is known, and how many replies each has."""
+    rows = grpo.prompts * max(1.0, grpo.sampling.oversample) if grpo else float(case.recipe.eval.limit or "inf")
+    return rows / case.machine.count, grpo.sampling.n if grpo else 1
 
 
 def _save(case: Case, shares: Shares) -> Phase:

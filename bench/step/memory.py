@@ -1,0 +1,215 @@
+"""What `actial plan` says that a run holds, beside what the process then held: largest resident memory on a CPU, shape by shape.
+
+    python -m bench.step.memory [--cases REGEX] [--hidden 256] [--layers 6] [--json FILE]
+
+Every case has a process of its own, which loads a Qwen2.5-VL of random weights as a run does, and makes two updates (loss, backward, AdamW;
+the second is measured, when gradients and moments exist) of prompts of about 800 tokens, two images in each, with a few replies; or draws
+replies with the embedded sampler: reading, long prompts and one token each, or decoding, short ones and many tokens. Measured is VmHWM,
+set back before what is measured, over what the process held before the model was loaded (Linux). Predicted is the fullest moment of the
+budget's phase for the batch's own size. The allocator gives memory back at once (MALLOC_MMAP_THRESHOLD_), one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from actial_fast import grpo
+from actial_fast.budget.gpus import Machine
+from actial_fast.budget.models import config_of as widths_of
+from actial_fast.budget.models import shapes_of
+from actial_fast.budget.phases import Case, Phase, Size, phases_of
+from actial_fast.budget.workload import Workload
+from actial_fast.model.policy import load_policy
+from actial_fast.rollout.embedded import Embedded
+from actial_fast.rollout.protocol import Draw, awake
+from actial_fast.settings.config import load_recipe, to_yaml
+from actial_fast.settings.recipe import GRPORecipe
+from actial_fast.train.optim import build_optimizer
+from bench.harness.timing import machine
+from bench.step.models import VOCABULARY, config_of, token_ids
+from bench.step.shapes import narrow
+from bench.step.update import WHERE, _status, make_case
+
+ROOT = Path(__file__).parents[2]
+CLOSE = 0.10  # of what was measured: what a prediction may be off by
+FULL = {"model.checkpointing": "full", "model.tower_checkpointing": "full"}
+FROZEN = {"model.freeze": "[model.visual]"}
+LORA = {"model.lora.rank": 16, **FROZEN}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A case: keys of the recipe; prompts, with n replies of `mean` tokens each; draws: nothing is trained, replies are drawn."""
+
+    keys: dict[str, Any] = field(default_factory=dict)
+    prompts: int = 3
+    n: int = 4
+    mean: float = 250
+    draws: bool = False
+
+
+PLAIN = {"prompts": 1, "n": 4}
+SHAPES = {
+    "packed": Shape(),
+    "packed, checkpoints": Shape(FULL),
+    "packed, selective": Shape({"model.checkpointing": "selective", "model.tower_checkpointing": "full"}),
+    "packed, frozen tower": Shape(FROZEN),
+    "plain": Shape({"packing": "plain"}, **PLAIN),
+    "plain, checkpoints": Shape({"packing": "plain", **FULL}, **PLAIN),
+    "LoRA": Shape(LORA),
+    "LoRA, checkpoints": Shape({**LORA, "model.checkpointing": "full"}),
+    "LoRA, tower too": Shape({"model.lora.rank": 16, "model.lora.tower": True, "model.lora.merger": True}),
+    "NF4": Shape({**LORA, "model.quantize": "nf4"}),
+    "AdamW in 8 bits": Shape({"optim.kind": "adamw8bit", **FULL}),
+    "moments on the host": Shape({"optim.offload": "always", **FULL}),
+    "reading prompts": Shape(prompts=8, n=2, mean=2, draws=True),
+    "decoding": Shape(prompts=2, n=64, mean=96, draws=True),
+}
+
+
+def recipe_of(shape: Shape, folder: Path) -> GRPORecipe:
+    """The recipe of a case, on the checkpoint in `folder`."""
+    keys = {"kind": "grpo", "model": {"path": str(folder)}, "loss": {"beta": 0.0}, "prompts": shape.prompts, "minibatch": shape.prompts}
+    keys |= {"sampling": {"n": max(2, shape.n), "max_new_tokens": int(shape.mean)}, "micro_batch": shape.n, "pack_tokens": 1 << 20}
+    keys |= {"pack_patches": 1 << 20, "eval": {"sources": []}}
+    path = folder / "recipe.yaml"
+    path.write_text(to_yaml(keys))
+    recipe = load_recipe(path, [f"{key}={to_yaml(value) if not isinstance(value, str) else value}" for key, value in shape.keys.items()])
+    assert isinstance(recipe, GRPORecipe)
+    return recipe
+
+
+def create(folder: Path, hidden: int, layers: int) -> None:
+    """A checkpoint of random weights, and of so many layers and half as many tower blocks."""
+    case = make_case(1, 1, 10, str(folder / "images"))
+    text, vision = narrow(VOCABULARY, hidden)
+    text |= {"num_hidden_layers": layers, "num_attention_heads": hidden // 32, "num_key_value_heads": hidden // 64}
+    vision |= {"depth": layers // 2, "fullatt_block_indexes": [layers // 2 - 1]}
+    torch.manual_seed(0)
+    Qwen2_5_VLForConditionalGeneration(config_of(case.tokenizer, text, vision)).save_pretrained(folder)
+
+
+def one(name: str, folder: Path) -> dict[str, Any]:
+    """A case in this process: bytes measured and predicted, and the fullest moment's items."""
+    torch.set_num_threads(1)
+    shape = SHAPES[name]
+    recipe = recipe_of(shape, folder)
+    case = make_case(shape.prompts, shape.n, shape.mean, str(folder / "images"))
+    (image,) = token_ids(case.tokenizer, "image_pad")
+    stop = [case.tokenizer.eos_token_id]
+    processor = SimpleNamespace(image_token=image, pad=case.tokenizer.pad_token_id, merge=2, store=case.store, stop_tokens=stop)
+    processor.never_sampled = lambda size: [image, *stop]
+    torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64)).sum()  # libraries begin with the first product
+    before = _status("VmRSS")
+    policy = load_policy(recipe.model, WHERE.device, 0, packed=recipe.packing == "packed")
+    prompts = sum(case.prompt_lengths[:: case.n])
+    images = sum(s.sequence.patches for s in case.samples[:: case.n]) / 4
+    load = Workload(prompts / case.prompts, images / case.prompts, shape.mean, longest=max(case.prompt_lengths), rows=case.prompts)
+    about = Case(recipe, shapes_of(widths_of(str(folder)), recipe.model), Machine(1, 0.0, host=1e15, cuda=False), load)
+    if shape.draws:
+        cut = [replace(s.sequence, ids=s.sequence.ids[:size], trained=s.sequence.trained[:size], positions=s.sequence.positions[:, :size])
+               for s, size in list(zip(case.samples, case.prompt_lengths, strict=True))[:: case.n]]  # fmt: skip
+        _set_back()
+        with awake(Embedded(policy, processor), 0) as engine:
+            engine.generate(cut, Draw(case.n, 1.0, int(shape.mean), 0), [(0, i) for i in range(case.prompts)])
+        return _row(name, before, _phase(phases_of(about), "sample"))
+    optimizer, size = build_optimizer(policy, recipe.optim), Size(1, 1, 1)
+    for _ in range(2):
+        (rounds,) = grpo._passes(policy, None, processor, [case.samples], recipe, WHERE).updates
+        _set_back()
+
+        def watched(rounds: Any = rounds) -> Any:
+            nonlocal size
+            for each in rounds:
+                tokens = each.batch.input_ids.numel()
+                shown = 4 * images * (1 if recipe.packing == "packed" else case.n)
+                size = Size(tokens, int(shown), each.batch.input_ids.shape[-1], len(each.batch.targets))
+                yield each
+
+        grpo._accumulate(policy, case.samples, (sum(map(len, case.samples)), len(case)), watched(), recipe, WHERE)
+        optimizer.step()
+        peak = _status("VmHWM")
+        optimizer.zero_grad(set_to_none=False)  # a later micro-batch of a step finds gradients
+    return _row(name, before, _phase(phases_of(about, size), "update"), peak)
+
+
+def _phase(phases: list[Phase], name: str) -> Phase:
+    return next(phase for phase in phases if phase.name == name)
+
+
+def _row(name: str, before: float, phase: Phase, peak: float | None = None) -> dict[str, Any]:
+    measured = ((peak or _status("VmHWM")) - before) * 2**20
+    items = {item: round(size / 1e6, 1) for item, size in phase.device.items()}
+    figures = {"measured_mb": round(measured / 1e6, 1), "predicted_mb": round(phase.held / 1e6, 1), "off": round(phase.held / measured - 1, 4)}
+    return {"case": name, **figures, "items_mb": items}
+
+
+def _set_back() -> None:
+    """VmHWM to what the process holds now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """The result as it goes into the JSON."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        create(Path(folder), args.hidden, args.layers)
+        for name in (name for name in SHAPES if re.search(args.cases, name)):
+            rows.append(in_process(name, Path(folder)))
+            print(line(rows[-1]), flush=True)
+    settings = {"hidden": args.hidden, "layers": args.layers, "close": CLOSE}
+    return {"schema": 1, "machine": machine(), "settings": settings, "cases": rows}
+
+
+def in_process(name: str, folder: Path) -> dict[str, Any]:
+    """A case in a process of its own."""
+    environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "bench.step.memory", "--one", name, "--folder", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    """A case for the terminal."""
+    return f"{row['case']:<22} measured {row['measured_mb']:8,.0f} MB  predicted {row['predicted_mb']:8,.0f} MB  {row['off']:+6.1%}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, and write the JSON when asked; 1 when a prediction is off by more than CLOSE."""
+    parser = argparse.ArgumentParser(prog="python -m bench.step.memory", description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", metavar="REGEX", default="", help=f"those whose name has a match, of {', '.join(SHAPES)}")
+    parser.add_argument("--hidden", type=int, default=256, help="width, a multiple of 64 (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=6, help="decoder layers, an even number (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the figures to this file")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.hidden < 64 or args.hidden % 64 or args.layers < 2 or args.layers % 2:
+        parser.error("--hidden must be a multiple of 64, and --layers even")
+    if args.one:
+        print(json.dumps(one(args.one, args.folder)))
+        return 0
+    result = measured(args)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return int(any(abs(row["off"]) > CLOSE for row in result["cases"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
