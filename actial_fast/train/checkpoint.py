@@ -26,12 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from actial_fast.model.policy import Policy, save_settings
 from actial_fast.model.processor import Processor
 from actial_fast.model.tensors import sync, write
-from actial_fast.model.weights import local, rows_of, share
+from actial_fast.model.weights import copy_of, local, rows_of, share
 from actial_fast.train.dist import World
 from actial_fast.train.export import export, facts, open_ranks
 from actial_fast.train.guard import NonFinite
@@ -258,11 +257,9 @@ def _rows(policy: Policy, optimizer: torch.optim.Optimizer, where: World) -> dic
     for name, tensor in named.items():
         start, stop = rows_of(tensor)
         value = local(tensor)
-        if not isinstance(tensor, DTensor):
-            start, stop = share(stop, where.rank, where.size)
-            value = value[start:stop] if value.ndim else value
-        if start < stop:
-            out[name] = (value, start)
+        first, end = share(stop - start, *copy_of(tensor, where.rank, where.size))
+        if first < end:
+            out[name] = (value[first:end] if value.ndim else value, start + first)
     return out | {f"rng/{where.rank}/{kind}": (value, 0) for kind, value in rng_states().items()}
 
 

@@ -20,6 +20,7 @@ from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.tasks.rewards import probe
 from actial_fast.train.dist import Agreed, World
 from actial_fast.train.packages import vllm_problem
+from actial_fast.train.sharding import unfit
 
 FIRST = 4  # rows of a source that are read and encoded
 TRUTHS = 64  # rows among which one must have a truth to evaluate with
@@ -47,6 +48,8 @@ def problems_of(recipe: SFTRecipe | GRPORecipe, encode: Encode, folder: Path, wh
 
 
 def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, folder: Path, where: World) -> Iterator[str]:
+    if problem := unfit(recipe.dist, where):
+        yield problem
     yield from (misfits := check_checkpoint(recipe.model.path))
     if not misfits:
         yield from _room(recipe, folder, where)

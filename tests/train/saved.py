@@ -25,7 +25,8 @@ from actial_fast.model.weights import local
 from actial_fast.settings.model import LoRAConfig, ModelConfig
 from actial_fast.settings.running import OptimConfig
 from actial_fast.train import checkpoint
-from actial_fast.train.dist import World, shard, world
+from actial_fast.train.dist import World, world
+from actial_fast.train.sharding import shard
 from actial_fast.train.stage import build_optimizer
 from tests.faults import leave
 
