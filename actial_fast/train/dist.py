@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,11 +43,14 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh | None = None
+    _grids: dict[int, DeviceMesh] = field(default_factory=dict, repr=False)
 
     def grid(self, replicas: int) -> DeviceMesh:
         """The ranks as so many rows of neighbours, mesh dimensions "replica" and "shard". Every rank calls; made once."""
-        assert self.mesh is not None
-        return _grid(self.device.type, replicas, self.size)
+        if replicas not in self._grids:
+            shape = replicas, self.size // replicas
+            self._grids[replicas] = init_device_mesh(self.device.type, shape, mesh_dim_names=("replica", "shard"))
+        return self._grids[replicas]
 
     @property
     def main(self) -> bool:
@@ -108,11 +110,6 @@ class World:
             dist.barrier()
 
 
-@functools.cache
-def _grid(kind: str, replicas: int, size: int) -> DeviceMesh:
-    return init_device_mesh(kind, (replicas, size // replicas), mesh_dim_names=("replica", "shard"))
-
-
 @contextlib.contextmanager
 def world(minutes: float = 60) -> Iterator[World]:
     """The world that torchrun describes in the environment, or a single process; ended on leaving. minutes: how long a rank waits for
@@ -137,7 +134,6 @@ def world(minutes: float = 60) -> Iterator[World]:
             raise PeerLost(f"no answer from another rank for {minutes:g} minutes (dist.timeout): {str(error).splitlines()[0]}") from error
         raise
     finally:
-        _grid.cache_clear()
         # after an error the peers may never answer, so only a clean end waits for the group
         dist.destroy_process_group()
 

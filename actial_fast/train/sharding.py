@@ -59,8 +59,8 @@ def shard(policy: Policy, where: World, config: DistConfig = SHARDED) -> Policy:
         group.set_force_sum_reduction_for_comms(True)  # a plain sum, which gloo has and NCCL does without a copy
         group.set_reshard_after_forward(group not in kept, recurse=False)
         group.set_reshard_after_backward(config.reshard == "block", recurse=False)
-        if group is embedding:
-            group.set_unshard_in_backward(False)
+        if group in (embedding, head, policy):
+            group.set_unshard_in_backward(False)  # gathered still, or not needed
     return policy
 
 
