@@ -34,13 +34,14 @@ from actial_fast.settings.recipe import GRPORecipe
 from actial_fast.tasks.rewards import Scorer
 from actial_fast.train import checkpoint
 from actial_fast.train.account import Account
-from actial_fast.train.dist import World, clip_gradients, is_sharded, reduce_gradients, shard, world
+from actial_fast.train.dist import World, clip_gradients, reduce_gradients, world
 from actial_fast.train.guard import Guard
 from actial_fast.train.mismatch import Band, Mismatch
 from actial_fast.train.optim import parameters_of, set_learning_rate
 from actial_fast.train.phases import Timer, untimed
 from actial_fast.train.rounds import Pass, Round, balanced, passes
 from actial_fast.train.samples import Sample, figures, shown
+from actial_fast.train.sharding import is_sharded, shard
 from actial_fast.train.stage import (
     Stage,
     begin,
@@ -77,7 +78,7 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
         parameters, guard, total = parameters_of(policy), Guard(optimizer, recipe.optim.max_skipped), recipe.steps
         reference = None
         if (recipe.loss.beta > 0 or not recipe.skip_reference) and not policy.adapted:
-            place = functools.partial(shard, where=where) if recipe.dist.fsdp else None
+            place = functools.partial(shard, where=where, config=recipe.dist) if recipe.dist.fsdp else None
             reference = load_reference(recipe.model, where.device, packed=recipe.packing == "packed", place=place)
         log, stop = stack.enter_context(open_log(recipe, start, total, where)), stack.enter_context(Stop(where))
         scorer, replies = stack.enter_context(Scorer(recipe.rewards)), Kept(stage.folder, digest(recipe))

@@ -25,10 +25,11 @@ from actial_fast.packing.batch import Sequence
 from actial_fast.rollout.engines import open_engine
 from actial_fast.settings.recipe import SFTRecipe
 from actial_fast.train.account import Account
-from actial_fast.train.dist import World, clip_gradients, is_sharded, reduce_gradients, world
+from actial_fast.train.dist import World, clip_gradients, reduce_gradients, world
 from actial_fast.train.guard import Guard
 from actial_fast.train.optim import parameters_of, set_learning_rate
 from actial_fast.train.rounds import Pass, balanced, passes
+from actial_fast.train.sharding import is_sharded
 from actial_fast.train.stage import (
     begin,
     draw,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from actial_fast.budget.gpus import GB, Machine
 from actial_fast.budget.models import Shapes
@@ -90,7 +91,7 @@ class Case:
         """Whether FSDP shards it."""
         return self.recipe.dist.fsdp and self.machine.count > 1
 
-    @property
+    @cached_property
     def shares(self) -> Shares:
         """What each rank holds of the model."""
         return shares_of(self.recipe, self.shapes, self.machine)

@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from actial_fast.budget.gpus import Machine
 from actial_fast.budget.models import shapes_of
-from actial_fast.budget.phases import Case, Phase, Recipe, Size, largest_batch, phases_of
+from actial_fast.budget.phases import PAGED, Case, Phase, Recipe, Size, largest_batch, phases_of
 from actial_fast.budget.rates import Rates
 from actial_fast.budget.seconds import Range, seconds_of
 from actial_fast.budget.workload import Workload
@@ -80,11 +80,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Change:
-    """Keys and their new values, what they cost in words, and the plan with them."""
+    """Keys and their new values, what they cost in words, the plan with them, and whether the same is trained, to the same numbers."""
 
     keys: dict[str, Any]
     cost: str
     plan: Plan
+    same: bool
+
+
+class Option(NamedTuple):
+    """Keys that take memory away, what that costs, and whether the same is trained, to the same numbers but for rounding."""
+
+    keys: dict[str, Any]
+    cost: str
+    same: bool = True
 
 
 def plan(recipe: Recipe, config: Any, machine: Machine, workload: Workload, rates: Rates | None = None) -> Plan:
@@ -93,45 +102,46 @@ def plan(recipe: Recipe, config: Any, machine: Machine, workload: Workload, rate
 
 
 def changes(made: Plan) -> tuple[list[Change], Change | None]:
-    """What makes a plan fit that does not: single changes, cheapest first, that do; where none does, several together, or None."""
-    single, helpful = [], []
-    for keys, cost in options(made):
-        if (tried := _with(made, keys)) is None:
-            continue
-        if tried.fits:
-            single.append(Change(keys, cost, tried))
-        elif tried.over < (1 - HELPS) * made.over:
-            helpful.append((keys, cost))
-    return single, None if single else _together(made)
+    """What makes a plan fit that does not: single changes that do, cheapest first; and several cheap ones together, where no single one
+    does that trains the same. None where nothing does."""
+    single = []
+    for option in options(made):
+        tried = _with(made, option.keys)
+        if tried is not None and tried.fits:
+            single.append(Change(option.keys, option.cost, tried, option.same))
+    if any(each.same for each in single):
+        return single, None
+    together = _together(made)
+    return single, together if together and len(together.keys) > 1 and together.keys not in [each.keys for each in single] else None
 
 
 def _together(made: Plan) -> Change | None:
-    """Cheap changes one after another for as long as each helps, without those that turn out not to be needed."""
-    taken: list[tuple[dict[str, Any], str]] = []
+    """Cheap changes one after another for as long as each helps, without those that turn out not to be needed, the dearest first."""
+    taken: list[Option] = []
     at = made
     for _ in range(2):  # a second round: some changes are possible after others only
         for number in itertools.count():
-            offered = list(options(at))
+            offered = [option for option in options(at) if option.keys not in [each.keys for each in taken]]
             if number >= len(offered) or at.fits:
                 break
-            tried = _with(at, offered[number][0])
-            if tried is not None and tried.over < (1 - HELPS) * at.over:
+            tried = _with(at, offered[number].keys)
+            if tried is not None and (tried.fits or tried.over < (1 - HELPS) * at.over):
                 taken.append(offered[number])
                 at = tried
     if not at.fits:
         return None
-    for each in list(taken):
+    for each in reversed(list(taken)):
         rest = [other for other in taken if other is not each]
         without = _with(made, _joined(rest))
         if without is not None and without.fits:
             taken, at = rest, without
-    return Change(_joined(taken), "; ".join(dict.fromkeys(cost for _, cost in taken)), at)
+    return Change(_joined(taken), "; ".join(dict.fromkeys(each.cost for each in taken)), at, all(each.same for each in taken))
 
 
-def _joined(taken: list[tuple[dict[str, Any], str]]) -> dict[str, Any]:
+def _joined(taken: list[Option]) -> dict[str, Any]:
     out: dict[str, Any] = {}
-    for keys, _ in taken:
-        out |= keys
+    for each in taken:
+        out |= each.keys
     return out
 
 
@@ -152,66 +162,71 @@ def _changed(config: Any, path: list[str], value: Any) -> Any:
     return replace(config, **{name: _changed(getattr(config, name), rest, value) if rest else value})
 
 
-def options(made: Plan) -> Iterator[tuple[dict[str, Any], str]]:
-    """Changes that take memory away, cheapest first, with what they cost. Not all of them help everywhere."""
+def options(made: Plan) -> Iterator[Option]:
+    """Changes that may take memory away, cheapest first: those that change where things lie, then what is computed again, then what is
+    kept with fewer bits, then what is trained."""
     recipe, machine = made.case.recipe, made.case.machine
     model, optim, dist = recipe.model, recipe.optim, recipe.dist
     adapters = model.lora.rank > 0
     if machine.count > 1 and not dist.fsdp:
-        yield {"dist.fsdp": True}, "weights travel between the ranks, twice a micro-batch"
+        yield Option({"dist.fsdp": True}, "weights travel between the ranks, twice a micro-batch")
     if dist.reshard == "step":
-        yield {"dist.reshard": "block"}, "weights travel twice a micro-batch"
+        yield Option({"dist.reshard": "block"}, "weights travel twice a micro-batch")
     if dist.reduce == "step":
-        yield {"dist.reduce": "pass"}, "gradients travel every micro-batch"
+        yield Option({"dist.reduce": "pass"}, "gradients travel every micro-batch")
     if model.frozen_dtype == "float32" and (adapters or model.freeze or made.case.shares.reference):
-        yield {"model.frozen_dtype": "bfloat16"}, "frozen weights as published, in 16 bits"
+        yield Option({"model.frozen_dtype": "bfloat16"}, "frozen weights as published, in 16 bits")
+    if machine.cuda and optim.offload == "none" and not adapters:
+        yield Option({"optim.offload": "sampling"}, "moments go to the host and back every step")
     yield from _for_sampling(made)
     for tokens in _smaller_batches(made):
-        yield {"pack_tokens": tokens, "pack_patches": min(recipe.pack_patches, 4 * tokens)}, "smaller micro-batches"
+        yield Option({"pack_tokens": tokens, "pack_patches": min(recipe.pack_patches, 4 * tokens)}, "smaller micro-batches")
     if recipe.packing == "plain" and recipe.micro_batch > 1:
-        yield {"micro_batch": 1}, "smaller micro-batches"
+        yield Option({"micro_batch": 1}, "smaller micro-batches")
     if model.checkpointing == "none":
-        yield {"model.checkpointing": "selective"}, "layers are computed again but for attention"
+        yield Option({"model.checkpointing": "selective"}, "layers are computed again but for attention")
     if model.checkpointing != "full":
-        yield {"model.checkpointing": "full"}, "layers are computed again"
+        yield Option({"model.checkpointing": "full"}, "layers are computed again")
     if model.tower_checkpointing == "none" and made.case.shapes.trains_tower:
-        yield {"model.tower_checkpointing": "full"}, "the tower's blocks are computed again"
-    if machine.cuda and optim.offload == "none":
-        yield {"optim.offload": "sampling"}, "moments go to the host and back every step"
+        yield Option({"model.tower_checkpointing": "full"}, "the tower's blocks are computed again")
     if not model.offload_activations and model.checkpointing != "none" and machine.cuda:
-        yield {"model.offload_activations": True}, "what checkpoints keep goes to the host and back"
+        yield Option({"model.offload_activations": True}, "what checkpoints keep goes to the host and back")
+    if machine.cuda and optim.offload != "always" and optim.kind != PAGED and not adapters:
+        yield Option({"optim.offload": "always"}, "moments pass through the device every step")
     if optim.kind == "adamw" and not adapters:
-        yield {"optim.kind": "adamw8bit"}, "moments in 8 bits"
-    if machine.cuda and optim.offload != "always" and not adapters:
-        yield {"optim.offload": "always"}, "moments pass through the device every step"
+        yield Option({"optim.kind": "adamw8bit"}, "moments in 8 bits", False)
     if model.dtype == "float32" and not adapters:
-        yield {"model.dtype": "bfloat16"}, "weights in 16 bits, rounded stochastically"
+        yield Option({"model.dtype": "bfloat16"}, "weights in 16 bits, rounded stochastically", False)
     if not adapters:
-        yield {"model.lora.rank": 16, "model.frozen_dtype": "bfloat16"}, "adapters are trained in place of the weights"
-    if machine.cuda and model.quantize == "none" and (adapters or machine.count == 1):
-        yield {"model.lora.rank": model.lora.rank or 16, "model.quantize": "nf4"}, "the base is rounded to 4 bits"
+        yield Option({"model.lora.rank": 16, "model.frozen_dtype": "bfloat16"}, "adapters are trained in place of the weights", False)
+    if machine.cuda and model.quantize == "none":
+        keys = {"model.lora.rank": model.lora.rank or 16, "model.quantize": "nf4", "model.frozen_dtype": "bfloat16"}
+        yield Option(keys, "adapters are trained, beside a base rounded to 4 bits", False)
     prompt, reply = recipe.data.max_prompt_tokens, 0 if not isinstance(recipe, GRPORecipe) else recipe.sampling.max_new_tokens
     for divisor in (2, 4, 8):
-        keys: dict[str, Any] = {"data.max_prompt_tokens": prompt // divisor}
+        shorter = {"data.max_prompt_tokens": prompt // divisor}
         if reply:
-            keys["sampling.max_new_tokens"] = max(256, reply // divisor)
-        yield keys, "longer prompts and replies are left out or cut"
+            shorter["sampling.max_new_tokens"] = min(reply, max(1024, reply // divisor))
+        yield Option(shorter, "longer prompts are left out, longer replies cut", False)
 
 
-def _for_sampling(made: Plan) -> Iterator[tuple[dict[str, Any], str]]:
-    recipe, width = made.case.recipe, 2 if made.case.low else 4
+def _for_sampling(made: Plan) -> Iterator[Option]:
+    """For phases in which replies are drawn, where one of them does not fit."""
+    recipe, kv = made.case.recipe, (2 if made.case.low else 4) * made.case.shapes.kv_elements
     for phase in made.phases:
         if phase.name not in ("sample", "eval") or phase.fits:
             continue
         if "vLLM" in phase.device:
-            kv = width * made.case.shapes.kv_elements
-            share = (phase.device["vLLM"] + min(0.0, phase.spare)) / made.case.machine.memory
-            need = max(0, phase.kv_needed - (phase.kv_tokens or 0)) * kv / made.case.machine.memory
-            for wanted in (share - 0.005, recipe.rollout.gpu_memory + need + 0.005):
-                if 0.05 < wanted <= 1:
-                    yield {"rollout.gpu_memory": round(wanted, 2)}, "less room for replies at once" if need == 0 else "more of the device is vLLM's"
+            memory = made.case.machine.memory
+            if phase.spare < 0:
+                less = (phase.device["vLLM"] + phase.spare) / memory
+                yield from [Option({"rollout.gpu_memory": int(100 * less) / 100}, "fewer replies at once")] if less > 0.05 else []
+            lacks = max(0, phase.kv_needed - (phase.kv_tokens or 0)) * kv / memory
+            if 0 < lacks and recipe.rollout.gpu_memory + lacks < 0.99:
+                yield Option({"rollout.gpu_memory": round(recipe.rollout.gpu_memory + lacks + 0.005, 2)}, "more of the device is vLLM's")
+            yield Option({"rollout.engine": "embedded"}, "the trainer's own sampler draws, more slowly")
         elif phase.name == "sample" and (phase.kv_tokens or 0) >= phase.kv_needed:
-            yield {"sampling.kv_tokens": phase.kv_tokens}, "fewer replies at once"
+            yield Option({"sampling.kv_tokens": phase.kv_tokens}, "fewer replies at once")
 
 
 def _smaller_batches(made: Plan) -> list[int]:

@@ -19,10 +19,13 @@ def verdict(made: Plan) -> str:
     if made.fits:
         least = min(made.phases, key=lambda p: p.spare)
         return f"fits {where}: {gb(least.spare)} to spare in the fullest phase, {least.name}"
-    bad = [f"{p.name} {problem(p)}" for p in made.phases if not p.fits]
+    bad = sorted((p for p in made.phases if not p.fits), key=lambda p: p.spare)
+    said = [f"{bad[0].name} {problem(bad[0])}"] if bad else []
+    if len(bad) > 1:
+        said.append(f"nor do{'es' if len(bad) == 2 else ''} {', '.join(p.name for p in bad[1:])} fit")
     if made.host_spare < 0:
-        bad.append(f"the host lacks {gb(-made.host_spare)}")
-    return f"does not fit {where}: {'; '.join(bad)}"
+        said.append(f"the host lacks {gb(-made.host_spare)}")
+    return f"does not fit {where}: {'; '.join(said)}"
 
 
 def problem(phase: Phase) -> str:
@@ -96,10 +99,10 @@ def _advice(made: Plan) -> Iterator[str]:
     if single:
         yield "any one of these makes it fit, cheapest first:"
         yield from (_change(each) for each in single)
-    elif together:
-        yield "these together make it fit:"
+    if together:
+        yield f"{'or ' if single else ''}these together make it fit{', and train the same' if together.same else ''}:"
         yield _change(together)
-    else:
+    if not single and not together:
         yield "no change of keys that is known makes it fit; it takes more or larger GPUs, or a smaller model"
 
 
@@ -112,7 +115,7 @@ def _change(each: Change) -> str:
 def advice_line(made: Plan) -> str:
     """What to change, in a line, for an error."""
     single, together = changes(made)
-    chosen = single[0] if single else together
+    chosen = together if together and together.same else single[0] if single else together
     if chosen is None:
         return "no change of keys that is known makes it fit"
     return f"{_keys(chosen.keys)} would ({chosen.cost})"

@@ -8,6 +8,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -69,6 +70,10 @@ class Policy(nn.Module):
         self.model = model
         self.compute_dtype = compute_dtype
         self.config = config or ModelConfig()
+        self.travel: Any = None
+        """What train.sharding settled for it, where it is sharded."""
+        for module in (self.base.model.get_input_embeddings(), self.base.lm_head):
+            module.lend = MethodType(_lend, module)
 
     @property
     def base(self) -> Qwen2_5_VLForConditionalGeneration:
@@ -112,7 +117,7 @@ class Policy(nn.Module):
                 with named("trunk"):
                     hidden = base.model(**inputs)
             with named("head"):
-                return head(hidden, base.lm_head.weight)
+                return base.lm_head.lend(head, hidden)
 
     def _packed(self, batch: PackedBatch) -> Tensor:
         """Hidden states (L, H) of a packed batch, whose shared prefixes pass the layers once."""
@@ -120,7 +125,9 @@ class Policy(nn.Module):
         assert batch.features is not None or not batch.images, "the images of a packed batch pass the tower first (features.Features)"
         trunk, features = self.base.model, batch.features
         with named("embedding"):
-            embeds = embed(batch.input_ids, trunk.get_input_embeddings().weight, features, batch.image_slots, batch.image_rows)
+            embeds = trunk.get_input_embeddings().lend(
+                lambda table: embed(batch.input_ids, table, features, batch.image_slots, batch.image_rows)
+            )
         with named("trunk"):
             out = trunk.language_model(
                 inputs_embeds=embeds[None],
@@ -139,6 +146,11 @@ class Policy(nn.Module):
         """The model as it was before its adapters, for the time of a with block."""
         assert self.adapted, "there is no adapter to switch off"
         return self.model.disable_adapter()
+
+
+def _lend(module: nn.Module, use: Callable[..., Any], *args: Tensor) -> Any:
+    """use(*args, the module's weight), which sharding takes for a forward pass of the module, and gathers its weight."""
+    return use(*args, module.weight)
 
 
 def load_policy(

@@ -174,8 +174,17 @@ def rows_of(tensor: Tensor) -> tuple[int, int]:
     """Which rows of the whole tensor this rank has: start, stop (0 to 1 for a scalar)."""
     if not isinstance(tensor, DTensor):
         return (0, tensor.shape[0]) if tensor.ndim else (0, 1)
-    assert len(tensor.placements) == 1 and tensor.placements[0].is_shard(0), f"sharded by rows over one mesh, not {tensor.placements}"
-    return share(tensor.shape[0], tensor.device_mesh.get_local_rank(), tensor.device_mesh.size())
+    (along,) = [i for i, placement in enumerate(tensor.placements) if placement.is_shard()]
+    assert tensor.placements[along].is_shard(0), f"sharded by rows, not {tensor.placements}"
+    return share(tensor.shape[0], tensor.device_mesh.get_local_rank(along), tensor.device_mesh.size(along))
+
+
+def copy_of(tensor: Tensor, rank: int, ranks: int) -> tuple[int, int]:
+    """How many ranks hold the same rows of the tensor as this one, and which of them this is: number, count. rank, ranks: of all."""
+    if not isinstance(tensor, DTensor):
+        return rank, ranks
+    copies = [i for i, placement in enumerate(tensor.placements) if placement.is_replicate()]
+    return (tensor.device_mesh.get_local_rank(copies[0]), tensor.device_mesh.size(copies[0])) if copies else (0, 1)
 
 
 def share(rows: int, rank: int, ranks: int) -> tuple[int, int]:

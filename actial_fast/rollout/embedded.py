@@ -24,8 +24,8 @@ from actial_fast.rollout.decoder import Decoder, Rows, serving
 from actial_fast.rollout.memory import kv_budget
 from actial_fast.rollout.protocol import UNWATCHED, Draw, Reply, Watch, never
 from actial_fast.rollout.schedule import Schedule, blocks_for
-from actial_fast.train.dist import gathered, recover
 from actial_fast.train.offload import Offload
+from actial_fast.train.sharding import gathered, recover
 
 SIZE = 16  # tokens of a block
 MOST_ROWS = 1024  # replies decoded at once: by then a step is bound by arithmetic, and more rows only wait for each other

@@ -26,12 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from actial_fast.model.policy import Policy, save_settings
 from actial_fast.model.processor import Processor
 from actial_fast.model.tensors import sync, write
-from actial_fast.model.weights import local, rows_of, share
+from actial_fast.model.weights import copy_of, local, rows_of, share
 from actial_fast.train.dist import World
 from actial_fast.train.export import export, facts, open_ranks
 from actial_fast.train.guard import NonFinite
@@ -252,13 +251,10 @@ def _rows(policy: Policy, optimizer: torch.optim.Optimizer, where: World) -> dic
     for name, parameter in policy.trained().items():
         for kind, tensor in {"weight": parameter, **optimizer.state.get(parameter, {})}.items():
             value = local(tensor)
-            if isinstance(parameter, DTensor) and value.ndim:
-                start, stop = rows_of(parameter)
-            else:
-                start, stop = share(rows_of(value)[1], where.rank, where.size)
-                value = value[start:stop] if value.ndim else value
-            if start < stop:
-                out[f"{kind}/{name}"] = (value, start)
+            start, stop = rows_of(parameter) if value.ndim else (0, 1)
+            first, end = share(stop - start, *(copy_of(parameter, where.rank, where.size) if value.ndim else (where.rank, where.size)))
+            if first < end:
+                out[f"{kind}/{name}"] = (value[first:end] if value.ndim else value, start + first)
     return out | {f"rng/{where.rank}/{kind}": (value, 0) for kind, value in rng_states().items()}
 
 

@@ -22,6 +22,7 @@ from actial_fast.tasks.rewards import probe
 from actial_fast.train.dist import Agreed, World
 from actial_fast.train.packages import vllm_problem
 from actial_fast.train.quantised import problem as problem_of_states
+from actial_fast.train.sharding import unfit
 
 FIRST = 4  # rows of a source that are read and encoded
 TRUTHS = 64  # rows among which one must have a truth to evaluate with
@@ -49,6 +50,8 @@ def problems_of(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, fold
 
 
 def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, folder: Path, where: World) -> Iterator[str]:
+    if problem := unfit(recipe.dist, where):
+        yield problem
     yield from (misfits := check_checkpoint(recipe.model.path) or _unplaced(recipe))
     processor = None
     try:

@@ -21,7 +21,8 @@ from actial_fast.packing.packed_ops import collect
 from actial_fast.packing.planning import Capacity
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.train.balance import Size, exchange, lengths_of
-from actial_fast.train.dist import World, is_sharded
+from actial_fast.train.dist import World
+from actial_fast.train.sharding import is_sharded, reduce_next, settle
 
 T = TypeVar("T")
 Recipe = SFTRecipe | GRPORecipe
@@ -100,12 +101,16 @@ def _sizes(groups: Many[Group], sequences: Many[Sequence]) -> list[Size]:
 def _plain(each: Pass, recipe: Recipe, processor: Processor, where: World) -> Iterator[Round]:
     sharded = is_sharded(each.policy)
     groups = micro_batches([len(s) for s in each.sequences], recipe.micro_batch)
-    for members in groups + [[]] * _missing(len(groups), sharded, where):
+    groups += [[]] * _missing(len(groups), sharded, where)
+    for k, members in enumerate(groups):
         chosen, idle = [each.sequences[i] for i in members], 0
         if sharded and not any(s.images for s in chosen):
             extra = dummy(processor)
             chosen, idle = [*chosen, extra], int(extra.trained[1:].sum())
+        for tower in (False, True):
+            reduce_next(each.policy, tower=tower, last=k + 1 == len(groups))
         yield Round(collate(chosen, processor.pad, processor.store).to(where.device), members, idle)
+    settle(each.policy)
 
 
 def _cut(each: Pass, recipe: Recipe, processor: Processor, where: World) -> list[Pieces]:
@@ -127,8 +132,9 @@ def _cut(each: Pass, recipe: Recipe, processor: Processor, where: World) -> list
 def _packed(
     each: Pass, cut: list[Pieces], images: list[list[Hashable]], features: Features, processor: Processor, where: World, *, last: bool
 ) -> Iterator[Round]:
+    seen = max((k for k, keys in enumerate(images) if keys), default=-1)  # behind it comes the tower's last backward pass
     with features if last else contextlib.nullcontext():
-        for pieces, keys in zip(cut, images, strict=True):
+        for k, (pieces, keys) in enumerate(zip(cut, images, strict=True)):
             sequences, idle = list(each.sequences), 0
             if not pieces:
                 extra = dummy(processor, image=False)
@@ -138,7 +144,10 @@ def _packed(
             assert tuple(keys[: len(batch.images)]) == batch.images, "the layout has the images in another order"
             batch = batch.to(where.device)
             with features.of(keys) as found:
+                reduce_next(each.policy, tower=False, last=k + 1 == len(cut))
                 yield Round(replace(batch, features=found), [i for i in order if i < len(each.sequences)], idle)
+                reduce_next(each.policy, tower=True, last=k == seen)
+    settle(each.policy)
 
 
 def _images(pieces: Pieces, sequences: Many[Sequence]) -> list[Hashable]:

@@ -24,13 +24,14 @@ from actial_fast.report.metrics import MetricLog
 from actial_fast.settings.config import describe, load_recipe, to_yaml
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.train import checkpoint
-from actial_fast.train.dist import World, shard
+from actial_fast.train.dist import World
 from actial_fast.train.guard import Guard
 from actial_fast.train.lock import locked
 from actial_fast.train.optim import build_optimizer
 from actial_fast.train.phases import Phases, measured_rate
 from actial_fast.train.preflight import Encode, Room, Unready, problems_of, processor_of
 from actial_fast.train.profile import Window
+from actial_fast.train.sharding import settle, shard
 
 # keys that a resumed run may set anew
 MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "data.image_cache", "dist.", "profile.", "rollout.gpu_memory", "optim.offload")
@@ -124,6 +125,7 @@ class Stage:
 
     def give_up(self, mark: Mark, step: int) -> None:
         """Leave `step`, in which no weight has changed, and save what was before it. Every rank calls."""
+        settle(self.policy)
         self.optimizer.zero_grad(set_to_none=True)
         checkpoint.set_rng_states(mark.rng)
         self.saver.wait()
@@ -155,7 +157,7 @@ def open_stage(recipe: SFTRecipe | GRPORecipe, start: int, where: World, encode:
     """
     folder, model, data = stage_folder(recipe), recipe.model, recipe.data
     torch.manual_seed(recipe.seed)
-    place = functools.partial(shard, where=where) if recipe.dist.fsdp else None
+    place = functools.partial(shard, where=where, config=recipe.dist) if recipe.dist.fsdp else None
     policy = load_policy(model, where.device, recipe.seed, packed=recipe.packing == "packed", place=place)
     processor = processor_of(recipe)
     optimizer = build_optimizer(policy, recipe.optim, recipe.seed)

@@ -25,8 +25,9 @@ from actial_fast.model.weights import local
 from actial_fast.settings.model import LoRAConfig, ModelConfig
 from actial_fast.settings.running import OptimConfig
 from actial_fast.train import checkpoint
-from actial_fast.train.dist import World, shard, world
+from actial_fast.train.dist import World, world
 from actial_fast.train.optim import build_optimizer
+from actial_fast.train.sharding import shard
 from tests.faults import leave
 
 ROOT = Path(__file__).parents[2]
