@@ -67,4 +67,3 @@ def _here(where: World) -> Machine:
     memory = float(torch.cuda.get_device_properties(where.device).total_memory)
     found = gpus.found()
     return Machine(where.size, memory, host=host * where.size / local, sheet=found.sheet if found else None)
-

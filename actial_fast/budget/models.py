@@ -140,10 +140,19 @@ class Shapes:
         return any(w.trained and ".visual." in w.name for w in self.weights)
 
     @property
+    def _head(self) -> Weight:
+        names = {base_name(w.name): w for w in self.weights}
+        return names.get(HEAD, names[EMBEDDING])
+
+    @property
     def trains_head(self) -> bool:
         """Whether the matrix that gives the logits is trained, be it the embedding."""
-        names = {base_name(w.name): w.trained for w in self.weights}
-        return names.get(HEAD, names[EMBEDDING])
+        return self._head.trained
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of a number of it."""
+        return self._head.bytes
 
     @property
     def kv_elements(self) -> int:
@@ -176,4 +185,3 @@ def _weights(policy: Policy) -> Iterator[Weight]:
             group = {EMBEDDING: "embedding", HEAD: "head"}.get(base, "rest")
         linear = bool(LAYER.search(base)) and not p.requires_grad
         yield Weight(name, group, tuple(p.shape), p.requires_grad, p.element_size(), linear)
-

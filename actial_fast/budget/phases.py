@@ -112,7 +112,9 @@ def largest_batch(case: Case) -> Size:
     share = load.images / load.prompt
     grpo = isinstance(recipe, GRPORecipe)
     reply = recipe.sampling.max_new_tokens if isinstance(recipe, GRPORecipe) else load.reply
-    longest = int(load.longest or (recipe.data.max_prompt_tokens if recipe.packing == "packed" else load.prompt)) + int(reply if grpo else 0)
+    longest = int(load.longest or (recipe.data.max_prompt_tokens if recipe.packing == "packed" else load.prompt)) + int(
+        reply if grpo else 0
+    )
     if recipe.packing == "plain":
         tokens = recipe.micro_batch * longest
         return Size(tokens, int(4 * share * recipe.micro_batch * (longest - (reply if grpo else 0))), longest)
@@ -209,7 +211,7 @@ def _moments(case: Case, shares: Shares, held: Activations, size: Size) -> Itera
     if not trained:
         features = max(features, _features_of_step(case, width))
     kept = _kept(case, held, size)
-    gathered = min(BLOCKS_IN_FLIGHT * shares.block, shares.gathered)
+    gathered = min(BLOCKS_IN_FLIGHT * shares.block + shares.tied, shares.gathered)
     if case.recipe.dist.reshard == "step":
         gathered = shares.gathered
     summed = {"gradients of the whole model": shares.whole_gradients} if case.recipe.dist.reduce == "step" else {}
@@ -299,7 +301,7 @@ def _drawing(case: Case, shares: Shares, held: Activations, name: str, longest: 
         device |= {"vLLM": share}
         return Phase(name, device, case.machine.usable, _away(case, shares), kv_tokens=max(0, tokens), kv_needed=needed)
     cast = shares.cast
-    head = width * float(text.vocab_size * text.hidden_size) if case.low and recipe.model.dtype == "float32" and not case.sharded else 0.0
+    head = width * float(text.vocab_size * text.hidden_size) if case.low and case.shapes.head_bytes == 4 and not case.sharded else 0.0
     device |= {"gathered weights": shares.gathered, "16-bit copies of weights": cast + head}
     if recipe.model.quantize == "nf4":
         device["a matrix in 16 bits"] = shares.matrix

@@ -242,5 +242,3 @@ def _smaller_batches(made: Plan) -> list[int]:
 def batch_of(made: Plan) -> Size:
     """The micro-batch that the plan is for."""
     return largest_batch(made.case)
-
-

@@ -75,12 +75,12 @@ def _of_sheet(machine: Machine) -> Rates | None:
     if sheet is None:
         return None
     by = f"by the datasheet of the {sheet.name}{', a GPU of this size' if machine.guessed else ''}"
-    assumed = f"{SHARES[0]:.0%} to {SHARES[1]:.0%} of {sheet.tflops:g} TFLOP/s, {READS[0]:.0%} to {READS[1]:.0%} of {sheet.bandwidth:g} TB/s"
+    assumed = (
+        f"{SHARES[0]:.0%} to {SHARES[1]:.0%} of {sheet.tflops:g} TFLOP/s, {READS[0]:.0%} to {READS[1]:.0%} of {sheet.bandwidth:g} TB/s"
+    )
     about = f"not measured on this GPU: {by}, {assumed} assumed"
     tflops, bandwidth = sheet.tflops * 1e12, sheet.bandwidth * 1e12
-    return Rates(
-        (SHARES[0] * tflops, SHARES[1] * tflops), (READS[0] * bandwidth, READS[1] * bandwidth), _link(machine), about
-    )
+    return Rates((SHARES[0] * tflops, SHARES[1] * tflops), (READS[0] * bandwidth, READS[1] * bandwidth), _link(machine), about)
 
 
 def _link(machine: Machine) -> float:

@@ -77,7 +77,8 @@ def _lines(made: Plan, name: str, advice: bool) -> Iterator[str]:
         yield f"largest pack_tokens that fits: {made.pack_tokens:,} (the recipe has {case.recipe.pack_tokens:,})"
     for phase in made.phases:
         if phase.kv_tokens is not None:
-            yield f"{phase.name}: keys and values of {phase.kv_tokens:,} tokens find room; a longest prompt with one reply needs {phase.kv_needed:,}"
+            held = f"keys and values of {phase.kv_tokens:,} tokens find room"
+            yield f"{phase.name}: {held}; a longest prompt with one reply needs {phase.kv_needed:,}"
     if case.machine.cuda:
         fullest = max(made.phases, key=lambda p: sum(p.host.values()))
         items = ", ".join(f"{item} {size / GB:.1f}" for item, size in fullest.host.items())

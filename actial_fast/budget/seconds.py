@@ -132,11 +132,11 @@ def _sampling(case: Case, recipe: GRPORecipe, kv_tokens: int, rates: Rates) -> R
     rows = max(1.0, min(replies, float(MOST_ROWS), kv_tokens / held))
     tail = min(recipe.sampling.max_new_tokens, 4 * load.reply)  # the longest replies, alone at the end
     steps = replies * load.reply / rows + tail
-    stored = sum(w.numel * (0.5 + UNPACKED if recipe.model.quantize == "nf4" and w.linear and not w.trained else 2.0) for w in case.shapes.weights)
+    stored = sum(
+        w.numel * (0.5 + UNPACKED if recipe.model.quantize == "nf4" and w.linear and not w.trained else 2.0) for w in case.shapes.weights
+    )
     read = stored + rows * (load.reply / 2 + load.prompt / recipe.sampling.n) * 2.0 * case.shapes.kv_elements
     flops = 2.0 * case.shapes.numel * rows
-    at = [
-        steps * (max(read / rates.bandwidth[k], flops / rates.tflops[k]) + text.num_hidden_layers * LAYER_SECONDS[1 - k]) for k in (0, 1)
-    ]
+    at = [steps * (max(read / rates.bandwidth[k], flops / rates.tflops[k]) + text.num_hidden_layers * LAYER_SECONDS[1 - k]) for k in (0, 1)]
     prompts = 2.0 * case.shapes.numel * replies / recipe.sampling.n * load.prompt
     return Range(at[1], at[0]) + _over(prompts, rates.tflops)

@@ -19,7 +19,9 @@ SCALES = 256  # of NF4, that share a scale where they are held in 8 bits themsel
 class Shares:
     """Bytes on one rank. cast: 16-bit copies of trained 32-bit weights, which autocast keeps during a pass on CUDA where FSDP does not hand
     the layers 16-bit ones; gathered: 16-bit weights of the whole model; block, ends: of the largest layer, and of the largest of what is
-    no layer; whole_gradients: of the whole model in float32; matrix: the largest one of the layers, in 16 bits, which NF4 unpacks."""
+    no layer; tied: of a head that is the embedding, which stays gathered throughout a pass; whole_gradients: of the whole model in
+    float32; checkpoint, final: on disk, of all ranks together; largest: tensor, in float32; matrix: the largest one of the layers, in 16
+    bits, which NF4 unpacks."""
 
     weights: float
     masters: float
@@ -30,6 +32,7 @@ class Shares:
     gathered: float
     block: float
     ends: float
+    tied: float
     whole_gradients: float
     checkpoint: float
     final: float
@@ -38,7 +41,7 @@ class Shares:
 
 
 def shares_of(recipe: SFTRecipe | GRPORecipe, shapes: Shapes, machine: Machine) -> Shares:
-    """The shares of a rank; checkpoint and final: bytes on disk, of all ranks together."""
+    """The shares of a rank of this machine."""
     model, optim, dist = recipe.model, recipe.optim, recipe.dist
     parts = max(1, machine.count // dist.replicate) if dist.fsdp else 1
     compute = 2 if machine.cuda else 4
@@ -74,6 +77,7 @@ def shares_of(recipe: SFTRecipe | GRPORecipe, shapes: Shapes, machine: Machine) 
         gathered=compute * sum(groups.values()) if sharded else 0.0,
         block=compute * max(layers, default=0) if sharded else 0.0,
         ends=compute * max(others) if sharded else 0.0,
+        tied=compute * groups["embedding"] if sharded and "head" not in groups else 0.0,
         whole_gradients=4.0 * shapes.trained if sharded else 0.0,
         checkpoint=total(lambda w: w.trained * w.numel * w.bytes) + masters + moved,
         final=4.0 * shapes.numel,

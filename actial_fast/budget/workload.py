@@ -37,7 +37,9 @@ class Workload:
         return f"{lengths} ({f'means of {self.rows} rows of the data' if self.rows else 'assumed'})"
 
 
-def assumed(recipe: SFTRecipe | GRPORecipe, prompt: float | None = None, images: float | None = None, reply: float | None = None) -> Workload:
+def assumed(
+    recipe: SFTRecipe | GRPORecipe, prompt: float | None = None, images: float | None = None, reply: float | None = None
+) -> Workload:
     """The recipe's rows, nothing being known of them but what is given. ValueError for what cannot be."""
     grpo = isinstance(recipe, GRPORecipe)
     prompt = PROMPT if prompt is None else prompt

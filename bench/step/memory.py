@@ -153,7 +153,11 @@ def _phase(phases: list[Phase], name: str) -> Phase:
 def _row(name: str, before: float, phase: Phase, peak: float | None = None) -> dict[str, Any]:
     measured = ((peak or _status("VmHWM")) - before) * 2**20
     items = {item: round(size / 1e6, 1) for item, size in phase.device.items()}
-    figures = {"measured_mb": round(measured / 1e6, 1), "predicted_mb": round(phase.held / 1e6, 1), "off": round(phase.held / measured - 1, 4)}
+    figures = {
+        "measured_mb": round(measured / 1e6, 1),
+        "predicted_mb": round(phase.held / 1e6, 1),
+        "off": round(phase.held / measured - 1, 4),
+    }
     return {"case": name, **figures, "items_mb": items}
 
 
