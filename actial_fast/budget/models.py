@@ -162,8 +162,8 @@ class Shapes:
 
 def shapes_of(config: Qwen2_5_VLConfig, model: ModelConfig) -> Shapes:
     """The parameters of the recipe's policy."""
-    alike = {"path": "", "checkpointing": "none", "tower_checkpointing": "none", "offload_activations": False}
-    return _shapes(config.to_json_string(), replace(_without_cuda(model), **alike))
+    plain = replace(_without_cuda(model), path="", checkpointing="none", tower_checkpointing="none", offload_activations=False)
+    return _shapes(config.to_json_string(), plain)
 
 
 @lru_cache(maxsize=8)  # a plan tries many keys, few of which change what parameters there are

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from actial_fast.budget.gpus import Machine
 from actial_fast.budget.models import Shapes, Weight
 from actial_fast.model.nf4 import BLOCK
@@ -93,7 +95,7 @@ def nf4(twice: bool) -> float:
 
 def moment_bytes(kind: str, shape: tuple[int, ...]) -> float:
     """Bytes of AdamW's two moments of a parameter: float32, or 8 bits and a float32 magnitude for every block of a row."""
-    if kind == "adamw" or not quantised.fits(shape):
+    if kind == "adamw" or not quantised.fits(torch.Size(shape)):
         return 8.0 * math.prod(shape)
     return 2.0 * math.prod(shape) + 8.0 * shape[0] * quantised.blocks_of(math.prod(shape[1:]))
 

@@ -41,10 +41,10 @@ def assumed(
     recipe: SFTRecipe | GRPORecipe, prompt: float | None = None, images: float | None = None, reply: float | None = None
 ) -> Workload:
     """The recipe's rows, nothing being known of them but what is given. ValueError for what cannot be."""
-    grpo = isinstance(recipe, GRPORecipe)
     prompt = PROMPT if prompt is None else prompt
     images = min(IMAGES, 0.8 * prompt) if images is None else images
-    reply = (min(REPLY, recipe.sampling.max_new_tokens) if grpo else ANSWER) if reply is None else reply
+    if reply is None:
+        reply = min(REPLY, recipe.sampling.max_new_tokens) if isinstance(recipe, GRPORecipe) else ANSWER
     if not 0 < prompt or not 0 <= images < prompt or not 0 < reply:
         raise ValueError(f"--prompt, --images, --reply: tokens, the images' among the prompt's; got {prompt:g}, {images:g}, {reply:g}")
     return Workload(prompt, images, reply)

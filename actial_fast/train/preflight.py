@@ -50,8 +50,8 @@ def problems_of(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, fold
 
 
 def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, folder: Path, where: World) -> Iterator[str]:
-    if problem := unfit(recipe.dist, where):
-        yield problem
+    if unsharded := unfit(recipe.dist, where):
+        yield unsharded
     yield from (misfits := check_checkpoint(recipe.model.path) or _unplaced(recipe))
     processor = None
     try:

@@ -5,19 +5,22 @@
 Every case has a process of its own, which loads a Qwen2.5-VL of random weights as a run does, and makes two updates (loss, backward, AdamW;
 the second is measured, when gradients and moments exist) of prompts of about 800 tokens, two images in each, with a few replies; or draws
 replies with the embedded sampler: reading, long prompts and one token each, or decoding, short ones and many tokens. Measured is VmHWM,
-set back before what is measured, over what the process held before the model was loaded (Linux). Predicted is the fullest moment of the
+set back before what is measured, over what the process held before the model was loaded, when it had made the same with a small model
+(Linux). Predicted is the fullest moment of the
 budget's phase for the batch's own size. The allocator gives memory back at once (MALLOC_MMAP_THRESHOLD_), one thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +36,7 @@ from actial_fast.budget.models import shapes_of
 from actial_fast.budget.phases import Case, Phase, Size, phases_of
 from actial_fast.budget.workload import Workload
 from actial_fast.model.policy import load_policy
+from actial_fast.packing.batch import Sequence
 from actial_fast.rollout.embedded import Embedded
 from actial_fast.rollout.protocol import Draw, awake
 from actial_fast.settings.config import load_recipe, to_yaml
@@ -44,6 +48,7 @@ from bench.step.shapes import narrow
 from bench.step.update import WHERE, _status, make_case
 
 ROOT = Path(__file__).parents[2]
+SMALL = "small"  # a folder beside the checkpoint with another one
 CLOSE = 0.10  # of what was measured: what a prediction may be off by
 FULL = {"model.checkpointing": "full", "model.tower_checkpointing": "full"}
 FROZEN = {"model.freeze": "[model.visual]"}
@@ -94,6 +99,7 @@ def recipe_of(shape: Shape, folder: Path) -> GRPORecipe:
 
 def create(folder: Path, hidden: int, layers: int) -> None:
     """A checkpoint of random weights, and of so many layers and half as many tower blocks."""
+    folder.mkdir(exist_ok=True)
     case = make_case(1, 1, 10, str(folder / "images"))
     text, vision = narrow(VOCABULARY, hidden)
     text |= {"num_hidden_layers": layers, "num_attention_heads": hidden // 32, "num_key_value_heads": hidden // 64}
@@ -106,59 +112,61 @@ def one(name: str, folder: Path) -> dict[str, Any]:
     """A case in this process: bytes measured and predicted, and the fullest moment's items."""
     torch.set_num_threads(1)
     shape = SHAPES[name]
+    run(replace(shape, prompts=1, n=2, mean=min(8, shape.mean)), folder / SMALL)  # what libraries hold from their first use on is theirs
+    gc.collect()
+    measured, phase = run(shape, folder)
+    items = {item: round(size / 1e6, 1) for item, size in phase.device.items()}
+    figures = {"measured_mb": round(measured / 1e6, 1), "predicted_mb": round(phase.held / 1e6, 1)}
+    return {"case": name, **figures, "off": round(phase.held / measured - 1, 4), "items_mb": items}
+
+
+def run(shape: Shape, folder: Path) -> tuple[float, Phase]:
+    """Bytes that a case took, and the phase of the budget that it is."""
     recipe = recipe_of(shape, folder)
     case = make_case(shape.prompts, shape.n, shape.mean, str(folder / "images"))
     (image,) = token_ids(case.tokenizer, "image_pad")
     stop = [case.tokenizer.eos_token_id]
     processor = SimpleNamespace(image_token=image, pad=case.tokenizer.pad_token_id, merge=2, store=case.store, stop_tokens=stop)
     processor.never_sampled = lambda size: [image, *stop]
-    torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64)).sum()  # libraries begin with the first product
-    before = _status("VmRSS")
-    policy = load_policy(recipe.model, WHERE.device, 0, packed=recipe.packing == "packed")
     prompts = sum(case.prompt_lengths[:: case.n])
     images = sum(s.sequence.patches for s in case.samples[:: case.n]) / 4
     load = Workload(prompts / case.prompts, images / case.prompts, shape.mean, longest=max(case.prompt_lengths), rows=case.prompts)
     about = Case(recipe, shapes_of(widths_of(str(folder)), recipe.model), Machine(1, 0.0, host=1e15, cuda=False), load)
+    before = _status("VmRSS")
+    policy = load_policy(recipe.model, WHERE.device, 0, packed=recipe.packing == "packed")
     if shape.draws:
-        cut = [replace(s.sequence, ids=s.sequence.ids[:size], trained=s.sequence.trained[:size], positions=s.sequence.positions[:, :size])
-               for s, size in list(zip(case.samples, case.prompt_lengths, strict=True))[:: case.n]]  # fmt: skip
+        whole = list(zip(case.samples, case.prompt_lengths, strict=True))[:: case.n]
+        cut = [prompt_of(sample.sequence, size) for sample, size in whole]
         _set_back()
         with awake(Embedded(policy, processor), 0) as engine:
             engine.generate(cut, Draw(case.n, 1.0, int(shape.mean), 0), [(0, i) for i in range(case.prompts)])
-        return _row(name, before, _phase(phases_of(about), "sample"))
-    optimizer, size = build_optimizer(policy, recipe.optim), Size(1, 1, 1)
+        return (_status("VmHWM") - before) * 2**20, _phase(phases_of(about), "sample")
+    optimizer, peak, sizes = build_optimizer(policy, recipe.optim), 0.0, []
     for _ in range(2):
         (rounds,) = grpo._passes(policy, None, processor, [case.samples], recipe, WHERE).updates
         _set_back()
 
-        def watched(rounds: Any = rounds) -> Any:
-            nonlocal size
+        def watched(rounds: Any = rounds) -> Iterator[Any]:
             for each in rounds:
-                tokens = each.batch.input_ids.numel()
-                shown = 4 * images * (1 if recipe.packing == "packed" else case.n)
-                size = Size(tokens, int(shown), each.batch.input_ids.shape[-1], len(each.batch.targets))
+                shown = int(4 * images * (1 if recipe.packing == "packed" else case.n))
+                sizes.append(Size(each.batch.input_ids.numel(), shown, each.batch.input_ids.shape[-1], len(each.batch.targets)))
                 yield each
 
         grpo._accumulate(policy, case.samples, (sum(map(len, case.samples)), len(case)), watched(), recipe, WHERE)
         optimizer.step()
         peak = _status("VmHWM")
         optimizer.zero_grad(set_to_none=False)  # a later micro-batch of a step finds gradients
-    return _row(name, before, _phase(phases_of(about, size), "update"), peak)
+    assert len(sizes) == 2, "one micro-batch an update"
+    return (peak - before) * 2**20, _phase(phases_of(about, sizes[0]), "update")
+
+
+def prompt_of(sequence: Sequence, size: int) -> Sequence:
+    """The first `size` tokens, with all images."""
+    return replace(sequence, ids=sequence.ids[:size], trained=sequence.trained[:size], positions=sequence.positions[:, :size])
 
 
 def _phase(phases: list[Phase], name: str) -> Phase:
     return next(phase for phase in phases if phase.name == name)
-
-
-def _row(name: str, before: float, phase: Phase, peak: float | None = None) -> dict[str, Any]:
-    measured = ((peak or _status("VmHWM")) - before) * 2**20
-    items = {item: round(size / 1e6, 1) for item, size in phase.device.items()}
-    figures = {
-        "measured_mb": round(measured / 1e6, 1),
-        "predicted_mb": round(phase.held / 1e6, 1),
-        "off": round(phase.held / measured - 1, 4),
-    }
-    return {"case": name, **figures, "items_mb": items}
 
 
 def _set_back() -> None:
@@ -171,6 +179,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         create(Path(folder), args.hidden, args.layers)
+        create(Path(folder) / SMALL, 64, 2)
         for name in (name for name in SHAPES if re.search(args.cases, name)):
             rows.append(in_process(name, Path(folder)))
             print(line(rows[-1]), flush=True)
