@@ -123,6 +123,29 @@ def loss_memory_about() -> str:
     )
 
 
+def plan_memory() -> str:
+    """The plan's memory beside a process's, of the newest comparison."""
+    rows = [(f"{c['measured_mb']:,.0f}", f"{c['predicted_mb']:,.0f}", f"{c['off']:+.1%}") for c in newest("memory")["cases"]]
+    names = [c["case"] for c in newest("memory")["cases"]]
+    return table(("", "measured, MB", "plan, MB", "off by"), [(name, *row) for name, row in zip(names, rows, strict=True)])
+
+
+def plan_memory_about() -> str:
+    """Its model and machine."""
+    found = newest("memory")
+    return f"hidden {found['settings']['hidden']}, {found['settings']['layers']} layers; {machine(found)}"
+
+
+def plan_recipes() -> str:
+    """What the plan says of the shipped recipes."""
+    rows = []
+    for each in newest("memory")["recipes"]:
+        phases = ", ".join(f"{name} {size}" for name, size in each["gb"].items())
+        took = " to ".join(f"{s / 60:.1f}" if s >= 60 else f"{s / 60:.2f}" for s in each["step_seconds"])
+        rows.append((each["recipe"], f"`{each['command']}`", f"{each['usable_gb']}", phases, f"{took} min", f"{each['host_gb']}"))
+    return table(("", "command", "GB usable", "GB on a GPU, by phase", "a step, not measured", "host GB"), rows)
+
+
 def accuracy_about() -> str:
     """Sizes and versions of the accuracy table."""
     found = json.loads((RESULTS / "accuracy.json").read_text())
@@ -151,5 +174,6 @@ TABLES = {
     for f in (
         *(named_losses, memory_example, logits_gib, accuracy_about),
         *(ledger, ledger_about, update, update_about, loss_memory, loss_memory_about),
+        *(plan_memory, plan_memory_about, plan_recipes),
     )
 }

@@ -36,7 +36,7 @@ def seconds_of(case: Case, phases: list[Phase], rates: Rates) -> dict[str, Range
     if isinstance(recipe, GRPORecipe):
         if recipe.rollout.engine == "vllm":
             out["sync"] = _over(2.0 * numel, (rates.link / 4, rates.link))
-        out["sample"] = _sampling(case, recipe, kv["sample"], rates)
+        out["sample"] = sampling(case, recipe, kv["sample"], rates)
     out["update"] = _update(case, rates)
     steps = Range(0, 0)
     for name in ("sync", "sample", "update"):
@@ -124,7 +124,7 @@ def sent(case: Case) -> float:
     return share * (gathered + extra + reduced) + across
 
 
-def _sampling(case: Case, recipe: GRPORecipe, kv_tokens: int, rates: Rates) -> Range:
+def sampling(case: Case, recipe: GRPORecipe, kv_tokens: int, rates: Rates) -> Range:
     """Decoding a step's replies: every token of a row reads the weights once for all rows, and its own keys and values."""
     load, text = case.workload, case.shapes.config.text_config
     replies = recipe.prompts * max(1.0, recipe.sampling.oversample) * recipe.sampling.n / case.machine.count

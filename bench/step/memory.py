@@ -3,11 +3,13 @@
     python -m bench.step.memory [--cases REGEX] [--hidden 256] [--layers 6] [--json FILE]
 
 Every case has a process of its own, which loads a Qwen2.5-VL of random weights as a run does, and makes two updates (loss, backward, AdamW;
-the second is measured, when gradients and moments exist) of prompts of about 800 tokens, two images in each, with a few replies; or draws
-replies with the embedded sampler: reading, long prompts and one token each, or decoding, short ones and many tokens. Measured is VmHWM,
-set back before what is measured, over what the process held before the model was loaded, when it had made the same with a small model
-(Linux). Predicted is the fullest moment of the
-budget's phase for the batch's own size. The allocator gives memory back at once (MALLOC_MMAP_THRESHOLD_), one thread.
+the first, of one sequence, so that there are gradients and moments; the second is measured) of prompts of about 800
+tokens, two images in each, with a few replies; or draws replies with the embedded sampler: reading, several prompts and few tokens each, or
+decoding, many tokens. Measured is VmHWM, set back before what is measured, over what the process held before the model was loaded, when it
+had made the same with a small model (Linux). Predicted is the fullest moment of the budget's phase for the batch's own size. The allocator
+gives memory back at once (MALLOC_MMAP_THRESHOLD_), one thread.
+
+The result also has what the plan says of the shipped recipes on the machines that they are for; nothing of that is measured.
 """
 
 from __future__ import annotations
@@ -30,17 +32,19 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from actial_fast import grpo
-from actial_fast.budget.gpus import Machine
+from actial_fast.budget.gpus import GB, Machine, parse
 from actial_fast.budget.models import config_of as widths_of
 from actial_fast.budget.models import shapes_of
 from actial_fast.budget.phases import Case, Phase, Size, phases_of
-from actial_fast.budget.workload import Workload
+from actial_fast.budget.plan import Plan, plan
+from actial_fast.budget.rates import rates_of
+from actial_fast.budget.workload import Workload, assumed
 from actial_fast.model.policy import load_policy
 from actial_fast.packing.batch import Sequence
 from actial_fast.rollout.embedded import Embedded
 from actial_fast.rollout.protocol import Draw, awake
 from actial_fast.settings.config import load_recipe, to_yaml
-from actial_fast.settings.recipe import GRPORecipe
+from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.train.optim import build_optimizer
 from bench.harness.timing import machine
 from bench.step.models import VOCABULARY, config_of, token_ids
@@ -60,13 +64,13 @@ class Shape:
     """A case: keys of the recipe; prompts, with n replies of `mean` tokens each; draws: nothing is trained, replies are drawn."""
 
     keys: dict[str, Any] = field(default_factory=dict)
-    prompts: int = 3
+    prompts: int = 2
     n: int = 4
-    mean: float = 250
+    mean: float = 200
     draws: bool = False
 
 
-PLAIN = {"prompts": 1, "n": 4}
+PLAIN = {"prompts": 1, "n": 3}
 SHAPES = {
     "packed": Shape(),
     "packed, checkpoints": Shape(FULL),
@@ -80,8 +84,22 @@ SHAPES = {
     "NF4": Shape({**LORA, "model.quantize": "nf4"}),
     "AdamW in 8 bits": Shape({"optim.kind": "adamw8bit", **FULL}),
     "moments on the host": Shape({"optim.offload": "always", **FULL}),
-    "reading prompts": Shape(prompts=8, n=2, mean=2, draws=True),
-    "decoding": Shape(prompts=2, n=64, mean=96, draws=True),
+    "reading prompts": Shape(prompts=6, n=2, mean=2, draws=True),
+    "decoding": Shape(prompts=2, n=64, mean=64, draws=True),
+}
+
+
+QLORA = ("model.path=Qwen/Qwen2.5-VL-7B-Instruct", "model.quantize=nf4")
+ALL = ("model.lora.rank=0", "model.dtype=bfloat16", "model.tower_checkpointing=full", "optim.kind=adamw8bit", "optim.offload=always")
+RECIPES = {  # recipe, machine, widths where the checkpoint is another stage's, keys
+    "3B, LoRA": ("recipes/actial-1x24.yaml", "1x24", "", ()),
+    "7B, QLoRA": ("recipes/actial-1x24.yaml", "1x24", "", QLORA),
+    "7B, LoRA": ("recipes/actial-1x80.yaml", "1x80", "", ()),
+    "7B, all weights, 8-bit moments on the host": ("recipes/actial-1x80.yaml", "1x80", "", ALL),
+    "7B, 8-bit moments": ("recipes/actial-4x48.yaml", "4x48", "", ()),
+    "7B, SFT, the paper's": ("recipes/actial-7b-sft.yaml", "8x80", "", ()),
+    "7B, the paper's": ("recipes/actial-7b-grpo.yaml", "8x80", "7b", ()),
+    "7B, larger micro-batches": ("recipes/actial-7b-grpo.yaml", "8x141", "7b", ("pack_tokens=65536", "pack_patches=131072")),
 }
 
 
@@ -142,8 +160,8 @@ def run(shape: Shape, folder: Path) -> tuple[float, Phase]:
             engine.generate(cut, Draw(case.n, 1.0, int(shape.mean), 0), [(0, i) for i in range(case.prompts)])
         return (_status("VmHWM") - before) * 2**20, _phase(phases_of(about), "sample")
     optimizer, peak, sizes = build_optimizer(policy, recipe.optim), 0.0, []
-    for _ in range(2):
-        (rounds,) = grpo._passes(policy, None, processor, [case.samples], recipe, WHERE).updates
+    for samples in (case.samples[:1], case.samples):  # behind the first there are gradients and moments
+        (rounds,) = grpo._passes(policy, None, processor, [samples], recipe, WHERE).updates
         _set_back()
 
         def watched(rounds: Any = rounds) -> Iterator[Any]:
@@ -152,17 +170,43 @@ def run(shape: Shape, folder: Path) -> tuple[float, Phase]:
                 sizes.append(Size(each.batch.input_ids.numel(), shown, each.batch.input_ids.shape[-1], len(each.batch.targets)))
                 yield each
 
-        grpo._accumulate(policy, case.samples, (sum(map(len, case.samples)), len(case)), watched(), recipe, WHERE)
+        grpo._accumulate(policy, samples, (sum(map(len, samples)), len(samples)), watched(), recipe, WHERE)
         optimizer.step()
         peak = _status("VmHWM")
         optimizer.zero_grad(set_to_none=False)  # a later micro-batch of a step finds gradients
     assert len(sizes) == 2, "one micro-batch an update"
-    return (peak - before) * 2**20, _phase(phases_of(about, sizes[0]), "update")
+    return (peak - before) * 2**20, _phase(phases_of(about, sizes[1]), "update")
 
 
 def prompt_of(sequence: Sequence, size: int) -> Sequence:
     """The first `size` tokens, with all images."""
     return replace(sequence, ids=sequence.ids[:size], trained=sequence.trained[:size], positions=sequence.positions[:, :size])
+
+
+def planned(name: str) -> Plan:
+    """The plan of a shipped recipe, RECIPES by name, on the machine that it is for."""
+    path, on, size, overrides = RECIPES[name]
+    recipe, there = load_recipe(ROOT / path, list(overrides)), parse(on)
+    assert isinstance(recipe, SFTRecipe | GRPORecipe)
+    return plan(recipe, widths_of(recipe.model.path, size), there, assumed(recipe), rates_of(there))
+
+
+def recipe_row(name: str) -> dict[str, Any]:
+    """A shipped recipe's plan as figures."""
+    made, (path, on, size, overrides) = planned(name), RECIPES[name]
+    command = " ".join(["actial plan", path, f"--gpus {on}", *([f"--model {size}"] if size else []), *overrides])
+    step = made.seconds["step"]
+    return {
+        "recipe": name,
+        "command": command,
+        "fits": made.fits,
+        "usable_gb": round(made.case.machine.usable / GB, 1),
+        "gb": {phase.name: round(phase.held / GB, 1) for phase in made.phases},
+        "pack_tokens": made.pack_tokens,
+        "kv_tokens": {phase.name: phase.kv_tokens for phase in made.phases if phase.kv_tokens is not None},
+        "host_gb": round(max(sum(phase.host.values()) for phase in made.phases) / GB),
+        "step_seconds": [round(step.low), round(step.high)],
+    }
 
 
 def _phase(phases: list[Phase], name: str) -> Phase:
@@ -183,8 +227,9 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         for name in (name for name in SHAPES if re.search(args.cases, name)):
             rows.append(in_process(name, Path(folder)))
             print(line(rows[-1]), flush=True)
+    recipes = [recipe_row(name) for name in RECIPES]
     settings = {"hidden": args.hidden, "layers": args.layers, "close": CLOSE}
-    return {"schema": 1, "machine": machine(), "settings": settings, "cases": rows}
+    return {"schema": 1, "machine": machine(), "settings": settings, "cases": rows, "recipes": recipes}
 
 
 def in_process(name: str, folder: Path) -> dict[str, Any]:

@@ -14,35 +14,25 @@ from actial_fast.budget.rates import rates_of, write
 from actial_fast.budget.workload import Workload, assumed
 from actial_fast.cli.main import main
 from actial_fast.settings.config import load_recipe
+from bench.step.memory import RECIPES, planned
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-QLORA = ("model.path=Qwen/Qwen2.5-VL-7B-Instruct", "model.quantize=nf4")
-FULL = ("model.lora.rank=0", "model.dtype=bfloat16", "model.tower_checkpointing=full", "optim.kind=adamw8bit", "optim.offload=always")
-slow = pytest.mark.slow
-PROVED = [
-    pytest.param("actial-1x24", "1x24", "", (), id="3B, LoRA, 1x24"),
-    pytest.param("actial-1x24", "1x24", "", QLORA, id="7B, QLoRA, 1x24", marks=slow),
-    pytest.param("actial-1x80", "1x80", "", (), id="7B, LoRA, 1x80", marks=slow),
-    pytest.param("actial-1x80", "1x80", "", FULL, id="7B, all weights, 1x80", marks=slow),
-    pytest.param("actial-4x48", "4x48", "", (), id="7B, 4x48", marks=slow),
-    pytest.param("actial-7b-sft", "8x80", "", (), id="7B, SFT, 8x80", marks=slow),
-    pytest.param("actial-7b-grpo", "8x80", "7b", (), id="7B, the paper's batch, 8x80"),
-    pytest.param("actial-7b-grpo", "8x141", "7b", ("pack_tokens=65536", "pack_patches=131072"), id="7B, 8x141", marks=slow),
-]
+FOLDER = Path(__file__).parents[2] / "recipes"
+QLORA = RECIPES["7B, QLoRA"][3]
+QUICK = "3B, LoRA", "7B, the paper's"  # the others' traces take a few seconds each
 
 
 def made(path, machine, size="", overrides=(), workload=None):
-    recipe = load_recipe(RECIPES / f"{path}.yaml" if isinstance(path, str) else path, list(overrides))
+    recipe = load_recipe(FOLDER / f"{path}.yaml" if isinstance(path, str) else path, list(overrides))
     machine = gpus.parse(machine)
     return plan(recipe, config_of(recipe.model.path, size), machine, workload or assumed(recipe), rates_of(machine))
 
 
-@pytest.mark.parametrize(("path", "machine", "size", "overrides"), PROVED)
-def test_a_recipe_fits_the_machine_that_it_is_for(path, machine, size, overrides, capsys):
-    each = made(path, machine, size, overrides)
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES])
+def test_a_recipe_fits_the_machine_that_it_is_for(name, capsys):
+    each = planned(name)
     with capsys.disabled():
-        print(f"\n{path} {machine}: {said.verdict(each)}")
-    assert each.fits, said.text(each, path, advice=False)
+        print(f"\n{name}: {said.verdict(each)}")
+    assert each.fits, said.text(each, name, advice=False)
     assert min(phase.spare for phase in each.phases) > 0.02 * each.case.machine.memory, "with a margin"
     assert each.pack_tokens >= each.case.recipe.pack_tokens
 
@@ -75,7 +65,7 @@ def test_what_does_not_fit_is_told_with_what_would(capsys):
 
 
 def test_the_command_says_whether_it_fits(capsys):
-    recipe = str(RECIPES / "actial-1x24.yaml")
+    recipe = str(FOLDER / "actial-1x24.yaml")
     assert main(["plan", recipe, "--gpus", "1x24", "--host", "32"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"{recipe}: fits 1 x 24 GB") and "not measured on this GPU: by the datasheet of the 4090" in text
@@ -107,12 +97,12 @@ def test_the_command_says_whether_it_fits(capsys):
 )
 def test_mistakes_are_told_in_a_line(words, told, capsys, monkeypatch):
     monkeypatch.setattr(gpus, "found", lambda: None)
-    assert main(["plan", str(RECIPES / "actial-1x24.yaml"), *words]) == 2
+    assert main(["plan", str(FOLDER / "actial-1x24.yaml"), *words]) == 2
     assert told in capsys.readouterr().err
 
 
 def test_a_quickstart_is_no_stage(capsys):
-    assert main(["plan", str(RECIPES / "quickstart.yaml"), "--gpus", "1x24"]) == 2
+    assert main(["plan", str(FOLDER / "quickstart.yaml"), "--gpus", "1x24"]) == 2
     assert "plan one of kind sft or grpo" in capsys.readouterr().err
 
 
@@ -131,7 +121,7 @@ def test_measured_rates_are_called_so(tmp_path, monkeypatch):
 
 
 def test_the_more_ranks_the_less_each_holds_and_the_sooner_a_step_ends():
-    recipe = load_recipe(RECIPES / "actial-7b-grpo.yaml")
+    recipe = load_recipe(FOLDER / "actial-7b-grpo.yaml")
     each = [plan(recipe, config_of("", "7b"), gpus.parse(f"{n}x80"), assumed(recipe), rates_of(gpus.parse("8x80"))) for n in (2, 4, 8)]
     held = [next(p.held for p in one.phases if p.name == "update") for one in each]
     assert held == sorted(held, reverse=True)
