@@ -2,7 +2,7 @@
 
     python -m bench.step.memory [--cases REGEX] [--hidden 256] [--layers 6] [--json FILE]
 
-Every case has a process of its own, which loads a Qwen2.5-VL of random weights as a run does, and makes two updates (loss, backward, AdamW;
+Every case has a process of its own, a copy of one that has loaded the libraries, which loads a Qwen2.5-VL of random weights as a run does, and makes two updates (loss, backward, AdamW;
 the first, of one sequence, so that there are gradients and moments; the second is measured) of prompts of about 800
 tokens, two images in each, with a few replies; or draws replies with the embedded sampler: reading, several prompts and few tokens each, or
 decoding, many tokens. Measured is VmHWM, set back before what is measured, over what the process held before the model was loaded, when it
@@ -19,9 +19,9 @@ import gc
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,6 +52,7 @@ from bench.step.shapes import narrow
 from bench.step.update import WHERE, _status, make_case
 
 ROOT = Path(__file__).parents[2]
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 SMALL = "small"  # a folder beside the checkpoint with another one
 CLOSE = 0.10  # of what was measured: what a prediction may be off by
 FULL = {"model.checkpointing": "full", "model.tower_checkpointing": "full"}
@@ -64,13 +65,13 @@ class Shape:
     """A case: keys of the recipe; prompts, with n replies of `mean` tokens each; draws: nothing is trained, replies are drawn."""
 
     keys: dict[str, Any] = field(default_factory=dict)
-    prompts: int = 2
+    prompts: int = 1
     n: int = 4
-    mean: float = 200
+    mean: float = 250
     draws: bool = False
 
 
-PLAIN = {"prompts": 1, "n": 3}
+PLAIN = {"prompts": 1, "n": 2}
 SHAPES = {
     "packed": Shape(),
     "packed, checkpoints": Shape(FULL),
@@ -84,8 +85,8 @@ SHAPES = {
     "NF4": Shape({**LORA, "model.quantize": "nf4"}),
     "AdamW in 8 bits": Shape({"optim.kind": "adamw8bit", **FULL}),
     "moments on the host": Shape({"optim.offload": "always", **FULL}),
-    "reading prompts": Shape(prompts=6, n=2, mean=2, draws=True),
-    "decoding": Shape(prompts=2, n=64, mean=64, draws=True),
+    "reading prompts": Shape(prompts=4, n=2, mean=2, draws=True),
+    "decoding": Shape(prompts=1, n=128, mean=40, draws=True),
 }
 
 
@@ -127,29 +128,61 @@ def create(folder: Path, hidden: int, layers: int) -> None:
 
 
 def one(name: str, folder: Path) -> dict[str, Any]:
-    """A case in this process: bytes measured and predicted, and the fullest moment's items."""
-    torch.set_num_threads(1)
+    """A case: bytes measured in a process of its own, and predicted, with the fullest moment's items."""
     shape = SHAPES[name]
-    run(replace(shape, prompts=1, n=2, mean=min(8, shape.mean)), folder / SMALL)  # what libraries hold from their first use on is theirs
-    gc.collect()
-    measured, phase = run(shape, folder)
-    items = {item: round(size / 1e6, 1) for item, size in phase.device.items()}
+    measured, size = in_process(shape, folder)
+    phase = predicted(shape, folder, Size(*size) if size else None)
+    items = {item: round(held / 1e6, 1) for item, held in phase.device.items()}
     figures = {"measured_mb": round(measured / 1e6, 1), "predicted_mb": round(phase.held / 1e6, 1)}
     return {"case": name, **figures, "off": round(phase.held / measured - 1, 4), "items_mb": items}
 
 
-def run(shape: Shape, folder: Path) -> tuple[float, Phase]:
-    """Bytes that a case took, and the phase of the budget that it is."""
-    recipe = recipe_of(shape, folder)
-    case = make_case(shape.prompts, shape.n, shape.mean, str(folder / "images"))
+def in_process(shape: Shape, folder: Path) -> tuple[float, list[int] | None]:
+    """What `run` says, from a copy of this process, where libraries are loaded."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            run(
+                replace(shape, prompts=1, n=2, mean=min(8, shape.mean)), folder / SMALL
+            )  # what libraries hold from their first use is theirs
+            gc.collect()
+            os.write(writing, json.dumps(run(shape, folder)).encode())
+            status = 0
+        except Exception:
+            traceback.print_exc()
+        os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        told = pipe.read()
+    if os.waitpid(child, 0)[1] or not told:
+        raise RuntimeError(f"{shape}: the process that was to be measured failed")
+    measured, size = json.loads(told)
+    return measured, size
+
+
+def predicted(shape: Shape, folder: Path, size: Size | None) -> Phase:
+    """The budget's phase of a case, for a micro-batch of this size."""
+    case, recipe = _case(shape, folder), recipe_of(shape, folder)
+    prompts = case.prompt_lengths[:: case.n]
+    images = sum(s.sequence.patches for s in case.samples[:: case.n]) / 4
+    load = Workload(sum(prompts) / case.prompts, images / case.prompts, shape.mean, longest=max(prompts), rows=case.prompts)
+    about = Case(recipe, shapes_of(widths_of(str(folder)), recipe.model), Machine(1, 0.0, host=1e15, cuda=False), load)
+    return next(phase for phase in phases_of(about, size) if phase.name == ("sample" if shape.draws else "update"))
+
+
+def _case(shape: Shape, folder: Path) -> Any:
+    return make_case(shape.prompts, shape.n, shape.mean, str(folder / "images"))
+
+
+def run(shape: Shape, folder: Path) -> tuple[float, tuple[int, int, int, int] | None]:
+    """Bytes that a case took, and the size of its micro-batch, None where replies were drawn."""
+    recipe, case = recipe_of(shape, folder), _case(shape, folder)
     (image,) = token_ids(case.tokenizer, "image_pad")
     stop = [case.tokenizer.eos_token_id]
     processor = SimpleNamespace(image_token=image, pad=case.tokenizer.pad_token_id, merge=2, store=case.store, stop_tokens=stop)
     processor.never_sampled = lambda size: [image, *stop]
-    prompts = sum(case.prompt_lengths[:: case.n])
-    images = sum(s.sequence.patches for s in case.samples[:: case.n]) / 4
-    load = Workload(prompts / case.prompts, images / case.prompts, shape.mean, longest=max(case.prompt_lengths), rows=case.prompts)
-    about = Case(recipe, shapes_of(widths_of(str(folder)), recipe.model), Machine(1, 0.0, host=1e15, cuda=False), load)
     before = _status("VmRSS")
     policy = load_policy(recipe.model, WHERE.device, 0, packed=recipe.packing == "packed")
     if shape.draws:
@@ -158,16 +191,17 @@ def run(shape: Shape, folder: Path) -> tuple[float, Phase]:
         _set_back()
         with awake(Embedded(policy, processor), 0) as engine:
             engine.generate(cut, Draw(case.n, 1.0, int(shape.mean), 0), [(0, i) for i in range(case.prompts)])
-        return (_status("VmHWM") - before) * 2**20, _phase(phases_of(about), "sample")
+        return (_status("VmHWM") - before) * 2**20, None
     optimizer, peak, sizes = build_optimizer(policy, recipe.optim), 0.0, []
+    patches = sum(s.sequence.patches for s in case.samples[:: case.n]) * (1 if recipe.packing == "packed" else case.n)
     for samples in (case.samples[:1], case.samples):  # behind the first there are gradients and moments
         (rounds,) = grpo._passes(policy, None, processor, [samples], recipe, WHERE).updates
         _set_back()
 
         def watched(rounds: Any = rounds) -> Iterator[Any]:
             for each in rounds:
-                shown = int(4 * images * (1 if recipe.packing == "packed" else case.n))
-                sizes.append(Size(each.batch.input_ids.numel(), shown, each.batch.input_ids.shape[-1], len(each.batch.targets)))
+                ids = each.batch.input_ids
+                sizes.append((ids.numel(), patches, ids.shape[-1], len(each.batch.targets)))
                 yield each
 
         grpo._accumulate(policy, samples, (sum(map(len, samples)), len(samples)), watched(), recipe, WHERE)
@@ -175,7 +209,7 @@ def run(shape: Shape, folder: Path) -> tuple[float, Phase]:
         peak = _status("VmHWM")
         optimizer.zero_grad(set_to_none=False)  # a later micro-batch of a step finds gradients
     assert len(sizes) == 2, "one micro-batch an update"
-    return (peak - before) * 2**20, _phase(phases_of(about, sizes[1]), "update")
+    return (peak - before) * 2**20, sizes[1]
 
 
 def prompt_of(sequence: Sequence, size: int) -> Sequence:
@@ -209,10 +243,6 @@ def recipe_row(name: str) -> dict[str, Any]:
     }
 
 
-def _phase(phases: list[Phase], name: str) -> Phase:
-    return next(phase for phase in phases if phase.name == name)
-
-
 def _set_back() -> None:
     """VmHWM to what the process holds now."""
     Path("/proc/self/clear_refs").write_text("5")
@@ -225,22 +255,11 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         create(Path(folder), args.hidden, args.layers)
         create(Path(folder) / SMALL, 64, 2)
         for name in (name for name in SHAPES if re.search(args.cases, name)):
-            rows.append(in_process(name, Path(folder)))
+            rows.append(one(name, Path(folder)))
             print(line(rows[-1]), flush=True)
-    recipes = [recipe_row(name) for name in RECIPES]
+    recipes = [] if args.cases else [recipe_row(name) for name in RECIPES]
     settings = {"hidden": args.hidden, "layers": args.layers, "close": CLOSE}
     return {"schema": 1, "machine": machine(), "settings": settings, "cases": rows, "recipes": recipes}
-
-
-def in_process(name: str, folder: Path) -> dict[str, Any]:
-    """A case in a process of its own."""
-    environment = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "bench.step.memory", "--one", name, "--folder", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row
 
 
 def line(row: dict[str, Any]) -> str:
@@ -255,14 +274,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hidden", type=int, default=256, help="width, a multiple of 64 (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=6, help="decoder layers, an even number (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the figures to this file")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.hidden < 64 or args.hidden % 64 or args.layers < 2 or args.layers % 2:
         parser.error("--hidden must be a multiple of 64, and --layers even")
-    if args.one:
-        print(json.dumps(one(args.one, args.folder)))
-        return 0
+    if ALLOCATOR.items() - os.environ.items():  # it reads them when a process begins
+        os.execve(
+            sys.executable, [sys.executable, "-m", "bench.step.memory", *(sys.argv[1:] if argv is None else argv)], os.environ | ALLOCATOR
+        )
+    torch.set_num_threads(1)
     result = measured(args)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,16 +66,21 @@ def lengths(recipe: GRPORecipe) -> Workload:
     return Workload(float(prefix.mean()), float(patches.mean()) / 4, float(suffix.mean()))
 
 
-def traffic(recipe: GRPORecipe, ranks: int, case: Case) -> float:
-    """Bytes that a rank sends in a step: its updates, and passes without gradients for old and reference log-probs."""
-    if ranks == 1:
-        return 0.0
-    updates = recipe.prompts // recipe.minibatch
-    passes = max(1, round(micro_batches(case) / updates))
-    trained = row("7b", 0, recipe.dist, ranks, passes)["sent_gb"]
-    looked = row("7b", 0, recipe.dist, ranks, passes, update=False)["sent_gb"]
+def counted(recipe: GRPORecipe) -> Callable[[int, float], float]:
+    """Bytes that each of so many ranks sends in a step whose updates have so many micro-batches: its updates, and passes without gradients
+    for old and reference log-probs. Counted for the most ranks and for one and two micro-batches, in which it is a line."""
+    most, updates = max(GPUS), recipe.prompts // recipe.minibatch
+    one, two, look = (
+        1e9 * sum(row("7b", 0, recipe.dist, most, passes, update=update)["sent_gb"].values())
+        for passes, update in ((1, True), (2, True), (1, False))
+    )
     more = (recipe.loss.beta > 0) * updates + (updates - recipe.skip_old_logp)
-    return 1e9 * (updates * sum(trained.values()) + more * sum(looked.values()))
+
+    def sent(ranks: int, passes: float) -> float:
+        ring = (ranks - 1) / ranks / ((most - 1) / most)
+        return ring * (updates * (one + (two - one) * (passes - 1)) + more * look * passes)
+
+    return sent
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
@@ -82,7 +88,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     recipe = load_recipe(args.recipe, args.overrides)
     if not isinstance(recipe, GRPORecipe):
         raise ValueError(f"{args.recipe}: a recipe of kind {recipe.kind}; scaling is told of a GRPO step, so give a grpo one")
-    config, load, rows = config_of("", "7b"), lengths(recipe), []
+    config, load, rows, sends = config_of("", "7b"), lengths(recipe), [], counted(recipe)
     for count in GPUS:
         on = gpus.parse(f"{count}x{args.gpu}")
         rates = rates_of(on)
@@ -94,7 +100,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         phases = [replace(p, kv_tokens=kv) if p.name == "sample" else p for p in made.phases]
         seconds = _seconds(made.case, phases, rates)
         update, drawing = balance(recipe, count, args.steps)
-        sent = traffic(recipe, count, made.case)
+        sent = sends(count, micro_batches(made.case) / (recipe.prompts // recipe.minibatch))
         link = sent / rates.link
         rows.append(
             {
