@@ -16,7 +16,8 @@ class Offload:
     """Optimizer states and frozen models that can leave the device and come back, in place: whoever holds the tensors keeps them.
 
     Their memory is given up storage by storage and is the same number of bytes on the host, pinned, allocated once and used again. Reading
-    a tensor that has left is an error of PyTorch's. A disabled one does nothing.
+    a tensor that has left is an error of PyTorch's. A disabled one does nothing. On a CPU what came from a file stays: NumPy has seen
+    its memory, and PyTorch gives that up no more.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer | None, *models: nn.Module, enabled: bool = True):
@@ -55,7 +56,7 @@ class Offload:
         seen: set[int] = set()
         for tensor in self._tensors():
             storage = local(tensor).untyped_storage()
-            if storage.nbytes() >= SMALL and storage.data_ptr() not in seen:
+            if storage.nbytes() >= SMALL and storage.resizable() and storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
                 yield storage
 
