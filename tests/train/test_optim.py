@@ -1,6 +1,7 @@
 """AdamW in what little memory there is: the numbers of a plain one, wherever moments and weights are held."""
 
 import contextlib
+import mmap
 from collections import OrderedDict
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from torch import nn
 
 from actial_fast.settings.recipe import GRPORecipe, RolloutConfig, SFTRecipe
 from actial_fast.settings.running import OptimConfig
-from actial_fast.train import optim, quantised
+from actial_fast.train import offload, optim, quantised
 from actial_fast.train.guard import Guard
 from tests.no_sync import HostSync, fake_cuda, put
 
@@ -88,10 +89,10 @@ def test_on_the_host_the_numbers_are_the_same(how, monkeypatch):
 
 
 @held
-@pytest.mark.parametrize("offload", ["none", "always"])
-def test_a_step_that_is_not_finite_leaves_no_trace(how, offload):
+@pytest.mark.parametrize("moves", ["none", "always"])
+def test_a_step_that_is_not_finite_leaves_no_trace(how, moves):
     config, dtype = HELD[how]
-    (clean, first), (dirty, second) = (trained(replace(config, offload=offload), dtype, steps=range(1)) for _ in range(2))
+    (clean, first), (dirty, second) = (trained(replace(config, offload=moves), dtype, steps=range(1)) for _ in range(2))
     guard = Guard(second, limit=5)
     before = everything(dirty, second)
     for bad in (float("nan"), float("inf")):
@@ -230,6 +231,38 @@ class Streams:
         return SimpleNamespace()
 
 
+class Locks:
+    """What of CUDA's runtime locks pages; refused: an error for each."""
+
+    def __init__(self, locked: dict[int, int], refused: bool = False):
+        self.locked, self.refused = locked, refused
+
+    def cudaHostRegister(self, address: int, nbytes: int, _: int) -> int:
+        self.locked[address] = nbytes
+        return 2 * self.refused
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.locked[address]
+        return 0
+
+
+def test_locked_memory_is_no_more_than_its_size_and_is_unlocked(monkeypatch):
+    locked: dict[int, int] = {}
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Locks(locked))
+    held = offload.pinned((3, 5), torch.float32)
+    rows = held[1:]
+    assert held.shape == (3, 5) and held.dtype == torch.float32 and not held.any() and held.is_contiguous()
+    assert locked == {held.data_ptr(): 60} and held.data_ptr() % mmap.PAGESIZE == 0, "no page of it is another's"
+    held.fill_(2.0)
+    del held
+    assert len(locked) == 1 and rows.eq(2).all()
+    del rows
+    assert not locked and offload.pinned((0, 5), torch.uint8).shape == (0, 5)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Locks({}, refused=True))
+    with pytest.raises(OSError, match=r"0.0 GB of the host's memory could not be locked \(CUDA error 2\); set optim.offload to none"):
+        offload.pinned((3,), torch.float32)
+
+
 @pytest.mark.parametrize("how", [*HELD, "float32 on the host", "bfloat16, 8 bits on the host"])
 def test_a_step_never_waits(how, monkeypatch):
     name, _, on_host = how.partition(" on the host")
@@ -241,6 +274,7 @@ def test_a_step_never_waits(how, monkeypatch):
     main = Streams()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Locks({}))
     with fake_cuda() as device:
         policy = put(Weights(dtype), device)
         policy.device = device
