@@ -413,3 +413,26 @@ def test_no_rank_holds_more_than_its_shard_and_a_tensor(tiny, tmp_path):
         assert found["save"] <= 1.2 * found["state"]
         assert found["final"] <= 4 * found["largest"]
         assert found["restore"] <= found["state"] - found["shard"] + found["largest"]
+
+
+@pytest.mark.parametrize("kind", ["master", "adapters, master, 8 bits"])
+def test_masters_are_what_is_exported(kind, tiny, processor, tmp_path):
+    """In float32, and not their rounded copies, which is what is trained with."""
+    policy, optimizer = trained(config(tiny, kind), ALONE, optim(kind))
+    with checkpoint.Saver(tmp_path, ALONE, 1) as saver:
+        saver.save(1, policy, processor, optimizer, {})
+        saver.finish(1)
+    masters = {name: optimizer.state[p]["master"] for name, p in policy.trained().items() if p in optimizer.state}
+    assert masters and any((master != policy.trained()[name]).any() for name, master in masters.items())
+    if kind == "master":
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint.final(tmp_path), dtype="auto")
+        got = {f"model.{name}": p for name, p in model.named_parameters()}
+        assert {p.dtype for p in got.values()} == {torch.float32}
+    else:
+        stored = load_file(tmp_path / "final/adapter/adapter_model.safetensors")
+        got = {name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."): v for name, v in stored.items()}
+        got = {f"model.{name}": value for name, value in got.items()}
+    assert all(torch.equal(got[name], master) for name, master in masters.items())
+    export.export_to(checkpoint.path_of(tmp_path, 1), tmp_path / "low", dtype="bfloat16")
+    low = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "low", dtype="auto")
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
