@@ -22,15 +22,15 @@ def _mixed(x):
     return x ^ (x >> 16)
 
 
-@triton.jit(do_not_specialize=["key_low", "key_high", "first", "n"])
+@triton.jit(do_not_specialize=["key_low", "key_high", "first"])
 def round_kernel(
     out,  # (n,) bfloat16
     value,  # (n,) float32
     step,  # scalar float32
-    key_low,  # 32 bits in an int64, and the next
+    key_low,  # the bits of an int32, and the next
     key_high,
     first,
-    n,
+    n,  # a multiple of 16 moves 16 bytes at a time
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -38,15 +38,16 @@ def round_kernel(
     one = _mixed(_mixed(tl.load(step).to(tl.uint32) ^ key_low.to(tl.uint32)) ^ key_high.to(tl.uint32))
     other = _mixed(one ^ 0x9E3779B9)
     random = _mixed(_mixed(place.to(tl.uint32) ^ one) ^ (place >> 32).to(tl.uint32) ^ other)
-    x = tl.load(value + at, at < n, 0.0)
-    bits = x.to(tl.uint32, bitcast=True)
+    bits = tl.load(value + at, at < n, 0.0).to(tl.uint32, bitcast=True)
     finite = (bits & 0x7F800000) != 0x7F800000
     bits = tl.where(finite, (bits + (random >> 16)) & 0xFFFF0000, bits)
     tl.store(out + at, bits.to(tl.float32, bitcast=True).to(tl.bfloat16), at < n)
 
 
-def round_stochastic_(out: Tensor, value: Tensor, key_low: int, key_high: int, step: Tensor, first: int) -> None:
-    """out (n,) bfloat16 from value (n,) float32, both contiguous; step a float32 scalar on their device; first below 2**63."""
+def round_stochastic_(out: Tensor, value: Tensor, key: int, step: Tensor, first: int) -> None:
+    """out (n,) bfloat16 from value (n,) float32, both contiguous; step a float32 scalar on their device; key of 64 bits."""
     grid = (triton.cdiv(len(out), BLOCK),)
-    round_kernel[grid](out, value, step, key_low, key_high, first, len(out), BLOCK=BLOCK, num_warps=WARPS)
+    # signed, so that every key compiles to the same kernel
+    low, high = (bits - ((bits & 0x80000000) << 1) for bits in (key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF))
+    round_kernel[grid](out, value, step, low, high, first, len(out), BLOCK=BLOCK, num_warps=WARPS)
     torch.autograd.graph.increment_version(out)

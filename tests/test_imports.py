@@ -31,7 +31,8 @@ TRANSFORMERS = {"model", "data", "rollout", "budget", "evaluation", "integration
 QUIET = "cli.shared"  # imports transformers to silence its progress bars
 VLLM = ["rollout.vllm", "rollout.vllm_inside"]  # what imports it
 TRAINERS = {"trl", "verl", "liger_kernel"}  # other people's, each in its module of integrations
-DOORS = {"ops.library", "model.attention", "model.paged", "packing.packed_ops"}  # what sends CUDA tensors to the kernels, each its own
+# what sends CUDA tensors to the kernels, each its own
+DOORS = {"ops.library", "ops.rounding", "model.attention", "model.paged", "packing.packed_ops"}
 
 
 def modules_of(top: str) -> dict[str, Path]:

@@ -90,6 +90,12 @@ class Policy(nn.Module):
         return next(self.parameters()).device
 
     @property
+    def hidden_dtype(self) -> torch.dtype:
+        """Of hidden states, keys and values: the computation's, or the weights' own on a CPU, where nothing is cast."""
+        held: torch.dtype = self.base.model.get_input_embeddings().weight.dtype
+        return held if self.compute_dtype == torch.float32 else self.compute_dtype
+
+    @property
     def trains_tower(self) -> bool:
         """True when any weight of the vision tower is trained."""
         return any(p.requires_grad for p in self.base.model.visual.parameters())

@@ -34,7 +34,7 @@ def round_stochastic_(out: Tensor, value: Tensor, *, key: int, step: Tensor, fir
         from actial_fast.kernels.rounding import round_stochastic_ as run
 
         with current_device(out):
-            run(out, value, key & MASK, key >> 32 & MASK, step, first)
+            run(out, value, key, step, first)
         return
     for at in range(0, len(out), AT_ONCE):
         part = value[at : at + AT_ONCE]

@@ -14,7 +14,7 @@ SHARE = 0.8  # of what is free: reading prompts and drawing need the rest
 
 
 def kv_shape(model: PreTrainedConfig) -> tuple[int, int, int]:
-    """Of one token's keys, or values: layers, key-value heads, head dimension. Held in the dtype of the computation. model: its config."""
+    """Of one token's keys, or values: layers, key-value heads, head dimension. Held in `Policy.hidden_dtype`. model: its config."""
     config = model.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, config.num_key_value_heads, width
@@ -27,4 +27,4 @@ def kv_budget(policy: Policy) -> int:
         free = float(torch.cuda.mem_get_info(policy.device)[0] + cached)
     else:
         free = available_memory()
-    return int(SHARE * min(free, 2.0**50)) // (2 * math.prod(kv_shape(policy.base.config)) * policy.compute_dtype.itemsize)
+    return int(SHARE * min(free, 2.0**50)) // (2 * math.prod(kv_shape(policy.base.config)) * policy.hidden_dtype.itemsize)

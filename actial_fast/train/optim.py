@@ -22,6 +22,7 @@ from actial_fast.model.weights import local, rows_of
 from actial_fast.ops.rounding import round_stochastic_
 from actial_fast.settings.running import OptimConfig
 from actial_fast.train import quantised
+from actial_fast.train.offload import pinned
 
 PIECE = 1 << 23  # elements worked on at a time: two pieces of moments on the device where they live on the host, 64 MiB each in float32
 VECTOR = 64  # elements that PyTorch's step on a CPU computes alike wherever they stand; of fewer, the last bits may differ
@@ -142,7 +143,7 @@ class LeanAdamW(torch.optim.Optimizer):
             return torch.empty((), dtype=dtype, device=parameter.device)
         rows = len(local(parameter)), *shape[1:]
         if self._on_host:
-            return torch.empty(rows, dtype=dtype, pin_memory=parameter.device.type == "cuda")
+            return pinned(rows, dtype) if parameter.device.type == "cuda" else torch.empty(rows, dtype=dtype)
         if self._config.kind == "paged_adamw8bit" and dtype == torch.uint8 and math.prod(rows) >= quantised.PAGED:
             return quantised.paged(rows, parameter.device)
         return torch.empty(rows, dtype=dtype, device=parameter.device)

@@ -105,7 +105,7 @@ def _padded(x: Tensor, size: int) -> Tensor:
 @functools.cache
 def _code(signed: bool, device: torch.device) -> Tensor:
     """The 256 shares, ascending."""
-    return _bitsandbytes().create_dynamic_map(signed=signed).to(device)
+    return _bitsandbytes().create_dynamic_map(signed=signed).to(device, non_blocking=True)
 
 
 @functools.cache

@@ -2,12 +2,12 @@
 
     python -m bench.step.memory [--cases REGEX] [--hidden 256] [--layers 6] [--json FILE]
 
-Every case has a process of its own, a copy of one that has loaded the libraries, which loads a Qwen2.5-VL of random weights as a run does, and makes two updates (loss, backward, AdamW;
-the first, of one sequence, so that there are gradients and moments; the second is measured) of prompts of about 800
-tokens, two images in each, with a few replies; or draws replies with the embedded sampler: reading, several prompts and few tokens each, or
-decoding, many tokens. Measured is VmHWM, set back before what is measured, over what the process held before the model was loaded, when it
-had made the same with a small model (Linux). Predicted is the fullest moment of the budget's phase for the batch's own size. The allocator
-gives memory back at once (MALLOC_MMAP_THRESHOLD_), one thread.
+Every case has a process of its own, a copy of one that has loaded the libraries. It loads a Qwen2.5-VL of random weights as a run does, and
+makes two updates (loss, backward, AdamW; the first, of one sequence, so that there are gradients and moments; the second is measured) of a
+prompt of about 800 tokens, two images in it, with a few replies; or draws replies with the embedded sampler: reading, several prompts and
+few tokens each, or decoding, many tokens. Measured is VmHWM, set back before what is measured, over what the process held before the model
+was loaded, when it had made the same with a small model (Linux). Predicted is the fullest moment of the budget's phase for the batch's own
+size. The allocator gives memory back at once (MALLOC_MMAP_THRESHOLD_), one thread.
 
 The result also has what the plan says of the shipped recipes on the machines that they are for; nothing of that is measured.
 """
