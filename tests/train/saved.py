@@ -34,6 +34,8 @@ KINDS = {
     "full": {},
     "frozen": {"freeze": ("model.visual",), "frozen_dtype": "bfloat16"},
     "adapters": {"lora": LoRAConfig(rank=4), "frozen_dtype": "bfloat16"},
+    "dora": {"lora": LoRAConfig(rank=4, rslora=True, dora=True, merger=True)},
+    "nf4": {"lora": LoRAConfig(rank=4, dora=True), "quantize": "nf4"},
 }
 
 
