@@ -71,7 +71,8 @@ class NF4Linear(nn.Module):
         if self._state.nested:
             scales = dequantize_blockwise(scales, self._state.state2) + self._state.offset
         codes, blocks = self._codes.reshape(-1), scales.numel()
-        codes = nn.functional.pad(codes, (0, blocks * BLOCK // 2 - codes.numel()))
+        if more := blocks * BLOCK // 2 - codes.numel():
+            codes = nn.functional.pad(codes, (0, more))
         # a block a row: on a CPU bitsandbytes 0.50 takes it that every row begins a block, which one of 96 weights does not
         state = QuantState(absmax=scales, shape=torch.Size((blocks, BLOCK)), blocksize=BLOCK, quant_type="nf4", dtype=dtype)
         whole = dequantize_4bit(codes[:, None], state)

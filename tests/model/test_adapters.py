@@ -31,9 +31,7 @@ KINDS = {
     "rslora": {"lora": LoRAConfig(rank=4, rslora=True)},
     "dora": {"lora": LoRAConfig(rank=4, dora=True, targets=("q_proj", "down_proj"))},
     "tower": {"lora": LoRAConfig(rank=4, tower=True, targets=())},
-    "merger": {"lora": LoRAConfig(rank=4, merger=True)},
-    "nf4": {"lora": LoRAConfig(rank=4), "quantize": "nf4"},
-    "nf4 once, few": {"lora": LoRAConfig(rank=4, targets=("v_proj",)), "quantize": "nf4", "quantize_twice": False},
+    "merger, nf4": {"lora": LoRAConfig(rank=4, merger=True, targets=("v_proj",)), "quantize": "nf4", "quantize_twice": False},
     "everything": {"lora": LoRAConfig(rank=4, **EVERYTHING), "quantize": "nf4"},
 }
 
@@ -42,7 +40,7 @@ KINDS = {
 def model(tmp_path_factory):
     """A tiny model whose tower has blocks; its widths are whole blocks of NF4, which transformers needs on a CPU."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    create(folder, ["Which way?", "left", "right"] * 2, TinyConfig(hidden=192, vision_hidden=32, layers=2, vision_depth=2), seed=3)
+    create(folder, ["Which way?", "left", "right"] * 2, TinyConfig(hidden=192, vision_hidden=32, layers=1, vision_depth=1), seed=3)
     return folder
 
 
@@ -85,11 +83,11 @@ def test_adapters_begin_as_nothing_and_both_paths_and_the_sampler_see_them(kind,
     parts = {n.split(".")[2] if "visual" in n else "language" for n in layers}
     lora = config.lora
     assert parts == {*(["blocks"] if lora.tower else []), *(["merger"] if lora.merger else []), *(["language"] if lora.targets else [])}
-    assert len(layers) == 2 * len(lora.targets) + 2 * 5 * lora.tower + 2 * lora.merger
+    assert len(layers) == len(lora.targets) + 5 * lora.tower + 2 * lora.merger
     assert policy.trains_tower == (lora.tower or lora.merger)
     policy = moved(model, kind, packed=True)
     ours = scores(policy, processor, sequences, "packed")
-    assert np.abs(ours - start).max() > 1e-2
+    assert np.abs(ours - start).max() > 2e-3
     np.testing.assert_allclose(scores(moved(model, kind), processor, sequences), ours, atol=1e-5)
     for sequence in sequences:
         end = int(sequence.trained.argmax())
@@ -149,7 +147,7 @@ def test_merging_into_the_original_base_is_another_model(model, processor, seque
         saver.save(1, policy, processor, build_optimizer(policy, OptimConfig()), {})
     for base in ("trained", "original"):
         done = export_to(checkpoint.path_of(tmp_path, 1), tmp_path / base, base=base)
-        assert done.held == 2 * 7 and done.dtype == "float32" and done.rounding == 0
+        assert done.held == 7 and done.dtype == "float32" and done.rounding == 0
     models = {base: load_policy(ModelConfig(path=str(tmp_path / base)), CPU, 0).eval() for base in ("trained", "original")}
     found = {base: scores(merged, processor, sequences) for base, merged in models.items()}
     ours = scores(policy, processor, sequences)
@@ -206,4 +204,4 @@ def test_freezing_the_adapters_that_were_asked_for_is_told(model):
 
 def test_adapters_of_the_tower_have_the_names_of_files(model):
     tensors, _ = adapters(moved(model, "tower"))
-    assert "base_model.model.model.visual.blocks.1.attn.qkv.lora_A.weight" in tensors and len(tensors) == 2 * 2 * 5
+    assert "base_model.model.model.visual.blocks.0.attn.qkv.lora_A.weight" in tensors and len(tensors) == 2 * 5

@@ -1,8 +1,6 @@
 """The 4-bit base: what transformers makes of the same weights, the right products with their gradients, and nothing whole in 16 bits."""
 
 import logging
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -158,7 +156,6 @@ def test_a_missing_package_is_told(tiny, monkeypatch):
 
 
 def test_nothing_is_said_of_kernels_that_nobody_needs():
-    code = "import actial_fast.model.policy, sys; assert 'bitsandbytes' in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "kernels" not in done.stdout + done.stderr
-    assert logging.getLogger("bitsandbytes").isEnabledFor(logging.WARNING), "other warnings are heard"
+    """PEFT imports bitsandbytes, which warns of a package that is not installed; its other warnings are heard."""
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
+    assert logging.getLogger("bitsandbytes.nn.modules").isEnabledFor(logging.WARNING)
