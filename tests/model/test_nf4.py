@@ -47,6 +47,8 @@ def test_the_codes_are_those_of_transformers(tiny, twice, dtype):
     )
     found = quantized(policy)
     assert found.keys() == {name for name, p in theirs.named_parameters() if type(p).__name__ == "Params4bit"} and len(found) == 2 * 7
+    assert all(nf4.LAYER.search(name) for name in found), "what the preflight counts as held"
+    assert sum(bool(nf4.LAYER.search(name)) for name in found.keys() | dict(theirs.named_parameters())) == len(found)
     for name, layer in found.items():
         weight, held = theirs.get_parameter(name), layer.held
         assert torch.equal(held["codes"], weight.data) and torch.equal(held["absmax"], weight.quant_state.absmax), name
