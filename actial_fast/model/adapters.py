@@ -101,7 +101,7 @@ def lengths(weight: Tensor, down: Tensor | None = None, up: Tensor | None = None
 def product_of(layer: Any) -> Callable[[Tensor], Tensor] | None:
     """What PEFT's layer with DoRA computes of x (L, I) in eval mode, as a function: the norms are taken once, now, and not at every call.
     None for any other layer, and while adapters are off."""
-    if layer.disable_adapters or not getattr(layer, "lora_magnitude_vector", None):
+    if getattr(layer, "disable_adapters", True) or not layer.lora_magnitude_vector:
         return None
     (name,) = layer.active_adapters
     base, down, up, scale = layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name], layer.scaling[name]

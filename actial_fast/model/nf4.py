@@ -30,7 +30,8 @@ def nf4_problem() -> str:
 
 class NF4Linear(nn.Module):
     """y = x W^T + b for x (..., I) with gradients for x alone: a linear layer whose weight (O, I) is held in NF4, once `hold` has been
-    given it. dtype: of the computation. Its 4-bit codes are no parameter: nothing trains, shards, casts or saves them."""
+    given it. dtype: of the computation; y has x's, or under autocast this one. Its 4-bit codes are no parameter: nothing trains, shards,
+    casts or saves them."""
 
     def __init__(self, linear: nn.Linear, *, twice: bool, dtype: torch.dtype):
         super().__init__()
@@ -70,20 +71,22 @@ class NF4Linear(nn.Module):
         if self._state.nested:
             scales = dequantize_blockwise(scales, self._state.state2) + self._state.offset
         codes, blocks = self._codes.reshape(-1), scales.numel()
-        codes = nn.functional.pad(codes, (0, blocks * BLOCK // 2 - codes.numel()))
+        if more := blocks * BLOCK // 2 - codes.numel():
+            codes = nn.functional.pad(codes, (0, more))
         # a block a row: on a CPU bitsandbytes 0.50 takes it that every row begins a block, which one of 96 weights does not
         state = QuantState(absmax=scales, shape=torch.Size((blocks, BLOCK)), blocksize=BLOCK, quant_type="nf4", dtype=dtype)
         whole = dequantize_4bit(codes[:, None], state)
         return whole.reshape(-1)[: self.out_features * self.in_features].view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        dtype = self.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
         x, bias = x.to(self.dtype), None if self.bias is None else self.bias.to(self.dtype)
         if not x.is_cuda:
-            return _Product.apply(x, bias, self)
+            return _Product.apply(x, bias, self).to(dtype)
         from bitsandbytes.autograd._functions import matmul_4bit
 
         assert self._codes is not None, "the weight was not read yet"
-        return matmul_4bit(x, self._codes, quant_state=self._state, bias=bias)
+        return matmul_4bit(x, self._codes, quant_state=self._state, bias=bias).to(dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, twice={self.twice}"

@@ -32,7 +32,7 @@ NF4_NOTE = """\
 These adapters were trained beside a base in NF4: {path}, the linear layers of its language model in 4 bits. Open it the same way
 
     BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant={twice},
-                       llm_int8_skip_modules=["visual", "lm_head"])
+                       llm_int8_skip_modules=["model.visual", "lm_head"])
 
 to get the model that was trained. Beside the base in 16 bits they give another one, as far away as rounding to 4 bits takes it.
 """

@@ -43,6 +43,8 @@ KINDS = {  # what of the model, and which optimizer
     "rounded, 8 bits, host": (BF16, EIGHT | {"offload": "always"}),
     "master": (BF16, {"master": True}),
     "adapters, master, 8 bits": ({"lora": LoRAConfig(rank=4), "frozen_dtype": "bfloat16"} | BF16, EIGHT | {"master": True}),
+    "dora": ({"lora": LoRAConfig(rank=4, rslora=True, dora=True, merger=True)}, {}),
+    "nf4": ({"lora": LoRAConfig(rank=4, dora=True), "quantize": "nf4"}, {}),
 }
 SHARDED = ("full", "frozen", "adapters", "rounded, 8 bits, host", "adapters, master, 8 bits")  # those that ranks are started for
 
