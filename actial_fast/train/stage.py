@@ -34,6 +34,7 @@ from actial_fast.train.phases import Phases, measured_rate
 from actial_fast.train.preflight import Encode, Unready, problems_of, processor_of
 from actial_fast.train.profile import Window
 from actial_fast.train.sharding import settle, shard
+from actial_fast.train.shortage import keys_of, told
 
 # keys that a resumed run may set anew
 MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "data.image_cache", "dist.", "profile.", "rollout.gpu_memory", "rollout.offload")
@@ -160,7 +161,8 @@ def open_stage(recipe: SFTRecipe | GRPORecipe, start: int, where: World, encode:
     folder, model, data = stage_folder(recipe), recipe.model, recipe.data
     torch.manual_seed(recipe.seed)
     place = functools.partial(shard, where=where, config=recipe.dist) if recipe.dist.fsdp else None
-    policy = load_policy(model, where.device, recipe.seed, packed=recipe.packing == "packed", place=place)
+    with told("load", keys_of(recipe)):
+        policy = load_policy(model, where.device, recipe.seed, packed=recipe.packing == "packed", place=place)
     processor = processor_of(recipe)
     optimizer = build_optimizer(policy, recipe.optim)
     stream = Stream(
@@ -175,7 +177,8 @@ def open_stage(recipe: SFTRecipe | GRPORecipe, start: int, where: World, encode:
         world=where.size,
         spread=isinstance(recipe, GRPORecipe) and recipe.sampling.oversample > 0,  # else the last rank alone has what is given up
     )
-    cursor = checkpoint.restore(folder, start, policy, optimizer, where) if start else {"position": 0}
+    with told("load", keys_of(recipe)):
+        cursor = checkpoint.restore(folder, start, policy, optimizer, where) if start else {"position": 0}
     stream.seek(cursor["position"])
     saver = stack.enter_context(checkpoint.Saver(folder, where, recipe.save.keep))
     return Stage(folder, start, policy, processor, optimizer, stream, saver, cursor)
@@ -220,7 +223,7 @@ def open_clock(
     ends."""
     rate = measured_rate(where.device)
     log.event("rate", rate, start)
-    return Phases(where, rate["tflops"]), stack.enter_context(Window(recipe.profile, Path(recipe.run), recipe.name, where))
+    return Phases(where, rate["tflops"], keys_of(recipe)), stack.enter_context(Window(recipe.profile, Path(recipe.run), recipe.name, where))
 
 
 def build_optimizer(policy: Policy, config: OptimConfig) -> torch.optim.AdamW:
