@@ -23,6 +23,7 @@ from actial_fast.packing.planning import Capacity
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.train.balance import Size, exchange, lengths_of
 from actial_fast.train.dist import World
+from actial_fast.train.nodes import carry
 from actial_fast.train.sharding import is_sharded, reduce_next, settle
 from actial_fast.train.shortage import batch_of, over
 
@@ -94,7 +95,9 @@ def balanced(items: list[T], sequence: Callable[[T], Sequence], recipe: Recipe, 
     sequences = [sequence(item) for item in items]
     groups = share(sequences, processor.image_token)
     moved = exchange([[items[i] for i in g.members] for g in groups], _sizes(groups, sequences), where, recipe.costs)
-    return [item for group in moved for item in group]
+    mine = [item for group in moved for item in group]
+    carry((key for item in mine for key in sequence(item).images), processor.store, where)
+    return mine
 
 
 def _sizes(groups: Many[Group], sequences: Many[Sequence]) -> list[Size]:

@@ -30,6 +30,7 @@ from actial_fast.train import checkpoint
 from actial_fast.train.dist import World
 from actial_fast.train.guard import Guard
 from actial_fast.train.lock import locked
+from actial_fast.train.nodes import unseen
 from actial_fast.train.phases import Phases, measured_rate
 from actial_fast.train.preflight import Encode, Unready, problems_of, processor_of
 from actial_fast.train.profile import Window
@@ -68,7 +69,7 @@ def begin(recipe: SFTRecipe | GRPORecipe, where: World, encode: Encode, stack: c
         except (ValueError, OSError) as error:
             problems.append(str(error) if isinstance(error, ValueError) else f"run: {folder} cannot be written ({error.strerror})")
         problems += [*_changes(recipe, folder), *problems_of(recipe, encode, folder, where)]
-    if problems := where.gather(problems):
+    if problems := where.gather(problems + unseen(recipe, folder, where)):
         raise Unready(problems)
     if where.main:
         for old in folder.glob(".tmp-*"):  # what a killed save left behind

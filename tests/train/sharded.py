@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from actial_fast import grpo
+from actial_fast import grpo, sft
 from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
+from actial_fast.packing.images import ImageStore
 from actial_fast.report.metrics import read_events, read_metrics
 from actial_fast.settings.config import load_recipe
 from actial_fast.settings.model import LoRAConfig, ModelConfig
@@ -88,7 +90,7 @@ def ways(folder: Path, where: World, *runs: str) -> Any:
 
 
 def shortage(folder: Path, where: World, recipe: str) -> Any:
-    """GRPO with memory that runs out on rank 1: by fault what became of it, its losses, and what its log says; the last one ends the rank."""
+    """GRPO with memory that runs out on rank 1: by fault what became of it, its losses and its events; the last one ends the rank."""
     found: dict[str, Any] = {}
     grpo.world = lambda minutes: contextlib.nullcontext(where)  # type: ignore[assignment, misc]
     for number, faults in enumerate(("", "oom:sample:1:5", "oom:forward:1:1", "oom:sample:1:1 oom:sample:1:3", "oom:update:1:2")):
@@ -102,6 +104,22 @@ def shortage(folder: Path, where: World, recipe: str) -> Any:
         halved = [s.get("sampling/halved", 0) for s in steps]
         found[faults] = outcome | {"losses": [s["loss"] for s in steps], "halved": halved, "events": events}
     return found
+
+
+def machines(folder: Path, where: World, recipe: str, shared: str) -> Any:
+    """SFT with an image store for each rank, as on two machines, and one run folder or two: what became of it, its losses, and how
+    many images each rank was sent."""
+    os.environ["XDG_CACHE_HOME"] = str(folder / f"cache {where.rank}")
+    sft.world = lambda minutes: contextlib.nullcontext(where)  # type: ignore[assignment, misc]
+    home = folder / ("home" if shared == "shared" else f"home {where.rank}")
+    home.mkdir(parents=True, exist_ok=True)
+    os.chdir(home)
+    told: list[int] = []
+    plain = ImageStore.keep
+    ImageStore.keep = lambda self, key, pixels: told.append(len(pixels)) or plain(self, key, pixels)  # type: ignore[method-assign, func-returns-value]
+    outcome = run(sft.train, load_recipe(recipe, ["run=run"]))
+    losses = [m["loss"] for m in read_metrics(home / "run")] if where.main and outcome["outcome"] == "finished" else []
+    return outcome | {"carried": where.gather([len(told)]), "losses": losses}
 
 
 if __name__ == "__main__":
