@@ -30,6 +30,7 @@ from actial_fast.train.guard import Guard
 from actial_fast.train.optim import parameters_of, set_learning_rate
 from actial_fast.train.rounds import Pass, balanced, passes
 from actial_fast.train.sharding import is_sharded
+from actial_fast.train.shortage import over
 from actial_fast.train.stage import (
     begin,
     draw,
@@ -129,9 +130,12 @@ def _accumulate(
     for each in stop.until(rounds, together=is_sharded(policy)):
         weights = _token_weights([sequences[k] for k in each.members], recipe.loss_weighting, counts)
         token_weight = torch.from_numpy(np.append(weights, np.zeros(each.idle, np.float32))).to(where.device, non_blocking=True)
-        loss = policy(each.batch, lambda hidden, head, b=each.batch, w=token_weight: ops.linear_cross_entropy(hidden, head, b.targets, w))
-        with named("backward"):
-            loss.backward()
+        with over(each.told):
+            loss = policy(
+                each.batch, lambda hidden, head, b=each.batch, w=token_weight: ops.linear_cross_entropy(hidden, head, b.targets, w)
+            )
+            with named("backward"):
+                loss.backward()
         total += loss.detach()
     stop.leave()
     if account is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Hashable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
@@ -22,7 +23,9 @@ from actial_fast.packing.planning import Capacity
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.train.balance import Size, exchange, lengths_of
 from actial_fast.train.dist import World
+from actial_fast.train.nodes import carry
 from actial_fast.train.sharding import is_sharded, reduce_next, settle
+from actial_fast.train.shortage import batch_of, over
 
 T = TypeVar("T")
 Recipe = SFTRecipe | GRPORecipe
@@ -48,11 +51,13 @@ class Pass:
 
 @dataclass(frozen=True)
 class Round:
-    """One forward pass: a batch on the device, the sequences in the order of its loss rows, and how many rows at its end do not count."""
+    """One forward pass: a batch on the device, the sequences in the order of its loss rows, how many rows at its end do not count, and the
+    batch in words."""
 
     batch: Batch | PackedBatch
     members: list[int]
     idle: int
+    told: Callable[[], str]
 
 
 def passes(wanted: Many[Pass], recipe: Recipe, processor: Processor, where: World) -> list[Iterator[Round]]:
@@ -90,7 +95,9 @@ def balanced(items: list[T], sequence: Callable[[T], Sequence], recipe: Recipe, 
     sequences = [sequence(item) for item in items]
     groups = share(sequences, processor.image_token)
     moved = exchange([[items[i] for i in g.members] for g in groups], _sizes(groups, sequences), where, recipe.costs)
-    return [item for group in moved for item in group]
+    mine = [item for group in moved for item in group]
+    carry((key for item in mine for key in sequence(item).images), processor.store, where)
+    return mine
 
 
 def _sizes(groups: Many[Group], sequences: Many[Sequence]) -> list[Size]:
@@ -109,7 +116,10 @@ def _plain(each: Pass, recipe: Recipe, processor: Processor, where: World) -> It
             chosen, idle = [*chosen, extra], int(extra.trained[1:].sum())
         for tower in (False, True):
             reduce_next(each.policy, tower=tower, last=k + 1 == len(groups))
-        yield Round(collate(chosen, processor.pad, processor.store).to(where.device), members, idle)
+        about = functools.partial(batch_of, chosen, padded=True)
+        with over(about):
+            batch = collate(chosen, processor.pad, processor.store).to(where.device)
+        yield Round(batch, members, idle, about)
     settle(each.policy)
 
 
@@ -142,10 +152,11 @@ def _packed(
                 sequences.append(extra)
             batch, order = pack(sequences, pieces, processor.image_token, processor.merge)
             assert tuple(keys[: len(batch.images)]) == batch.images, "the layout has the images in another order"
-            batch = batch.to(where.device)
-            with features.of(keys) as found:
+            members = [i for i in order if i < len(each.sequences)]
+            about = functools.partial(batch_of, [each.sequences[i] for i in members])
+            with over(about), features.of(keys) as found:  # on the way in and out the vision tower's own passes
                 reduce_next(each.policy, tower=False, last=k + 1 == len(cut))
-                yield Round(replace(batch, features=found), [i for i in order if i < len(each.sequences)], idle)
+                yield Round(replace(batch.to(where.device), features=found), members, idle, about)
                 reduce_next(each.policy, tower=True, last=k == seen)
     settle(each.policy)
 

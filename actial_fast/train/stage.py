@@ -27,11 +27,13 @@ from actial_fast.train import checkpoint
 from actial_fast.train.dist import World
 from actial_fast.train.guard import Guard
 from actial_fast.train.lock import locked
+from actial_fast.train.nodes import unseen
 from actial_fast.train.optim import build_optimizer
 from actial_fast.train.phases import Phases, measured_rate
 from actial_fast.train.preflight import Encode, Room, Unready, problems_of, processor_of
 from actial_fast.train.profile import Window
 from actial_fast.train.sharding import settle, shard
+from actial_fast.train.shortage import keys_of, told
 
 # keys that a resumed run may set anew
 MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "data.image_cache", "dist.", "profile.", "rollout.gpu_memory", "optim.offload")
@@ -65,7 +67,7 @@ def begin(recipe: SFTRecipe | GRPORecipe, where: World, encode: Encode, room: Ro
         except (ValueError, OSError) as error:
             problems.append(str(error) if isinstance(error, ValueError) else f"run: {folder} cannot be written ({error.strerror})")
         problems += [*_changes(recipe, folder), *problems_of(recipe, encode, room, folder, where)]
-    if problems := where.gather(problems):
+    if problems := where.gather(problems + unseen(recipe, folder, where)):
         raise Unready(problems)
     if where.main:
         for old in folder.glob(".tmp-*"):  # what a killed save left behind
@@ -158,7 +160,8 @@ def open_stage(recipe: SFTRecipe | GRPORecipe, start: int, where: World, encode:
     folder, model, data = stage_folder(recipe), recipe.model, recipe.data
     torch.manual_seed(recipe.seed)
     place = functools.partial(shard, where=where, config=recipe.dist) if recipe.dist.fsdp else None
-    policy = load_policy(model, where.device, recipe.seed, packed=recipe.packing == "packed", place=place)
+    with told("load", keys_of(recipe)):
+        policy = load_policy(model, where.device, recipe.seed, packed=recipe.packing == "packed", place=place)
     processor = processor_of(recipe)
     optimizer = build_optimizer(policy, recipe.optim, recipe.seed)
     stream = Stream(
@@ -173,7 +176,8 @@ def open_stage(recipe: SFTRecipe | GRPORecipe, start: int, where: World, encode:
         world=where.size,
         spread=isinstance(recipe, GRPORecipe) and recipe.sampling.oversample > 0,  # else the last rank alone has what is given up
     )
-    cursor = checkpoint.restore(folder, start, policy, optimizer, where) if start else {"position": 0}
+    with told("load", keys_of(recipe)):
+        cursor = checkpoint.restore(folder, start, policy, optimizer, where) if start else {"position": 0}
     stream.seek(cursor["position"])
     saver = stack.enter_context(checkpoint.Saver(folder, where, recipe.save.keep))
     return Stage(folder, start, policy, processor, optimizer, stream, saver, cursor)
@@ -218,7 +222,7 @@ def open_clock(
     ends."""
     rate = measured_rate(where.device)
     log.event("rate", rate, start)
-    return Phases(where, rate["tflops"]), stack.enter_context(Window(recipe.profile, Path(recipe.run), recipe.name, where))
+    return Phases(where, rate["tflops"], keys_of(recipe)), stack.enter_context(Window(recipe.profile, Path(recipe.run), recipe.name, where))
 
 
 def versions(where: World) -> dict[str, Any]:

@@ -169,12 +169,13 @@ def traced(policy: Policy, way: DistConfig, world: World, micro_batches: int, *,
 def least(policy: Policy, config: DistConfig, ranks: int, micro_batches: int, *, update: bool = True) -> dict[str, float]:
     """Bytes of whole tensors, by kind, that a step cannot do without under this policy."""
     base, trunk = policy.base, policy.base.model
+    kept = {id(p) for module in (base.lm_head, trunk.language_model.norm) for p in module.parameters()}  # whole until a backward pass
     once = {id(p) for module in (trunk.get_input_embeddings(), base.lm_head, trunk.language_model.norm) for p in module.parameters()}
     tower, tower_trained = {id(p) for p in trunk.visual.parameters()}, policy.trains_tower
     gathered = summed = 0.0
     for p in policy.parameters():
         backward = update and id(p) not in once and (tower_trained or id(p) not in tower)
-        times = 1 if config.reshard == "step" else micro_batches * (2 if backward else 1)
+        times = 1 if config.reshard == "step" or (id(p) in kept and not update) else micro_batches * (2 if backward else 1)
         gathered += times * p.numel() * policy.compute_dtype.itemsize
         summed += 4.0 * p.numel() * (update and p.requires_grad)
     if not config.fsdp:
