@@ -142,12 +142,13 @@ def plan_assumptions() -> str:
         ),
         (
             "a micro-batch",
-            "full: `pack_tokens` tokens, and as many patches as the lengths say, at most `pack_patches`; of rows that are known, no more than "
-            "a rank has of an optimizer step",
+            "full: `pack_tokens` tokens, and as many patches as the lengths say, at most `pack_patches`; of rows that are known, no more "
+            "than a rank has of an optimizer step",
         ),
         (
             "rows whose data are not here",
-            f"{workload.PROMPT} tokens of a prompt, {workload.IMAGES} of them of images; {workload.REPLY} of a reply, {workload.ANSWER} of an answer",
+            f"{workload.PROMPT} tokens of a prompt, {workload.IMAGES} of them of images; {workload.REPLY} of a reply, "
+            f"{workload.ANSWER} of an answer",
         ),
         ("FSDP", f"{phases.BLOCKS_IN_FLIGHT} layers' weights and gradients at once, and the float32 message that sums them"),
         ("vLLM", f"{gb(phases.ENGINE)} beside weights, keys and values; {gb(phases.ASLEEP)} while it sleeps"),

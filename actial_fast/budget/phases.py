@@ -87,6 +87,11 @@ class Case:
         return self.machine.cuda
 
     @property
+    def width(self) -> int:
+        """Bytes of a number of hidden states, keys and values."""
+        return 2 if self.low or self.shapes.head_bytes == 2 else 4
+
+    @property
     def sharded(self) -> bool:
         """Whether FSDP shards it."""
         return self.recipe.dist.fsdp and self.machine.count > 1
@@ -205,7 +210,7 @@ def _update(case: Case, shares: Shares, held: Activations, size: Size) -> Phase:
 def _moments(case: Case, shares: Shares, held: Activations, size: Size) -> Iterator[Items]:
     """The moments of a micro-batch's pass that may be the fullest, each as the items beyond what is always there."""
     text, vision = case.shapes.config.text_config, case.shapes.config.vision_config
-    layers, blocks, width = text.num_hidden_layers, vision.depth, 2 if case.low else 4
+    layers, blocks, width = text.num_hidden_layers, vision.depth, case.width
     trained = case.shapes.trains_tower and size.patches > 0
     features = width * size.patches / 4 * text.hidden_size
     if not trained:
@@ -228,7 +233,7 @@ def _moments(case: Case, shares: Shares, held: Activations, size: Size) -> Itera
     vocabulary = text.vocab_size * text.hidden_size
     predicted = min(size.tokens, size.predicted)
     rows = 2 * width * predicted * text.hidden_size  # hidden states and their gradient
-    work = min(WORKSPACE, predicted * text.vocab_size * (width if case.low else 12))
+    work = min(WORKSPACE, predicted * text.vocab_size * (2 if case.low else 12))
     head = work
     if case.shapes.trains_head:
         rounded = 2.0 * vocabulary if case.low and not shares.cast and case.recipe.model.dtype == "bfloat16" else 0.0
@@ -287,8 +292,7 @@ def _away(case: Case, shares: Shares) -> Items:
 
 
 def _drawing(case: Case, shares: Shares, held: Activations, name: str, longest: int) -> Phase:
-    recipe, text = case.recipe, case.shapes.config.text_config
-    width = 2 if case.low else 4
+    recipe, text, width = case.recipe, case.shapes.config.text_config, case.width
     kv = width * case.shapes.kv_elements
     prompt = case.workload.longest or recipe.data.max_prompt_tokens
     needed = prompt + longest

@@ -37,8 +37,11 @@ class Plan:
     def over(self) -> float:
         """Bytes that are too much, over all devices' phases and the host."""
         short = sum((p.kv_needed - p.kv_tokens) for p in self.phases if p.kv_tokens is not None and p.kv_tokens < p.kv_needed)
-        width = 2 if self.case.low else 4
-        return sum(max(0.0, -p.spare) for p in self.phases) + short * width * self.case.shapes.kv_elements + max(0.0, -self.host_spare)
+        return (
+            sum(max(0.0, -p.spare) for p in self.phases)
+            + short * self.case.width * self.case.shapes.kv_elements
+            + max(0.0, -self.host_spare)
+        )
 
     @property
     def host_spare(self) -> float:
@@ -212,7 +215,7 @@ def options(made: Plan) -> Iterator[Option]:
 
 def _for_sampling(made: Plan) -> Iterator[Option]:
     """For phases in which replies are drawn, where one of them does not fit."""
-    recipe, kv = made.case.recipe, (2 if made.case.low else 4) * made.case.shapes.kv_elements
+    recipe, kv = made.case.recipe, made.case.width * made.case.shapes.kv_elements
     for phase in made.phases:
         if phase.name not in ("sample", "eval") or phase.fits:
             continue
