@@ -172,8 +172,9 @@ class LeanAdamW(torch.optim.Optimizer):
             yield from zip(pieces, self._passage.through(rows), strict=True)
         else:
             for piece, states in zip(pieces, rows, strict=True):
-                for value in states.values():
-                    quantised.prefetch(value)
+                if piece.rows.start == 0:
+                    for value in self.state[piece.parameter].values():
+                        quantised.prefetch(value)
                 yield piece, states
 
     def _update(self, piece: Piece, states: dict[str, Tensor], bad: Tensor | None) -> None:
