@@ -50,10 +50,8 @@ TWO_SWEEPS = Launch(warps=32, loads=4)  # a row a multiprocessor: all rows in fl
 
 
 def two_sweeps() -> Launch:
-    """TWO_SWEEPS, with half the loads where the compiler would spill four: Triton 3.6 on sm_120, Triton 3.8 on all chips but sm_100 and 103.
-
-    Triton 3.7 spills them nowhere.
-    """
+    """TWO_SWEEPS, with half the loads where the compiler would spill four: Triton 3.6 on sm_120, 3.8 on all but sm_100 and sm_103, 3.7 on
+    none."""
     version, chip = tuple(map(int, triton.__version__.split(".")[:2])), common.capability()[0]
     spills = chip >= 12 if version < (3, 7) else version > (3, 7) and chip != 10
     return replace(TWO_SWEEPS, loads=2) if spills else TWO_SWEEPS
