@@ -140,14 +140,15 @@ def test_b8_one_rank_has_the_advantages_of_many(grpo_recipe):
     """Statistics of the whole batch do not depend on how it is spread over ranks."""
     generator = torch.Generator().manual_seed(0)
     grpo_tables = {g: torch.randn(4, 2, generator=generator).numpy() for g in range(6)}
-    for scale in ("std", "batch_std", "none"):
-        for combine in ("sum_then_normalize", "normalize_then_sum"):
-            spec = replace(grpo_recipe.advantages, scale=scale, combine=combine)
-            recipe = replace(grpo_recipe, advantages=spec, rewards=(RewardConfig("accuracy", 0.5), RewardConfig("format", 2.0)))
-            whole = [s.advantage for s in _samples(grpo_tables, range(6), recipe)]
-            parts = [_samples(grpo_tables, range(first, 6, 2), recipe) for first in (0, 1)]
-            spread = [s.advantage for g in range(6) for s in parts[g % 2][g // 2 * 4 :][:4]]
-            assert spread == whole and any(whole), (scale, combine)
+    for scale, combine, baseline in itertools.product(
+        ("std", "batch_std", "none"), ("sum_then_normalize", "normalize_then_sum"), ("mean", "leave_one_out")
+    ):
+        spec = AdvantageSpec(baseline=baseline, scale=scale, combine=combine)
+        recipe = replace(grpo_recipe, advantages=spec, rewards=(RewardConfig("accuracy", 0.5), RewardConfig("format", 2.0)))
+        whole = [s.advantage for s in _samples(grpo_tables, range(6), recipe)]
+        parts = [_samples(grpo_tables, range(first, 6, 2), recipe) for first in (0, 1)]
+        spread = [s.advantage for g in range(6) for s in parts[g % 2][g // 2 * 4 :][:4]]
+        assert spread == whole and any(whole), spec
 
 
 def _samples(tables, mine, recipe):
