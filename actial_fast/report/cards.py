@@ -59,12 +59,14 @@ def _image(run_dir: Path, source: str) -> str:
     """An <img> that holds the picture; a note in its place when the file is gone, for a report must come out of an old run too."""
     from PIL import Image
 
+    from actial_fast.data.sources.picture import shown
+
     try:
         data = base64.b64decode(source.partition(",")[2]) if source.startswith("data:") else (run_dir / source).read_bytes()
         with Image.open(BytesIO(data)) as picture:
             kind, small = picture.format, max(picture.size) <= 64
             if len(data) > IMAGE_BYTES or kind not in ("PNG", "JPEG"):
-                reduced = picture.convert("RGB")
+                reduced = shown(picture)
                 reduced.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
                 reduced.save(buffer := BytesIO(), "JPEG", quality=85)
                 kind, data = "JPEG", buffer.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from actial_fast.data.sources.picture import MAX_PIXELS
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
 from actial_fast.packing.planning import Costs
@@ -93,6 +94,8 @@ class DataConfig:
     """Threads that read and decode ahead of the step."""
     max_prompt_tokens: int = 16000
     """A longer prompt is a row-level error (nothing is ever cut inside an image)."""
+    max_image_pixels: int = MAX_PIXELS
+    """An image with more pixels is a row-level error; smaller ones are scaled as the model's limits say."""
     together: bool = True
     """Draw rows together that stand next to each other in their file and show the same images, so that these are computed once."""
     image_cache: str = ""
@@ -100,7 +103,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "workers")
-        at_least(self, 1, "max_prompt_tokens")
+        at_least(self, 1, "max_prompt_tokens", "max_image_pixels")
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from actial_fast.data.sources.row import BadRow, Row, decode
+from actial_fast.data.sources.picture import decode
+from actial_fast.data.sources.row import BadRow, Row
 from actial_fast.data.sources.source import Source, SourceConfig, open_source
 from actial_fast.data.sources.stream import Example
 from actial_fast.model.processor import Processor
@@ -55,7 +57,7 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, folder: Path, wher
         processor = processor_of(recipe)
     except (ValueError, OSError) as error:
         if not misfits:
-            yield f"model.path: {recipe.model.path!r} has no tokenizer and image processor that can be read ({error})"
+            yield f"model.path: the tokenizer and image processor of {recipe.model.path!r} cannot be used: {error}"
     if not recipe.data.sources:
         yield "data.sources: none given"
     row: Row | None = None
@@ -145,10 +147,28 @@ def _pixel_bytes(config: SourceConfig, rows: list[Row], processor: Processor) ->
 
 
 def processor_of(recipe: SFTRecipe | GRPORecipe) -> Processor:
-    """The recipe's preprocessing: its checkpoint's, within its limits."""
-    model, data = recipe.model, recipe.data
-    limits = {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels, "max_prompt": data.max_prompt_tokens}
-    return Processor.load(model.path, **limits, image_cache=data.image_cache)
+    """The recipe's preprocessing: its checkpoint's, within its limits. What does not fit into a pass is an error of its row."""
+    model, data, packed = recipe.model, recipe.data, recipe.packing == "packed"
+    return Processor.load(
+        model.path,
+        min_pixels=model.min_pixels,
+        max_pixels=model.max_pixels,
+        max_prompt=data.max_prompt_tokens,
+        max_tokens=recipe.pack_tokens if packed else 0,
+        room=recipe.sampling.max_new_tokens if isinstance(recipe, GRPORecipe) else 0,
+        max_patches=recipe.pack_patches if packed else 0,
+        image_cache=data.image_cache,
+        max_image_pixels=data.max_image_pixels,
+    )
+
+
+def doors(recipe: SFTRecipe | GRPORecipe, processor: Processor) -> Iterator[tuple[SourceConfig, Callable[[Example], Sequence]]]:
+    """Each source of a recipe, of its training and its evaluation, and what the loop makes of an example of it: BadRow for a bad row."""
+    encode = Processor.encode if isinstance(recipe, SFTRecipe) else Processor.encode_prompt
+    for source in recipe.data.sources:
+        yield source, functools.partial(encode, processor)
+    for source in recipe.eval.sources:
+        yield source, processor.encode_prompt
 
 
 def _first(

@@ -21,7 +21,8 @@ from typing import Protocol
 from PIL import Image
 
 from actial_fast.data.sources.jsonl import recover
-from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Row, Turn, decode
+from actial_fast.data.sources.picture import decode
+from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Row, Turn
 from actial_fast.data.sources.source import Source
 from actial_fast.data.sources.tags import TAG, is_well_formed, same_answer, tagged_answer
 
