@@ -87,12 +87,19 @@ def orientation(picture: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
+def header(file: Path) -> tuple[int, int, int]:
+    """Width and height of the stored pixels, and how these are turned for a viewer (see orientation); OSError or ValueError for no picture."""
+    _more_formats()
+    with Image.open(file) as picture:
+        return *picture.size, orientation(picture)
+
+
 def shown(picture: Image.Image, where: str = "") -> Image.Image:
     """A picture as a viewer shows it, in RGB. ValueError for values whose range is not known."""
     container = picture.format
     if orientation(picture) != 1:
         picture = ImageOps.exif_transpose(picture)
-    if picture.mode in SIXTEEN or (picture.mode == "I" and container == "PNG"):  # older versions of PIL read a 16-bit PNG as I
+    if picture.mode in SIXTEEN or (picture.mode == "I" and container in ("PNG", "PPM")):  # which have no more than 16
         told("a picture of 16 bits: 0 to 65535 becomes 0 to 255", where)
         return _gray(np.asarray(picture).astype(np.float64) / 257)
     if picture.mode == "F":

@@ -497,7 +497,7 @@ def test_cameras_held_sideways_give_no_pair(tmp_path):
         try:
             assert not pairs(read_capture(tmp_path / f"{k}"), ViewpointConfig())
         except BadCapture as error:
-            assert error.reason in (module.NEAR_VERTICAL, module.ROLLED, module.OFF_AXIS)
+            assert error.reason in (module.NEAR_VERTICAL, module.SIDEWAYS, module.OFF_AXIS)
 
 
 def drop_model(folder):
