@@ -29,6 +29,9 @@ class EvalConfig:
     """0 = greedy; otherwise replies are sampled at this temperature."""
     max_new_tokens: int = 1024
     """Longest reply, in tokens."""
+    strict: bool = False
+    """A reply is right only if the text in its <answer> tags, or all of it where it has none, is the truth up to case, as in the paper;
+    otherwise an answer that a person would call right is right (the option's letter in its usual spellings, or its text)."""
     kv_tokens: int = 0
     """As sampling.kv_tokens."""
     fatal: bool = False
@@ -238,6 +241,8 @@ class GRPORecipe:
         _weights_reach(self.rollout)
         if not self.rewards:
             raise ValueError("rewards: at least one is needed, for example [{name: accuracy}]")
+        if not any(reward.weight for reward in self.rewards):
+            raise ValueError("rewards: all weights are 0, so that nothing would be learned; give one a weight")
         names, sampling = [r.name for r in self.rewards], self.sampling
         if sampling.gate.on and sampling.gate.reward not in names:
             raise ValueError(f"sampling.gate.reward: {sampling.gate.reward!r} is not one of the rewards, {', '.join(names)}")

@@ -79,6 +79,9 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, folder: Path, wher
     for source in recipe.eval.sources:
         rows, problems = _first(source, processor, Processor.encode_prompt, skip=recipe.data.on_bad_row == "skip", truths=True)
         yield from (f"eval.sources: {problem}" for problem in problems)
+    if isinstance(recipe, GRPORecipe) and row is not None and not any(map(_opens_with_truth, recipe.data.sources)):
+        if any(reward.name == "accuracy" and reward.weight for reward in recipe.rewards):
+            yield f"rewards: accuracy can score nothing: none of the first {TRUTHS} rows of any source has a truth"
     if isinstance(recipe, GRPORecipe) and row is not None:
         yield from (f"rewards: {problem}" for problem in probe(recipe.rewards, row))
     if recipe.rollout.engine == "vllm":
@@ -195,6 +198,13 @@ def _first(
     if truths and not bad and not _has_truth(source):
         bad.append(f"{config.path}: none of the first {min(TRUTHS, len(source))} rows has a truth to compare with")
     return good, bad
+
+
+def _opens_with_truth(config: SourceConfig) -> bool:
+    try:
+        return _has_truth(open_source(config))
+    except (ValueError, OSError):  # said before
+        return True
 
 
 def _has_truth(source: Source) -> bool:

@@ -321,7 +321,7 @@ def test_grpo_7b_has_the_papers_figures():
     assert (recipe.sampling.n, recipe.sampling.temperature, recipe.sampling.max_new_tokens) == (16, 1.0, 4096)
     assert recipe.data.max_prompt_tokens == 16000
     assert (recipe.loss.clip_low, recipe.loss.clip_high, recipe.loss.beta) == (0.2, 0.2, 0.01)
-    assert recipe.rewards == (RewardConfig("format", 0.5), RewardConfig("accuracy", 0.5))
+    assert recipe.rewards == (RewardConfig("format", 0.5), RewardConfig("accuracy", 0.5, strict=True))
     assert recipe.advantages.scale == "std"
     for source in (*recipe.data.sources, *recipe.eval.sources):
         assert all(tag in source.system for tag in ("<think>", "</think>", "<answer>", "</answer>"))
