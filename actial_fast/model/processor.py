@@ -182,7 +182,9 @@ class Processor:
                 continue
             opened = self._render(messages[:i], open_reply=True)
             if not opened.startswith(done):
-                raise ValueError("the chat template rewrites earlier turns (it drops their reasoning, say), so that they cannot be trained on")
+                raise ValueError(
+                    "the chat template rewrites earlier turns (it drops their reasoning, say), so that they cannot be trained on"
+                )
             answer = turn.content + self.tokenizer.convert_ids_to_tokens(self.eos)
             pieces += [(opened[len(done) :], False), (answer, True)]
             done = opened + answer

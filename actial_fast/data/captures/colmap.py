@@ -204,7 +204,9 @@ def _read(path: Path, root: Path, min_images: int, max_elevation_deg: float, ver
     azimuth, elevation = azimuth_elevation(centers, center, up)
     around = np.angle(np.exp(1j * azimuth) / np.exp(1j * azimuth).mean()).std()
     if elevation.std() > around:
-        detail = f"the camera climbs by {np.degrees(elevation.std()):.0f} degrees and walks by {np.degrees(around):.0f} (standard deviations)"
+        detail = (
+            f"the camera climbs by {np.degrees(elevation.std()):.0f} degrees and walks by {np.degrees(around):.0f} (standard deviations)"
+        )
         raise BadCapture(path, SIDEWAYS, detail)
     return Capture(
         object=name,
@@ -228,9 +230,7 @@ def _poses(images: list[pycolmap.Image]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([pose.rotation.matrix() for pose in poses]), np.array([pose.translation for pose in poses])
 
 
-def _turns(
-    path: Path, model: pycolmap.Reconstruction, images: list[pycolmap.Image], usable: np.ndarray
-) -> tuple[np.ndarray, list[str]]:
+def _turns(path: Path, model: pycolmap.Reconstruction, images: list[pycolmap.Image], usable: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """What turns each camera with its picture, (N, 3, 3), and why a picture cannot be used, '' where it can.
 
     A picture that EXIF turns by a quarter shows by its camera's shape whether the model was made from stored or from shown pixels. One tool

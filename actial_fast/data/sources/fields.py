@@ -30,7 +30,9 @@ IMAGE_KEYS = ("images", "image")
 # Keys of a record or a message that no reader here obeys, and the values with which they say nothing.
 MEANING: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("videos", "video", "audios", "audio", "tools", "functions", "tool_calls", "tool_call_id", "function_call"), ()),
-    **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "kto_tag", "objects", "refusal"), ()),
+    **dict.fromkeys(
+        ("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "kto_tag", "objects", "refusal"), ()
+    ),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "completion"), ()),
     **dict.fromkeys(("weight", "sample_weight", "loss", "loss_weight", "loss_scale", "train", "trainable"), (1, True)),
     **dict.fromkeys(("mask", "masked", "loss_mask"), (0, False)),
@@ -54,7 +56,14 @@ def absent(value: Any) -> bool:
 
 def kind_of(value: Any) -> str:
     """What a value is, for messages."""
-    names = ((bool, "true or false"), (numbers.Number, "a number"), (str, "text"), (bytes, "bytes"), (Mapping, "an object"), (list, "a list"))
+    names = (
+        (bool, "true or false"),
+        (numbers.Number, "a number"),
+        (str, "text"),
+        (bytes, "bytes"),
+        (Mapping, "an object"),
+        (list, "a list"),
+    )
     return next((name for cls, name in names if isinstance(value, cls)), f"a {type(value).__name__}")
 
 
@@ -185,7 +194,9 @@ def one_image(value: Any, folder: Path, where: str, number: int = 1) -> Image:
     if isinstance(value, bytes | bytearray | memoryview) and len(value):
         return bytes(value)
     if not isinstance(value, str) or absent(value):
-        raise BadRow(where, f"image {number} is {'null' if absent(value) else kind_of(value)}; expected a path, bytes or {{'bytes', 'path'}}")
+        raise BadRow(
+            where, f"image {number} is {'null' if absent(value) else kind_of(value)}; expected a path, bytes or {{'bytes', 'path'}}"
+        )
     check_characters(value, f"the name of image {number}", where)
     if value[:5].lower() == "data:":
         return _from_data_url(value, where, number)

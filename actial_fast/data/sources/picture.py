@@ -124,7 +124,11 @@ def what_it_is(data: bytes) -> str:
         if re.match(pattern, data[:HEAD], re.DOTALL):
             return name
     text = data[:HEAD].decode("latin-1")
-    return "text, not a picture" if text.isascii() and text.replace("\n", "").replace("\r", "").replace("\t", "").isprintable() else "no picture"
+    return (
+        "text, not a picture"
+        if text.isascii() and text.replace("\n", "").replace("\r", "").replace("\t", "").isprintable()
+        else "no picture"
+    )
 
 
 def _opened(image: Path | bytes, where: str, limit: int, file: Path | None) -> tuple[Image.Image, str]:

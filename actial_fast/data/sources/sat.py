@@ -45,7 +45,10 @@ class SatSource(Reader):
     def row(self, record: Mapping[str, Any], where: str, index: int) -> Row:
         """A question, its images and its options; BadRow when the question or answer is missing, or the answer is not among the options."""
         refuse(record, ("question", "correct_answer", *CHOICE_COLUMNS, *self.image_keys, *self.kind_keys, "id"), where)
-        question, answer = text(record.get("question"), "question", where), text(record.get("correct_answer"), "correct_answer", where).strip()
+        question, answer = (
+            text(record.get("question"), "question", where),
+            text(record.get("correct_answer"), "correct_answer", where).strip(),
+        )
         if not question:
             raise BadRow(where, "empty question")
         if not answer:

@@ -101,7 +101,7 @@ def open_source(config: SourceConfig) -> Source:
     Returns a source: `len(source)` rows, `source[i]` a checked Row with encoded images, or BadRow naming file, row and reason.
     Raises ValueError when the path does not exist, the format is unknown or ambiguous, or no row is left.
     """
-    path = Path(config.path)
+    path = Path(config.path).expanduser()
     if not path.exists():
         raise ValueError(
             f"data source {path} does not exist (looked from {Path.cwd()}); give the path of a .json, .jsonl or .parquet file or a folder"

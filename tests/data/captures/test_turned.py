@@ -81,7 +81,9 @@ def right(tmp_path_factory):
 @pytest.mark.parametrize("made_from", ["stored", "shown"])
 def test_every_orientation_of_exif(tmp_path, tag, made_from, right):
     folder = photographed(tmp_path / "a", RING, [tag] * 12, made_from=made_from)
-    wanted = {(2, m): module.UNPROVEN for m in ("stored", "shown")} | {(tag, m): module.UNPROVEN for tag in (3, 4) for m in ("stored", "shown")}
+    wanted = {(2, m): module.UNPROVEN for m in ("stored", "shown")} | {
+        (tag, m): module.UNPROVEN for tag in (3, 4) for m in ("stored", "shown")
+    }
     wanted |= {(tag, "stored"): module.EXIF_MIRROR for tag in (5, 7)}
     for verify in ("tracks", "off"):
         if (tag, made_from) in wanted:
@@ -150,7 +152,9 @@ def test_a_few_rolled_pictures_are_left_out(tmp_path):
 
 def test_rolled_arcs_and_two_rings_stay_usable(tmp_path):
     rng = np.random.default_rng(5)
-    poses = [look_at(4 * np.array([np.cos(a), np.sin(a), 0.4]), np.zeros(3), np.radians(rng.uniform(-25, 25))) for a in np.linspace(0, 1.6, 12)]
+    poses = [
+        look_at(4 * np.array([np.cos(a), np.sin(a), 0.4]), np.zeros(3), np.radians(rng.uniform(-25, 25))) for a in np.linspace(0, 1.6, 12)
+    ]
     write_capture(tmp_path / "rolled", rng, poses)
     write_capture(tmp_path / "rings", rng, around(rng, np.arange(0, 360, 45), 5) + around(rng, np.arange(20, 380, 45), 40))
     for name in ("rolled", "rings"):
@@ -187,7 +191,9 @@ def test_the_largest_model_is_read(tmp_path, whole):
 
 
 @pytest.mark.parametrize("name", ["cameras.bin", "images.bin", "points3D.bin", "rigs.bin", "frames.bin"])
-@pytest.mark.parametrize("how", ["cut 20%", "cut 60%", "cut 95%", "cut to 5 bytes", "zeros", "zeros behind", "ones behind", "noise", "huge count"])
+@pytest.mark.parametrize(
+    "how", ["cut 20%", "cut 60%", "cut 95%", "cut to 5 bytes", "zeros", "zeros behind", "ones behind", "noise", "huge count"]
+)
 def test_a_damaged_file_costs_one_capture_and_no_time(tmp_path, whole, name, how):
     shutil.copytree(whole, tmp_path / "a")
     file = tmp_path / "a/sparse/0" / name

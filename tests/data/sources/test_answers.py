@@ -82,7 +82,11 @@ def test_other_truths(reply, truth, choices, right):
 
 def test_a_text_that_was_shown_with_a_letter_may_be_told_by_it():
     asked = "Where?\nA. left\nB. right"
-    assert matches("B", ["right"], asked=asked) and matches("B. right", ["right"], ("left", "right"), asked) and not matches("A", ["right"], asked=asked)
+    assert (
+        matches("B", ["right"], asked=asked)
+        and matches("B. right", ["right"], ("left", "right"), asked)
+        and not matches("A", ["right"], asked=asked)
+    )
     assert not matches("B", ["right"], ("left", "right"), "Where? Answer with one of these options: left or right")
 
 
@@ -92,7 +96,9 @@ def test_any_of_several_accepted_answers():
     assert is_right("<answer>VII</answer>", row, strict=True) and not is_right("7.0", row, strict=True)
 
 
-@pytest.mark.parametrize("asked", ["A. one B. two C. three", "(A) one\n(B) two\n(C) three", "q? A: one\nB: two\nC: three", "A) one\nB) two\nC) three"])
+@pytest.mark.parametrize(
+    "asked", ["A. one B. two C. three", "(A) one\n(B) two\n(C) three", "q? A: one\nB: two\nC: three", "A) one\nB) two\nC) three"]
+)
 def test_options_are_read_from_the_question(asked):
     assert lettered_options(asked) == ("one", "two", "three")
 

@@ -190,7 +190,10 @@ NO_PICTURES = {
     "noise": (bytes(range(128, 256)), "no picture"),
     "cut jpeg": (PHOTO[: len(PHOTO) // 2], "cannot be decoded"),
     "only a header": (saved(Image.new("RGB", (9, 9)))[:20], "."),
-    "broken png": (saved(Image.fromarray(np.random.default_rng(1).integers(0, 255, (30, 30, 3), np.uint8)))[:90] + b"\0" * 200, "cannot be decoded|no picture"),
+    "broken png": (
+        saved(Image.fromarray(np.random.default_rng(1).integers(0, 255, (30, 30, 3), np.uint8)))[:90] + b"\0" * 200,
+        "cannot be decoded|no picture",
+    ),
 }
 
 
@@ -222,7 +225,15 @@ def test_missing_files(tmp_path):
 def header(width: int, height: int) -> bytes:
     """A PNG that ends after its header, as much as the limit looks at."""
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body)) + struct.pack(">I", 0) + b"IDAT" + b"\0" * 4
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + body
+        + struct.pack(">I", zlib.crc32(body))
+        + struct.pack(">I", 0)
+        + b"IDAT"
+        + b"\0" * 4
+    )
 
 
 def test_the_limit_is_above_cameras_and_a_key():

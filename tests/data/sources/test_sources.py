@@ -380,7 +380,10 @@ def test_opening_errors_say_what_to_do(tmp_path):
     parquet(tmp_path / "other.parquet", [{"x": 1}])
     for config, problem in (
         (SourceConfig(str(tmp_path / "missing.jsonl")), "missing.jsonl does not exist"),
-        (SourceConfig(str(tmp_path / "r.jsonl"), format="llava"), "unknown format 'llava'; use one of auto, jsonl, sharegpt, sat, verl, easyr1"),
+        (
+            SourceConfig(str(tmp_path / "r.jsonl"), format="llava"),
+            "unknown format 'llava'; use one of auto, jsonl, sharegpt, sat, verl, easyr1",
+        ),
         (SourceConfig(str(tmp_path / "r.jsonl"), limit=-1), "limit is -1"),
         (SourceConfig(str(tmp_path / "r.csv")), "suffix '.csv' does not tell the format; set format"),
         (SourceConfig(str(tmp_path / "empty.jsonl"), format="jsonl"), "has no rows"),
