@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from actial_fast.cli.shared import Commands, add_format, add_overrides, check_model, one_line, settle
 
 if TYPE_CHECKING:
+    from actial_fast.data.cot.writer import Writer
     from actial_fast.data.sources.row import Row
     from actial_fast.data.sources.source import SourceConfig
-    from actial_fast.data.cot.writer import Writer
 
 
 def add(commands: Commands) -> None:
@@ -224,7 +224,8 @@ def _doors(args: argparse.Namespace) -> Iterator[tuple[SourceConfig, Callable[[R
         processor = Processor.load(args.model)
 
         def either(row: Row, index: int) -> object:
-            return (processor.encode if row.prompt != row.turns else processor.encode_prompt)(Example(row, index))
+            answered = any(turn.role == "assistant" for turn in row.turns)
+            return (processor.encode if answered else processor.encode_prompt)(Example(row, index))
 
         yield SourceConfig(args.source, args.format), either
         return

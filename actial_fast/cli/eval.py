@@ -32,6 +32,7 @@ def add(commands: Commands) -> None:
 
 def _eval(args: argparse.Namespace) -> int:
     from actial_fast.data.sources.source import SourceConfig, open_source
+    from actial_fast.data.sources.told import told
     from actial_fast.settings.recipe import EvalConfig, RolloutConfig
 
     config = EvalConfig(
@@ -60,6 +61,7 @@ def _eval(args: argparse.Namespace) -> int:
         )
     else:
         results = evaluate_checkpoint(args.model, config, args.seed)
+    told.close()
     if int(os.environ.get("RANK", 0)) == 0:
         for name, table in results.items():
             print(render_table(table, name))

@@ -24,7 +24,6 @@ import numpy as np
 from PIL import Image
 
 from actial_fast.data.sources.picture import MAX_PIXELS, check_aspect, decode, read, shown
-from actial_fast.data.sources.row import BadRow
 
 VERSION = 2  # of the files and of what is in them
 RECORD = struct.Struct("<16sQIIII")  # key, first byte, height, width, checksum of the pixels, checksum of the record so far

@@ -10,10 +10,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from actial_fast.data.sources.overlap import overlaps
 from actial_fast.data.sources.picture import decode
 from actial_fast.data.sources.row import BadRow, Row
 from actial_fast.data.sources.source import Source, SourceConfig, open_source
 from actial_fast.data.sources.stream import Example
+from actial_fast.data.sources.told import log
 from actial_fast.model.processor import Processor
 from actial_fast.model.tensors import Stored
 from actial_fast.model.weights import check_checkpoint, module_name, open_weights, resolve
@@ -41,10 +43,14 @@ class Unready(Agreed):
 
 
 def problems_of(recipe: SFTRecipe | GRPORecipe, encode: Encode, folder: Path, where: World) -> list[str]:
-    """What would end a run of this recipe, one line each; nothing is changed but that the images of the rows looked at are stored.
+    """What would end a run of this recipe, one line each; nothing is changed but that the images of the rows looked at are stored. What its
+    sources have in common is only told, in the log.
 
     encode: what the loop makes of each row; folder: the stage's.
     """
+    with contextlib.suppress(ValueError, OSError):  # a source that cannot be opened is one of the problems
+        for line in overlaps(recipe.data.sources, recipe.eval.sources):
+            log.warning(line)
     return [" ".join(problem.split()) for problem in _problems(recipe, encode, folder, where)]
 
 

@@ -68,6 +68,13 @@ class JsonRecords:
         values = [value for value in self.some(index, keys).values() if not absent(value)]
         return as_written(values[0], self.where(index)) if values else ()
 
+    def pictures(self, index: int, keys: Sequence[str]) -> tuple[str, ...]:
+        """The full names of the files under the first of these keys that has any; other forms as they are written."""
+        return tuple(
+            os.path.normpath(self.folder / name) if len(name) < 4096 and name[:5] != "data:" else name
+            for name in self.identity(index, keys)
+        )
+
     def _index_lines(self, skip: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         breaks, base = [], 0
         self._file.seek(0)

@@ -31,6 +31,10 @@ class Records(Protocol):
         """What tells the images under the first of these keys from those of another record; () when it has none."""
         ...
 
+    def pictures(self, index: int, keys: Sequence[str]) -> tuple[str, ...]:
+        """A name for each image of a record, the same wherever it stands: a file's full name, or a digest of bytes."""
+        ...
+
     def where(self, index: int) -> str:
         """`file:row`, counted from 1."""
         ...

@@ -21,7 +21,7 @@ import numpy as np
 from actial_fast.data.sources.jsonl import recover
 from actial_fast.data.sources.own import KEYS, OURS
 from actial_fast.data.sources.picture import decode
-from actial_fast.data.sources.reader import is_table, open_records
+from actial_fast.data.sources.reader import Reader, is_table, open_records
 from actial_fast.data.sources.row import BadRow, Row
 
 FORMATS = {  # name -> (module, source class): imported on first use, because parquet needs the `datasets` library
@@ -78,7 +78,7 @@ class Source(Protocol):
 class View:
     """Some rows of a source (`indices`, int64), under one system prompt."""
 
-    source: Source
+    source: Reader
     indices: np.ndarray
     system: str
 
@@ -95,7 +95,7 @@ class View:
         return self.source.images(int(self.indices[index]))
 
 
-def open_source(config: SourceConfig) -> Source:
+def open_source(config: SourceConfig) -> View:
     """Open `config.path` and apply the filters.
 
     Returns a source: `len(source)` rows, `source[i]` a checked Row with encoded images, or BadRow naming file, row and reason.

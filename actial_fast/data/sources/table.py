@@ -24,11 +24,11 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
+from actial_fast.data.sources.content import content
 from actial_fast.data.sources.row import BadRow
 
 BATCH = 256  # rows converted at a time: memory while converting, and the unit of the Arrow file
-SMALL = 64 << 20  # bytes of a file that is read whole to tell whether it has changed
-PLACES, BLOCK = 256, 1 << 16  # looked at in a larger one
+PEEK = 2048  # bytes at either end by which an image is told from others
 SPLIT_OF = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "validation"),
@@ -83,6 +83,23 @@ class Table:
         cell = batch.column(column)[at]
         usable = cell.is_valid and (not isinstance(cell, pa.ListScalar) or (len(cell.values) and not cell.values.null_count))
         return (cell,) if usable else ()
+
+    def pictures(self, index: int, keys: Sequence[str]) -> tuple[str, ...]:
+        """For each image under the first of these columns a digest of its size, beginning and end, or its file's full name."""
+        found: list[str] = []
+        for cell in self.identity(index, keys):
+            for one in cell.values if isinstance(cell, pa.ListScalar) else [cell]:
+                given = [one[name] for name in ("bytes", "path") if name in one.type.names] if isinstance(one, pa.StructScalar) else [one]
+                value = next((each for each in given if each.is_valid), None)
+                if isinstance(value, pa.BinaryScalar | pa.LargeBinaryScalar) and not isinstance(
+                    value, pa.StringScalar | pa.LargeStringScalar
+                ):
+                    data = memoryview(value.as_buffer())
+                    seen = f"{len(data)}".encode() + bytes(data[:PEEK]) + bytes(data[-PEEK:])
+                    found.append(hashlib.blake2b(seen, digest_size=12).hexdigest())
+                elif value is not None:
+                    found.append(os.path.normpath(self.folder / str(value)))
+        return tuple(found)
 
     def where(self, index: int) -> str:
         """`file:row`, counted from 1."""
@@ -140,26 +157,11 @@ def _mapped(path: Path, file: Path) -> list[pa.RecordBatch]:
         raise ValueError(f"{file}: not a readable table ({error})") from None
 
 
-def _content(path: Path) -> str:
-    """A name that another content does not have."""
-    stat = path.stat()
-    digest = hashlib.blake2b(f"{stat.st_size}".encode(), digest_size=12)
-    with open(path, "rb") as file:
-        if stat.st_size <= SMALL:
-            digest.update(file.read())
-        else:
-            digest.update(f"{path.resolve()}\0{stat.st_mtime_ns}".encode())
-            for start in np.linspace(0, stat.st_size - BLOCK, PLACES).astype(int).tolist():  # the last block holds the footer
-                file.seek(start)
-                digest.update(file.read(BLOCK))
-    return digest.hexdigest()
-
-
 def _converted(path: Path) -> Path:
     """The Arrow copy of a parquet file, made when it is missing or the file has changed."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "actial_fast"
     try:
-        target = folder / f"{_content(path)}.arrow"
+        target = folder / f"{content(path)}.arrow"
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     if target.exists():

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from actial_fast.data.sources import fields
+from actial_fast.data.sources.overlap import overlaps
 from actial_fast.data.sources.picture import decode
 from actial_fast.data.sources.row import BadRow, Row, Turn
 from actial_fast.data.sources.source import SourceConfig, open_source
@@ -446,3 +447,42 @@ def test_copies_follow_the_content_and_are_made_anew(tmp_path):
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+# ---- what sources have in common
+
+
+def own(path: Path, names: list[str], **changes) -> SourceConfig:
+    """Our rows, one a picture name, in `path`."""
+    rows = [changed("jsonl", images=[name], **changes) for name in names]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return SourceConfig(str(path))
+
+
+def test_what_sources_share_is_told(tmp_path):
+    train = own(tmp_path / "train.jsonl", ["1.png", "2.png", "3.png"])
+    again = own(tmp_path / "deep" / "again.jsonl", ["../3.png", "../4.png"])  # the same file, by another name
+    other_answer = own(
+        tmp_path / "cot.jsonl", ["1.png"], messages=[GOOD["jsonl"]["messages"][0], {"role": "assistant", "content": "It is B"}]
+    )
+    held = own(tmp_path / "test.jsonl", ["3.png", "9.png"])
+    images = own(
+        tmp_path / "images.jsonl", ["2.png"], messages=[{"role": "user", "content": "<image>other?"}, {"role": "assistant", "content": "B"}]
+    )
+    apart = own(tmp_path / "apart.jsonl", ["7.png"])
+    assert list(overlaps([train, again], [])) == [f"data.sources: 1 of 2 rows of {again.path} are in {train.path} as well"]
+    assert list(overlaps([train, other_answer], [apart])) == []
+    (line,) = overlaps([train], [held])
+    assert line == f"eval.sources: 1 of 2 rows of {held.path} are trained on, in {train.path}"
+    (line,) = overlaps([train], [images])
+    assert line == f"eval.sources: 1 of 1 rows of {images.path} show images that {train.path}, which is trained on, shows too"
+    objects = [own(tmp_path / f"{name}.jsonl", [f"{name}.png"], meta={"object": "car/1"}) for name in "ab"]
+    (line,) = overlaps(objects[:1], objects[1:])
+    assert "1 of 1 objects" in line and "car/1" in line
+
+
+def test_what_tables_share_is_told(tmp_path):
+    one, two = (SourceConfig(str(table_of(tmp_path / f"{name}.parquet", 2))) for name in ("one", "two"))
+    three = SourceConfig(str(table_of(tmp_path / "three.parquet", 1, question="other")))
+    assert "2 of 2 rows" in next(overlaps([one], [two])) and "show images" in next(overlaps([one], [three]))
