@@ -26,8 +26,8 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """The accuracy table of each source, by its folder's and file's name; every rank calls and gets the same result.
 
-    A reply is right by answers.is_right; config.strict: when the text in its <answer> tags, or the whole reply where it has none, equals the
-    truth. on_bad_row: as data.on_bad_row. Raises ValueError, the same on every rank, for the first source that could not be evaluated.
+    A reply is right by answers.is_right; config.strict: when the text in its <answer> tags, or the whole reply where it has none, equals
+    the truth. on_bad_row: as data.on_bad_row. Raises ValueError, the same on every rank, for the first source that could not be evaluated.
     """
     tables, failures = attempt(engine, processor, config, where, seed=seed, on_bad_row=on_bad_row)
     for name, cause in failures.items():

@@ -32,9 +32,9 @@ VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video
 class Processor:
     """Tokenizer and image processor of one checkpoint.
 
-    store: where images go, decoded and resized once. Row-level errors are prompts of more than max_prompt tokens, and, where these are not 0,
-    sequences of more than max_tokens, room for a reply of `room` tokens behind a prompt included, and images of more than max_patches patches.
-    ends: further tokens that end a reply.
+    store: where images go, decoded and resized once. Row-level errors are prompts of more than max_prompt tokens, and, where these are not
+    0, sequences of more than max_tokens, room for a reply of `room` tokens behind a prompt included, and images of more than max_patches
+    patches. ends: further tokens that end a reply.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -72,8 +72,8 @@ class Processor:
         processor = Processor(tokenizer, images, store, max_prompt, max_tokens, room, max_patches, _ends(path, len(tokenizer)))
         if TAG.search(opening := processor._render([{"role": "user", "content": "-"}], open_reply=True)):
             raise ValueError(
-                f"its chat template opens replies with {opening[-24:]!r}: replies would hold half a pair of tags and answers to train on two; "
-                "take the tag out of chat_template"
+                f"its chat template opens replies with {opening[-24:]!r}: replies would hold half a pair of tags and answers to train on "
+                "two; take the tag out of chat_template"
             )
         return processor
 

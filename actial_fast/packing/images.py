@@ -82,7 +82,7 @@ class ImageSettings:
 
     def fit(self, pixels: np.ndarray, where: str) -> np.ndarray:
         """uint8 (H, W, 3) at the size the image processor would give it; BadRow for a shape that `size` refuses."""
-        check_aspect(*pixels.shape[:2], where)
+        check_aspect(pixels.shape[0], pixels.shape[1], where)
         height, width = self.size(*pixels.shape[:2])
         if (height, width) == pixels.shape[:2]:
             return pixels

@@ -56,8 +56,8 @@ class RewardConfig:
     weight: float = 1.0
     """Factor of this term in the total."""
     strict: bool = False
-    """accuracy: only the text in the <answer> tags counts, and only if it is the truth up to case, as in the paper; otherwise an answer that
-    a person would call right is right (the option's letter in its usual spellings, or its text)."""
+    """accuracy: only the text in the <answer> tags counts, and only if it is the truth up to case, as in the paper; otherwise an answer
+    that a person would call right is right (the option's letter in its usual spellings, or its text)."""
     call: Literal["one", "batch", "group"] = "one"
     """What your function gets. one: (response, row), gives a number or None. batch: (responses, rows), lists of up to `batch_size`, of any
     prompts. group: (responses, row), all replies to one prompt. The last two give a list with a number or None for each response."""
@@ -101,7 +101,7 @@ def accuracy_reward(response: str, row: Row) -> float | None:
 
 
 def strict_accuracy(response: str, row: Row) -> float | None:
-    """1 when the text in the only pair of <answer> tags equals the truth up to case and white space, else 0; None for a row without a truth."""
+    """1 when the text in the one pair of <answer> tags equals the truth up to case and white space, else 0; None without a truth."""
     answer = tagged_answer(response)
     return float(answer is not None and is_right(response, row, strict=True)) if row.truth else None
 

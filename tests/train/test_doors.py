@@ -127,7 +127,7 @@ def with_template(tiny: Path, folder: Path, change) -> Path:
 
 def test_a_template_that_opens_think_is_told_at_the_start(tiny, tmp_path, recipe):
     folder = with_template(tiny, tmp_path / "m", lambda text: text + "{%- if add_generation_prompt %}{{- '<think>\\n' }}{%- endif %}")
-    with pytest.raises(ValueError, match="chat template opens replies with .*<think>"):
+    with pytest.raises(ValueError, match=r"chat template opens replies with .*<think>"):
         Processor.load(str(folder))
     wrong = replace(recipe, model=replace(recipe.model, path=str(folder)))
     problems = problems_of(wrong, Processor.encode, tmp_path / "run" / "sft", ALONE)
@@ -211,5 +211,5 @@ def test_an_image_store_that_may_only_be_read(tiny, tmp_path, rows, monkeypatch)
     monkeypatch.setattr(os, "open", refused)
     store = ImageStore(settings, tmp_path / "store")
     assert store.put(rows.parent / "small.png") == key and store.pixels(key).shape[2] == 3
-    with pytest.raises(ValueError, match="cannot keep an image .*Permission denied.*name another folder"):
+    with pytest.raises(ValueError, match=r"cannot keep an image .*Permission denied.*name another folder"):
         store.put(rows.parent / "large.png")

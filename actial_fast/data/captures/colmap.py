@@ -1,7 +1,7 @@
 """COLMAP captures: find them, read them, and refuse those whose left and right cannot be trusted.
 
-A capture is a folder with `images/` and `sparse/0/` (cameras, images, points3D; binary or text), as MVImgNet ships one per object; of several
-models in `sparse/` the one with most images counts:
+A capture is a folder with `images/` and `sparse/0/` (cameras, images, points3D; binary or text), as MVImgNet ships one per object; of
+several models in `sparse/` the one with most images counts:
 
     CAPTURES/car/0001/images/000.jpg ...
     CAPTURES/car/0001/sparse/0/{cameras,images,points3D}.bin        -> object id "car/0001"
@@ -11,9 +11,9 @@ cameras that walk clockwise around the object become cameras that walk countercl
 at which each 3D point was seen. Every capture is therefore checked against its own tracks, and against the two ways of mirroring it.
 
 Left and right are those of the picture as it is shown. A model may have been made from the stored pixels of photographs that their EXIF
-orientation turns (COLMAP's default), or from turned ones: where the camera's shape proves which, poses are turned with their pictures; where
-it does not, the picture is not used. Photographs that lie on their side without saying so show by cameras whose tops disagree, or that seem
-to climb more than to walk round.
+orientation turns (COLMAP's default), or from turned ones: where the camera's shape proves which, poses are turned with their pictures;
+where it does not, the picture is not used. Photographs that lie on their side without saying so show by cameras whose tops disagree, or
+that seem to climb more than to walk round.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The files of a COLMAP model: which of several is read, and whether they are whole.
 
-pycolmap reads what is there. A file that is cut short, or has other bytes in it, may read as a count in the billions, over which it would sit
-for minutes; the lengths of all records are therefore walked through first, which takes milliseconds.
+pycolmap reads what is there. A file that is cut short, or has other bytes in it, may read as a count in the billions, over which it would
+sit for minutes; the lengths of all records are therefore walked through first, which takes milliseconds.
 """
 
 from __future__ import annotations

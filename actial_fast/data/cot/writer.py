@@ -144,8 +144,8 @@ def check_cot(text: str, row: Row) -> str | None:
     """Why `text` may not train a model to answer `row`, or None when it may.
 
     Tags must be well formed (as the format reward wants them), the reasoning not empty, without an image tag and without talk of an answer
-    it was given, the answer right (answers.is_right), and neither the last "answer is X" / "option X" nor the last sentence of the reasoning may
-    name another choice.
+    it was given, the answer right (answers.is_right), and neither the last "answer is X" / "option X" nor the last sentence of the
+    reasoning may name another choice.
     """
     if not row.truth:
         return "row has no truth"

@@ -1,8 +1,8 @@
 """When a reply is right: one rule for the reward, the evaluation, the check of chains of thought and the report.
 
-By default a reply is right where a person would say so: the option's letter in its usual spellings ("B", "(b)", "**B.**", "Option B", "B: to
-the right"), the option's text, or for an open question the truth itself, in any case and with the marks around it that models write; equal
-numbers are equal. `strict` is the paper's rule: the text in the <answer> tags equals the truth, up to case and white space.
+By default a reply is right where a person would say so: the option's letter in its usual spellings ("B", "(b)", "**B.**", "Option B",
+"B: to the right"), the option's text, or for an open question the truth itself, in any case and with the marks around it that models
+write; equal numbers are equal. `strict` is the paper's rule: the text in the <answer> tags equals the truth, up to case and white space.
 """
 
 from __future__ import annotations
@@ -22,8 +22,24 @@ LEAD = re.compile(
     r"(?:answer|option|choice)(?: is| would be| must be| should be)?\s*[:=]\s*|(?:answer|option|choice) (?:is|would be|must be|should be) |"
     r"(?:option|choice|answer) (?=[(\[*\"'`]*[a-z](?:[^a-z0-9]|$)))"
 )
-PAIRS = (("**", "**"), ("__", "__"), ("`", "`"), ("*", "*"), ("$", "$"), ('"', '"'), ("'", "'"), ("\u201c", "\u201d"), ("\\(", "\\)"), ("\\[", "\\]"),
-         ("\\boxed{", "}"), ("\\text{", "}"), ("\\mathrm{", "}"), ("{", "}"), ("(", ")"), ("[", "]"))  # fmt: skip
+PAIRS = (
+    ("**", "**"),
+    ("__", "__"),
+    ("`", "`"),
+    ("*", "*"),
+    ("$", "$"),
+    ('"', '"'),
+    ("'", "'"),
+    ("\u201c", "\u201d"),
+    ("\\(", "\\)"),
+    ("\\[", "\\]"),
+    ("\\boxed{", "}"),
+    ("\\text{", "}"),
+    ("\\mathrm{", "}"),
+    ("{", "}"),
+    ("(", ")"),
+    ("[", "]"),
+)
 LETTER = re.compile(r"\(?([a-z])(?:\)|\]|\.|:|,| [-\u2013\u2014])[.:]?\s*(\S.*)")  # a letter and what follows it
 CLAIM = re.compile(r"(?i)\b(?:answer|option|choice)\s*(?:\*\*)?\s*(?:is|:|=)\s*([^\n]{1,200})|\\boxed\{([^{}\n]{1,200})\}")
 MARKER = re.compile(r"(?:^|(?<=[\s(]))\(?([A-Z])(?:[.:]|\))(?=\s)")  # where an option of a question begins
@@ -42,7 +58,7 @@ def matches(response: str, truths: Sequence[str], choices: Sequence[str] = (), a
     if ANSWER_TAG.search(response):  # several guesses, or half a pair of tags, are no answer
         answer = tagged_answer(response)
         return answer is not None and _answers(answer, truths, choices, asked)
-    opened, _, said = response.rpartition("</think>")
+    _, _, said = response.rpartition("</think>")
     if "<think>" in said:  # it never came to an answer
         return False
     if _answers(said, truths, choices, asked):

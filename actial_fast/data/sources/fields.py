@@ -1,8 +1,8 @@
 """How the fields of a record become those of a row, for every format alike.
 
 Null, NaN and empty are absent. Text is text or refused: nothing else is ever turned into words. Keys that change what a row means (a
-weight, tools, a rejected answer, a video) are refused where they say something, because nothing here obeys them; what is only unknown is told
-once.
+weight, tools, a rejected answer, a video) are refused where they say something, because nothing here obeys them; what is only unknown is
+told once.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def name_of(value: Any, what: str, where: str) -> str:
 
 
 def parsed(value: Any, what: str, where: str) -> Any:
-    """A list or object, also where it was stored as JSON text; other values as they are. BadRow for text that begins as JSON and is none."""
+    """A list or object, also where it was stored as JSON text; other values as they are. BadRow for text that only begins as JSON."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -128,9 +128,10 @@ def conversation(messages: Any, what: str, where: str) -> tuple[tuple[Turn, ...]
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
             raise BadRow(where, f"message {number} is {kind_of(message)}, not an object")
-        role_key, content_key = next((keys for keys in SPELLINGS if message.keys() >= set(keys)), (None, None))
-        if role_key is None:
+        spelling = next((keys for keys in SPELLINGS if message.keys() >= set(keys)), None)
+        if spelling is None:
             raise BadRow(where, f"message {number} has no `role` and `content`, nor `from` and `value`")
+        role_key, content_key = spelling
         refuse(message, (role_key, content_key), where, f"message {number}")
         role = text(message[role_key], f"message {number}'s `{role_key}`", where)
         content, found = _content(message[content_key], f"message {number}'s `{content_key}`", where)
@@ -243,7 +244,7 @@ def _from_base64(value: str) -> bytes:
 
 
 def as_written(value: Any, where: str) -> tuple[str, ...]:
-    """What tells a JSON field's images from those of another row: their names and bytes as they are written; () when it has others or none."""
+    """What tells a JSON field's images from those of another row: names and bytes as they are written; () when it has others or none."""
     values = listed(value, where)
     if not all(isinstance(each, str | dict) for each in values):
         return ()

@@ -49,8 +49,8 @@ def overlaps(trained: Sequence[SourceConfig], held: Sequence[SourceConfig]) -> I
                 yield f"eval.sources: {seen} of {rows} rows of {source.path} show images that {path}, which is trained on, shows too"
             elif objects:
                 yield (
-                    f"eval.sources: {len(objects)} of {len(prints.objects)} objects of {source.path} are objects of {path}, which is trained "
-                    f"on: {sorted(objects)[0]}, ..."
+                    f"eval.sources: {len(objects)} of {len(prints.objects)} objects of {source.path} are objects of {path}, which is "
+                    f"trained on: {sorted(objects)[0]}, ..."
                 )
 
 

@@ -1,7 +1,7 @@
 """What an image looks like: the one place where encoded bytes become pixels.
 
-They are what a viewer shows. An orientation in the metadata is applied, whatever the container; transparency is laid over white; 16 bits are
-scaled by their range; of an animation the first frame is taken. The image store, a server's questions, contact sheets and reports all
+They are what a viewer shows. An orientation in the metadata is applied, whatever the container; transparency is laid over white; 16 bits
+are scaled by their range; of an animation the first frame is taken. The image store, a server's questions, contact sheets and reports all
 come here, so that a picture is the same wherever it goes.
 """
 
@@ -17,7 +17,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from actial_fast.data.sources.row import BadRow, shortened
 from actial_fast.data.sources.told import told
@@ -88,7 +88,7 @@ def orientation(picture: Image.Image) -> int:
 
 
 def header(file: Path) -> tuple[int, int, int]:
-    """Width and height of the stored pixels, and how these are turned for a viewer (see orientation); OSError or ValueError for no picture."""
+    """Width and height of the stored pixels, and how a viewer turns these (see orientation); OSError or ValueError for no picture."""
     _more_formats()
     with Image.open(file) as picture:
         return *picture.size, orientation(picture)
@@ -153,7 +153,7 @@ def _opened(image: Path | bytes, where: str, limit: int, file: Path | None) -> t
             return shown(handle, where), alike or ""
     except BadRow:
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise BadRow(where, f"{name} is {what_it_is(data)}") from None
     except Exception as error:  # a decoder's, on whatever bytes: it is the picture's fault, and never the run's
         known = "" if isinstance(error, OSError | ValueError | SyntaxError) else f"{type(error).__name__}: "

@@ -14,8 +14,12 @@ from actial_fast.data.sources.row import BadRow, Row
 class Records(Protocol):
     """Random access to the records of a file or folder."""
 
-    column_names: Sequence[str]
     folder: Path
+
+    @property
+    def column_names(self) -> Sequence[str]:
+        """Of a table; JSON records need not have the same keys, and name none."""
+        ...
 
     def __len__(self) -> int: ...
 

@@ -125,7 +125,7 @@ def open_source(config: SourceConfig) -> View:
 
 
 def detect_format(path: Path) -> str:
-    """The format of a file or folder, from its suffix and its columns or the keys of its first records; ValueError when these do not tell."""
+    """The format of a file or folder, from its suffix and its columns or the keys of its first records; ValueError if they do not tell."""
     hint = "; set format to one of " + ", ".join(FORMATS)
     if not is_table(path) and path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"data source {path}: the suffix {path.suffix!r} does not tell the format{hint}")

@@ -164,7 +164,7 @@ def test_an_animation_shows_its_first_frame_and_is_told(form, caplog, monkeypatc
     data = saved(frames[0], form, save_all=True, append_images=frames[1:], **({"lossless": True} if form == "WEBP" else {}))
     for where in ("f:1", "f:2"):
         assert close(decode(data, where), np.full((9, 9, 3), (250, 0, 0)), 6)
-    assert [record.getMessage() for record in caplog.records if "first is shown" in record.getMessage()][0].startswith("f:1: an animation")
+    assert next(text for record in caplog.records if "first is shown" in (text := record.getMessage())).startswith("f:1: an animation")
     picture.told.close()
     assert "2 times: an animation" in caplog.text and caplog.text.count("f:") == 1
 

@@ -118,7 +118,7 @@ def test_a_truth_that_is_no_text_is_refused(tmp_path, form, value):
 @pytest.mark.parametrize("form", ["jsonl", "sharegpt", "verl", "sat", "easyr1"])
 @pytest.mark.parametrize("value", [None, 3, True, {"text": "q"}, float("nan"), ""])
 def test_a_question_that_is_no_text_is_refused(tmp_path, form, value):
-    with pytest.raises(BadRow, match="not text|empty"):
+    with pytest.raises(BadRow, match=r"not text|empty"):
         read(tmp_path, form, said(form, user=value))
 
 
@@ -179,9 +179,21 @@ def test_several_accepted_answers(tmp_path):
 @pytest.mark.parametrize("form", GOOD)
 @pytest.mark.parametrize(
     "key, value",
-    [("weight", 0), ("weight", 0.5), ("loss", False), ("tools", [{"name": "f"}]), ("chosen", "x"), ("rejected", "x"), ("videos", ["a.mp4"]),
-     ("audios", ["a.wav"]), ("rejected_response", "x"), ("kto_tag", True), ("objects", {"bbox": [[0, 0, 1, 1]]}), ("loss_scale", 2)],
-)  # fmt: skip
+    [
+        ("weight", 0),
+        ("weight", 0.5),
+        ("loss", False),
+        ("tools", [{"name": "f"}]),
+        ("chosen", "x"),
+        ("rejected", "x"),
+        ("videos", ["a.mp4"]),
+        ("audios", ["a.wav"]),
+        ("rejected_response", "x"),
+        ("kto_tag", True),
+        ("objects", {"bbox": [[0, 0, 1, 1]]}),
+        ("loss_scale", 2),
+    ],
+)
 def test_keys_that_change_the_meaning_are_refused(tmp_path, form, key, value):
     with pytest.raises(BadRow, match=key):
         read(tmp_path, form, changed(form, **{key: value}))
@@ -263,10 +275,21 @@ def test_a_row_that_ends_with_a_question_keeps_it(tmp_path):
 @pytest.mark.parametrize(
     "value",
     [
-        "a.png", ["a.png"], [{"path": "a.png"}], {"bytes": None, "path": "a.png"}, [{"url": "a.png"}], ["./a.png"], [".\\a.png"], "URL", "ABSOLUTE",
-        '["a.png"]', [f"data:image/png;base64,{B64}"], [B64], [{"bytes": B64}],
+        "a.png",
+        ["a.png"],
+        [{"path": "a.png"}],
+        {"bytes": None, "path": "a.png"},
+        [{"url": "a.png"}],
+        ["./a.png"],
+        [".\\a.png"],
+        "URL",
+        "ABSOLUTE",
+        '["a.png"]',
+        [f"data:image/png;base64,{B64}"],
+        [B64],
+        [{"bytes": B64}],
     ],
-)  # fmt: skip
+)
 def test_ways_to_give_an_image(tmp_path, form, value):
     value = [(tmp_path / "a.png").as_uri()] if value == "URL" else [str(tmp_path / "a.png")] if value == "ABSOLUTE" else value
     key = "image_bytes" if form == "sat" else "images"
@@ -415,7 +438,7 @@ def table_of(path: Path, n: int = 2, **changes) -> Path:
 def test_a_folder_of_several_splits_is_refused(tmp_path, names):
     for name in names:
         table_of(tmp_path / name)
-    with pytest.raises(ValueError, match="holds files of several splits: .*(test|validation).*give the file or a folder of one"):
+    with pytest.raises(ValueError, match=r"holds files of several splits: .*(test|validation).*give the file or a folder of one"):
         open_source(SourceConfig(str(tmp_path)))
 
 
