@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,7 @@ def _record(row: Row, response: str, length: int, strict: bool) -> Record:
         response_length=length,
         truth=row.choices[index] if 0 <= index < len(row.choices) else row.truth,
         choices=len(row.choices),
+        images=tuple(str(i) if isinstance(i, Path) else hashlib.blake2b(i, digest_size=16).hexdigest() for i in row.images),
     )
 
 
