@@ -205,8 +205,8 @@ def one_image(value: Any, folder: Path, where: str, number: int = 1) -> Image:
         return folder / unquote(urlsplit(value).path)
     if re.match(r"(?i)[a-z][a-z0-9+.-]+://", value):
         raise BadRow(where, f"image {number} is an address on a network, {shortened(value, 120)}; download it and give the file's path")
-    if len(value) >= 64 and (data := _from_base64(value)).startswith(PICTURES):
-        return data
+    if len(value) >= 64 and (picture := _from_base64(value)).startswith(PICTURES):
+        return picture
     if len(value) > 4096:
         raise BadRow(where, f"image {number} is neither a path nor an encoded picture: {shortened(value, 120)}")
     return _path(value, folder, where, number)
