@@ -50,57 +50,42 @@ def _float(key):
 
 
 @triton.jit
-def _weight(x, m, MASS: tl.constexpr):
-    return tl.exp2((x - m) * common.LOG2E) if MASS else tl.full(x.shape, 1.0, tl.float32)
-
-
-@triton.jit
 def _highest(row, padded, low, m, wanted, MASS: tl.constexpr, THREADS: tl.constexpr, LOADS: tl.constexpr, VECTOR: tl.constexpr):
     """The highest c in [low, m] for which the logits >= c are `wanted` or more or, with MASS, have that sum of exp(z - m)."""
     BLOCK: tl.constexpr = THREADS * LOADS * VECTOR
     a = _key(low)  # f(a) >= wanted
     b = _key(m) + 1  # f(b) < wanted
     while b - a > 1:
-        k1, k2, k3, k4 = a + (b - a) // 8, a + (b - a) * 2 // 8, a + (b - a) * 3 // 8, a + (b - a) * 4 // 8
-        k5, k6, k7 = a + (b - a) * 5 // 8, a + (b - a) * 6 // 8, a + (b - a) * 7 // 8
+        width = b - a
+        k1, k2, k3 = (a + width // 8).to(tl.int32), (a + width * 2 // 8).to(tl.int32), (a + width * 3 // 8).to(tl.int32)
+        k4, k5, k6 = (a + width * 4 // 8).to(tl.int32), (a + width * 5 // 8).to(tl.int32), (a + width * 6 // 8).to(tl.int32)
+        k7, begin, end = (a + width * 7 // 8).to(tl.int32), a.to(tl.int32), (b - 1).to(tl.int32)
         f1 = tl.zeros((THREADS,), tl.float32)
         f2, f3, f4, f5, f6, f7 = f1, f1, f1, f1, f1, f1
-        first = tl.full((THREADS,), float("inf"), tl.float32)
-        last = tl.full((THREADS,), float("-inf"), tl.float32)
+        first = tl.full((THREADS,), 2**31 - 1, tl.int32)
+        last = tl.full((THREADS,), -(2**31), tl.int32)
         for start in range(0, padded, BLOCK):
             x = by_thread(tl.load(row + start + tl.arange(0, BLOCK)), THREADS, LOADS, VECTOR)
-            w = _weight(x, m, MASS)
-            f1 += _from(x, w, k1)
-            f2 += _from(x, w, k2)
-            f3 += _from(x, w, k3)
-            f4 += _from(x, w, k4)
-            f5 += _from(x, w, k5)
-            f6 += _from(x, w, k6)
-            f7 += _from(x, w, k7)
-            first = tl.minimum(first, tl.min(tl.where(x >= _float(a), x, float("inf")), 1))
-            last = tl.maximum(last, tl.max(tl.where(x < _float(b), x, float("-inf")), 1))
-        a, b = _cut(a, b, k1, f1, wanted)
-        a, b = _cut(a, b, k2, f2, wanted)
-        a, b = _cut(a, b, k3, f3, wanted)
-        a, b = _cut(a, b, k4, f4, wanted)
-        a, b = _cut(a, b, k5, f5, wanted)
-        a, b = _cut(a, b, k6, f6, wanted)
-        a, b = _cut(a, b, k7, f7, wanted)
-        a, b = tl.maximum(a, _key(tl.min(first, 0))), tl.minimum(b, _key(tl.max(last, 0)) + 1)
+            w = tl.exp2((x - m) * common.LOG2E) if MASS else tl.full(x.shape, 1.0, tl.float32)
+            key = x.to(tl.int32, bitcast=True)
+            key ^= (key >> 31) & 0x7FFFFFFF
+            f1 += tl.sum(tl.where(key >= k1, w, 0.0), 1)
+            f2 += tl.sum(tl.where(key >= k2, w, 0.0), 1)
+            f3 += tl.sum(tl.where(key >= k3, w, 0.0), 1)
+            f4 += tl.sum(tl.where(key >= k4, w, 0.0), 1)
+            f5 += tl.sum(tl.where(key >= k5, w, 0.0), 1)
+            f6 += tl.sum(tl.where(key >= k6, w, 0.0), 1)
+            f7 += tl.sum(tl.where(key >= k7, w, 0.0), 1)
+            first = tl.minimum(first, tl.min(tl.where(key >= begin, key, 2**31 - 1), 1))
+            last = tl.maximum(last, tl.max(tl.where(key <= end, key, -(2**31)), 1))
+        enough = (tl.sum(f1, 0) >= wanted).to(tl.int64) + (tl.sum(f2, 0) >= wanted) + (tl.sum(f3, 0) >= wanted)
+        enough += (tl.sum(f4, 0) >= wanted).to(tl.int64) + (tl.sum(f5, 0) >= wanted) + (tl.sum(f6, 0) >= wanted)
+        enough += tl.sum(f7, 0) >= wanted  # of the 7 points: f falls
+        a, b = (
+            tl.maximum(a + width * enough // 8, tl.min(first, 0).to(tl.int64)),
+            tl.minimum(a + width * (enough + 1) // 8, tl.max(last, 0).to(tl.int64) + 1),
+        )
     return _float(a)
-
-
-@triton.jit
-def _from(x, w, key):
-    """Each thread's sum of w where x is not below the float of that key."""
-    return tl.sum(tl.where(x >= _float(key), w, 0.0), 1)
-
-
-@triton.jit
-def _cut(a, b, key, f, wanted):
-    """[a, b) cut at key, which may lie outside of it: the part in which what is looked for is."""
-    enough = tl.sum(f, 0) >= wanted
-    return tl.where(enough, tl.maximum(a, key), a), tl.where(enough, b, tl.minimum(b, key))
 
 
 @triton.jit(do_not_specialize_on_alignment=VECTORS)
@@ -154,7 +139,7 @@ def truncate_kernel(
         total = tl.zeros((THREADS,), tl.float32)
         for start in range(0, padded, BLOCK):
             x = by_thread(tl.load(row + start + tl.arange(0, BLOCK)), THREADS, LOADS, VECTOR)
-            total += tl.sum(tl.where(x >= border, _weight(x, m, True), 0.0), 1)
+            total += tl.sum(tl.where(x >= border, tl.exp2((x - m) * common.LOG2E), 0.0), 1)
         low = tl.maximum(border, m + reach)
         border = _highest(row, padded, low, m, top_p * tl.sum(total, 0), True, THREADS, LOADS, VECTOR)
     s = tl.zeros((THREADS,), tl.float32)
