@@ -181,7 +181,7 @@ def dlogits(
         scale=active.scale,
         position=active.position,
         count=active.count,
-        dbias=dbias,
+        dbias=dbias if selected is None else None,
         rows=rows,
         vocab=vocab,
         stride=scaled.stride(0),
@@ -195,7 +195,7 @@ def dlogits(
     )
     if selected is not None:
         statistics = parts.top, parts.log_total, entropy
-        write_gradient(head, selected, g_entropy, statistics, scaled, dbias, active.scale, active.position)
+        write_gradient(head, selected, g_entropy, statistics, scaled, dbias, active.scale, active.position, active.count)
     return active
 
 

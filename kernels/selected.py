@@ -8,10 +8,10 @@ dz = sum_k g_k (onehot(t_k) - p) - h p (log p + entropy) with the coefficients g
 The softmax needs no target (head.py): `selected_logits_kernel` multiplies each row's hidden state with K rows of the weight, in fp32.
 In dz all but the ones is what a row without a target has for the coefficient sum_k g_k: dlogits.py or truncated.py write it. Then
 `selected_gradient_kernel` writes the targets' elements anew, whole and from fp32 logits, so that each is rounded once. Where a token
-stands several times among a row's targets, each writes the same sum. (A bias's gradient adds up the ones in any order.)
+stands several times among a row's targets, each writes the same sum. `column_sum_kernel` adds dx up where a bias has a gradient.
 
 Bytes, 16-bit inputs: selected_logits_kernel T K (2 H + 12), most of it from L2 where rows share their targets; selected_gradient_kernel
-T K 18 and its K reads of each row's g and targets.
+T K 18 and its K reads of each row's g and targets; column_sum_kernel T V 2.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from actial_fast.kernels import common
 from actial_fast.kernels.head import Head, tanh
 
-KIND = {"selected_logits_kernel": "memory", "selected_gradient_kernel": "scattered"}
+KIND = {"selected_logits_kernel": "memory", "selected_gradient_kernel": "scattered", "column_sum_kernel": "memory"}
 
 
 @triton.jit(do_not_specialize=["count", "blocks"], do_not_specialize_on_alignment=["targets", "inverse_temperature", "out"])
@@ -86,7 +86,6 @@ def selected_logits_kernel(
 )
 def selected_gradient_kernel(
     dx,  # (T, V), row stride `stride`: its elements at the targets are written
-    dbias,  # (V,) float32 that the ones' share is added to, or None
     targets,  # (T, K) int64
     chosen,  # (T, K) float32: z
     g_selected,  # (T, K) float32: 0 where nothing is to be written
@@ -133,8 +132,21 @@ def selected_gradient_kernel(
     to = row if position is None else tl.load(position + row).to(tl.int64)
     valid = (own != 0) & (target >= 0) & (target < vocab) & (to >= 0)
     tl.store(dx + to * stride + target, (g * slope * tl.load(scale)).to(dx.dtype.element_ty), valid)
-    if dbias is not None:
-        tl.atomic_add(dbias + target, own * slope, valid)
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["count"])
+def column_sum_kernel(dx, out, scale, count, rows, vocab, stride, COUNTED: tl.constexpr, BLOCK_R: tl.constexpr, PART: tl.constexpr):
+    """out (V,) += the sum over rows of dx (T, V) / scale, over `count` rows where they have moved together; always in one order."""
+    column = tl.program_id(0) * PART + tl.arange(0, PART)
+    inside = column < vocab
+    n = tl.load(count) if COUNTED else rows
+    total = tl.zeros((PART,), tl.float32)
+    for r0 in range(0, n, BLOCK_R):
+        row = r0 + tl.arange(0, BLOCK_R)
+        x = tl.load(dx + row.to(tl.int64)[:, None] * stride + column[None, :], (row < n)[:, None] & inside[None, :], 0.0)
+        total += tl.sum(x.to(tl.float32), 0)
+    before = tl.load(out + column, inside, 0.0)
+    tl.store(out + column, before + total / tl.load(scale), inside)
 
 
 @dataclass(frozen=True)
@@ -198,15 +210,18 @@ def write_gradient(
     dbias: Tensor | None,
     scale: Tensor,
     position: Tensor | None,
+    moved: Tensor,
 ) -> None:
-    """Writes the targets' elements of a chunk's dx (T, V), all others of which are there. statistics: top, log_total and entropy (T,)."""
+    """Writes the targets' elements of a chunk's dx (T, V), all others of which are there, and adds dx up to dbias (V,), where wanted.
+
+    statistics: top, log_total and entropy (T,); position: the rows' places in dx, where `moved` (1,) of them have moved together.
+    """
     rows, count = selected.g.shape
     top, log_total, entropy = statistics
     row_temperature = isinstance(head.inverse_temperature, Tensor)
     block, blocks = _blocks(count)
     selected_gradient_kernel[(rows * blocks,)](
         dx=dx,
-        dbias=dbias,
         targets=head.targets,
         chosen=selected.chosen,
         g_selected=selected.g,
@@ -228,6 +243,11 @@ def write_gradient(
         BLOCK_K=block,
         num_warps=1,
     )
+    if dbias is not None:
+        vocab = head.weight.shape[0]
+        column_sum_kernel[(triton.cdiv(vocab, 256),)](
+            dx, dbias, scale, moved, rows, vocab, dx.stride(0), COUNTED=position is not None, BLOCK_R=32, PART=256, num_warps=8
+        )
 
 
 def _blocks(count: int) -> tuple[int, int]:

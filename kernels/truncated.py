@@ -174,7 +174,6 @@ def truncated_gradient_kernel(
     scale,  # (1,) float32
     position,  # (T,) int32, -1 = left out; None: every row keeps its place
     count,  # (1,) int32
-    dbias,  # (V,) float32 that the gradient is added to, or None
     rows,
     vocab,
     stride,
@@ -190,7 +189,6 @@ def truncated_gradient_kernel(
     column = tl.program_id(0) * PART + tl.arange(0, PART)
     inside = column < vocab
     factor = tl.load(scale)
-    column_sum = tl.zeros((PART,), tl.float32)
     for r0 in range(0, rows, BLOCK_R):
         row = r0 + tl.arange(0, BLOCK_R)
         present = row < rows
@@ -215,8 +213,6 @@ def truncated_gradient_kernel(
         if HAS_CAP:
             ratio = x * (1.0 / (inverse * softcap))[:, None] if ROW_TEMPERATURE else x * (1.0 / (inverse * softcap))
             dx = tl.where(p == 0, 0.0, dx * (1.0 - ratio * ratio))
-        if dbias is not None:
-            column_sum += tl.sum(dx, 0)
         mask = (present & (to >= 0))[:, None] & inside[None, :]
         tl.store(out + to.to(tl.int64)[:, None] * out_stride + column[None, :], (dx * factor).to(out.dtype.element_ty), mask)
     if position is not None:
@@ -225,9 +221,6 @@ def truncated_gradient_kernel(
         zero = tl.zeros((PAD, PART), out.dtype.element_ty)
         mask = (pad < tl.minimum(tl.cdiv(n, PAD) * PAD, rows))[:, None] & inside[None, :]
         tl.store(out + pad.to(tl.int64)[:, None] * out_stride + column[None, :], zero, mask)
-    if dbias is not None:
-        before = tl.load(dbias + column, inside, 0.0)
-        tl.store(dbias + column, before + column_sum, inside)
 
 
 def padded_vocab(vocab: int) -> int:
@@ -307,7 +300,6 @@ def backward(
         scale=active.scale,
         position=active.position,
         count=active.count,
-        dbias=out.dbias,
         rows=rows,
         vocab=vocab,
         stride=room.stride(0),
@@ -320,5 +312,5 @@ def backward(
         PART=part,
         num_warps=4,
     )
-    write_gradient(head, selected, g_entropy, statistics[:3], dx, out.dbias, active.scale, active.position)
+    write_gradient(head, selected, g_entropy, statistics[:3], dx, out.dbias, active.scale, active.position, active.count)
     products(head, dx, active, out)
