@@ -205,7 +205,7 @@ def write_gradient(
     head: Head,
     selected: Selected,
     g_entropy: Tensor | None,
-    statistics: tuple[Tensor, Tensor, Tensor],
+    statistics: tuple[Tensor, ...],
     dx: Tensor,
     dbias: Tensor | None,
     scale: Tensor,
