@@ -88,7 +88,7 @@ def _highest(row, padded, low, m, wanted, MASS: tl.constexpr, THREADS: tl.conste
     return _float(a)
 
 
-@triton.jit(do_not_specialize_on_alignment=VECTORS)
+@triton.jit(do_not_specialize_on_alignment=[*VECTORS, "lowest"])
 def truncate_kernel(
     z,  # (T, padded): hidden @ weight.T, overwritten with z, beyond V with -inf
     bias,  # (V,) or None

@@ -12,7 +12,7 @@ from actial_fast.ops.chunked_logits import BUFFERS, compute_dtype
 from actial_fast.ops.parallel import VocabParallel
 from actial_fast.ops.spec import Kept
 
-SORTING = 6  # as BUFFERS, while top_p sorts: logits, these in order, indices of 8 bytes, a temporary of the sort
+SORTING = 7  # as BUFFERS, while top_p sorts: logits, these in order, indices of 8 bytes, what the sort takes itself
 
 
 def blocks(weight: Tensor, size: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -38,7 +38,7 @@ def plan(
     ValueError when not one row fits.
     """
     (rows, width), vocabulary, dtype = hidden.shape, parallel.largest if parallel else len(weight), compute_dtype(hidden)
-    buffers = SORTING if kept and kept.top_p < 1 else BUFFERS
+    buffers = BUFFERS if kept is None else SORTING if kept.top_p < 1 else BUFFERS + 1  # a mask
     row = dtype.itemsize * (buffers * vocabulary + 3 * width)  # and the chunk's hidden states, those selected, and their gradient
     row += (targets - 1) * (5 * dtype.itemsize + 12)  # logits, log-probs, coefficients and columns of targets beyond the first
     share = 1.0 if weight.dtype == dtype else 0.75  # the rest is for the block of weights that is upcast

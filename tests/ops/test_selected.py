@@ -309,7 +309,7 @@ def test_more_targets_and_sorting_take_smaller_chunks():
         "sorting": (targets[:, 0], Kept(top_p=0.5)),
     }.items():
         groups[name] = len(chunked._logprob_job(hidden, weight, ids, 1.0, None, 0.1, kept).groups)
-    assert groups["several"] > 2 * groups["one"] and groups["sorting"] == pytest.approx(2 * groups["one"], abs=2)
+    assert groups["several"] > 2 * groups["one"] and groups["sorting"] > 2 * groups["one"]
     with pytest.raises(ValueError, match=r"workspace_mb: .* is too small for one row"):
         chunked._logprob_job(hidden, weight, targets, 1.0, None, 0.02, None)
 
