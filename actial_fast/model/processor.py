@@ -115,7 +115,7 @@ class Processor:
         ids, trained = np.repeat(ids, repeats), np.repeat(trained, repeats)
         if (prompt := int((~trained).sum())) > self.max_prompt:
             raise BadRow(where, f"prompt of {prompt} tokens, over max_prompt_tokens={self.max_prompt}; use fewer or smaller images")
-        return Sequence(ids, trained, mrope_positions(ids, grids, self.image_token, self.merge), keys, grids)
+        return Sequence(ids, trained, mrope_positions(ids, grids, self.image_token, self.merge), keys, grids, where)
 
     @functools.cached_property
     def _tokenised(self) -> Callable[[tuple[Turn, ...]], tuple[np.ndarray, np.ndarray]]:

@@ -137,16 +137,30 @@ class ImageStore:
             with _locked(self.folder / f"lock{int(key[:8], 16) % LOCKS:02}"):  # whoever else wants this image waits for us
                 if self._sound_entry(key) is None:
                     pixels = self.settings.fit(self._decode(data, image, where), where)
-                    try:
-                        self._append(key, pixels)
-                    except OSError as error:
-                        raise ValueError(f"{self.folder}: cannot keep an image ({error}); free space or set XDG_CACHE_HOME") from None
+                    self._keep(key, pixels)
                     with self._mutex:
                         self.decodes += 1
                     return key
         with self._mutex:
             self.hits += 1
         return key
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the store has an image of this key."""
+        return self._sound_entry(key) is not None
+
+    def keep(self, key: str, pixels: np.ndarray) -> None:
+        """Keep an image that another store of the same settings has under this key: pixels (H, W, 3) uint8, as its `pixels` gives them.
+        ValueError when it cannot be kept."""
+        with _locked(self.folder / f"lock{int(key[:8], 16) % LOCKS:02}"):
+            if self._sound_entry(key) is None:
+                self._keep(key, pixels)
+
+    def _keep(self, key: str, pixels: np.ndarray) -> None:
+        try:
+            self._append(key, pixels)
+        except OSError as error:
+            raise ValueError(f"{self.folder}: cannot keep an image ({error}); free space or set XDG_CACHE_HOME") from None
 
     def pixels(self, key: str) -> np.ndarray:
         """The image as uint8 (H, W, 3), a read-only view of the file. KeyError for a key that `put` did not give."""

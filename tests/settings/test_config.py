@@ -231,7 +231,9 @@ def test_shipped_recipes_round_trip(path, tmp_path):
 @given(text=st.text(max_size=20), number=st.floats(min_value=0, allow_nan=False), flag=st.booleans(), words=st.lists(st.text(max_size=6)))
 def test_any_value_round_trips(text, number, flag, words):
     recipe = SFTRecipe(
-        name=text, optim=OptimConfig(lr=number), model=ModelConfig(path=text, gradient_checkpointing=flag, freeze=tuple(words))
+        name=text,
+        optim=OptimConfig(lr=number),
+        model=ModelConfig(path=text, offload_activations=flag, checkpointing="full", freeze=tuple(words)),
     )
     with tempfile.NamedTemporaryFile("w+", suffix=".yaml") as file:
         file.write(to_yaml(recipe))
