@@ -121,7 +121,7 @@ def test_values_and_gradients(kept, K, extras, dtype, path):
     assert got["logp"].isfinite().any() and (kept != "all" or got["logp"].isfinite().all())
 
 
-@pytest.mark.parametrize("kept", ["all", "top_k"])
+@pytest.mark.parametrize("kept", ["all", pytest.param("top_k", marks=pytest.mark.slow)])
 def test_one_target_of_several_is_the_one_target(kept, path):
     one = make(T=2, K=None, kept=KEPT[kept], extras=True)
     several = SimpleNamespace(**vars(one) | {"targets": one.targets[:, None], "g": one.g[:, None]})
@@ -153,7 +153,7 @@ def test_a_row_whose_coefficients_add_up_to_0_has_a_gradient(path):
     assert got["weight"][[3, 5]].any() and not got["weight"][[0, 1, 2, 4]].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_the_sampler_kept_goes_in_as_targets(dtype, path):
     """Sampling replay: log-probs over given ids, a row's own number of them, equal those of the same set found anew."""
     c = make(T=2, V=150, K=None, dtype=dtype, kept=KEPT["top_p"], seed=3)
@@ -218,13 +218,10 @@ def test_tokens_of_one_logit_are_kept_together(path):
     for kept, size in (
         ({"top_k": 1}, 1),
         ({"top_k": 2}, 4),
-        ({"top_k": 4}, 4),
         ({"top_k": 5}, 6),
         ({"top_k": 7}, 7),
         ({"top_p": 1e-6}, 1),
-        ({"top_p": 0.5}, 4),
         ({"top_p": 0.999}, 7),
-        ({"min_p": 1.0}, 1),
         ({"min_p": 0.3}, 4),
         ({"top_k": 6, "top_p": 0.8}, 4),
     ):
@@ -235,8 +232,8 @@ def test_tokens_of_one_logit_are_kept_together(path):
         torch.testing.assert_close(entropy[0].double(), -(want.exp() * want).sum(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
-def test_borders_are_found_among_any_logits(scale, path):
+@pytest.mark.parametrize(("scale", "kept"), [(1e-3, Kept(top_k=300)), (1.0, Kept(top_p=0.7)), (1e4, Kept(top_k=1290))], ids=str)
+def test_borders_are_found_among_any_logits(scale, kept, path):
     """Large, small, of either sign, with banned tokens far below; more of them than a block of the kernel."""
     g = torch.Generator().manual_seed(2)
     V = 1300
@@ -244,13 +241,12 @@ def test_borders_are_found_among_any_logits(scale, path):
     weight[::7] = -1e30
     z = weight[:, 0].double()
     targets = torch.arange(V, device=DEVICE)[None]
-    for kept in (Kept(top_k=300), Kept(top_k=1290), Kept(top_p=0.7)):
-        logp, _ = ops.linear_logprob(torch.ones(1, 1, device=DEVICE), weight, targets, **kept._asdict())
-        want = z.masked_fill(z < reference.lowest_kept(z[None], kept)[0], -torch.inf).log_softmax(0)
-        off = (logp[0] == -torch.inf) != (want == -torch.inf)
-        assert off.sum() <= (kept.top_p < 1) * 1, (kept, off.sum())  # a share in float32 may fall on the other side of one token
-        both = want.isfinite() & logp[0].isfinite()
-        torch.testing.assert_close(logp[0][both].double(), want[both], rtol=1e-4, atol=1e-4)
+    logp, _ = ops.linear_logprob(torch.ones(1, 1, device=DEVICE), weight, targets, **kept._asdict())
+    want = z.masked_fill(z < reference.lowest_kept(z[None], kept)[0], -torch.inf).log_softmax(0)
+    off = (logp[0] == -torch.inf) != (want == -torch.inf)
+    assert off.sum() <= (kept.top_p < 1)  # a share in float32 may fall on the other side of one token
+    both = want.isfinite() & logp[0].isfinite()
+    torch.testing.assert_close(logp[0][both].double(), want[both], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -272,7 +268,7 @@ def test_what_keeps_everything_changes_nothing(kept, monkeypatch):
 # ---- bounds and refusals
 
 
-@pytest.mark.parametrize("kept", ["all", "three"])
+@pytest.mark.parametrize("kept", ["all", pytest.param("three", marks=pytest.mark.slow)])
 def test_rows_do_not_depend_on_their_chunk(kept, path):
     c = make(T=9 if path == "cpu" else 2, K=4, kept=KEPT[kept], extras=True)
     whole = run(c)
