@@ -100,7 +100,7 @@ def test_two_ranks_equal_one(fsdp, kill, sft_recipe, deep, tmp_path):
     """Sharded ranks hold the codes whole, and shares of everything else."""
     recipe = of(sft_recipe, deep, EVERYTHING, quantize="nf4", gradient_checkpointing=True)
     optim = replace(recipe.optim, eps=1e-4)  # with which AdamW's division does not blow up the rounding of gradients that are nearly zero
-    recipe = replace(recipe, optim=optim, save=SaveConfig(every=1, tensorboard=False), steps=3, batch_size=4)
+    recipe = replace(recipe, optim=optim, save=SaveConfig(every=1, tensorboard=False), steps=3, batch_size=4, pack_tokens=230)
     sft.train(replace(recipe, run=str(tmp_path / "one")))
     two = replace(recipe, run=str(tmp_path / "two"), dist=DistConfig(fsdp=fsdp))
     (tmp_path / "recipe.yaml").write_text(to_yaml(two))
