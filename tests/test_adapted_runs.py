@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from actial_fast import grpo, ops, quickstart, sft
-from actial_fast.data.sources.jsonl import JsonlSource
+from actial_fast.data.sources.source import SourceConfig, open_source
 from actial_fast.data.sources.stream import Stream
 from actial_fast.evaluation.evaluate import evaluate, evaluate_checkpoint
 from actial_fast.model.policy import load_policy
@@ -36,7 +36,7 @@ EVERYTHING = LoRAConfig(rank=4, tower=True, merger=True, rslora=True, dora=True)
 @pytest.fixture(scope="module")
 def deep(lab, tmp_path_factory):
     """A model for the lab's questions whose tower has blocks."""
-    rows = JsonlSource(lab.questions / "train.jsonl")
+    rows = open_source(SourceConfig(str(lab.questions / "train.jsonl")))
     texts = [turn.content.replace("<image>", "") for i in range(len(rows)) for turn in rows[i].turns]
     folder: Path = tmp_path_factory.mktemp("deep") / "model"
     create(folder, texts, TinyConfig(hidden=32, vision_hidden=32, layers=2, vision_depth=2), seed=0)
@@ -98,7 +98,7 @@ def test_the_kl_of_an_adapted_tower_begins_at_zero_and_grows(grpo_recipe, deep):
 )
 def test_two_ranks_equal_one(fsdp, kill, sft_recipe, deep, tmp_path):
     """Sharded ranks hold the codes whole, and shares of everything else."""
-    recipe = of(sft_recipe, deep, EVERYTHING, quantize="nf4", gradient_checkpointing=True)
+    recipe = of(sft_recipe, deep, EVERYTHING, quantize="nf4", checkpointing="full", tower_checkpointing="full")
     optim = replace(recipe.optim, eps=1e-4)  # with which AdamW's division does not blow up the rounding of gradients that are nearly zero
     recipe = replace(recipe, optim=optim, save=SaveConfig(every=1, tensorboard=False), steps=3, batch_size=4, pack_tokens=230)
     sft.train(replace(recipe, run=str(tmp_path / "one")))
