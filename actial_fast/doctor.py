@@ -42,6 +42,7 @@ TRAINING = (
     ("rich", "rich", "rich", "progress and tables"),
     ("pyarrow", "pyarrow", "pyarrow.parquet", "SAT and verl parquet files"),
     ("peft", "peft", "", "LoRA (model.lora.rank)"),
+    ("bitsandbytes", "bitsandbytes", "", "moments in 8 bits (optim.kind: adamw8bit)"),
     ("pycolmap", "pycolmap", "pycolmap", "reading and writing captures"),
     ("trimesh", "trimesh", "trimesh", "captures from meshes"),
     ("embreex", "embreex", "embreex.rtcore_scene", "ray casting for captures from meshes"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class GRPOSpec:
     clip_low: float = 0.2
     """clip: the ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.2
-    """clip: the ratio is clipped above at 1 + clip_high; cispo: it is capped there."""
+    """clip: the ratio is clipped above at 1 + clip_high; cispo: it is capped there, and clip_high may be as low as -1."""
     clip_delta: float | None = None
     """clip: also the unclipped branch's ratio stops here (two-sided clip, arXiv 2505.07291); more than 1 + clip_high."""
     dual_clip: float | None = None
@@ -80,7 +80,8 @@ class GRPOSpec:
         _choices(self, objective=("clip", "cispo", "sapo", "vespo"), ratio=("token", "sequence"), kl=("k1", "k2", "k3"))
         _choices(self, importance=("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"))
         _choices(self, aggregation=("token", "sequence", "sequence_sum", "constant"))
-        _at_least(self, 0, "clip_low", "clip_high", "beta", "importance_min")
+        _at_least(self, 0, "clip_low", "beta", "importance_min")
+        _at_least(self, -1 if self.objective == "cispo" else 0, "clip_high")
         for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: must be > 0, got {getattr(self, name)}")
@@ -106,6 +107,18 @@ class GRPOSpec:
     def needs_sequences(self, sampler: bool = False) -> bool:
         """Whether a row's loss depends on the other rows of its sequence; `sampler`: whether the sampler's log-probs are given."""
         return self.ratio == "sequence" or self.objective == "vespo" or (sampler and self.importance.startswith("sequence"))
+
+
+class Kept(NamedTuple):
+    """What a sampler keeps of a row's distribution before it draws, by the parameters of vLLM's that say it. The defaults keep everything.
+
+    top_k: the tokens of the k highest logits, 0 = all. top_p: of these the fewest whose probabilities make up that share of theirs.
+    min_p: tokens whose probability is at least that share of the highest one.
+    """
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
 
 NAMED: dict[str, dict[str, Any]] = {
