@@ -345,7 +345,7 @@ def test_numbers_that_are_none_are_refused_with_their_key(text):
 
 @pytest.mark.parametrize("text, value", [("yes", True), ("No", False), ("on", True), ("OFF", False), ("TRUE", True), ("'true'", True)])
 def test_switches_as_people_write_them(text, value):
-    assert config_from(SFTRecipe, [f"model.gradient_checkpointing={text}"], {}).model.gradient_checkpointing is value
+    assert config_from(SFTRecipe, [f"data.together={text}"], {}).data.together is value
 
 
 @pytest.mark.parametrize(
