@@ -358,7 +358,7 @@ def test_switches_as_people_write_them(text, value):
         ("steps=", "steps: expected int, got ''"),
         ("optim.lr=5%", "optim.lr: expected float, got '5%'"),
         ("optim.lr=null", "optim.lr: expected float, got nothing"),
-        ("model.gradient_checkpointing=1", "model.gradient_checkpointing: expected bool, got 1"),
+        ("data.together=1", "data.together: expected bool, got 1"),
         ("model.freeze=lm_head", "model.freeze: expected a list, got 'lm_head'"),
         ("data.sources={path: x}", "data.sources: expected a list"),
         ("name=3", "name: expected str, got 3; for the text, write"),
