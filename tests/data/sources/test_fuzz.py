@@ -219,6 +219,7 @@ def test_changed_records(form):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("form", GOOD)
 def test_ten_thousand_changed_records(form):
     fuzz(form, 10_000)
