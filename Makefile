@@ -15,6 +15,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 NEWEST_VENV ?= .venv-newest
+TRITON = 3.6.0
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: quickstart test test-slow test-faults test-vllm test-newest docs package evidence gpu bench bench-data lint
@@ -62,12 +63,13 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# torch comes first and pinned: an open request would fetch the CUDA build
+# torch comes first and pinned. A CUDA build of it brings its own Triton, and takes no other; a CPU build brings none
 # verl asks for an older transformers and for Ray: the functions of it that ours are compared with need neither
 $(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel pybind11
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(VENV)/bin/python -m pip show --quiet triton || $(VENV)/bin/python -m pip install --quiet triton==$(TRITON)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,dev,bench,budget]'
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-deps verl cloudpickle codetiming omegaconf orjson pyvers tensordict
 	touch $@
@@ -81,7 +83,6 @@ $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt setup.py $(wildcard 
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-# newer than pyproject.toml allows, which is what is to be found out
 $(NEWEST_VENV)/installed: pyproject.toml constraints-newest.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(NEWEST_VENV)
 	$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel pybind11

@@ -157,7 +157,7 @@ class Processor:
             raise BadRow(where, f"{what}, over pack_tokens={self.max_tokens}; raise it or leave the row out")
         if self.max_patches and (patches := sum(map(math.prod, dict(zip(keys, grids, strict=True)).values()))) > self.max_patches:
             raise BadRow(where, f"images of {patches} patches, over pack_patches={self.max_patches}; raise it or lower model.max_pixels")
-        return Sequence(ids, trained, mrope_positions(ids, grids, self.image_token, self.merge), keys, grids)
+        return Sequence(ids, trained, mrope_positions(ids, grids, self.image_token, self.merge), keys, grids, where)
 
     @functools.cached_property
     def _tokenised(self) -> Callable[[tuple[Turn, ...]], tuple[np.ndarray, np.ndarray]]:

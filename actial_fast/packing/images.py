@@ -15,7 +15,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,22 +132,35 @@ class ImageStore:
         `where`, for one that is missing, cannot be decoded or has a shape that `size` refuses; ValueError when it cannot be kept.
         """
         data, key = self._content(image, where)
-        if self._sound_entry(key) is None:
-            try:
-                with _locked(self.folder / f"lock{int(key[:8], 16) % LOCKS:02}"):  # whoever else wants this image waits for us
-                    if self._sound_entry(key) is None:
-                        self._append(key, self.settings.fit(self._decode(data, image, where), where))
-                        with self._mutex:
-                            self.decodes += 1
-                        return key
-            except OSError as error:
-                raise ValueError(
-                    f"{self.folder}: cannot keep an image ({error.strerror}); free space there, or name another folder "
-                    "(data.image_cache, or XDG_CACHE_HOME)"
-                ) from None
+        if self._sound_entry(key) is None and self._keep(key, lambda: self.settings.fit(self._decode(data, image, where), where)):
+            with self._mutex:
+                self.decodes += 1
+            return key
         with self._mutex:
             self.hits += 1
         return key
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the store has an image of this key."""
+        return self._sound_entry(key) is not None
+
+    def keep(self, key: str, pixels: np.ndarray) -> None:
+        """Keep an image that another store of the same settings has under this key: pixels (H, W, 3) uint8, as its `pixels` gives them.
+        ValueError when it cannot be kept."""
+        self._keep(key, lambda: pixels)
+
+    def _keep(self, key: str, pixels: Callable[[], np.ndarray]) -> bool:
+        """Keep what `pixels` gives unless the store has it, and whether that was so; whoever else wants this image waits for us."""
+        try:
+            with _locked(self.folder / f"lock{int(key[:8], 16) % LOCKS:02}"):
+                if missing := self._sound_entry(key) is None:
+                    self._append(key, pixels())
+                return missing
+        except OSError as error:
+            raise ValueError(
+                f"{self.folder}: cannot keep an image ({error.strerror}); free space there, or name another folder (data.image_cache, or "
+                "XDG_CACHE_HOME)"
+            ) from None
 
     def pixels(self, key: str) -> np.ndarray:
         """The image as uint8 (H, W, 3), a read-only view of the file. KeyError for a key that `put` did not give."""

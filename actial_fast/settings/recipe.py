@@ -9,7 +9,7 @@ from actial_fast.data.sources.picture import MAX_PIXELS
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
 from actial_fast.packing.planning import Costs
-from actial_fast.settings.model import ModelConfig, trainable
+from actial_fast.settings.model import ModelConfig, checkpointed
 from actial_fast.settings.running import DistConfig, OptimConfig, ProfileConfig, SaveConfig
 from actial_fast.settings.sampling import OverlongConfig, SamplingConfig, at_least
 from actial_fast.tasks.rewards import RewardConfig
@@ -58,8 +58,6 @@ class RolloutConfig:
     """vllm on CUDA: share of the device's memory for weights, keys and values while sampling. On a CPU keys and values have 1 GiB."""
     max_images: int = 8
     """vllm: most images of a prompt."""
-    offload: bool = True
-    """vllm on CUDA: optimizer states and the reference are on the host, pinned, while an engine is awake."""
     url: str = ""
     """server: its base URL, for example http://localhost:8000/v1; the key, where it wants one, is in $OPENAI_API_KEY."""
     model: str = ""
@@ -83,6 +81,17 @@ def _weights_reach(rollout: RolloutConfig) -> None:
             "rollout.engine: a server keeps the weights that it was started with, so its replies would not be this policy's; set it to "
             "embedded or vllm here, and use a server with `actial eval --server` or `actial data cot --endpoint`"
         )
+
+
+def _master_differs(model: ModelConfig, optim: OptimConfig) -> None:
+    if optim.master and model.dtype == "float32":
+        raise ValueError("optim.master: float32 weights need no copy in float32; set it to false, or model.dtype to bfloat16")
+
+
+def _adapters_reach(model: ModelConfig, rollout: RolloutConfig) -> None:
+    for name in ("dora", "tower", "merger"):
+        if rollout.engine == "vllm" and getattr(model.lora, name):
+            raise ValueError(f"model.lora.{name}: vLLM takes plain adapters of the language model only; set rollout.engine to embedded")
 
 
 @dataclass(frozen=True)
@@ -163,8 +172,10 @@ class SFTRecipe:
     def __post_init__(self) -> None:
         at_least(self, 0, "seed", "epochs", "steps", "stop_accuracy", "stop_steps")
         at_least(self, 1, "batch_size", "micro_batch", "pack_tokens", "pack_patches")
-        trainable(self.model)
+        checkpointed(self.model, self.packing)
+        _master_differs(self.model, self.optim)
         _weights_reach(self.rollout)
+        _adapters_reach(self.model, self.rollout)
 
 
 @dataclass(frozen=True)
@@ -237,8 +248,10 @@ class GRPORecipe:
     def __post_init__(self) -> None:
         at_least(self, 0, "seed", "log_rollouts")
         at_least(self, 1, "steps", "prompts", "minibatch", "micro_batch", "pack_tokens", "pack_patches")
-        trainable(self.model)
+        checkpointed(self.model, self.packing)
+        _master_differs(self.model, self.optim)
         _weights_reach(self.rollout)
+        _adapters_reach(self.model, self.rollout)
         if not self.rewards:
             raise ValueError("rewards: at least one is needed, for example [{name: accuracy}]")
         if not any(reward.weight for reward in self.rewards):
@@ -252,6 +265,10 @@ class GRPORecipe:
             )
         if self.rollout.ahead and self.rollout.engine != "embedded" and self.model.lora.dropout:
             raise ValueError("model.lora.dropout: with rollout.ahead, vLLM would draw between the update's random numbers; set it to 0")
+        if self.rollout.ahead and self.rollout.engine == "vllm" and self.optim.offload == "sampling":
+            raise ValueError(
+                "optim.offload: with rollout.ahead, vLLM draws beside the update, which needs the states; set it to none or always"
+            )
         if self.rollout.ahead and self.importance_correction == "off":
             raise ValueError(
                 "importance_correction: off would take replies of older weights for the policy's own; rollout.ahead needs auto or on"
