@@ -24,7 +24,7 @@ from actial_fast.train.rounds import Pass
 from tests.no_sync import HostSync, fake_cuda, put
 from tests.train.test_rounds import recipe_of, samples_of
 
-FULL = {"full": {}, "checkpointing": {"gradient_checkpointing": True}}
+FULL = {"full": {}, "checkpointing": {"checkpointing": "full", "tower_checkpointing": "full"}}
 MODELS = {**FULL, "frozen tower": {"freeze": ("model.visual",)}, "adapters": {"lora": LoRAConfig(rank=4)}}
 
 

@@ -416,7 +416,13 @@ def test_frozen_parts_stay(sft_recipe, lab):
 
 @pytest.mark.parametrize("lora", [0, 4], ids=["frozen", "adapters"])
 def test_checkpointing_sends_no_gradient_into_a_frozen_tower(lora, sft_recipe):
-    model = replace(sft_recipe.model, gradient_checkpointing=True, lora=LoRAConfig(rank=lora), freeze=() if lora else ("model.visual",))
+    model = replace(
+        sft_recipe.model,
+        checkpointing="full",
+        tower_checkpointing="full",
+        lora=LoRAConfig(rank=lora),
+        freeze=() if lora else ("model.visual",),
+    )
     policy = load_policy(model, ALONE.device, 0)
     features = []
     policy.base.model.visual.register_forward_hook(lambda module, args, out: features.append(out.pooler_output))
@@ -506,7 +512,7 @@ def test_two_ranks_equal_one(kind, fsdp, sft_recipe, grpo_recipe, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 4], ids=["full", "adapters on a bf16 base"])
 def test_a_sharded_run_resumes_bit_for_bit(rank, sft_recipe, lab, tmp_path):
-    model = replace(sft_recipe.model, gradient_checkpointing=True)
+    model = replace(sft_recipe.model, checkpointing="full", tower_checkpointing="full")
     if rank:
         model = replace(model, lora=LoRAConfig(rank=rank), frozen_dtype="bfloat16")
     evaluation = EvalConfig(sources=(SourceConfig(str(lab.questions / "test.jsonl"), limit=4),), every=1, max_new_tokens=4)

@@ -100,7 +100,7 @@ class Decoder:
         most: tuple[int, int, int],
         positions: int,
     ):
-        layers, heads, width = kv_shape(policy)
+        layers, heads, width = kv_shape(policy.base.config)
         self._policy, self._processor, self._temperature, self._device = policy, processor, temperature, policy.device
         self._pages = Pages.empty((layers, blocks + 1, size, heads, width), policy.hidden_dtype, policy.device)
         self._stop = torch.tensor(processor.stop_tokens).to(policy.device, non_blocking=True)

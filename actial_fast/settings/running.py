@@ -53,11 +53,27 @@ class DistConfig:
 
     fsdp: bool = False
     """Shard weights, gradients and optimizer states over the ranks (FSDP2); otherwise each rank holds a copy."""
+    reshard: Literal["block", "step"] = "block"
+    """fsdp: how long gathered weights are kept. block: a layer's until it has run, forward and backward. step: all of them, from the first
+    micro-batch of a pass to the last, which takes their whole size on every device and saves gathering them twice a micro-batch."""
+    reduce: Literal["pass", "step"] = "pass"
+    """fsdp: when gradients are summed over ranks. pass: behind every backward pass. step: once, behind the last one of an optimizer step,
+    for which every device adds gradients of the whole model up, in float32."""
+    replicate: int = 1
+    """fsdp: groups of ranks that each hold a whole model between them; with as many as there are machines (2 to 4), weights are gathered
+    within one, and only gradients go between them, once a step."""
+    fit: Literal["refuse", "warn"] = "refuse"
+    """What becomes of a run that the memory of its devices, or of this machine, or the disk is too small for by the budget (`actial plan`):
+    it does not begin, or it is told and goes on."""
     timeout: float = 60.0
     """Minutes that a rank waits for another, for the last replies and their rewards among others, before the run ends."""
 
     def __post_init__(self) -> None:
         at_least(self, 1e-3, "timeout")
+        at_least(self, 1, "replicate")
+        for name, default in (("reshard", "block"), ("reduce", "pass"), ("replicate", 1)):
+            if not self.fsdp and getattr(self, name) != default:
+                raise ValueError(f"{name}: says how sharded weights travel, and none are sharded; set fsdp to true, or {name} to {default}")
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from actial_fast.model.policy import Policy, save_settings
 from actial_fast.model.processor import Processor
 from actial_fast.model.tensors import sync, write
-from actial_fast.model.weights import local, rows_of, share
+from actial_fast.model.weights import copy_of, local, rows_of, share
 from actial_fast.train.dist import World
 from actial_fast.train.export import export, facts, open_ranks
 from actial_fast.train.guard import NonFinite
@@ -49,7 +48,8 @@ class NotSaved(OSError):
 
 def steps(folder: Path) -> list[int]:
     """Steps of the whole checkpoints in a stage's folder, oldest first."""
-    return sorted(int(p.name.removeprefix(PREFIX)) for p in folder.glob(PREFIX + "*") if (p / "state.json").exists())
+    found = (p for p in folder.glob(PREFIX + "*") if p.name.removeprefix(PREFIX).isdecimal())  # not step-000004-best, someone's copy
+    return sorted(int(p.name.removeprefix(PREFIX)) for p in found if (p / "state.json").exists())
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -252,13 +252,10 @@ def _rows(policy: Policy, optimizer: torch.optim.Optimizer, where: World) -> dic
     for name, parameter in policy.trained().items():
         for kind, tensor in {"weight": parameter, **optimizer.state.get(parameter, {})}.items():
             value = local(tensor)
-            if isinstance(parameter, DTensor) and value.ndim:
-                start, stop = rows_of(parameter)
-            else:
-                start, stop = share(rows_of(value)[1], where.rank, where.size)
-                value = value[start:stop] if value.ndim else value
-            if start < stop:
-                out[f"{kind}/{name}"] = (value, start)
+            start, stop = rows_of(parameter) if value.ndim else (0, 1)
+            first, end = share(stop - start, *(copy_of(parameter, where.rank, where.size) if value.ndim else (where.rank, where.size)))
+            if first < end:
+                out[f"{kind}/{name}"] = (value[first:end] if value.ndim else value, start + first)
     return out | {f"rng/{where.rank}/{kind}": (value, 0) for kind, value in rng_states().items()}
 
 

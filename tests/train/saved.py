@@ -26,8 +26,9 @@ from actial_fast.model.weights import local
 from actial_fast.settings.model import LoRAConfig, ModelConfig
 from actial_fast.settings.running import OptimConfig
 from actial_fast.train import checkpoint
-from actial_fast.train.dist import World, shard, world
+from actial_fast.train.dist import World, world
 from actial_fast.train.optim import build_optimizer
+from actial_fast.train.sharding import shard
 from tests.faults import leave
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,8 @@ KINDS = {  # what of the model, and which optimizer
     "rounded, 8 bits, host": (BF16, EIGHT | {"offload": "always"}),
     "master": (BF16, {"master": True}),
     "adapters, master, 8 bits": ({"lora": LoRAConfig(rank=4), "frozen_dtype": "bfloat16"} | BF16, EIGHT | {"master": True}),
+    "dora": ({"lora": LoRAConfig(rank=4, rslora=True, dora=True, merger=True)}, {}),
+    "nf4": ({"lora": LoRAConfig(rank=4, dora=True), "quantize": "nf4"}, {}),
 }
 SHARDED = ("full", "frozen", "adapters", "rounded, 8 bits, host", "adapters, master, 8 bits")  # those that ranks are started for
 
