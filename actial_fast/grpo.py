@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from actial_fast import ops
+from actial_fast.budget.fits import lacking
 from actial_fast.evaluation.evaluate import held_out
 from actial_fast.model.policy import Policy, load_reference
 from actial_fast.model.processor import Processor
@@ -36,6 +37,7 @@ from actial_fast.train.account import Account
 from actial_fast.train.dist import World, clip_gradients, reduce_gradients, world
 from actial_fast.train.guard import Guard
 from actial_fast.train.mismatch import Band, Mismatch
+from actial_fast.train.optim import parameters_of, set_learning_rate
 from actial_fast.train.phases import Timer, untimed
 from actial_fast.train.rounds import Pass, Round, balanced, passes
 from actial_fast.train.samples import Sample, figures, shown
@@ -49,9 +51,7 @@ from actial_fast.train.stage import (
     open_clock,
     open_log,
     open_stage,
-    parameters_of,
     report_skipped,
-    set_learning_rate,
 )
 from actial_fast.train.stopping import NEVER, GivenUp, Stop
 
@@ -73,7 +73,7 @@ def train(recipe: GRPORecipe) -> Path:
 
 def _train(recipe: GRPORecipe, where: World) -> Path:
     with contextlib.ExitStack() as stack:
-        start = begin(recipe, where, Processor.encode_prompt, stack)
+        start = begin(recipe, where, Processor.encode_prompt, lacking, stack)
         stage = open_stage(recipe, start, where, Processor.encode_prompt, stack)
         policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
         parameters, guard, total = parameters_of(policy), Guard(optimizer, recipe.optim.max_skipped), recipe.steps

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from actial_fast import ops
+from actial_fast.budget.fits import lacking
 from actial_fast.evaluation.evaluate import held_out
 from actial_fast.model.policy import Policy
 from actial_fast.model.processor import Processor
@@ -26,6 +27,7 @@ from actial_fast.settings.recipe import SFTRecipe
 from actial_fast.train.account import Account
 from actial_fast.train.dist import World, clip_gradients, reduce_gradients, world
 from actial_fast.train.guard import Guard
+from actial_fast.train.optim import parameters_of, set_learning_rate
 from actial_fast.train.rounds import Pass, balanced, passes
 from actial_fast.train.sharding import is_sharded
 from actial_fast.train.shortage import over
@@ -36,9 +38,7 @@ from actial_fast.train.stage import (
     open_clock,
     open_log,
     open_stage,
-    parameters_of,
     report_skipped,
-    set_learning_rate,
 )
 from actial_fast.train.stopping import NEVER, GivenUp, Stop
 
@@ -55,7 +55,7 @@ def train(recipe: SFTRecipe) -> Path:
 
 def _train(recipe: SFTRecipe, where: World) -> Path:
     with contextlib.ExitStack() as stack:
-        start = begin(recipe, where, Processor.encode, stack)
+        start = begin(recipe, where, Processor.encode, lacking, stack)
         stage = open_stage(recipe, start, where, Processor.encode, stack)
         policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
         parameters, guard = parameters_of(policy), Guard(optimizer, recipe.optim.max_skipped)

@@ -262,7 +262,8 @@ class Head:
 
     hidden (T, H), weight (V, H), bias (V,) or None of one dtype, float32, bfloat16 or float16; targets (T,) int64; inverse_temperature a
     number or (T,) float32; softcap a number or None. Rows of hidden and weight start at multiples of 16 bytes. parallel: the ranks that
-    have the rest of the vocabulary (`ops.parallel`), where targets that are not here are -1.
+    have the rest of the vocabulary (`ops.parallel`), where targets that are not here are -1. For log-probs alone targets may be (T, K),
+    and kept (`ops.spec.Kept`) says to what the distribution is cut.
     """
 
     hidden: Tensor
@@ -272,6 +273,7 @@ class Head:
     inverse_temperature: float | Tensor
     softcap: float | None
     parallel: Any = None
+    kept: Any = None
 
     @property
     def largest(self) -> int:
@@ -298,12 +300,13 @@ def make_head(
     temperature: float | Tensor,
     softcap: float | None,
     parallel: Any = None,
+    kept: Any = None,
 ) -> Head:
     """The arguments of an op as its kernels take them. Rows that do not start at multiples of 16 bytes are copied, padded with zeros."""
     if not (_is_aligned(hidden) and _is_aligned(weight)):
         missing = -hidden.shape[1] % (16 // hidden.element_size())
         hidden, weight = pad(hidden, (0, missing)).contiguous(), pad(weight, (0, missing)).contiguous()
-    return Head(hidden, weight, targets, bias, 1.0 / temperature, softcap, parallel)
+    return Head(hidden, weight, targets, bias, 1.0 / temperature, softcap, parallel, kept)
 
 
 def _is_aligned(x: Tensor) -> bool:

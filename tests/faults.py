@@ -3,8 +3,8 @@
 A fault is written what:place:rank:call, for example kill:update:1:3: at its 3rd call, on rank 1, the place does it. Places: sample (each
 token), update (each forward and backward pass), save (each file a rank writes), eval (each source), forward (the sampler's vision tower,
 inside of it), logp (each pass without gradients), optimizer (each step), load (each model), reward (each call). What: kill (SIGKILL to this
-process), term (SIGTERM), raise, oom (of the device's memory), full (the disk), nan (the loss), slow (half a second, at this and all later
-calls).
+process), term (SIGTERM), raise, oom (of the device's memory), full (the disk), nan (the loss), slow (half a second, or ACTIAL_TEST_WAIT,
+at this and all later calls).
 In another program: PYTHONPATH=tests/planted and ACTIAL_TEST_FAULTS="kill:update:1:3 slow:sample:0:1".
 """
 
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-WAIT = 0.5
+WAIT = float(os.environ.get("ACTIAL_TEST_WAIT", 0.5))
 
 
 def plant(faults: str, rank: int) -> contextlib.ExitStack:

@@ -18,9 +18,9 @@ from actial_fast.train.account import Account
 from actial_fast.train.dist import World, clip_gradients
 from actial_fast.train.guard import Guard
 from actial_fast.train.mismatch import Mismatch
+from actial_fast.train.optim import parameters_of
 from actial_fast.train.phases import Phases
 from actial_fast.train.rounds import Pass
-from actial_fast.train.stage import parameters_of
 from tests.no_sync import HostSync, fake_cuda, put
 from tests.train.test_rounds import recipe_of, samples_of
 

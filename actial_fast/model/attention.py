@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -36,6 +37,7 @@ from actial_fast.packing.batch import Segments
 
 # transformers hands a vision tower's cu_seqlens only to implementations with "flash" in their name; others loop over the windows
 IMPLEMENTATION = "actial_flash"
+_LENGTHS = WeakTensorKeyDictionary()  # of segments on the CPU, by their bounds
 
 
 def prompt_once(q: Tensor, k: Tensor, v: Tensor, packed: Any, scale: float | None = None) -> Tensor:
@@ -264,6 +266,11 @@ def _check_cross(packed: Any, rows: int) -> None:
         )
 
 
+def remember(segments: Segments) -> None:
+    """Have the segments' lengths known wherever their bounds turn up, so that a tower's layers on the CPU need not ask the bounds."""
+    _LENGTHS[segments.cu] = segments.lengths
+
+
 def use_flash(name: str) -> None:
     """Which flash kernels CUDA runs on, in this process and in all of PyTorch's attention: "FA2", compiled into PyTorch and the default;
     "FA3" (Hopper; package flash-attn-3) or "FA4" (Hopper, Blackwell; package flash-attn-4), through PyTorch's own adapters.
@@ -375,7 +382,7 @@ def attention_forward(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if cu_seq_lens_q is None:
         return prompt_once(q, k, v, packed, scaling)[None], None
-    lengths = () if query.is_cuda else tuple(cu_seq_lens_q.diff().tolist())
+    lengths = () if query.is_cuda else _LENGTHS.get(cu_seq_lens_q) or tuple(cu_seq_lens_q.diff().tolist())
     longest = max_length_q if query.is_cuda else max(lengths)
     assert longest is not None, "transformers hands it over with cu_seq_lens_q"
     segments = Segments(cu_seq_lens_q, lengths, longest)

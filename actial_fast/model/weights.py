@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,13 @@ def resolve(path: str) -> Path:
     """The folder of a checkpoint, downloaded where `path` is a hub name. ValueError where there is none or it is of another family."""
     if not path:
         raise ValueError("model.path: a checkpoint folder or hub name is needed")
-    folder = Path(path)
+    folder = Path(path).expanduser()
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        raise ValueError(
+            f"model.path: {path} holds PEFT adapters, not a model (its base is {base or 'not told'}); merge them into the base with PEFT's "
+            "merge_and_unload and save_pretrained, and give that folder"
+        )
     if not folder.is_dir():
         if path.count("/") != 1 or path.startswith((".", "/", "~")):
             raise ValueError(f"model.path: {path} is neither a folder nor a hub name like Qwen/Qwen2.5-VL-7B-Instruct")
@@ -148,19 +153,6 @@ def fill(model: nn.Module, stored: Stored, device: torch.device) -> None:
             if base_name(name) == EMBEDDING and HEAD in names and HEAD not in own:  # tied, and there all the same
                 if not torch.equal(*(stored.rows(names[each], start, stop) for each in (EMBEDDING, HEAD))):
                     raise ValueError(f"model.path: config.json says that {HEAD} is the embedding, but the files have another one")
-
-
-def draw_adapters(model: nn.Module, seed: int) -> None:
-    """Fresh low-rank adapters as PEFT begins them, A uniform and B zero, drawn by `seed`: the same for any number of ranks."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if ".lora_A." in name:
-            start, stop = rows_of(parameter)
-            whole = torch.empty(parameter.shape)
-            nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
-            local(parameter).copy_(whole[start:stop])
-        elif ".lora_B." in name:
-            local(parameter).zero_()
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from actial_fast.ops import reference
 from actial_fast.ops.chunked_logits import compute_dtype
 from actial_fast.ops.parallel import VocabParallel
-from actial_fast.ops.spec import GRPOSpec
+from actial_fast.ops.spec import GRPOSpec, Kept
 
 TEMPERATURES = 1e-30, 1e30  # lowest and highest: float32 holds logits of up to 1e8 divided by the one, and 1 divided by the other
 
@@ -27,8 +27,9 @@ def head(
     workspace_mb: float,
     names: tuple[str, str] = ("hidden", "weight"),
     parallel: VocabParallel | None = None,
+    several: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """hidden, weight and bias, checked, in the dtype of an enclosing autocast."""
+    """hidden, weight and bias, checked, in the dtype of an enclosing autocast. several: a row may have more than one target."""
     h, w = names
     if hidden.ndim != 2 or not hidden.is_floating_point():
         raise ValueError(f"{h}: expected (T, H) floating point, got {text(hidden)}")
@@ -50,7 +51,7 @@ def head(
             raise ValueError(f"bias: expected ({len(weight)},) floating point to fit {w}, got {text(bias)}")
         match("bias", bias, h, hidden)
     if targets is not None:
-        _targets(targets, hidden)
+        _targets(targets, hidden, several)
     if parallel and parallel.rows != len(weight):
         raise ValueError(f"vocab_parallel: made of {parallel.rows} rows, but {w} has {len(weight)}; make it anew with VocabParallel.of")
     if softcap is not None and not 0 < softcap < math.inf:
@@ -128,9 +129,34 @@ def temperature(x: float | Tensor, like: Tensor) -> float | Tensor:
     return x
 
 
-def _targets(targets: Tensor, like: Tensor) -> None:
-    if targets.shape != like.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"targets: expected ({len(like)},) int64, got {text(targets)}")
+def kept(top_k: int | None, top_p: float, min_p: float, vocabulary: int, parallel: VocabParallel | None) -> Kept | None:
+    """What a sampler keeps of the vocabulary; None where it keeps everything."""
+    for name, x, wanted in (("top_k", top_k, "a whole number"), ("top_p", top_p, "a number"), ("min_p", min_p, "a number")):
+        if isinstance(x, Tensor):
+            raise ValueError(f"{name}: expected {wanted} for all rows, got a tensor; call once for the rows of each")
+    if top_k is not None and (int(top_k) != top_k or top_k < -1):
+        raise ValueError(f"top_k: must be a whole number >= 1, got {top_k}; None, 0 or -1 = all tokens")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: must be in (0, 1], got {top_p}; 1 = all tokens")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p: must be in [0, 1], got {min_p}; 0 = all tokens")
+    count = 0 if top_k is None or top_k < 1 or top_k >= vocabulary else int(top_k)
+    out = Kept(count, float(top_p), float(min_p))
+    if out == Kept():
+        return None
+    if parallel:
+        raise ValueError(
+            "vocab_parallel: not with top_k, top_p or min_p, which need a row's logits in one place; gather the head, or pass the ids "
+            "that the sampler kept as targets (T, K)"
+        )
+    return out
+
+
+def _targets(targets: Tensor, like: Tensor, several: bool = False) -> None:
+    shaped = targets.shape == like.shape[:1] or (several and targets.ndim == 2 and len(targets) == len(like) and targets.shape[1] > 0)
+    if not shaped or targets.dtype != torch.int64:
+        more = f" or ({len(like)}, K) with K >= 1," if several else ""
+        raise ValueError(f"targets: expected ({len(like)},){more} int64, got {text(targets)}")
     match("targets", targets, "hidden", like, dtype=False)
 
 
@@ -143,7 +169,9 @@ def in_vocabulary(targets: Tensor, vocabulary: int, token_weight: Tensor | None 
         wrong &= token_weight != 0
     if wrong.any():
         example = int(targets[wrong][0])
-        hint = "leave out rows without a target" if token_weight is None else "leave out rows without a target, or give them token_weight 0"
+        hint = "leave out rows without a target" + ("" if token_weight is None else ", or give them token_weight 0")
+        if targets.ndim == 2:
+            hint = "fill up a row of fewer targets with any token, and leave out what comes for it"
         raise ValueError(f"targets: expected ids in [0, {vocabulary}), got {example}; {hint}")
 
 

@@ -25,6 +25,7 @@ from actial_fast.rollout.decoder import Decoder, Rows, serving
 from actial_fast.rollout.memory import kv_budget
 from actial_fast.rollout.protocol import UNWATCHED, Draw, Reply, Watch, never
 from actial_fast.rollout.schedule import Schedule, blocks_for
+from actial_fast.train.offload import Offload
 from actial_fast.train.sharding import gathered, recover
 from actial_fast.train.shortage import NoRoom, largest_of, ran_out
 
@@ -40,15 +41,19 @@ class Embedded:
 
     own = True
 
-    def __init__(self, policy: Policy, processor: Processor):
+    def __init__(self, policy: Policy, processor: Processor, offload: Offload | None = None):
+        """offload: what leaves the device while it is awake."""
         self.version = -1
         self._policy, self._processor = policy, processor
+        self._offload = offload or Offload(None, enabled=False)
         self._held = contextlib.ExitStack()
         self._size = 1.0  # share of the usual memory for a batch: halved each time that it runs out
         self._broke = False  # a pass since the last `wake` did not come to its end
 
     def wake(self) -> None:
-        """Gather sharded weights."""
+        """Gather sharded weights, where what is not needed meanwhile has left."""
+        self._held.callback(self._offload.back)
+        self._offload.out()
         self._held.enter_context(gathered(self._policy))
 
     def sync(self, version: int) -> None:

@@ -10,7 +10,7 @@ from actial_fast.settings.sampling import at_least
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """AdamW, its schedule, and how its states are held."""
 
     lr: float = 5e-6
     """Peak learning rate."""
@@ -30,10 +30,21 @@ class OptimConfig:
     """Gradients are scaled down to this global norm; 0 = no clipping."""
     max_skipped: int = 5
     """An optimizer step whose loss or gradient is NaN or infinite is skipped; so many in a row end the run."""
+    kind: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """adamw: two moments of 4 bytes a weight. adamw8bit: of 1 byte, by bitsandbytes. paged_adamw8bit: the same in memory that the driver
+    moves to the host and back when the device has too little, on CUDA."""
+    master: bool = False
+    """model.dtype: bfloat16: keep a float32 copy of the trained weights, which the steps are made on. Without it steps are rounded up or
+    down at random, in proportion, so that those smaller than a weight's last bit are made in the mean."""
+    offload: Literal["none", "sampling", "always"] = "none"
+    """What lies on the host, in pinned memory. sampling: while replies are drawn, the optimizer's states and GRPO's reference. always: the
+    states at all times, which pass through the device piece by piece during a step, and the reference while replies are drawn."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "lr", "eps", "weight_decay", "warmup_steps", "min_lr_ratio", "clip_norm")
         at_least(self, 1, "max_skipped")
+        if self.kind == "paged_adamw8bit" and self.offload != "none":
+            raise ValueError(f"offload: the driver moves the states of paged_adamw8bit itself; {self.offload} is for the other kinds")
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,9 @@ class DistConfig:
     replicate: int = 1
     """fsdp: groups of ranks that each hold a whole model between them; with as many as there are machines (2 to 4), weights are gathered
     within one, and only gradients go between them, once a step."""
+    fit: Literal["refuse", "warn"] = "refuse"
+    """What becomes of a run that the memory of its devices, or of this machine, or the disk is too small for by the budget (`actial plan`):
+    it does not begin, or it is told and goes on."""
     timeout: float = 60.0
     """Minutes that a rank waits for another, for the last replies and their rewards among others, before the run ends."""
 

@@ -34,8 +34,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from actial_fast.model import policy as policies
+from actial_fast.model.adapters import add_adapters
 from actial_fast.model.attention import IMPLEMENTATION, attention_forward, use_packed_attention
-from actial_fast.model.policy import ImageBatch, Policy, _add_adapters
+from actial_fast.model.policy import ImageBatch, Policy
 from actial_fast.model.vision import vision_arguments
 from actial_fast.model.weights import materialise, parameters_on_meta
 from actial_fast.packing.batch import PackedBatch, Segments
@@ -95,7 +96,7 @@ def build(shape: str, dtype: torch.dtype, lora: int) -> Policy:
     with parameters_on_meta():
         model = Qwen2_5_VLForConditionalGeneration._from_config(about, dtype=dtype if lora else torch.float32, attn_implementation="sdpa")
     use_packed_attention(model)
-    return Policy(_add_adapters(model, config) if lora else model, dtype, config).train()
+    return Policy(add_adapters(model, config) if lora else model, dtype, config).train()
 
 
 def step(policy: Policy, images: ImageBatch, micro_batches: int, *, update: bool = True) -> None:
