@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 
 from actial_fast.cli.shared import Commands, add_overrides, settle
 
@@ -39,6 +40,7 @@ def _train(args: argparse.Namespace) -> int:
     import importlib
 
     from actial_fast.settings.config import load_recipe
+    from actial_fast.settings.idle import idle
 
     _check_gpus(args.gpus)
     extra = [f"data.on_bad_row={args.on_bad_row}"] if args.on_bad_row else []
@@ -50,6 +52,9 @@ def _train(args: argparse.Namespace) -> int:
 
         return launch(args.gpus, [args.kind, args.recipe, *args.overrides, *extra])
     settle()
+    if int(os.environ.get("RANK", 0)) == 0:
+        for line in idle(recipe):
+            print(f"note: {line}", file=sys.stderr)
     final = importlib.import_module(f"actial_fast.{args.kind}").train(recipe)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"finished: {final}")

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from actial_fast.data.sources.answers import is_right
 from actial_fast.data.sources.row import Row
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.data.sources.stream import Example, Pass
-from actial_fast.data.sources.tags import extract_answer, is_well_formed, same_answer
+from actial_fast.data.sources.tags import is_well_formed
 from actial_fast.evaluation.statistics import Record, accuracy_table
 from actial_fast.model.processor import Processor
 from actial_fast.report.metrics import MetricLog
@@ -29,8 +30,8 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """The accuracy table of each source, by its folder's and file's name; every rank calls and gets the same result.
 
-    A reply counts as right when the text in its <answer> tags, or the whole reply where it has none, equals the truth. on_bad_row: as
-    data.on_bad_row. Raises ValueError, the same on every rank, for the first source that could not be evaluated.
+    A reply is right by answers.is_right; config.strict: when the text in its <answer> tags, or the whole reply where it has none, equals
+    the truth. on_bad_row: as data.on_bad_row. Raises ValueError, the same on every rank, for the first source that could not be evaluated.
     """
     tables, failures = attempt(engine, processor, config, where, seed=seed, on_bad_row=on_bad_row)
     for name, cause in failures.items():
@@ -162,7 +163,7 @@ def _records(
             return [], ""
         drawn = zip(examples, replies, strict=True)
         texts = [(e.row, processor.decode(reply.ids) if reply.text is None else reply.text, len(reply.ids)) for e, (reply,) in drawn]
-        return [_record(row, text, length) for row, text, length in texts], ""
+        return [_record(row, text, length, config.strict) for row, text, length in texts], ""
     except Exception as error:  # whatever it is, the run goes on without this evaluation
         if ran_out(error):
             longest = f"eval.kv_tokens ({config.kv_tokens or 'as much as there is'}) or eval.max_new_tokens ({config.max_new_tokens})"
@@ -180,12 +181,12 @@ def _replies(
     )
 
 
-def _record(row: Row, response: str, length: int) -> Record:
+def _record(row: Row, response: str, length: int, strict: bool) -> Record:
     letter = len(row.truth) == 1 and row.truth.isalpha() and row.truth not in row.choices
     index = ord(row.truth.upper()) - ord("A") if letter else -1
     return Record(
         kind=row.kind,
-        correct=same_answer(extract_answer(response), row.truth),
+        correct=is_right(response, row, strict=strict),
         well_formed=is_well_formed(response),
         response_length=length,
         truth=row.choices[index] if 0 <= index < len(row.choices) else row.truth,

@@ -43,7 +43,13 @@ def resolve(path: str) -> Path:
     """The folder of a checkpoint, downloaded where `path` is a hub name. ValueError where there is none or it is of another family."""
     if not path:
         raise ValueError("model.path: a checkpoint folder or hub name is needed")
-    folder = Path(path)
+    folder = Path(path).expanduser()
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        raise ValueError(
+            f"model.path: {path} holds PEFT adapters, not a model (its base is {base or 'not told'}); merge them into the base with PEFT's "
+            "merge_and_unload and save_pretrained, and give that folder"
+        )
     if not folder.is_dir():
         if path.count("/") != 1 or path.startswith((".", "/", "~")):
             raise ValueError(f"model.path: {path} is neither a folder nor a hub name like Qwen/Qwen2.5-VL-7B-Instruct")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from actial_fast.data.sources.picture import MAX_PIXELS
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
 from actial_fast.packing.planning import Costs
@@ -28,6 +29,9 @@ class EvalConfig:
     """0 = greedy; otherwise replies are sampled at this temperature."""
     max_new_tokens: int = 1024
     """Longest reply, in tokens."""
+    strict: bool = False
+    """A reply is right only if the text in its <answer> tags, or all of it where it has none, is the truth up to case, as in the paper;
+    otherwise an answer that a person would call right is right (the option's letter in its usual spellings, or its text)."""
     kv_tokens: int = 0
     """As sampling.kv_tokens."""
     fatal: bool = False
@@ -102,6 +106,8 @@ class DataConfig:
     """Threads that read and decode ahead of the step."""
     max_prompt_tokens: int = 16000
     """A longer prompt is a row-level error (nothing is ever cut inside an image)."""
+    max_image_pixels: int = MAX_PIXELS
+    """An image with more pixels is a row-level error; smaller ones are scaled as the model's limits say."""
     together: bool = True
     """Draw rows together that stand next to each other in their file and show the same images, so that these are computed once."""
     image_cache: str = ""
@@ -109,7 +115,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "workers")
-        at_least(self, 1, "max_prompt_tokens")
+        at_least(self, 1, "max_prompt_tokens", "max_image_pixels")
 
 
 @dataclass(frozen=True)
@@ -248,6 +254,8 @@ class GRPORecipe:
         _adapters_reach(self.model, self.rollout)
         if not self.rewards:
             raise ValueError("rewards: at least one is needed, for example [{name: accuracy}]")
+        if not any(reward.weight for reward in self.rewards):
+            raise ValueError("rewards: all weights are 0, so that nothing would be learned; give one a weight")
         names, sampling = [r.name for r in self.rewards], self.sampling
         if sampling.gate.on and sampling.gate.reward not in names:
             raise ValueError(f"sampling.gate.reward: {sampling.gate.reward!r} is not one of the rewards, {', '.join(names)}")

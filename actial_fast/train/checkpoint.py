@@ -48,7 +48,8 @@ class NotSaved(OSError):
 
 def steps(folder: Path) -> list[int]:
     """Steps of the whole checkpoints in a stage's folder, oldest first."""
-    return sorted(int(p.name.removeprefix(PREFIX)) for p in folder.glob(PREFIX + "*") if (p / "state.json").exists())
+    found = (p for p in folder.glob(PREFIX + "*") if p.name.removeprefix(PREFIX).isdecimal())  # not step-000004-best, someone's copy
+    return sorted(int(p.name.removeprefix(PREFIX)) for p in found if (p / "state.json").exists())
 
 
 def path_of(folder: Path, step: int) -> Path:

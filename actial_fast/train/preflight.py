@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from actial_fast.data.sources.row import BadRow, Row, decode
+from actial_fast.data.sources.overlap import overlaps
+from actial_fast.data.sources.picture import decode
+from actial_fast.data.sources.row import BadRow, Row
 from actial_fast.data.sources.source import Source, SourceConfig, open_source
 from actial_fast.data.sources.stream import Example
+from actial_fast.data.sources.told import log
 from actial_fast.model.adapters import unplaced
 from actial_fast.model.nf4 import nf4_problem
 from actial_fast.model.processor import Processor
@@ -42,10 +46,14 @@ class Unready(Agreed):
 
 
 def problems_of(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, folder: Path, where: World) -> list[str]:
-    """What would end a run of this recipe, one line each; nothing is changed but that the images of the rows looked at are stored.
+    """What would end a run of this recipe, one line each; nothing is changed but that the images of the rows looked at are stored. What its
+    sources have in common is only told, in the log.
 
     encode: what the loop makes of each row; room: says what memory and disk are too small for; folder: the stage's.
     """
+    with contextlib.suppress(ValueError, OSError):  # a source that cannot be opened is one of the problems
+        for line in overlaps(recipe.data.sources, recipe.eval.sources):
+            log.warning(line)
     return [" ".join(problem.split()) for problem in _problems(recipe, encode, room, folder, where)]
 
 
@@ -58,7 +66,7 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, folder
         processor = processor_of(recipe)
     except (ValueError, OSError) as error:
         if not misfits:
-            yield f"model.path: {recipe.model.path!r} has no tokenizer and image processor that can be read ({error})"
+            yield f"model.path: the tokenizer and image processor of {recipe.model.path!r} cannot be used: {error}"
     if not misfits:
         yield from room(recipe, folder, where, processor)
     if not recipe.data.sources:
@@ -82,6 +90,9 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, folder
     for source in recipe.eval.sources:
         rows, problems = _first(source, processor, Processor.encode_prompt, skip=recipe.data.on_bad_row == "skip", truths=True)
         yield from (f"eval.sources: {problem}" for problem in problems)
+    if isinstance(recipe, GRPORecipe) and row is not None and not any(map(_opens_with_truth, recipe.data.sources)):
+        if any(reward.name == "accuracy" and reward.weight for reward in recipe.rewards):
+            yield f"rewards: accuracy can score nothing: none of the first {TRUTHS} rows of any source has a truth"
     if isinstance(recipe, GRPORecipe) and row is not None:
         yield from (f"rewards: {problem}" for problem in probe(recipe.rewards, row))
     if problem := problem_of_states(recipe.optim.kind, where.device):
@@ -130,10 +141,28 @@ def _pixel_bytes(config: SourceConfig, rows: list[Row], processor: Processor) ->
 
 
 def processor_of(recipe: SFTRecipe | GRPORecipe) -> Processor:
-    """The recipe's preprocessing: its checkpoint's, within its limits."""
-    model, data = recipe.model, recipe.data
-    limits = {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels, "max_prompt": data.max_prompt_tokens}
-    return Processor.load(model.path, **limits, image_cache=data.image_cache)
+    """The recipe's preprocessing: its checkpoint's, within its limits. What does not fit into a pass is an error of its row."""
+    model, data, packed = recipe.model, recipe.data, recipe.packing == "packed"
+    return Processor.load(
+        model.path,
+        min_pixels=model.min_pixels,
+        max_pixels=model.max_pixels,
+        max_prompt=data.max_prompt_tokens,
+        max_tokens=recipe.pack_tokens if packed else 0,
+        room=recipe.sampling.max_new_tokens if isinstance(recipe, GRPORecipe) else 0,
+        max_patches=recipe.pack_patches if packed else 0,
+        image_cache=data.image_cache,
+        max_image_pixels=data.max_image_pixels,
+    )
+
+
+def doors(recipe: SFTRecipe | GRPORecipe, processor: Processor) -> Iterator[tuple[SourceConfig, Callable[[Example], Sequence]]]:
+    """Each source of a recipe, of its training and its evaluation, and what the loop makes of an example of it: BadRow for a bad row."""
+    encode = Processor.encode if isinstance(recipe, SFTRecipe) else Processor.encode_prompt
+    for source in recipe.data.sources:
+        yield source, functools.partial(encode, processor)
+    for source in recipe.eval.sources:
+        yield source, processor.encode_prompt
 
 
 def _first(
@@ -160,6 +189,13 @@ def _first(
     if truths and not bad and not _has_truth(source):
         bad.append(f"{config.path}: none of the first {min(TRUTHS, len(source))} rows has a truth to compare with")
     return good, bad
+
+
+def _opens_with_truth(config: SourceConfig) -> bool:
+    try:
+        return _has_truth(open_source(config))
+    except (ValueError, OSError):  # said before
+        return True
 
 
 def _has_truth(source: Source) -> bool:

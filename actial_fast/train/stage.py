@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+from actial_fast.data.sources.content import content
 from actial_fast.data.sources.stream import Example, Stream
+from actial_fast.data.sources.told import log
 from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.report.metrics import MetricLog
@@ -73,10 +75,20 @@ def begin(recipe: SFTRecipe | GRPORecipe, where: World, encode: Encode, room: Ro
         for old in folder.glob(".tmp-*"):  # what a killed save left behind
             if old.is_dir() and not old.is_symlink():
                 shutil.rmtree(old)
+        _tell_changed_data(recipe, folder)
         (folder / "recipe.yaml").write_text(to_yaml(recipe))
         (Path(recipe.run) / "versions.json").write_text(json.dumps(versions(where), indent=1))
     where.barrier()
     return max(checkpoint.steps(folder), default=0)
+
+
+def _tell_changed_data(recipe: SFTRecipe | GRPORecipe, folder: Path) -> None:
+    """Say which training sources are not what they were when the run that goes on began: the same positions are then other rows."""
+    written, now = folder / "data.json", {source.path: content(Path(source.path).expanduser()) for source in recipe.data.sources}
+    before = json.loads(written.read_text()) if written.exists() and checkpoint.steps(folder) else {}
+    for path in (path for path, name in before.items() if now.get(path, name) != name):
+        log.warning("%s has changed since this run began: it goes on, but a position in the data may be another row than before", path)
+    written.write_text(json.dumps(now, indent=1))
 
 
 def _changes(recipe: SFTRecipe | GRPORecipe, folder: Path) -> list[str]:

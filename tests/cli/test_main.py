@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from actial_fast.cli.main import main
-from actial_fast.data.sources.jsonl import JsonlSource
+from actial_fast.data.sources.own import JsonlSource
 from actial_fast.data.sources.source import SourceConfig, open_source
 from actial_fast.data.sources.tags import is_well_formed, tagged_answer
 from actial_fast.report.metrics import MetricLog
