@@ -46,6 +46,7 @@ def test_warned_it_goes_on(sft_recipe, monkeypatch, capsys):
     assert "actial: the recipe does not fit 1 rank on the CPU" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # a plan for every key that might do
 def test_a_device_that_is_too_small_is_told_with_what_would_do(sft_recipe, monkeypatch, tmp_path):
     """A 7B on a GPU of 24 GB, as the loop meets it there."""
     from actial_fast.budget.models import config_of
