@@ -101,7 +101,7 @@ def accuracy_reward(response: str, row: Row, strict: bool = False) -> float | No
     return float(is_right(response, row, strict=strict) and not (strict and tagged_answer(response) is None))
 
 
-REWARDS: Mapping[str, Reward] = MappingProxyType({"format": format_reward, "accuracy": accuracy_reward})
+REWARDS: MappingProxyType[str, Reward] = MappingProxyType({"format": format_reward, "accuracy": accuracy_reward})
 DEFAULT_REWARDS = (RewardConfig("format", 0.5), RewardConfig("accuracy", 0.5))
 
 
