@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from actial_fast.kernels import head_grad
 from actial_fast.kernels.chunks import Sums, cut, stride_of
-from actial_fast.kernels.head import Head, forward, make_head
+from actial_fast.kernels.head import Head, make_head
+from actial_fast.kernels.head_paths import backward, forward
 
 
 class LinearLogprob(torch.autograd.Function):
@@ -28,7 +28,8 @@ class LinearLogprob(torch.autograd.Function):
         temperature: float | Tensor,
         options: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        head = make_head(hidden, weight, targets, bias, temperature, options["softcap"], options["vocab_parallel"])
+        scaling = bias, temperature, options["softcap"]
+        head = make_head(hidden, weight, targets, *scaling, options["vocab_parallel"], options["head"])
         logp, entropy = (torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(2))
         for start, stop in cut(head, False, options["workspace_mb"]):
             _, logp[start:stop], entropy[start:stop] = forward(head.rows(start, stop), None)
@@ -59,13 +60,14 @@ def _gradients(
         rows = head.rows(start, stop)
         parts, _, entropy = forward(rows, scaled)
         g = None if g_entropy is None else g_entropy[start:stop]
-        head_grad.backward(rows, parts, entropy, g_logp[start:stop], g, sums.chunk(start, stop), compact=False)
+        backward(rows, parts, entropy, g_logp[start:stop], g, sums.chunk(start, stop), compact=False)
     return sums.results(width)
 
 
 def workspace(head: Head, chunks: list[tuple[int, int]]) -> Tensor:
     """Room for the scaled exponentials, and then the logits' gradient, of the largest chunk: (C, V) with aligned rows."""
     vocab, rows = head.weight.shape[0], max((stop - start for start, stop in chunks), default=0)
+    rows = -(-rows // head.unit) * head.unit
     return torch.empty((rows, stride_of(vocab)), dtype=head.hidden.dtype, device=head.hidden.device)[:, :vocab]
 
 
@@ -79,9 +81,10 @@ def linear_logprob(
     softcap: float | None,
     workspace_mb: float,
     vocab_parallel: Any = None,
+    head: str = "triton",
 ) -> tuple[Tensor, Tensor]:
     """See `ops.linear_logprob`, which has checked the arguments. A target outside [0, V) has a NaN log-prob. Returns two (T,) float32."""
-    options = {"softcap": softcap, "workspace_mb": workspace_mb, "vocab_parallel": vocab_parallel}
+    options = {"softcap": softcap, "workspace_mb": workspace_mb, "vocab_parallel": vocab_parallel, "head": head}
     return LinearLogprob.apply(hidden, weight, bias, targets, temperature, options)
 
 
@@ -98,8 +101,9 @@ def linear_logprob_backward(
     softcap: float | None,
     workspace_mb: float,
     vocab_parallel: Any = None,
+    head: str = "triton",
 ) -> tuple[Tensor | None, ...]:
     """The gradients of hidden, weight and bias, where wanted and in their dtype, from those of log-probs and entropies (T,)."""
-    head = make_head(hidden, weight, targets, bias, temperature, softcap, vocab_parallel)
-    gradients = _gradients(head, hidden.shape[1], g_logp, g_entropy, wanted, workspace_mb)
+    made = make_head(hidden, weight, targets, bias, temperature, softcap, vocab_parallel, head, by_logp=g_entropy is None)
+    gradients = _gradients(made, hidden.shape[1], g_logp, g_entropy, wanted, workspace_mb)
     return tuple(None if x is None else x.to(weight.dtype) for x in gradients)
