@@ -28,7 +28,12 @@ def workspace(workspace_mb: float | None, hidden: Tensor, parallel: VocabParalle
         return workspace_mb
     if parallel or not hidden.is_cuda:
         return LEAST
-    return min(max(LEAST, SHARE * _total_mb(hidden.device.index)), MOST)
+    return share_of(_total_mb(hidden.device.index))
+
+
+def share_of(total_mb: float) -> float:
+    """The default on a card with that much memory."""
+    return min(max(LEAST, SHARE * total_mb), MOST)
 
 
 def _memory(index: int | None) -> int:
