@@ -77,6 +77,16 @@ CARDS = {
 }
 
 
+def workspace_rule() -> str:
+    """The default of workspace_mb in words."""
+    from actial_fast.ops.workspace import LEAST, MOST, SHARE
+
+    return (
+        f"On the CPU, and with `vocab_parallel`: {LEAST:,.0f} MiB. On CUDA: {SHARE:.0%} of the card's **total** memory, at least {LEAST:,.0f} "
+        f"and at most {MOST:,.0f} MiB."
+    )
+
+
 def workspaces() -> str:
     """The default workspace of a card, the rows of a chunk that it makes at EXAMPLE, and what adding to the head's gradient costs."""
     import torch
@@ -177,7 +187,7 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 TABLES = {
     f.__name__: f
     for f in (
-        *(named_losses, memory_example, workspaces, logits_gib, accuracy_about),
+        *(named_losses, memory_example, workspace_rule, workspaces, logits_gib, accuracy_about),
         *(ledger, ledger_about, update, update_about, loss_memory, loss_memory_about),
     )
 }
