@@ -82,8 +82,8 @@ def workspace_rule() -> str:
     from actial_fast.ops.workspace import LEAST, MOST, SHARE
 
     return (
-        f"On the CPU, and with `vocab_parallel`: {LEAST:,.0f} MiB. On CUDA: {SHARE:.0%} of the card's **total** memory, at least {LEAST:,.0f} "
-        f"and at most {MOST:,.0f} MiB."
+        f"On the CPU, and with `vocab_parallel`: {LEAST:,.0f} MiB. On CUDA: {SHARE:.0%} of the card's **total** memory, at least "
+        f"{LEAST:,.0f} and at most {MOST:,.0f} MiB."
     )
 
 
