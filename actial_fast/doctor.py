@@ -25,8 +25,8 @@ from actial_fast.train.packages import VLLM_NAMES, version_of, vllm_problem
 # First and first unsupported version, as in pyproject.toml.
 SUPPORTED = {
     "python": ("3.11", "3.13"),
-    "torch": ("2.11", "2.14"),
-    "triton": ("3.6", "3.7"),
+    "torch": ("2.11", "2.15"),
+    "triton": ("3.6", "3.9"),
     "transformers": ("5.17", "5.24"),
     "numpy": ("", "2.4"),
 }
@@ -42,6 +42,7 @@ TRAINING = (
     ("rich", "rich", "rich", "progress and tables"),
     ("pyarrow", "pyarrow", "pyarrow.parquet", "SAT and verl parquet files"),
     ("peft", "peft", "", "LoRA (model.lora.rank)"),
+    ("bitsandbytes", "bitsandbytes", "", "moments in 8 bits (optim.kind: adamw8bit)"),
     ("pycolmap", "pycolmap", "pycolmap", "reading and writing captures"),
     ("trimesh", "trimesh", "trimesh", "captures from meshes"),
     ("embreex", "embreex", "embreex.rtcore_scene", "ray casting for captures from meshes"),

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from actial_fast import ops
+from actial_fast.budget.fits import lacking
 from actial_fast.evaluation.evaluate import held_out
 from actial_fast.model.policy import Policy, load_reference
 from actial_fast.model.processor import Processor
@@ -33,12 +34,15 @@ from actial_fast.settings.recipe import GRPORecipe
 from actial_fast.tasks.rewards import Scorer
 from actial_fast.train import checkpoint
 from actial_fast.train.account import Account
-from actial_fast.train.dist import World, clip_gradients, is_sharded, reduce_gradients, shard, world
+from actial_fast.train.dist import World, clip_gradients, reduce_gradients, world
 from actial_fast.train.guard import Guard
 from actial_fast.train.mismatch import Band, Mismatch
+from actial_fast.train.optim import parameters_of, set_learning_rate
 from actial_fast.train.phases import Timer, untimed
 from actial_fast.train.rounds import Pass, Round, balanced, passes
 from actial_fast.train.samples import Sample, figures, shown
+from actial_fast.train.sharding import is_sharded, shard
+from actial_fast.train.shortage import keys_of, over, told
 from actial_fast.train.stage import (
     Stage,
     begin,
@@ -47,9 +51,7 @@ from actial_fast.train.stage import (
     open_clock,
     open_log,
     open_stage,
-    parameters_of,
     report_skipped,
-    set_learning_rate,
 )
 from actial_fast.train.stopping import NEVER, GivenUp, Stop
 
@@ -71,14 +73,15 @@ def train(recipe: GRPORecipe) -> Path:
 
 def _train(recipe: GRPORecipe, where: World) -> Path:
     with contextlib.ExitStack() as stack:
-        start = begin(recipe, where, Processor.encode_prompt, stack)
+        start = begin(recipe, where, Processor.encode_prompt, lacking, stack)
         stage = open_stage(recipe, start, where, Processor.encode_prompt, stack)
         policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
         parameters, guard, total = parameters_of(policy), Guard(optimizer, recipe.optim.max_skipped), recipe.steps
         reference = None
         if (recipe.loss.beta > 0 or not recipe.skip_reference) and not policy.adapted:
-            place = functools.partial(shard, where=where) if recipe.dist.fsdp else None
-            reference = load_reference(recipe.model, where.device, packed=recipe.packing == "packed", place=place)
+            place = functools.partial(shard, where=where, config=recipe.dist) if recipe.dist.fsdp else None
+            with told("load", keys_of(recipe)):
+                reference = load_reference(recipe.model, where.device, packed=recipe.packing == "packed", place=place)
         log, stop = stack.enter_context(open_log(recipe, start, total, where)), stack.enter_context(Stop(where))
         scorer, replies = stack.enter_context(Scorer(recipe.rewards)), Kept(stage.folder, digest(recipe))
         phases, window = open_clock(recipe, start, where, log, stack)
@@ -121,13 +124,13 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
                         norms.append(clip_gradients(parameters, recipe.optim.clip_norm))
                         made = guard.step(found[ops.STATS.index("loss")], norms[-1])
                         stats += torch.where(made, found, 0)
-                    told = torch.cat([stats.double(), torch.stack(norms).mean().double()[None], mismatch.total()])
+                    counted = torch.cat([stats.double(), torch.stack(norms).mean().double()[None], mismatch.total()])
                 with phases("plan"):
                     account.passes(ahead.wanted)
                     account.sampled(policy, [s.sequence for s in samples], recipe.sampling.n)
                 skipped = guard.skipped()  # the first wait for the device
                 groups.settle()
-                numbers = told.tolist()
+                numbers = counted.tolist()
                 sums, norm = numbers[: len(ops.STATS)], numbers[len(ops.STATS)]
                 times = phases.metrics()
                 means = np.array(sums) / max(1, len(norms) - len(skipped))
@@ -243,12 +246,13 @@ def _forward_only(
     policy.eval()
     out: list[Tensor] = [torch.empty(0)] * len(sequences)
     for each in stop.until(rounds, together=is_sharded(policy)):
-        logp = policy(
-            each.batch,
-            lambda hidden, head, b=each.batch: ops.linear_logprob(
-                hidden, head, b.targets, temperature=recipe.sampling.temperature, return_entropy=False
-            )[0],
-        )
+        with over(each.told):
+            logp = policy(
+                each.batch,
+                lambda hidden, head, b=each.batch: ops.linear_logprob(
+                    hidden, head, b.targets, temperature=recipe.sampling.temperature, return_entropy=False
+                )[0],
+            )
         sizes = [int(sequences[k].trained[1:].sum()) for k in each.members]
         for k, part in zip(each.members, logp.split([*sizes, each.idle]), strict=False):
             out[k] = part
@@ -301,14 +305,15 @@ def _accumulate(
             "token_weight": token_weight.to(where.device, non_blocking=True),
             "cu_seqlens": cu_seqlens,
         }
-        result = policy(
-            each.batch,
-            lambda hidden, head, b=each.batch, a=arguments: ops.linear_grpo_loss(
-                hidden, head, b.targets, spec=spec, temperature=recipe.sampling.temperature, **a
-            ),
-        )
-        with named("backward"):
-            result.loss.backward()
+        with over(each.told):
+            result = policy(
+                each.batch,
+                lambda hidden, head, b=each.batch, a=arguments: ops.linear_grpo_loss(
+                    hidden, head, b.targets, spec=spec, temperature=recipe.sampling.temperature, **a
+                ),
+            )
+            with named("backward"):
+                result.loss.backward()
         stats += result.stats
         if mismatch is not None:
             real = sum(map(len, chosen))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from actial_fast import ops
+from actial_fast.budget.fits import lacking
 from actial_fast.evaluation.evaluate import held_out
 from actial_fast.model.policy import Policy
 from actial_fast.model.processor import Processor
@@ -24,9 +25,12 @@ from actial_fast.packing.batch import Sequence
 from actial_fast.rollout.engines import open_engine
 from actial_fast.settings.recipe import SFTRecipe
 from actial_fast.train.account import Account
-from actial_fast.train.dist import World, clip_gradients, is_sharded, reduce_gradients, world
+from actial_fast.train.dist import World, clip_gradients, reduce_gradients, world
 from actial_fast.train.guard import Guard
+from actial_fast.train.optim import parameters_of, set_learning_rate
 from actial_fast.train.rounds import Pass, balanced, passes
+from actial_fast.train.sharding import is_sharded
+from actial_fast.train.shortage import over
 from actial_fast.train.stage import (
     begin,
     draw,
@@ -34,9 +38,7 @@ from actial_fast.train.stage import (
     open_clock,
     open_log,
     open_stage,
-    parameters_of,
     report_skipped,
-    set_learning_rate,
 )
 from actial_fast.train.stopping import NEVER, GivenUp, Stop
 
@@ -53,7 +55,7 @@ def train(recipe: SFTRecipe) -> Path:
 
 def _train(recipe: SFTRecipe, where: World) -> Path:
     with contextlib.ExitStack() as stack:
-        start = begin(recipe, where, Processor.encode, stack)
+        start = begin(recipe, where, Processor.encode, lacking, stack)
         stage = open_stage(recipe, start, where, Processor.encode, stack)
         policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
         parameters, guard = parameters_of(policy), Guard(optimizer, recipe.optim.max_skipped)
@@ -128,9 +130,12 @@ def _accumulate(
     for each in stop.until(rounds, together=is_sharded(policy)):
         weights = _token_weights([sequences[k] for k in each.members], recipe.loss_weighting, counts)
         token_weight = torch.from_numpy(np.append(weights, np.zeros(each.idle, np.float32))).to(where.device, non_blocking=True)
-        loss = policy(each.batch, lambda hidden, head, b=each.batch, w=token_weight: ops.linear_cross_entropy(hidden, head, b.targets, w))
-        with named("backward"):
-            loss.backward()
+        with over(each.told):
+            loss = policy(
+                each.batch, lambda hidden, head, b=each.batch, w=token_weight: ops.linear_cross_entropy(hidden, head, b.targets, w)
+            )
+            with named("backward"):
+                loss.backward()
         total += loss.detach()
     stop.leave()
     if account is not None:

@@ -49,22 +49,25 @@ def main(argv: list[str] | None = None) -> int:
     """Run the steps and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.gate", description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=12, help="for everything together (default: 12)")
-    parser.add_argument("--cpu", action="store_true", help="the same steps on a machine without a GPU, to try the gate itself")
+    parser.add_argument("--cpu", action="store_true", help="the same steps at small sizes without a GPU, to try the gate itself")
     args = parser.parse_args(argv)
     if not CUDA and not args.cpu:
         parser.error("torch sees no CUDA device; make test runs the CPU tests, make bench the CPU benchmarks")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running, and what was cut off is told
     return run(steps(), 60 * args.minutes)
 
 
-def steps() -> list[Step]:
-    """What the gate does, in order; the shares are seconds of a gate of 7 minutes."""
+def steps(cuda: bool = CUDA) -> list[Step]:
+    """What the gate does, in order; the shares are seconds of a gate of 7 minutes. Without CUDA sizes are small, and the other tests, which
+    `make test` runs there, are only collected."""
     python, results = sys.executable, ROOT / "bench" / "results" / slug()
     kernels = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
     others = [x for x in sorted((ROOT / "tests").rglob("test_*.py")) if x not in kernels and re.search(r"mark\.gpu\b", x.read_text())]
     workers = ["-n", str(min(8, len(os.sched_getaffinity(0))))] if importlib.util.find_spec("xdist") else []
     pytest = [python, "-m", "pytest", "-q", *workers, "-m", "not slow"]
     sanitizer = shutil.which("compute-sanitizer")
-    accuracy, step, rollout = (str(results / f"{name}-{today()}-{commit()}.json") for name in ("accuracy", "step", "rollout"))
+    accuracy, step, rollout, ops = (str(results / f"{n}-{today()}-{commit()}.json") for n in ("accuracy", "step", "rollout", "ops"))
+    replies = ("--prompts 64 --n 16 --mean 200 --limit 600" if cuda else "--prompts 3 --n 4 --mean 8 --limit 16 --rounds 2").split()
     missing = next((f"{name} is not installed" for name in ("transformers", "peft") if importlib.util.find_spec(name) is None), None)
 
     def sanitized(tool: str, *arguments: str) -> Step:
@@ -79,7 +82,7 @@ def steps() -> list[Step]:
         sanitized("racecheck", "--one"),
         Step(
             "microbenchmarks",
-            [python, "-m", "bench.kernels.ops"],
+            [python, "-m", "bench.kernels.ops", *([] if cuda else ["--quick", "--json", ops])],
             85,
             budget=lambda seconds: ["--budget-seconds", f"{max(1, seconds - LAST_SECONDS):.0f}"],
         ),
@@ -93,11 +96,11 @@ def steps() -> list[Step]:
         Step("accuracy", [python, "-m", "bench.kernels.accuracy", "--json", accuracy], 20),
         Step(
             "rollout",
-            [python, "-m", "bench.step.rollout", "--prompts", "64", "--n", "16", "--mean", "200", "--limit", "600", "--json", rollout],
+            [python, "-m", "bench.step.rollout", *replies, "--json", rollout],
             20,
             missing,
         ),
-        Step("other tests", [*pytest, "-k", "not bfloat16", *_named(kernels + others)], 20),
+        Step("other tests", [*pytest, *([] if cuda else ["--collect-only"]), "-k", "not bfloat16", *_named(kernels + others)], 20),
     ]
 
 
@@ -110,18 +113,26 @@ def run(todo: list[Step], seconds: float) -> int:
     told = ROOT / "bench" / "results" / slug() / f"gate-{today()}-{commit()}.json"
     told.parent.mkdir(parents=True, exist_ok=True)
     deadline, outcomes = time.monotonic() + seconds, []
-    for index, step in enumerate(todo):
-        outcome, took = f"not run: {step.absent}", 0.0
-        if not step.absent:
-            shares = sum(later.share for later in todo[index:] if not later.absent)
-            allowed = max(1.0, (deadline - time.monotonic()) * step.share / shares)
-            print(f"== {step.name}, {allowed:.0f} s: {' '.join(step.command)}", flush=True)
-            began = time.monotonic()
-            code = _call(step, allowed)
-            took = time.monotonic() - began
-            outcome = "passed" if code == 0 else f"FAILED: {'ran out of time' if code is None else f'exit code {code}'}"
+
+    def tell(step: Step, took: float, outcome: str) -> None:
         outcomes.append({"step": step.name, "seconds": round(took, 1), "outcome": outcome})
         told.write_text(json.dumps({"machine": machine(), "minutes": seconds / 60, "steps": outcomes}, indent=1) + "\n")
+
+    for index, step in enumerate(todo):
+        if step.absent:
+            tell(step, 0.0, f"not run: {step.absent}")
+            continue
+        shares = sum(later.share for later in todo[index:] if not later.absent)
+        allowed = max(1.0, (deadline - time.monotonic()) * step.share / shares)
+        print(f"== {step.name}, {allowed:.0f} s: {' '.join(step.command)}", flush=True)
+        began = time.monotonic()
+        try:
+            code = _call(step, allowed)
+        except BaseException:
+            tell(step, time.monotonic() - began, "FAILED: the gate was ended")
+            raise
+        why = "ran out of time" if code is None else f"exit code {code}"
+        tell(step, time.monotonic() - began, "passed" if code == 0 else f"FAILED: {why}")
     lines = [f"{each['step']:<16}  {each['seconds']:6.0f} s  {each['outcome']}" for each in outcomes]
     print("== make gpu", *lines, sep="\n", flush=True)
     return int(any(str(each["outcome"]).startswith("FAILED") for each in outcomes))

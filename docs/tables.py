@@ -161,6 +161,69 @@ def loss_memory_about() -> str:
     )
 
 
+def plan_assumptions() -> str:
+    """What `actial plan` assumes, by the constants it assumes it with."""
+    from actial_fast.budget import gpus, phases, rates, seconds, workload
+
+    def gb(size: float) -> str:
+        return f"{size / gpus.GB:g} GB"
+
+    def span(values: tuple[float, float], unit: str) -> str:
+        return f"{values[0]:g} to {values[1]:g} {unit}" if unit else f"{values[0]:.0%} to {values[1]:.0%}"
+
+    disk, pcie = (tuple(x / gpus.GB for x in rate) for rate in (seconds.DISK, seconds.PCIE))
+    rows = [
+        (
+            "usable memory of a GPU",
+            f"its GB, of 1e9 bytes, which is less than the driver shows, less {gpus.FRAGMENTS:.0%} that the allocator cannot use, "
+            f"{gb(gpus.CONTEXT)} for CUDA's context, and {gb(gpus.CHANNELS)} for NCCL where there are several ranks",
+        ),
+        (
+            "a micro-batch",
+            "full: `pack_tokens` tokens, and as many patches as the lengths say, at most `pack_patches`; of rows that are known, no more "
+            "than a rank has of an optimizer step",
+        ),
+        (
+            "rows whose data are not here",
+            f"{workload.PROMPT} tokens of a prompt, {workload.IMAGES} of them of images; {workload.REPLY} of a reply, "
+            f"{workload.ANSWER} of an answer",
+        ),
+        ("FSDP", f"{phases.BLOCKS_IN_FLIGHT} layers' weights and gradients at once, and the float32 message that sums them"),
+        ("vLLM", f"{gb(phases.ENGINE)} beside weights, keys and values; {gb(phases.ASLEEP)} while it sleeps"),
+        ("a rank's process", f"{gb(phases.PROCESS)} of host memory, with CUDA"),
+        (
+            "speed that nobody measured",
+            f"{span(rates.SHARES, '')} of the datasheet's bf16 TFLOP/s for passes, {span(rates.READS, '')} of its bandwidth for decoding",
+        ),
+        ("disk, and the way to the host", f"{span(disk, 'GB/s')}; {span(pcie, 'GB/s')}"),
+        ("messages between ranks", "hidden by the passes at best, not at all at worst"),
+    ]
+    return table(("what", "how much"), rows)
+
+
+def plan_memory() -> str:
+    """The plan's memory beside a process's, of the newest comparison."""
+    rows = [(f"{c['measured_mb']:,.0f}", f"{c['predicted_mb']:,.0f}", f"{c['off']:+.1%}") for c in newest("memory")["cases"]]
+    names = [c["case"] for c in newest("memory")["cases"]]
+    return table(("", "measured, MB", "plan, MB", "off by"), [(name, *row) for name, row in zip(names, rows, strict=True)])
+
+
+def plan_memory_about() -> str:
+    """Its model and machine."""
+    found = newest("memory")
+    return f"hidden {found['settings']['hidden']}, {found['settings']['layers']} layers; {machine(found)}"
+
+
+def plan_recipes() -> str:
+    """What the plan says of the shipped recipes."""
+    rows = []
+    for each in newest("memory")["recipes"]:
+        phases = ", ".join(f"{name} {size}" for name, size in each["gb"].items())
+        took = " to ".join(f"{s / 60:.1f}" if s >= 60 else f"{s / 60:.2f}" for s in each["step_seconds"])
+        rows.append((each["recipe"], f"`{each['command']}`", f"{each['usable_gb']}", phases, f"{took} min", f"{each['host_gb']}"))
+    return table(("", "command", "GB usable", "GB on a GPU, by phase", "a step, not measured", "host GB"), rows)
+
+
 def accuracy_about() -> str:
     """Sizes and versions of the accuracy table."""
     found = json.loads((RESULTS / "accuracy.json").read_text())
@@ -189,5 +252,6 @@ TABLES = {
     for f in (
         *(named_losses, memory_example, workspace_rule, workspaces, logits_gib, accuracy_about),
         *(ledger, ledger_about, update, update_about, loss_memory, loss_memory_about),
+        *(plan_memory, plan_memory_about, plan_recipes, plan_assumptions),
     )
 }

@@ -50,9 +50,11 @@ TWO_SWEEPS = Launch(warps=32, loads=4)  # a row a multiprocessor: all rows in fl
 
 
 def two_sweeps() -> Launch:
-    """TWO_SWEEPS, with half the loads where four would spill: on sm_120, and with Tritons newer than 3.6."""
-    newer = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
-    return replace(TWO_SWEEPS, loads=2) if newer or common.capability()[0] >= 12 else TWO_SWEEPS
+    """TWO_SWEEPS, with half the loads where the compiler would spill four: Triton 3.6 on sm_120, 3.8 on all but sm_100 and sm_103, 3.7 on
+    none."""
+    version, chip = tuple(map(int, triton.__version__.split(".")[:2])), common.capability()[0]
+    spills = chip >= 12 if version < (3, 7) else version > (3, 7) and chip != 10
+    return replace(TWO_SWEEPS, loads=2) if spills else TWO_SWEEPS
 
 
 @triton.jit

@@ -87,7 +87,7 @@ def lab(tmp_path_factory) -> SimpleNamespace:
     from actial_fast.data.captures.render import RenderConfig, render
     from actial_fast.data.captures.spatial import SpatialConfig, spatial_questions, viewpoint_test_objects
     from actial_fast.data.captures.viewpoint import ViewpointConfig, build
-    from actial_fast.data.sources.jsonl import JsonlSource
+    from actial_fast.data.sources.own import JsonlSource
     from actial_fast.model.tiny import TinyConfig, create
 
     root: Path = tmp_path_factory.mktemp("lab")

@@ -2,8 +2,9 @@
 
 A fault is written what:place:rank:call, for example kill:update:1:3: at its 3rd call, on rank 1, the place does it. Places: sample (each
 token), update (each forward and backward pass), save (each file a rank writes), eval (each source), forward (the sampler's vision tower,
-inside of it), reward (each call). What: kill (SIGKILL to this process), term (SIGTERM), raise, full (the disk), nan (the loss), slow
-(half a second, at this and all later calls).
+inside of it), logp (each pass without gradients), optimizer (each step), load (each model), reward (each call). What: kill (SIGKILL to this
+process), term (SIGTERM), raise, oom (of the device's memory), full (the disk), nan (the loss), slow (half a second, or ACTIAL_TEST_WAIT,
+at this and all later calls).
 In another program: PYTHONPATH=tests/planted and ACTIAL_TEST_FAULTS="kill:update:1:3 slow:sample:0:1".
 """
 
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-WAIT = 0.5
+WAIT = float(os.environ.get("ACTIAL_TEST_WAIT", 0.5))
 
 
 def plant(faults: str, rank: int) -> contextlib.ExitStack:
@@ -44,6 +45,9 @@ def plant(faults: str, rank: int) -> contextlib.ExitStack:
         "save": [(checkpoint, "write")],
         "eval": [(evaluate, "_replies")],
         "forward": [(policy, "encode_images")],
+        "logp": [(grpo.ops, "linear_logprob")],
+        "optimizer": [(torch.optim.AdamW, "step")],
+        "load": [(policy, "fill")],
         "reward": [(sys.modules[short.__module__], "short")],
     }
     stack = contextlib.ExitStack()
@@ -77,6 +81,8 @@ def faulty(run: Callable[..., Any], what: str, at: int) -> Callable[..., Any]:
             os.kill(os.getpid(), signal.SIGTERM)
         if what == "raise":
             raise RuntimeError("a fault planted by a test")
+        if what == "oom":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         if what == "full":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
         result = run(*args, **kwargs)

@@ -46,10 +46,10 @@ def test_supported_versions_are_those_of_the_package():
 @pytest.mark.parametrize(
     ("name", "version", "state", "says"),
     [
-        ("torch", "2.11.0", "works", "2.11 to below 2.14"),
-        ("torch", "2.13.1+cu130", "works", ""),
-        ("torch", "2.10.2", "broken", 'pip install "torch>=2.11,<2.14"'),
-        ("torch", "2.14.0rc1", "broken", "outside the tested range"),
+        ("torch", "2.11.0", "works", "2.11 to below 2.15"),
+        ("torch", "2.14.1+cu130", "works", ""),
+        ("torch", "2.10.2", "broken", 'pip install "torch>=2.11,<2.15"'),
+        ("torch", "2.15.0rc1", "broken", "outside the tested range"),
         ("transformers", "5.9.0", "broken", "outside the tested range"),
         ("numpy", "2.10.0", "broken", "interpreter fails"),  # 10 > 4 as numbers, not as text
         ("numpy", "2.3.9", "works", ""),

@@ -19,6 +19,7 @@ FLOORS = [
     {"model"},
     {"train"},
     {"rollout"},
+    {"budget"},
     {"evaluation"},
     {"sft", "grpo"},
     {"quickstart", "doctor"},
@@ -26,11 +27,12 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 DATA = [{"sources"}, {"captures", "cot"}]  # the same inside data
-TRANSFORMERS = {"model", "data", "rollout", "evaluation", "integrations"}  # rooms that may know them
+TRANSFORMERS = {"model", "data", "rollout", "budget", "evaluation", "integrations"}  # rooms that may know them
 QUIET = "cli.shared"  # imports transformers to silence its progress bars
 VLLM = ["rollout.vllm", "rollout.vllm_inside"]  # what imports it
 TRAINERS = {"trl", "verl", "liger_kernel"}  # other people's, each in its module of integrations
-DOORS = {"ops.library", "model.attention", "model.paged", "packing.packed_ops"}  # what sends CUDA tensors to the kernels, each its own
+# what sends CUDA tensors to the kernels, each its own
+DOORS = {"ops.library", "ops.rounding", "model.attention", "model.paged", "packing.packed_ops"}
 
 
 def modules_of(top: str) -> dict[str, Path]:

@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from actial_fast import quickstart
+from actial_fast import quickstart, sft
 from actial_fast.data.sources.source import SourceConfig, open_source
+from actial_fast.quickstart import QuickstartRecipe
+from actial_fast.report.metrics import read_events
 from actial_fast.settings.config import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -126,3 +129,43 @@ def test_the_quickstart_reaches_what_it_promises(seed, tmp_path):
     assert summary["well_formed_and_correct_before_grpo"]["viewpoint/test"] < 0.25, summary
     assert summary["well_formed_and_correct_after_grpo"]["viewpoint/test"] >= 0.8, summary
     assert summary["total_seconds"] <= 360, summary
+
+
+@pytest.fixture(scope="module")
+def before_sft(tmp_path_factory) -> QuickstartRecipe:
+    """The quickstart's run up to the stage before SFT."""
+
+    class Enough(Exception):
+        pass
+
+    def stop(*_):
+        raise Enough
+
+    recipe = quickstart._resolved(load_recipe(ROOT / "recipes/quickstart.yaml", [f"run={tmp_path_factory.mktemp('quickstart')}"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart, "_test", stop)  # the first of them comes after `ring`
+        with pytest.raises(Enough):
+            quickstart.run(recipe)
+    return recipe
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("dtype", "keys"),
+    [
+        ("float32", {}),
+        ("float32", {"kind": "adamw8bit"}),
+        ("bfloat16", {}),
+        ("bfloat16", {"kind": "adamw8bit"}),
+        ("bfloat16", {"master": True}),
+    ],
+    ids=["float32", "8 bits", "rounded", "rounded, 8 bits", "master"],
+)
+def test_sft_reaches_the_same_accuracy_however_the_optimizer_is_held(dtype, keys, before_sft, tmp_path):
+    """The band of the quickstart, 0.9 for each type of question."""
+    stage = before_sft.sft
+    stage = replace(stage, run=str(tmp_path), model=replace(stage.model, dtype=dtype), optim=replace(stage.optim, **keys))
+    sft.train(stage)
+    evals = [e["result"] for e in read_events(tmp_path) if e["kind"] == "eval"]
+    assert all(found["accuracy"] >= 0.9 for found in evals[-1]["kinds"].values()), evals[-1]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from actial_fast import grpo, sft
-from actial_fast.data.sources.jsonl import JsonlSource
+from actial_fast.data.sources.own import JsonlSource
 from actial_fast.data.sources.row import IMAGE_TAG, Row
 from actial_fast.data.sources.source import SourceConfig, open_source
 from actial_fast.report.metrics import read_events, read_metrics

@@ -18,13 +18,13 @@ from actial_fast.train.account import Account
 from actial_fast.train.dist import World, clip_gradients
 from actial_fast.train.guard import Guard
 from actial_fast.train.mismatch import Mismatch
+from actial_fast.train.optim import parameters_of
 from actial_fast.train.phases import Phases
 from actial_fast.train.rounds import Pass
-from actial_fast.train.stage import parameters_of
 from tests.no_sync import HostSync, fake_cuda, put
 from tests.train.test_rounds import recipe_of, samples_of
 
-FULL = {"full": {}, "checkpointing": {"gradient_checkpointing": True}}
+FULL = {"full": {}, "checkpointing": {"checkpointing": "full", "tower_checkpointing": "full"}}
 MODELS = {**FULL, "frozen tower": {"freeze": ("model.visual",)}, "adapters": {"lora": LoRAConfig(rank=4)}}
 
 

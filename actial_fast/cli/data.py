@@ -15,6 +15,8 @@ from actial_fast.cli.shared import Commands, add_format, add_overrides, check_mo
 
 if TYPE_CHECKING:
     from actial_fast.data.cot.writer import Writer
+    from actial_fast.data.sources.row import Row
+    from actial_fast.data.sources.source import SourceConfig
 
 
 def add(commands: Commands) -> None:
@@ -66,8 +68,9 @@ def add(commands: Commands) -> None:
     inspect.set_defaults(run=_inspect)
 
     check = data.add_parser("check", help="read every row and image of a source and count what is wrong")
-    check.add_argument("source", help="JSONL, ShareGPT JSON, SAT or verl parquet")
+    check.add_argument("source", help="rows of any format; or a recipe of sft or grpo: every source of it, as its loop reads it")
     add_format(check)
+    check.add_argument("--model", default="", help="a checkpoint folder or hub name: also look at what its tokenizer and limits refuse")
     check.add_argument("--show", type=int, default=20, help="bad rows to name; 0 names all (default: %(default)s)")
     check.set_defaults(run=_check)
 
@@ -175,23 +178,66 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from actial_fast.data.sources.source import scan
+    from actial_fast.data.sources.source import open_source, scan
+    from actial_fast.data.sources.told import told
 
-    source = _source(args)
-    with _progress("rows", len(source)) as advance:
-        found = scan(source, progress=advance)
-    print(f"{args.source}: {found.rows} rows, {len(found.bad)} bad\ngood rows by question type:")
-    for kind, rows in sorted(found.kinds.items()):
-        print(f"  {rows:8}  {kind or '(none)'}")
-    if found.bad:
-        print("why rows are bad:")
-        for reason, rows in found.reasons.items():
-            print(f"  {rows:8}  {reason}")
-        shown = found.bad[: args.show or None]
-        print("bad rows:" if len(shown) == len(found.bad) else f"the first {len(shown)} bad rows (--show 0 names all):")
-        for error in shown:
-            print(f"  {one_line(error)}")
-    return 1 if found.bad else 0
+    bad = 0
+    for source, door in _doors(args):
+        rows = open_source(source)
+        with _progress("rows", len(rows)) as advance:
+            found = scan(rows, door, progress=advance)
+        bad += len(found.bad)
+        print(f"{source.path}: {found.rows} rows, {len(found.bad)} bad\ngood rows by question type:")
+        for kind, count in sorted(found.kinds.items()):
+            print(f"  {count:8}  {kind or '(none)'}")
+        if found.bad:
+            print("why rows are bad:")
+            for reason, count in found.reasons.items():
+                print(f"  {count:8}  {reason}")
+            shown = found.bad[: args.show or None]
+            print("bad rows:" if len(shown) == len(found.bad) else f"the first {len(shown)} bad rows (--show 0 names all):")
+            for error in shown:
+                print(f"  {one_line(error)}")
+    if not _is_recipe(args.source) and not args.model:
+        print("without --model, lengths in tokens and the model's chat template were not looked at")
+    told.close()
+    return 1 if bad else 0
+
+
+def _is_recipe(path: str) -> bool:
+    return Path(path).suffix in (".yaml", ".yml")
+
+
+def _doors(args: argparse.Namespace) -> Iterator[tuple[SourceConfig, Callable[[Row, int], object] | None]]:
+    """The sources to check, and what their rows have to pass: what a recipe's loop makes of them, or what a model's preprocessing does."""
+    from actial_fast.data.sources.source import SourceConfig
+
+    if not _is_recipe(args.source) and not args.model:
+        yield SourceConfig(args.source, args.format), None
+        return
+    from actial_fast.data.sources.stream import Example
+    from actial_fast.model.processor import Processor
+
+    settle()
+    if not _is_recipe(args.source):
+        check_model(args.model)
+        processor = Processor.load(args.model)
+
+        def either(row: Row, index: int) -> object:
+            answered = any(turn.role == "assistant" for turn in row.turns)
+            return (processor.encode if answered else processor.encode_prompt)(Example(row, index))
+
+        yield SourceConfig(args.source, args.format), either
+        return
+    from actial_fast.settings.config import load_recipe
+    from actial_fast.train.preflight import doors, processor_of
+
+    recipe = load_recipe(args.source, [f"model.path={json.dumps(args.model)}"] if args.model else [])
+    if recipe.kind not in ("sft", "grpo"):
+        raise ValueError(f"{args.source} is a recipe of kind {recipe.kind}; those of sft and grpo can be checked")
+    check_model(recipe.model.path)
+    for source, encode in doors(recipe, processor_of(recipe)):
+        yield source, lambda row, index, encode=encode: encode(Example(row, index))  # type: ignore[misc]
 
 
 def _source(args: argparse.Namespace, **filters: Any) -> Any:

@@ -21,6 +21,7 @@ def add(commands: Commands) -> None:
     test.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
     test.add_argument("--max-new-tokens", type=int, default=1024, help="longest reply (default: %(default)s)")
     test.add_argument("--kv-tokens", type=int, default=0, help="most tokens whose keys and values are held (default: what fits)")
+    test.add_argument("--strict", action="store_true", help="an answer is right only if its text is the truth up to case, as in the paper")
     test.add_argument("--server", default="", metavar="URL", help="ask the model that is served at this OpenAI-compatible base URL, for "
                       "example http://localhost:8000/v1")  # fmt: skip
     test.add_argument("--workers", type=int, default=32, help="with --server: requests at a time (default: %(default)s)")
@@ -31,11 +32,13 @@ def add(commands: Commands) -> None:
 
 def _eval(args: argparse.Namespace) -> int:
     from actial_fast.data.sources.source import SourceConfig, open_source
+    from actial_fast.data.sources.told import told
     from actial_fast.settings.recipe import EvalConfig, RolloutConfig
 
     config = EvalConfig(
         sources=tuple(SourceConfig(path, args.format, system=args.system) for path in args.source),
         limit=args.limit,
+        strict=args.strict,
         kv_tokens=args.kv_tokens,
         temperature=args.temperature,
         max_new_tokens=args.max_new_tokens,
@@ -58,6 +61,7 @@ def _eval(args: argparse.Namespace) -> int:
         )
     else:
         results = evaluate_checkpoint(args.model, config, args.seed)
+    told.close()
     if int(os.environ.get("RANK", 0)) == 0:
         for name, table in results.items():
             print(render_table(table, name))

@@ -19,6 +19,13 @@ def add(commands: Commands) -> None:
         default="",
         help="of the weights (default: as trained, and float32 where adapters are merged into them)",
     )
+    export.add_argument(
+        "--base",
+        choices=("trained", "original"),
+        default="trained",
+        help="what adapters are merged into: the weights as they were in training, rounded to model.frozen_dtype and NF4, which gives the "
+        "model that was trained; or those of model.path (default: trained)",
+    )
     export.set_defaults(run=_export)
 
 
@@ -29,10 +36,13 @@ def _export(args: argparse.Namespace) -> int:
 
     settle()
     source = newest(args.checkpoint)
-    done = export_to(source, args.out, dtype=args.dtype)
+    done = export_to(source, args.out, dtype=args.dtype, base=args.base)
     print(f"{args.out}: {source} in {done.dtype}, for from_pretrained")
     if done.rounding is not None:
         print(f"{args.out / 'adapter'}: its adapters, for PEFT; in the folder above they are merged")
+    if done.held:
+        what = "the base in NF4, as it was trained" if args.base == "trained" else "the original base, which they were not trained on"
+        print(f"merged into {what}; {done.held} of its weights were held in 4 bits (see adapter/README.md)")
     if done.rounding:
         print(
             f"rounding to {done.dtype} changed the merged weights by {done.rounding:.2g} of what the adapters changed"

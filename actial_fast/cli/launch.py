@@ -14,7 +14,7 @@ GRACE = 300  # seconds between being asked to stop and being ended: a forward pa
 def launch(gpus: int, words: Sequence[str]) -> int:
     """Run `actial WORDS` on `gpus` ranks, and return the exit status: 0 when all have finished, else not.
 
-    ValueError when the machine has fewer GPUs. Without any, ranks share the CPU's cores.
+    ValueError when the machine has GPUs, but fewer. Without any, ranks share the CPU's cores.
     """
     import logging
 
@@ -23,7 +23,7 @@ def launch(gpus: int, words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    if gpus < 1 or 0 < torch.cuda.device_count() < gpus:
+    if 0 < torch.cuda.device_count() < gpus:
         raise ValueError(f"--gpus {gpus}: this machine has {torch.cuda.device_count()}; give a number from 1 to that")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // gpus)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what happened, and the lines below

@@ -14,7 +14,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def add_format(parser: argparse.ArgumentParser) -> None:
     """The option --format of a source of rows."""
-    parser.add_argument("--format", default="auto", help="jsonl, sharegpt, sat or verl (default: what the file looks like)")
+    parser.add_argument("--format", default="auto", help="jsonl, sharegpt, sat, verl or easyr1 (default: what the file looks like)")
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

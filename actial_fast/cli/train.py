@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 
 from actial_fast.cli.shared import Commands, add_overrides, settle
 
@@ -39,7 +40,9 @@ def _train(args: argparse.Namespace) -> int:
     import importlib
 
     from actial_fast.settings.config import load_recipe
+    from actial_fast.settings.idle import idle
 
+    _check_gpus(args.gpus)
     extra = [f"data.on_bad_row={args.on_bad_row}"] if args.on_bad_row else []
     recipe = load_recipe(args.recipe, [*args.overrides, *extra])
     if recipe.kind != args.kind:
@@ -49,7 +52,19 @@ def _train(args: argparse.Namespace) -> int:
 
         return launch(args.gpus, [args.kind, args.recipe, *args.overrides, *extra])
     settle()
+    if int(os.environ.get("RANK", 0)) == 0:
+        for line in idle(recipe):
+            print(f"note: {line}", file=sys.stderr)
     final = importlib.import_module(f"actial_fast.{args.kind}").train(recipe)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"finished: {final}")
     return 0
+
+
+def _check_gpus(gpus: int | None) -> None:
+    """ValueError for a number that no run can have, and, where torchrun has started this rank, for another than its."""
+    if gpus is not None and gpus < 1:
+        raise ValueError(f"--gpus {gpus}: give the number of GPUs to use, 1 or more; without the option there is one process")
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if gpus is not None and "RANK" in os.environ and gpus != ranks:
+        raise ValueError(f"--gpus {gpus}: another launcher has started {ranks} of this machine's ranks already; leave the option out")

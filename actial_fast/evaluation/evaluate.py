@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from actial_fast.data.sources.answers import is_right
 from actial_fast.data.sources.row import Row
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.data.sources.stream import Example, Pass
-from actial_fast.data.sources.tags import extract_answer, is_well_formed, same_answer
+from actial_fast.data.sources.tags import is_well_formed
 from actial_fast.evaluation.statistics import Record, accuracy_table
 from actial_fast.model.processor import Processor
 from actial_fast.report.metrics import MetricLog
@@ -17,6 +21,7 @@ from actial_fast.rollout.protocol import Draw, Engine, Reader, Reply, Watch, awa
 from actial_fast.settings.recipe import EvalConfig, GRPORecipe, RolloutConfig, SFTRecipe
 from actial_fast.train.dist import Agreed, World, world
 from actial_fast.train.phases import Phases
+from actial_fast.train.shortage import ran_out
 from actial_fast.train.stopping import NEVER, Stop
 
 
@@ -25,8 +30,8 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """The accuracy table of each source, by its folder's and file's name; every rank calls and gets the same result.
 
-    A reply counts as right when the text in its <answer> tags, or the whole reply where it has none, equals the truth. on_bad_row: as
-    data.on_bad_row. Raises ValueError, the same on every rank, for the first source that could not be evaluated.
+    A reply is right by answers.is_right; config.strict: when the text in its <answer> tags, or the whole reply where it has none, equals
+    the truth. on_bad_row: as data.on_bad_row. Raises ValueError, the same on every rank, for the first source that could not be evaluated.
     """
     tables, failures = attempt(engine, processor, config, where, seed=seed, on_bad_row=on_bad_row)
     for name, cause in failures.items():
@@ -44,8 +49,10 @@ def attempt(
     on_bad_row: str = "error",
     version: int = 0,
     stop: Stop = NEVER,
+    halved: Counter[str] | None = None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """`evaluate` that goes on: the tables of the sources that could be evaluated, and why the others could not, the same on every rank.
+    halved: gets the times that memory ran short over a source and the rest was drawn with half of it, over all ranks.
 
     The engine wakes, with the weights of step `version`, once for all sources, and once more after one that fails. A rank that fails, for a
     row or for want of memory, still meets the others where they wait for its records. Raises GivenUp on every rank once `stop` is asked.
@@ -57,9 +64,13 @@ def attempt(
             broken = False
             while left and not broken:
                 name, source = left.pop(0)
-                records, cause = _records(engine, processor, config, source, where, seed, on_bad_row, stop)
+                short: list[str] = []
+                records, cause = _records(engine, processor, config, source, where, seed, on_bad_row, stop, short)
                 stop.leave()
-                causes = [c for c in where.gather([cause]) if c]
+                told = where.gather([(cause, len(short))])
+                causes = [c for c, _ in told if c]
+                if halved is not None:
+                    halved[name] += sum(times for _, times in told)
                 records = where.gather(records)
                 broken = bool(causes)
                 if causes or not records:
@@ -93,12 +104,17 @@ def held_out(
         return None
     if before := where.gather([log.evaluated(step)])[0]:
         return before
+    halved: Counter[str] = Counter()
     with phases("eval"):
         tables, failures = attempt(
-            engine, processor, config, where, seed=recipe.seed, on_bad_row=recipe.data.on_bad_row, version=step, stop=stop
+            engine, processor, config, where, seed=recipe.seed, on_bad_row=recipe.data.on_bad_row, version=step, stop=stop, halved=halved
         )
     phases.add("eval", tokens=reply_tokens(tables) / where.size)
     log.event("eval", tables, step)
+    if times := sum(halved.values()):
+        text = f"memory ran short {times} times over {', '.join(+halved)}; batches of replies are smaller now"
+        log.event("short_of_memory", {"halved": times, "text": text}, step)
+        log.say(f"{recipe.name} step {step}: {text}")
     for name, cause in failures.items():
         log.event("eval_failed", {"name": name, "cause": cause}, step)
         log.say(f"{recipe.name} step {step}: {name} was NOT evaluated: {cause}")
@@ -136,39 +152,46 @@ def _records(
     seed: int,
     on_bad_row: str,
     stop: Stop,
+    short: list[str],
 ) -> tuple[list[Record], str]:
-    """This rank's records, or none and why. Nothing here waits for another rank."""
+    """This rank's records, or none and why. Nothing here waits for another rank. short: gets longer each time that memory runs short."""
     try:
         rows = Pass(source, limit=config.limit, on_bad_row=on_bad_row, encode=processor.encode_prompt, rank=where.rank, world=where.size)
         examples = [example for example in rows if example.row.truth]
-        replies = _replies(engine, examples, config, seed, stop)
+        replies = _replies(engine, examples, config, seed, stop, lambda: short.append(source.path))
         if stop.asked:
             return [], ""
         drawn = zip(examples, replies, strict=True)
         texts = [(e.row, processor.decode(reply.ids) if reply.text is None else reply.text, len(reply.ids)) for e, (reply,) in drawn]
-        return [_record(row, text, length) for row, text, length in texts], ""
+        return [_record(row, text, length, config.strict) for row, text, length in texts], ""
     except Exception as error:  # whatever it is, the run goes on without this evaluation
+        if ran_out(error):
+            longest = f"eval.kv_tokens ({config.kv_tokens or 'as much as there is'}) or eval.max_new_tokens ({config.max_new_tokens})"
+            return [], f"{type(error).__name__}: {' '.join(str(error).split())[:500]}; lower {longest}"
         return [], f"{type(error).__name__}: {' '.join(str(error).split())[:500]}" if not isinstance(error, ValueError) else str(error)
 
 
-def _replies(engine: Engine, examples: list[Example], config: EvalConfig, seed: int, stop: Stop) -> list[list[Reply]]:
+def _replies(
+    engine: Engine, examples: list[Example], config: EvalConfig, seed: int, stop: Stop, short: Callable[[], None]
+) -> list[list[Reply]]:
     """One reply to each, or none once `stop` is asked."""
     prompts, keys = [example.encoded for example in examples], [(seed, example.position) for example in examples]
     return engine.generate(
-        prompts, Draw(1, config.temperature, config.max_new_tokens, config.kv_tokens), keys, Watch(asked=lambda: stop.asked)
+        prompts, Draw(1, config.temperature, config.max_new_tokens, config.kv_tokens), keys, Watch(asked=lambda: stop.asked, short=short)
     )
 
 
-def _record(row: Row, response: str, length: int) -> Record:
+def _record(row: Row, response: str, length: int, strict: bool) -> Record:
     letter = len(row.truth) == 1 and row.truth.isalpha() and row.truth not in row.choices
     index = ord(row.truth.upper()) - ord("A") if letter else -1
     return Record(
         kind=row.kind,
-        correct=same_answer(extract_answer(response), row.truth),
+        correct=is_right(response, row, strict=strict),
         well_formed=is_well_formed(response),
         response_length=length,
         truth=row.choices[index] if 0 <= index < len(row.choices) else row.truth,
         choices=len(row.choices),
+        images=tuple(str(i) if isinstance(i, Path) else hashlib.blake2b(i, digest_size=16).hexdigest() for i in row.images),
     )
 
 

@@ -1,14 +1,15 @@
 """Accuracy with its uncertainty, beside what guessing would give.
 
 An accuracy means nothing alone: beside it stand `chance` (a uniform guess among the options) and `majority` (always giving the most
-frequent truth of that kind), and around it the Wilson 95% interval. Pure Python: no torch, no numpy.
+frequent truth of that kind), and around it a 95% interval. Rows that show the same picture are no independent trials (the three questions
+about an image pair are one bit for a model that sees which way the camera went), so the interval counts clusters of such rows.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -20,7 +21,8 @@ class Record:
 
     kind: the question type. correct: the answer is right, whatever the format. well_formed: the reply has the required tags.
     response_length: tokens. truth: what `majority` counts; give the option's TEXT ("left"), not its letter: letters are shuffled, so only
-    the text shows that "always left" earns one half. choices: number of options, 0 for a free-form question (chance 0).
+    the text shows that "always left" earns one half. choices: number of options, 0 for a free-form question (chance 0). images: what tells
+    its images from others; records that share one are of one cluster, and so are those that are linked through others.
     """
 
     kind: str
@@ -29,12 +31,14 @@ class Record:
     response_length: int
     truth: str
     choices: int
+    images: tuple[str, ...] = ()
 
 
-def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(correct: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """The Wilson score interval (low, high) of the proportion `correct / n`, in [0, 1]; (0, 1) when n is 0: nothing is known.
 
-    z: normal quantile, 1.96 for 95%. Raises ValueError unless 0 <= correct <= n and z > 0.
+    correct, n: counts, or fractions of them for an effective number of trials. z: normal quantile, 1.96 for 95%. Raises ValueError unless
+    0 <= correct <= n and z > 0.
     Source: E. B. Wilson, JASA 22 (1927). Unlike p +- z*sqrt(p(1-p)/n) it stays inside [0, 1] and is not empty at p = 0 or 1.
     """
     if not 0 <= correct <= n:
@@ -51,21 +55,70 @@ def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, min(low, p)), min(1.0, max(high, p))
 
 
-def _figures(rows: list[Record], majority_correct: int) -> dict[str, Any]:
+def clustered(outcomes: Sequence[Sequence[bool]]) -> tuple[float, float]:
+    """The 95% interval (low, high), in [0, 1], of the share of outcomes that are true, outcomes of one cluster being alike as they may.
+
+    outcomes: those of each cluster. The Wilson interval for as many independent trials as the outcomes are worth: their number over the
+    design effect, by the spread of the clusters' sums, never more than they are and never fewer than if every cluster were of one mind;
+    with Student's quantile, since that spread is an estimate. Of clusters of one it is Wilson's. Raises ValueError without outcomes.
+    Source: E. L. Korn, B. I. Graubard, Survey Methodology 24 (1998), with Wilson's interval as in Franco et al., JSSAM 7 (2019).
+    """
+    from scipy.stats import t
+
+    sizes = [len(cluster) for cluster in outcomes]
+    n, groups, true = sum(sizes), len(sizes), sum(map(sum, outcomes))
+    if not n:
+        raise ValueError("clustered: no outcomes")
+    if max(sizes) == 1:
+        return wilson(true, n)
+    share, fewest = true / n, n * n / sum(size * size for size in sizes)
+    spread = sum((sum(cluster) - share * len(cluster)) ** 2 for cluster in outcomes)
+    worth = fewest
+    if groups > 1 and spread:
+        worth = min(n, max(fewest, share * (1 - share) * n * n * (groups - 1) / (groups * spread)))
+    return wilson(share * worth, worth, float(t.ppf(0.975, groups - 1)) if groups > 1 else 1.96)
+
+
+def clusters_of(records: Sequence[Record]) -> list[int]:
+    """The number of each record's cluster: records that show a picture in common, or are linked through others that do. (n,)"""
+    above = list(range(len(records)))
+
+    def top(k: int) -> int:
+        while above[k] != k:
+            above[k] = above[above[k]]
+            k = above[k]
+        return k
+
+    first: dict[str, int] = {}
+    for k, record in enumerate(records):
+        for image in record.images:
+            above[top(k)] = top(first.setdefault(image, k))
+    return [top(k) for k in range(len(records))]
+
+
+def _interval(outcomes: list[bool], clusters: list[int]) -> list[float]:
+    by_cluster: dict[int, list[bool]] = {}
+    for outcome, cluster in zip(outcomes, clusters, strict=True):
+        by_cluster.setdefault(cluster, []).append(outcome)
+    return list(clustered(list(by_cluster.values())))
+
+
+def _figures(rows: list[Record], clusters: list[int], majority_correct: int) -> dict[str, Any]:
     n = len(rows)
     correct = sum(r.correct for r in rows)
     formed = sum(r.well_formed for r in rows)
-    both = sum(r.correct and r.well_formed for r in rows)
+    both = [r.correct and r.well_formed for r in rows]
     return {
         "n": n,
         "correct": correct,
         "accuracy": correct / n,
-        "interval": list(wilson(correct, n)),
+        "interval": _interval([r.correct for r in rows], clusters),
+        "clusters": len(set(clusters)),
         "chance": sum(1 / r.choices if r.choices else 0.0 for r in rows) / n,
         "majority": majority_correct / n,
         "format_rate": formed / n,
-        "well_formed_and_correct": both / n,
-        "well_formed_and_correct_interval": list(wilson(both, n)),
+        "well_formed_and_correct": sum(both) / n,
+        "well_formed_and_correct_interval": _interval(both, clusters),
         "mean_response_length": sum(r.response_length for r in rows) / n,
     }
 
@@ -73,22 +126,25 @@ def _figures(rows: list[Record], majority_correct: int) -> dict[str, Any]:
 def accuracy_table(records: Iterable[Record]) -> dict[str, Any]:
     """Figures per question type and over all rows, ready for JSON: `{"kinds": {kind: figures}, "overall": figures}`, kinds by name.
 
-    figures: n, correct (counts); accuracy, chance, majority, format_rate, well_formed_and_correct (shares in [0, 1]); interval,
-    well_formed_and_correct_interval ([low, high], Wilson 95%); mean_response_length (tokens). The overall majority gives each row the most
-    frequent truth of its own kind. Raises ValueError when there are no records or a record has a negative count.
+    figures: n, correct, clusters (counts); accuracy, chance, majority, format_rate, well_formed_and_correct (shares in [0, 1]); interval,
+    well_formed_and_correct_interval ([low, high], 95%, of `clustered`); mean_response_length (tokens). The overall majority gives each row
+    the most frequent truth of its own kind. Raises ValueError when there are no records or a record has a negative count.
     """
-    by_kind: dict[str, list[Record]] = {}
-    for record in records:
+    everything = list(records)
+    by_kind: dict[str, list[int]] = {}
+    for k, record in enumerate(everything):
         if record.choices < 0 or record.response_length < 0:
             raise ValueError(f"accuracy_table: negative choices or response_length in {record}")
-        by_kind.setdefault(record.kind, []).append(record)
+        by_kind.setdefault(record.kind, []).append(k)
     if not by_kind:
         raise ValueError("accuracy_table: no records; was the evaluation given an empty source, or were all its rows rejected?")
-    majority = {kind: Counter(r.truth for r in rows).most_common(1)[0][1] for kind, rows in by_kind.items()}
-    everything = [record for rows in by_kind.values() for record in rows]
+    clusters = clusters_of(everything)
+    majority = {kind: Counter(everything[k].truth for k in of).most_common(1)[0][1] for kind, of in by_kind.items()}
     return {
-        "kinds": {kind: _figures(by_kind[kind], majority[kind]) for kind in sorted(by_kind)},
-        "overall": _figures(everything, sum(majority.values())),
+        "kinds": {
+            kind: _figures([everything[k] for k in of], [clusters[k] for k in of], majority[kind]) for kind, of in sorted(by_kind.items())
+        },
+        "overall": _figures(everything, clusters, sum(majority.values())),
     }
 
 

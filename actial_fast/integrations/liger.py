@@ -30,6 +30,9 @@ LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vesp
 LEVELS = ("token", "sequence")
 GLOBAL_MEAN = ("dapo", "cispo", "vespo")
 """Loss types whose token mean spans all processes, or `num_items_in_batch`; that of bnpo spans the call."""
+CISPO_CAP = (
+    "epsilon_high: cispo caps the ratio itself at it, and at {} every token of an unmoved policy is beyond the cap; the paper has 5.0"
+)
 OURS = {"clip_low": "epsilon_low", "clip_high": "epsilon_high", "clip_delta": "delta"}
 
 
@@ -37,9 +40,9 @@ class FusedLinearGRPOLoss(nn.Module):
     """`LigerFusedLinearGRPOLoss` of liger-kernel 0.8.5, computed by `linear_grpo_loss`: its constructor, arguments and results.
 
     `compiled` and `chunk_size` are taken and change nothing: rows go through the head in chunks that fit `workspace_mb` MiB. Constructor
-    and forward raise ValueError for what is not supported, and name what is. Beyond Liger's rules: cispo caps the ratio at epsilon_high,
-    so that must be >= 1; delta must be > 1 + epsilon_high; beta >= 0. Every option is an attribute of its name, as on Liger's class, and
-    is read at each call: code that anneals `loss.epsilon_high` does so here too.
+    and forward raise ValueError for what is not supported, and name what is. Beyond Liger's rules: delta must be > 1 + epsilon_high;
+    beta >= 0. cispo caps the ratio at epsilon_high; below 1 the constructor warns. Every option is an attribute of its name, as on
+    Liger's class, and is read at each call: code that anneals `loss.epsilon_high` does so here too.
 
     Where Liger's class differs, this one computes what the papers and TRL 1.16 have:
     - luspo: the mean over sequences of each one's sum over its unmasked tokens. Liger sums over padding too, and weighs a sequence by the
@@ -93,7 +96,8 @@ class FusedLinearGRPOLoss(nn.Module):
         self.vespo_k_neg = vespo_k_neg
         self.vespo_lambda_neg = vespo_lambda_neg
         self.workspace_mb = workspace_mb
-        _spec_of(self)
+        if _spec_of(self).objective == "cispo" and epsilon_high < 1:
+            warnings.warn(CISPO_CAP.format(epsilon_high), stacklevel=2)
 
     def forward(
         self,
@@ -216,8 +220,6 @@ def _spec_of(loss: FusedLinearGRPOLoss) -> GRPOSpec:
         raise ValueError(f"importance_sampling_level: 'sequence' is not defined for {loss.loss_type}; pass 'token'")
     if loss.loss_type == "dr_grpo" and loss.max_completion_length is None:
         raise ValueError("max_completion_length: needed for loss_type 'dr_grpo'; pass the generation limit in tokens")
-    if objective == "cispo" and not loss.epsilon_high >= 1:
-        raise ValueError(f"epsilon_high: cispo caps the ratio at it, so it must be >= 1 (5.0 is usual), got {loss.epsilon_high}")
     try:
         return GRPOSpec(
             objective=objective,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypedDict, overload
@@ -23,6 +24,9 @@ from actial_fast.ops.spec import NAMED, GRPOSpec
 SUPPORTED_TRL = ("1.16",)
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 GLOBAL_MEAN = ("dapo", "cispo", "vespo")
+CISPO_CAP = (
+    "epsilon_high: cispo caps the ratio itself at it, and at {} every token of an unmoved policy is beyond the cap; the paper has 5.0"
+)
 """Loss types whose token mean spans all processes and accumulation steps; the others' spans the micro-batch."""
 DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU")
 SUPPORTED = (
@@ -49,7 +53,7 @@ def spec_of(args: Any) -> GRPOSpec:
     named = NAMED[args.loss_type]
     objective, high = named.get("objective", "clip"), args.epsilon if args.epsilon_high is None else args.epsilon_high
     if objective == "cispo" and high < 1:
-        raise ValueError(f"epsilon_high: for cispo it is the cap of the ratio itself, at least 1 (the paper: 5.0), got {high}")
+        warnings.warn(CISPO_CAP.format(high), stacklevel=2)
     low, top = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
     low, top = 0.0 if low is None else low, torch.inf if top is None else top
     if objective == "vespo" and not low <= 1 <= top:

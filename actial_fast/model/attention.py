@@ -15,15 +15,18 @@ the vision tower of an unmodified transformers model on it. L rows, H query head
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -34,6 +37,7 @@ from actial_fast.packing.batch import Segments
 
 # transformers hands a vision tower's cu_seqlens only to implementations with "flash" in their name; others loop over the windows
 IMPLEMENTATION = "actial_flash"
+_LENGTHS = WeakTensorKeyDictionary()  # of segments on the CPU, by their bounds
 
 
 def prompt_once(q: Tensor, k: Tensor, v: Tensor, packed: Any, scale: float | None = None) -> Tensor:
@@ -58,16 +62,57 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, cau
     return _Attention.apply(q, k, v, segments, None, causal, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
+class Keeping:
+    """Outputs and log-sum-exps of the attention in one stretch of code, which takes them over when it runs a second time.
+
+    pack: what is kept in a tensor's place; unpack: the tensor again.
+    """
+
+    _current: ContextVar[tuple[Keeping, bool] | None] = ContextVar("keeping", default=None)
+
+    def __init__(self, pack: Callable[[Tensor], Any] = Tensor.detach, unpack: Callable[[Any], Tensor] = Tensor.detach):
+        self._pack, self._unpack = pack, unpack
+        self._kept: list[tuple[Any, Any]] = []
+        self._taken = 0
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """The first time."""
+        token = Keeping._current.set((self, False))
+        try:
+            yield
+        finally:
+            Keeping._current.reset(token)
+
+    @contextlib.contextmanager
+    def replaying(self) -> Iterator[None]:
+        """A further time, maybe in another thread."""
+        token, self._taken = Keeping._current.set((self, True)), 0
+        try:
+            yield
+        finally:
+            Keeping._current.reset(token)
+
+    @staticmethod
+    def of(compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """What `compute` gives, or gave the first time."""
+        if (current := Keeping._current.get()) is None:
+            return compute()
+        keeping, again = current
+        if again:
+            keeping._taken += 1
+            out, lse = keeping._kept[keeping._taken - 1]
+            return keeping._unpack(out), keeping._unpack(lse)
+        out, lse = compute()
+        keeping._kept.append((keeping._pack(out), keeping._pack(lse)))
+        return out, lse
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, cross: Any, causal: bool, scale: float) -> Tensor:
         with named("attention"):
-            out, lse = _forward(q, k, v, segments, segments, causal, scale)
-            if cross is not None:
-                prefix, suffix = slice(cross.prefix_rows), slice(cross.prefix_rows, cross.prefix_rows + cross.suffix_rows)
-                part = _forward(q[suffix], k[prefix], v[prefix], cross.cross_q, cross.cross_k, False, scale)
-                with named("attention merge"):
-                    merge(out[suffix], lse[:, suffix], *part)
+            out, lse = Keeping.of(lambda: _merged(q, k, v, segments, cross, causal, scale))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.segments, ctx.cross, ctx.causal, ctx.scale = segments, cross, causal, scale
         return out
@@ -77,6 +122,16 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with named("attention backward"):
             return *_gradients(ctx, grad), None, None, None, None
+
+
+def _merged(q: Tensor, k: Tensor, v: Tensor, segments: Segments, cross: Any, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _forward(q, k, v, segments, segments, causal, scale)
+    if cross is not None:
+        prefix, suffix = slice(cross.prefix_rows), slice(cross.prefix_rows, cross.prefix_rows + cross.suffix_rows)
+        part = _forward(q[suffix], k[prefix], v[prefix], cross.cross_q, cross.cross_k, False, scale)
+        with named("attention merge"):
+            merge(out[suffix], lse[:, suffix], *part)
+    return out, lse
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,6 +266,11 @@ def _check_cross(packed: Any, rows: int) -> None:
         )
 
 
+def remember(segments: Segments) -> None:
+    """Have the segments' lengths known wherever their bounds turn up, so that a tower's layers on the CPU need not ask the bounds."""
+    _LENGTHS[segments.cu] = segments.lengths
+
+
 def use_flash(name: str) -> None:
     """Which flash kernels CUDA runs on, in this process and in all of PyTorch's attention: "FA2", compiled into PyTorch and the default;
     "FA3" (Hopper; package flash-attn-3) or "FA4" (Hopper, Blackwell; package flash-attn-4), through PyTorch's own adapters.
@@ -322,7 +382,7 @@ def attention_forward(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if cu_seq_lens_q is None:
         return prompt_once(q, k, v, packed, scaling)[None], None
-    lengths = () if query.is_cuda else tuple(cu_seq_lens_q.diff().tolist())
+    lengths = () if query.is_cuda else _LENGTHS.get(cu_seq_lens_q) or tuple(cu_seq_lens_q.diff().tolist())
     longest = max_length_q if query.is_cuda else max(lengths)
     assert longest is not None, "transformers hands it over with cu_seq_lens_q"
     segments = Segments(cu_seq_lens_q, lengths, longest)

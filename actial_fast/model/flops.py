@@ -37,8 +37,9 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
+from actial_fast.model.nf4 import NF4Linear
 from actial_fast.model.vision import WINDOWED
 from actial_fast.packing.batch import Sequence
 
@@ -183,22 +184,27 @@ def _both(order: Iterable[Layers], trained: bool, adapters: bool) -> tuple[tuple
     for at in order:
         trained |= at.norm is not None and _trained(at.norm)
         for layer in at.layers:
-            for weight, follows in _weights(layer, trained, adapters):
-                forward += 2 * weight.numel() * at.rows
-                backward += 2 * weight.numel() * at.rows * (weight.requires_grad + follows)
+            for weights, learned, follows in _weights(layer, trained, adapters):
+                forward += 2 * weights * at.rows
+                backward += 2 * weights * at.rows * (learned + follows)
         trained |= any(map(_trained, at.layers))
         forward += 4 * at.attended
         backward += 10 * at.attended * trained
     return (forward, backward), trained
 
 
-def _weights(layer: Any, trained: bool, adapters: bool) -> Iterator[tuple[Tensor, bool]]:
-    """The weights of a layer and its adapters, and whether anything before each is trained, given whether anything before the layer is."""
-    yield (layer.base_layer if hasattr(layer, "base_layer") else layer).weight, trained
+def _weights(layer: Any, trained: bool, adapters: bool) -> Iterator[tuple[int, bool, bool]]:
+    """How many weights a layer and its adapters have, whether they are trained, and whether anything before each is, given whether anything
+    before the layer is."""
+    base = layer.base_layer if hasattr(layer, "base_layer") else layer
+    if isinstance(base, NF4Linear):
+        yield base.in_features * base.out_features, False, trained
+    else:
+        yield base.weight.numel(), base.weight.requires_grad, trained
     if adapters and hasattr(layer, "lora_A"):
         for down, up in zip(layer.lora_A.values(), layer.lora_B.values(), strict=True):
-            yield down.weight, trained
-            yield up.weight, trained or _trained(down)
+            yield down.weight.numel(), down.weight.requires_grad, trained
+            yield up.weight.numel(), up.weight.requires_grad, trained or _trained(down)
 
 
 def _trained(module: nn.Module) -> bool:

@@ -5,27 +5,37 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
 
 from actial_fast.integrations.liger import apply_liger
+from actial_fast.model.activations import use_checkpoints
+from actial_fast.model.adapters import add_adapters, draw_adapters
 from actial_fast.model.attention import is_packed, use_flash, use_packed_attention
+from actial_fast.model.nf4 import fill_nf4, hold_in_nf4, nf4_problem
 from actial_fast.model.vision import VisionArguments, encode_images, vision_arguments
-from actial_fast.model.weights import draw_adapters, fill, misfits, open_weights, parameters_on_meta, resolve, skeleton
+from actial_fast.model.weights import fill, misfits, open_weights, resolve, skeleton
 from actial_fast.ops.ranges import named
 from actial_fast.packing.batch import Batch, PackedBatch
 from actial_fast.packing.packed_ops import PixelBatch, embed, patchify
-from actial_fast.settings.model import ModelConfig
+from actial_fast.settings.model import LoRAConfig, ModelConfig
 
-LANGUAGE_MODEL = "model.language_model"
+NF4_NOTE = """\
+These adapters were trained beside a base in NF4: {path}, the linear layers of its language model in 4 bits. Open it the same way
+
+    BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant={twice},
+                       llm_int8_skip_modules=["model.visual", "lm_head"])
+
+to get the model that was trained. Beside the base in 16 bits they give another one, as far away as rounding to 4 bits takes it.
+"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,10 @@ class Policy(nn.Module):
         self.model = model
         self.compute_dtype = compute_dtype
         self.config = config or ModelConfig()
+        self.travel: Any = None
+        """What train.sharding settled for it, where it is sharded."""
+        for module in (self.base.model.get_input_embeddings(), self.base.lm_head):
+            module.lend = MethodType(_lend, module)
 
     @property
     def base(self) -> Qwen2_5_VLForConditionalGeneration:
@@ -74,6 +88,12 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """Of hidden states, keys and values: the computation's, or the weights' own on a CPU, where nothing is cast."""
+        held: torch.dtype = self.base.model.get_input_embeddings().weight.dtype
+        return held if self.compute_dtype == torch.float32 else self.compute_dtype
 
     @property
     def trains_tower(self) -> bool:
@@ -103,7 +123,7 @@ class Policy(nn.Module):
                 with named("trunk"):
                     hidden = base.model(**inputs)
             with named("head"):
-                return head(hidden, base.lm_head.weight)
+                return base.lm_head.lend(head, hidden)
 
     def _packed(self, batch: PackedBatch) -> Tensor:
         """Hidden states (L, H) of a packed batch, whose shared prefixes pass the layers once."""
@@ -111,7 +131,9 @@ class Policy(nn.Module):
         assert batch.features is not None or not batch.images, "the images of a packed batch pass the tower first (features.Features)"
         trunk, features = self.base.model, batch.features
         with named("embedding"):
-            embeds = embed(batch.input_ids, trunk.get_input_embeddings().weight, features, batch.image_slots, batch.image_rows)
+            embeds = trunk.get_input_embeddings().lend(
+                lambda table: embed(batch.input_ids, table, features, batch.image_slots, batch.image_rows)
+            )
         with named("trunk"):
             out = trunk.language_model(
                 inputs_embeds=embeds[None],
@@ -132,6 +154,11 @@ class Policy(nn.Module):
         return self.model.disable_adapter()
 
 
+def _lend(module: nn.Module, use: Callable[..., Any], *args: Tensor) -> Any:
+    """use(*args, the module's weight), which sharding takes for a forward pass of the module, and gathers its weight."""
+    return use(*args, module.weight)
+
+
 def load_policy(
     config: ModelConfig, device: torch.device, seed: int, *, packed: bool = False, place: Callable[[Policy], Policy] | None = None
 ) -> Policy:
@@ -143,15 +170,26 @@ def load_policy(
     folder = resolve(config.path)
     stored = open_weights(folder)
     lora = config.lora.rank > 0
+    if config.quantize == "nf4" and (problem := nf4_problem()):
+        raise ValueError(problem)
     dtype = getattr(torch, config.frozen_dtype if lora else config.dtype)
     model: Qwen2_5_VLForConditionalGeneration | PeftModel = skeleton(folder, dtype, "sdpa" if packed else config.attention)
     if wrong := misfits(model, stored, config.path):
         raise ValueError("; ".join(wrong))
+    policy = assembled(model, config, device, packed=packed)
+    policy = place(policy) if place else policy
+    fill(policy, stored, device)
+    fill_nf4(policy, stored, device, dtype)
+    draw_adapters(policy, seed)
+    return policy.train()
+
+
+def assembled(model: Qwen2_5_VLForConditionalGeneration | PeftModel, config: ModelConfig, device: torch.device, *, packed: bool) -> Policy:
+    """The policy of a recipe around a model on the meta device: adapters, checkpoints, what is frozen, and the attention; no memory yet."""
+    lora = config.lora.rank > 0
+    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     if lora:
-        model = _add_adapters(model, config)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.disable_input_require_grads()  # only reentrant checkpoints need it, and a frozen tower would run backward
+        model = add_adapters(model, config)
     for prefix in config.freeze:
         names = [n for n, _ in model.named_parameters() if n.removeprefix("base_model.model.").startswith(prefix)]
         if not names:
@@ -162,18 +200,27 @@ def load_policy(
             parameter.requires_grad_(False)
             if not lora:
                 parameter.data = parameter.data.to(getattr(torch, config.frozen_dtype))
+    _check_tower(model, config)
     if _uses_liger(config, device):
         apply_liger(model)
-    policy = Policy(model, torch.bfloat16 if device.type == "cuda" else torch.float32, config)
+    policy = Policy(model, compute, config)
     if not policy.trained():
         raise ValueError("model.freeze: every parameter is frozen, nothing is left to train")
     if packed:
         _choose_flash(config.attention, device)
         use_packed_attention(policy.base)
-    policy = place(policy) if place else policy
-    fill(policy, stored, device)
-    draw_adapters(policy, seed)
-    return policy.train()
+    if config.quantize == "nf4":
+        hold_in_nf4(policy.base.model.language_model, twice=config.quantize_twice, dtype=compute)
+    trunk = policy.base.model
+    use_checkpoints(trunk.language_model, trunk.visual, config, packed=packed)
+    return policy
+
+
+def _check_tower(model: nn.Module, config: ModelConfig) -> None:
+    """ValueError where model.freeze leaves nothing of what adapters were asked for."""
+    for key, part in (("tower", "visual.blocks."), ("merger", "visual.merger.")):
+        if getattr(config.lora, key) and not any(part in name and p.requires_grad for name, p in model.named_parameters()):
+            raise ValueError(f"model.freeze: freezes all that model.lora.{key} is to train; shorten the one, or set the other to false")
 
 
 def _choose_flash(attention: str, device: torch.device) -> None:
@@ -190,7 +237,8 @@ def load_reference(
     config: ModelConfig, device: torch.device, *, packed: bool = False, place: Callable[[Policy], Policy] | None = None
 ) -> Policy:
     """A frozen copy of the starting weights, to measure the KL against (with adapters, switch those off instead); place as above."""
-    config = replace(config, dtype=config.frozen_dtype, lora=replace(config.lora, rank=0), freeze=(), gradient_checkpointing=False)
+    config = replace(config, lora=LoRAConfig(), quantize="none", quantize_twice=True, dtype=config.frozen_dtype, freeze=())
+    config = replace(config, checkpointing="none", tower_checkpointing="none", offload_activations=False)  # no backward pass
     return load_policy(config, device, seed=0, packed=packed, place=place).requires_grad_(False).eval()
 
 
@@ -200,27 +248,6 @@ def _uses_liger(config: ModelConfig, device: torch.device) -> bool:
         lacks = "liger-kernel is not installed" if not installed else f"this is {device.type}"
         raise ValueError(f"model.liger: on needs CUDA and liger-kernel, and {lacks}; set it to auto or off")
     return config.liger != "off" and installed and device.type == "cuda"
-
-
-def _add_adapters(model: Qwen2_5_VLForConditionalGeneration, config: ModelConfig) -> PeftModel:
-    """Adapters on the named linear layers of the language model, in the training dtype, without memory yet."""
-    names = "|".join(map(re.escape, config.lora.targets))
-    settings = LoraConfig(
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # peft only divides it: a float will do
-        lora_dropout=config.lora.dropout,
-        target_modules=rf"{re.escape(LANGUAGE_MODEL)}\..*\.({names})",
-        task_type="CAUSAL_LM",
-    )
-    try:
-        with parameters_on_meta():
-            adapted = get_peft_model(model, settings)
-    except ValueError as error:
-        raise ValueError(f"model.lora.targets: {error}") from None
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(getattr(torch, config.dtype))
-    return adapted
 
 
 def save_settings(policy: Policy, model: Path, adapter: Path) -> None:
@@ -236,3 +263,5 @@ def save_settings(policy: Policy, model: Path, adapter: Path) -> None:
         settings = copy.copy(policy.model.peft_config["default"])
         settings.inference_mode, settings.base_model_name_or_path = True, policy.config.path
         settings.save_pretrained(str(adapter))
+        if policy.config.quantize == "nf4":
+            (adapter / "README.md").write_text(NF4_NOTE.format(path=policy.config.path, twice=policy.config.quantize_twice))

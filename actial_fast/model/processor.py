@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from actial_fast.data.sources.picture import MAX_PIXELS
 from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Turn
 from actial_fast.data.sources.stream import Example
+from actial_fast.data.sources.tags import TAG
 from actial_fast.packing.batch import Sequence, mrope_positions
 from actial_fast.packing.images import ImageSettings, ImageStore
 
@@ -30,25 +32,50 @@ VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video
 class Processor:
     """Tokenizer and image processor of one checkpoint.
 
-    store: where images go, decoded and resized once; max_prompt: prompts with more tokens are a row-level error.
+    store: where images go, decoded and resized once. Row-level errors are prompts of more than max_prompt tokens, and, where these are not
+    0, sequences of more than max_tokens, room for a reply of `room` tokens behind a prompt included, and images of more than max_patches
+    patches. ends: further tokens that end a reply.
     """
 
     tokenizer: PreTrainedTokenizerBase
     image_processor: Qwen2VLImageProcessorPil
     store: ImageStore
     max_prompt: int = 16000
+    max_tokens: int = 0
+    room: int = 0
+    max_patches: int = 0
+    ends: tuple[int, ...] = ()
 
     @staticmethod
-    def load(path: str, *, min_pixels: int = 0, max_pixels: int = 0, max_prompt: int = 16000, image_cache: str = "") -> Processor:
+    def load(
+        path: str,
+        *,
+        min_pixels: int = 0,
+        max_pixels: int = 0,
+        max_prompt: int = 16000,
+        max_tokens: int = 0,
+        room: int = 0,
+        max_patches: int = 0,
+        image_cache: str = "",
+        max_image_pixels: int = MAX_PIXELS,
+    ) -> Processor:
         """From a checkpoint folder or hub name; the pixel limits replace the checkpoint's where they are not 0.
 
-        image_cache: folder of the ImageStore, empty for its default.
+        image_cache: folder of the ImageStore, empty for its default; max_image_pixels: of an image before it is resized. ValueError for a
+        chat template that writes what a reply has to begin with.
         """
         images = Qwen2VLImageProcessorPil.from_pretrained(path)
         size = dict(images.size)
         images.size = {"shortest_edge": min_pixels or size["shortest_edge"], "longest_edge": max_pixels or size["longest_edge"]}
-        store = ImageStore(ImageSettings.of(images), Path(image_cache) if image_cache else None)
-        return Processor(AutoTokenizer.from_pretrained(path), images, store, max_prompt)
+        store = ImageStore(ImageSettings.of(images), Path(image_cache).expanduser() if image_cache else None, max_image_pixels)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        processor = Processor(tokenizer, images, store, max_prompt, max_tokens, room, max_patches, _ends(path, len(tokenizer)))
+        if TAG.search(opening := processor._render([{"role": "user", "content": "-"}], open_reply=True)):
+            raise ValueError(
+                f"its chat template opens replies with {opening[-24:]!r}: replies would hold half a pair of tags and answers to train on "
+                "two; take the tag out of chat_template"
+            )
+        return processor
 
     def save(self, folder: Path) -> None:
         """Into a checkpoint folder, where AutoTokenizer and the Qwen2-VL image processors of plain transformers find it."""
@@ -76,7 +103,8 @@ class Processor:
     @functools.cached_property
     def stop_tokens(self) -> tuple[int, ...]:
         """Tokens that end a sampled reply."""
-        return tuple(sorted({self.eos, self.tokenizer.convert_tokens_to_ids("<|endoftext|>")}))
+        known = (self.eos, self.tokenizer.convert_tokens_to_ids("<|endoftext|>"), *self.ends)
+        return tuple(sorted({token for token in known if token is not None}))
 
     @functools.cached_property
     def banned_tokens(self) -> tuple[int, ...]:
@@ -88,10 +116,13 @@ class Processor:
         return (*self.banned_tokens, *range(len(self.tokenizer), vocabulary))
 
     def encode(self, example: Example) -> Sequence:
-        """A row to train on: every assistant turn (and the token that ends it) is a target. BadRow when it has none or is too long."""
+        """A row to train on: every assistant turn (and the token that ends it) is a target. BadRow when it does not end with one or is too
+        long."""
         turns = example.row.turns
         if not any(t.role == "assistant" for t in turns):
             raise BadRow(example.row.where, "no assistant turn to train on")
+        if turns[-1].role != "assistant":
+            raise BadRow(example.row.where, "it ends with a user message that nothing answers")
         return self._sequence(turns, example.row.images, example.row.where)
 
     def encode_prompt(self, example: Example) -> Sequence:
@@ -107,15 +138,26 @@ class Processor:
             ids, trained = self._tokenised(turns)
         except ValueError as error:
             raise BadRow(where, str(error)) from None
+        except Exception as error:  # the template's or the tokenizer's: whatever it is, this text brought it about
+            raise BadRow(where, f"the text cannot be tokenised ({type(error).__name__}: {error})") from None
         shown = images[: sum(t.content.count(IMAGE_TAG) for t in turns)]
         keys = tuple(self.store.put(image, where) for image in shown)
         grids = tuple(map(self.store.grid, keys))
         repeats = np.ones(len(ids), np.int64)
+        if (places := int((ids == self.image_token).sum())) != len(grids):
+            raise BadRow(where, f"the chat template leaves {places} of its {len(grids)} images")
         repeats[ids == self.image_token] = [math.prod(grid) // self.merge**2 for grid in grids]
         ids, trained = np.repeat(ids, repeats), np.repeat(trained, repeats)
         if (prompt := int((~trained).sum())) > self.max_prompt:
             raise BadRow(where, f"prompt of {prompt} tokens, over max_prompt_tokens={self.max_prompt}; use fewer or smaller images")
-        return Sequence(ids, trained, mrope_positions(ids, grids, self.image_token, self.merge), keys, grids)
+        answers = bool(trained.any())
+        reply = 0 if answers else self.room
+        if self.max_tokens and len(ids) + reply > self.max_tokens:
+            what = f"{len(ids)} tokens with its answers" if answers else f"prompt of {len(ids)} tokens, and {reply} for a reply"
+            raise BadRow(where, f"{what}, over pack_tokens={self.max_tokens}; raise it or leave the row out")
+        if self.max_patches and (patches := sum(map(math.prod, dict(zip(keys, grids, strict=True)).values()))) > self.max_patches:
+            raise BadRow(where, f"images of {patches} patches, over pack_patches={self.max_patches}; raise it or lower model.max_pixels")
+        return Sequence(ids, trained, mrope_positions(ids, grids, self.image_token, self.merge), keys, grids, where)
 
     @functools.cached_property
     def _tokenised(self) -> Callable[[tuple[Turn, ...]], tuple[np.ndarray, np.ndarray]]:
@@ -139,7 +181,10 @@ class Processor:
             if turn.role != "assistant":
                 continue
             opened = self._render(messages[:i], open_reply=True)
-            assert opened.startswith(done), "the chat template rewrites earlier turns"
+            if not opened.startswith(done):
+                raise ValueError(
+                    "the chat template rewrites earlier turns (it drops their reasoning, say), so that they cannot be trained on"
+                )
             answer = turn.content + self.tokenizer.convert_ids_to_tokens(self.eos)
             pieces += [(opened[len(done) :], False), (answer, True)]
             done = opened + answer
@@ -156,6 +201,15 @@ class Processor:
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _ends(path: str, known: int) -> tuple[int, ...]:
+    """The tokens that end a reply by the checkpoint's generation_config.json, of those that the tokenizer knows."""
+    try:
+        ends = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # it has none
+        return ()
+    return tuple(token for token in (ends if isinstance(ends, list) else [ends]) if token is not None and token < known)
 
 
 def dummy(processor: Processor, *, image: bool = True) -> Sequence:

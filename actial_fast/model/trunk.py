@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from actial_fast.model.adapters import product_of
 from actial_fast.model.attention import prompt_once
 from actial_fast.model.paged import Pages, on_host, turned
 from actial_fast.packing import native
@@ -128,7 +130,9 @@ class Trunk:
 
 
 def product(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A linear layer as a function; one with adapters as it is."""
+    """A linear layer as a function; one with adapters as it is, but for DoRA's norms, which are taken once."""
+    if isinstance(module, LoraLayer):
+        return product_of(module) or module
     if type(module) is not nn.Linear:
         return module
     weight, bias = module.weight, module.bias

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils.generic import is_flash_attention_requested
 
+from actial_fast.model.attention import remember
 from actial_fast.packing.batch import Segments
 
 WINDOWED, PLAIN = ("qwen2_5_vl_vision",), ("qwen2_vl_vision",)  # towers by the model_type of their config
@@ -157,5 +158,7 @@ def encode_images(visual: nn.Module, patches: Tensor, arguments: VisionArguments
         raise ValueError(f"patches: {len(patches)} rows, but the grids {arguments.grids} have {arguments.patches}")
     if patches.device != arguments.position_ids.device:
         raise ValueError(f"arguments: on {arguments.position_ids.device}, patches on {patches.device}; use arguments.to(device)")
+    for segments in filter(None, (arguments.frames, arguments.windows)):
+        remember(segments)
     features: Tensor = visual(patches, **arguments.kwargs(flash=is_flash_attention_requested(visual.config))).pooler_output
     return features

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,13 @@ def resolve(path: str) -> Path:
     """The folder of a checkpoint, downloaded where `path` is a hub name. ValueError where there is none or it is of another family."""
     if not path:
         raise ValueError("model.path: a checkpoint folder or hub name is needed")
-    folder = Path(path)
+    folder = Path(path).expanduser()
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        raise ValueError(
+            f"model.path: {path} holds PEFT adapters, not a model (its base is {base or 'not told'}); merge them into the base with PEFT's "
+            "merge_and_unload and save_pretrained, and give that folder"
+        )
     if not folder.is_dir():
         if path.count("/") != 1 or path.startswith((".", "/", "~")):
             raise ValueError(f"model.path: {path} is neither a folder nor a hub name like Qwen/Qwen2.5-VL-7B-Instruct")
@@ -150,19 +155,6 @@ def fill(model: nn.Module, stored: Stored, device: torch.device) -> None:
                     raise ValueError(f"model.path: config.json says that {HEAD} is the embedding, but the files have another one")
 
 
-def draw_adapters(model: nn.Module, seed: int) -> None:
-    """Fresh low-rank adapters as PEFT begins them, A uniform and B zero, drawn by `seed`: the same for any number of ranks."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if ".lora_A." in name:
-            start, stop = rows_of(parameter)
-            whole = torch.empty(parameter.shape)
-            nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
-            local(parameter).copy_(whole[start:stop])
-        elif ".lora_B." in name:
-            local(parameter).zero_()
-
-
 def materialise(model: nn.Module, device: torch.device) -> None:
     """Memory on `device` for parameters on the meta device, undefined; buffers are moved, and weights that were one stay one."""
     homes: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -188,8 +180,17 @@ def rows_of(tensor: Tensor) -> tuple[int, int]:
     """Which rows of the whole tensor this rank has: start, stop (0 to 1 for a scalar)."""
     if not isinstance(tensor, DTensor):
         return (0, tensor.shape[0]) if tensor.ndim else (0, 1)
-    assert len(tensor.placements) == 1 and tensor.placements[0].is_shard(0), f"sharded by rows over one mesh, not {tensor.placements}"
-    return share(tensor.shape[0], tensor.device_mesh.get_local_rank(), tensor.device_mesh.size())
+    (along,) = [i for i, placement in enumerate(tensor.placements) if placement.is_shard()]
+    assert tensor.placements[along].is_shard(0), f"sharded by rows, not {tensor.placements}"
+    return share(tensor.shape[0], tensor.device_mesh.get_local_rank(along), tensor.device_mesh.size(along))
+
+
+def copy_of(tensor: Tensor, rank: int, ranks: int) -> tuple[int, int]:
+    """How many ranks hold the same rows of the tensor as this one, and which of them this is: number, count. rank, ranks: of all."""
+    if not isinstance(tensor, DTensor):
+        return rank, ranks
+    copies = [i for i, placement in enumerate(tensor.placements) if placement.is_replicate()]
+    return (tensor.device_mesh.get_local_rank(copies[0]), tensor.device_mesh.size(copies[0])) if copies else (0, 1)
 
 
 def share(rows: int, rank: int, ranks: int) -> tuple[int, int]:

@@ -38,7 +38,7 @@ class GRPOSpec:
     clip_low: float = 0.2
     """clip: the ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.2
-    """clip: the ratio is clipped above at 1 + clip_high; cispo: it is capped there."""
+    """clip: the ratio is clipped above at 1 + clip_high; cispo: it is capped there, and clip_high may be as low as -1."""
     clip_delta: float | None = None
     """clip: also the unclipped branch's ratio stops here (two-sided clip, arXiv 2505.07291); more than 1 + clip_high."""
     dual_clip: float | None = None
@@ -80,7 +80,8 @@ class GRPOSpec:
         _choices(self, objective=("clip", "cispo", "sapo", "vespo"), ratio=("token", "sequence"), kl=("k1", "k2", "k3"))
         _choices(self, importance=("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"))
         _choices(self, aggregation=("token", "sequence", "sequence_sum", "constant"))
-        _at_least(self, 0, "clip_low", "clip_high", "beta", "importance_min")
+        _at_least(self, 0, "clip_low", "beta", "importance_min")
+        _at_least(self, -1 if self.objective == "cispo" else 0, "clip_high")
         for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: must be > 0, got {getattr(self, name)}")

@@ -29,7 +29,8 @@ class Sequence:
     """One tokenised conversation with its images.
 
     ids (L,) int64; trained (L,) bool, True where the token is a target; positions (3, L) int64, M-RoPE's time, height and width rows;
-    images: per image its key in an ImageStore, equal for equal images; grids: per image (frames, rows, columns) in patches.
+    images: per image its key in an ImageStore, equal for equal images; grids: per image (frames, rows, columns) in patches; where: the row
+    it comes from, in words.
     """
 
     ids: np.ndarray
@@ -37,6 +38,7 @@ class Sequence:
     positions: np.ndarray
     images: tuple[str, ...] = ()
     grids: tuple[tuple[int, int, int], ...] = ()
+    where: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)

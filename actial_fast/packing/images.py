@@ -15,7 +15,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from actial_fast.data.sources.row import BadRow, decode
+from actial_fast.data.sources.picture import MAX_PIXELS, check_aspect, decode, read, shown
 
-VERSION = 1  # of the files and of what is in them
+VERSION = 2  # of the files and of what is in them
 RECORD = struct.Struct("<16sQIIII")  # key, first byte, height, width, checksum of the pixels, checksum of the record so far
 ALIGN = 64  # bytes; images start at multiples of it
 GROWTH = 64 << 20  # bytes by which the file of pixels grows, sparse, so that it is rarely mapped anew
 LOCKS = 64
-MAX_ASPECT = 200  # longer side over shorter
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,9 @@ class ImageSettings:
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing: multiples of patch * merge within the pixel limits, as transformers' smart_resize.
 
-        ValueError for an empty image or one more than 200 times as long as wide.
+        ValueError for an empty image or one more than 200 times as long as wide (picture.check_aspect).
         """
-        if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
-            raise ValueError(f"image of {width}x{height} pixels: one side must not be more than {MAX_ASPECT} times the other; crop it")
+        check_aspect(height, width, "image")
         side = self.patch * self.merge
         sizes = [round(x / side) * side for x in (height, width)]
         if math.prod(sizes) > self.max_pixels:
@@ -84,10 +82,8 @@ class ImageSettings:
 
     def fit(self, pixels: np.ndarray, where: str) -> np.ndarray:
         """uint8 (H, W, 3) at the size the image processor would give it; BadRow for a shape that `size` refuses."""
-        try:
-            height, width = self.size(*pixels.shape[:2])
-        except ValueError as error:
-            raise BadRow(where, str(error)) from None
+        check_aspect(pixels.shape[0], pixels.shape[1], where)
+        height, width = self.size(*pixels.shape[:2])
         if (height, width) == pixels.shape[:2]:
             return pixels
         return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling(self.resample)))
@@ -99,11 +95,14 @@ class ImageStore:
     folder: where the stores of all settings live, default $XDG_CACHE_HOME/actial_fast/images (~/.cache without it). A store is a folder in
     it, named by the settings that change pixels: `pixels` holds 3 * height * width bytes an image (752,640 for 320 merged tokens of
     28 x 28), `index` 40 bytes. Both only grow; delete the folder when no run uses it. Threads and processes of one machine may share a
-    store, forked ones included. What a killed writer left half done has no record, or one whose checksum fails, and is done again.
+    store, forked ones included. What a killed writer left half done has no record, or one whose checksum fails, and is done again. A store
+    that may only be read gives what it holds.
+
+    limit: images with more pixels are refused.
     """
 
-    def __init__(self, settings: ImageSettings, folder: Path | None = None):
-        self.settings = settings
+    def __init__(self, settings: ImageSettings, folder: Path | None = None, limit: int = MAX_PIXELS):
+        self.settings, self.limit = settings, limit
         shape = (VERSION, settings.patch * settings.merge, settings.min_pixels, settings.max_pixels, settings.resample)
         self._salt = hashlib.blake2b(repr(shape).encode(), digest_size=8).digest()
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "actial_fast" / "images"
@@ -124,7 +123,7 @@ class ImageStore:
         """Images it was given that had been decoded before."""
 
     def __reduce__(self) -> tuple[type[ImageStore], tuple[Any, ...]]:
-        return ImageStore, (self.settings, self._root)
+        return ImageStore, (self.settings, self._root, self.limit)
 
     def put(self, image: Path | bytes | Image.Image | np.ndarray, where: str = "") -> str:
         """The key of an image, which is decoded, resized and kept if nobody has before.
@@ -133,20 +132,35 @@ class ImageStore:
         `where`, for one that is missing, cannot be decoded or has a shape that `size` refuses; ValueError when it cannot be kept.
         """
         data, key = self._content(image, where)
-        if self._sound_entry(key) is None:
-            with _locked(self.folder / f"lock{int(key[:8], 16) % LOCKS:02}"):  # whoever else wants this image waits for us
-                if self._sound_entry(key) is None:
-                    pixels = self.settings.fit(self._decode(data, image, where), where)
-                    try:
-                        self._append(key, pixels)
-                    except OSError as error:
-                        raise ValueError(f"{self.folder}: cannot keep an image ({error}); free space or set XDG_CACHE_HOME") from None
-                    with self._mutex:
-                        self.decodes += 1
-                    return key
+        if self._sound_entry(key) is None and self._keep(key, lambda: self.settings.fit(self._decode(data, image, where), where)):
+            with self._mutex:
+                self.decodes += 1
+            return key
         with self._mutex:
             self.hits += 1
         return key
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the store has an image of this key."""
+        return self._sound_entry(key) is not None
+
+    def keep(self, key: str, pixels: np.ndarray) -> None:
+        """Keep an image that another store of the same settings has under this key: pixels (H, W, 3) uint8, as its `pixels` gives them.
+        ValueError when it cannot be kept."""
+        self._keep(key, lambda: pixels)
+
+    def _keep(self, key: str, pixels: Callable[[], np.ndarray]) -> bool:
+        """Keep what `pixels` gives unless the store has it, and whether that was so; whoever else wants this image waits for us."""
+        try:
+            with _locked(self.folder / f"lock{int(key[:8], 16) % LOCKS:02}"):
+                if missing := self._sound_entry(key) is None:
+                    self._append(key, pixels())
+                return missing
+        except OSError as error:
+            raise ValueError(
+                f"{self.folder}: cannot keep an image ({error.strerror}); free space there, or name another folder (data.image_cache, or "
+                "XDG_CACHE_HOME)"
+            ) from None
 
     def pixels(self, key: str) -> np.ndarray:
         """The image as uint8 (H, W, 3), a read-only view of the file. KeyError for a key that `put` did not give."""
@@ -163,19 +177,15 @@ class ImageStore:
         stamp = None
         data: bytes | np.ndarray
         if isinstance(image, Path):
-            try:
+            with contextlib.suppress(OSError, ValueError):  # what is wrong is said by whoever reads it
                 status = image.stat()
                 stamp = status.st_size, status.st_mtime_ns
-                known, key = self._files.get(image, (None, ""))
-                if known == stamp and self._sound_entry(key):
-                    return b"", key
-                data = image.read_bytes()
-            except FileNotFoundError:
-                raise BadRow(where, f"image {image} does not exist") from None
-            except OSError as error:
-                raise BadRow(where, f"image {image} cannot be read ({error})") from None
+            known, key = self._files.get(image, (None, ""))
+            if stamp and known == stamp and self._sound_entry(key):
+                return b"", key
+            data = read(image, where)
         elif isinstance(image, Image.Image):
-            data = np.asarray(image.convert("RGB"))
+            data = np.asarray(shown(image, where))
         else:
             data = image
         if isinstance(data, np.ndarray):
@@ -192,10 +202,7 @@ class ImageStore:
     def _decode(self, data: bytes | np.ndarray, image: Any, where: str) -> np.ndarray:
         if isinstance(data, np.ndarray):
             return data
-        try:
-            return decode(data, where)
-        except BadRow as error:
-            raise BadRow(where, f"{image}: {error.reason}" if isinstance(image, Path) else error.reason) from None
+        return decode(data, where, self.limit, file=image if isinstance(image, Path) else None)
 
     def _entry(self, key: str) -> tuple[int, int, int, int]:
         if (entry := self._sound_entry(key)) is None:
@@ -252,14 +259,20 @@ class ImageStore:
         """The file of pixels in memory, mapped anew when it has grown; arrays on an older map keep that one."""
         with self._mutex:
             if len(self._map) < end:
-                with _opened(self.folder / "pixels") as file:
+                with _opened(self.folder / "pixels", read_only=True) as file:
                     self._map = mmap.mmap(file, 0, access=mmap.ACCESS_READ) if os.fstat(file).st_size else b""
             return self._map
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+def _opened(path: Path, read_only: bool = False) -> Iterator[int]:
+    """The file, made where there is none. read_only: it may be one that cannot be written."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError:
+        if not (read_only and path.exists()):
+            raise
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         yield file
     finally:
@@ -269,7 +282,7 @@ def _opened(path: Path) -> Iterator[int]:
 @contextlib.contextmanager
 def _locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[int]:
     """The file, opened and locked against every other opening of it: another thread's, a forked child's, another process's."""
-    with _opened(path) as file:
+    with _opened(path, read_only=how == fcntl.LOCK_SH) as file:
         fcntl.flock(file, how)
         yield file
 

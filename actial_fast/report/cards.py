@@ -10,7 +10,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from actial_fast.data.sources.tags import extract_answer, is_well_formed, same_answer
+from actial_fast.data.sources.answers import matches
+from actial_fast.data.sources.tags import is_well_formed
 from actial_fast.report.chart import number
 
 GROUPS, REPLIES = 3, 4  # shown for each of the three moments: groups, and replies of each
@@ -38,7 +39,8 @@ def _rollout_group(run_dir: Path, group: Sequence[Mapping[str, Any]]) -> str:
     first = group[0]
     replies = []
     for rollout in group[:REPLIES]:
-        formed, right = is_well_formed(rollout["response"]), same_answer(extract_answer(rollout["response"]), rollout["truth"])
+        formed = is_well_formed(rollout["response"])
+        right = matches(rollout["response"], [str(rollout["truth"])], asked=rollout["prompt"])
         marks = "".join(
             f'<span class="{"good" if ok else "bad"}">{"&#10003;" if ok else "&#10007;"} {label}</span>'
             for ok, label in ((right, "answer"), (formed, "format"))
@@ -59,12 +61,14 @@ def _image(run_dir: Path, source: str) -> str:
     """An <img> that holds the picture; a note in its place when the file is gone, for a report must come out of an old run too."""
     from PIL import Image
 
+    from actial_fast.data.sources.picture import shown
+
     try:
         data = base64.b64decode(source.partition(",")[2]) if source.startswith("data:") else (run_dir / source).read_bytes()
         with Image.open(BytesIO(data)) as picture:
             kind, small = picture.format, max(picture.size) <= 64
             if len(data) > IMAGE_BYTES or kind not in ("PNG", "JPEG"):
-                reduced = picture.convert("RGB")
+                reduced = shown(picture)
                 reduced.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
                 reduced.save(buffer := BytesIO(), "JPEG", quality=85)
                 kind, data = "JPEG", buffer.getvalue()

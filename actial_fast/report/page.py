@@ -223,8 +223,8 @@ def _evaluation(evals: Evals, tables: Mapping[str, list[Moment]], steps: Mapping
     passing = [name for name in evals if len(reach[_source(name)]) == 1 and last not in evals[name]]
     out = "".join(_figure_table(name, tables[name]) for name in evals if name not in passing)
     out += (
-        "<p class='muted'>In percent, with 95% Wilson intervals. Bars, 0 to 100%: the interval, the accuracy (dot) and chance (tick). "
-        "Majority: always giving the most frequent answer of a type.</p>"
+        "<p class='muted'>In percent, with 95% intervals (rows that show the same picture are not taken for independent). Bars, 0 to 100%: "
+        "the interval, the accuracy (dot) and chance (tick). Majority: always giving the most frequent answer of a type.</p>"
     )
     folded = "".join(_figure_table(name, tables[name]) + _grid(_eval_charts(name, evals[name], evals[name], steps)) for name in passing)
     return out + (_folded(f"Evaluations of earlier stages only: {', '.join(passing)}", folded) if folded else "")

@@ -34,8 +34,18 @@ def weights_of(recipe: GRPORecipe) -> np.ndarray:
 
 
 def totals_of(rewards: np.ndarray, recipe: GRPORecipe) -> np.ndarray:
-    """The weighted sums (N,) of rewards (N, R); NaN where none could score a reply."""
-    return np.where(np.isnan(rewards).all(1), np.nan, np.nansum(rewards * weights_of(recipe), axis=1))
+    """The weighted sums (N,) of rewards (N, R), group by group; NaN where none could score a reply."""
+    return np.where(np.isnan(rewards).all(1), np.nan, np.nansum(_filled(rewards, recipe) * weights_of(recipe), axis=1))
+
+
+def _filled(rewards: np.ndarray, recipe: GRPORecipe) -> np.ndarray:
+    """The rewards (N, R) with their group's mean where a term could not score a reply that another one could: a judge that fails for one
+    reply neither punishes nor favours it. A term that scored none of a group stays NaN, which counts 0 for all of them."""
+    groups = rewards.reshape(-1, min(recipe.sampling.n, len(rewards)), rewards.shape[1])
+    scored = ~np.isnan(groups)
+    means = np.where(scored, groups, 0).sum(1, keepdims=True) / np.maximum(scored.sum(1, keepdims=True), 1)
+    lacking = ~scored & scored.any(1, keepdims=True) & scored.any(2, keepdims=True)
+    return np.where(lacking, means, groups).reshape(rewards.shape).astype(np.float32)
 
 
 def differ(rewards: np.ndarray, recipe: GRPORecipe) -> bool:
@@ -49,6 +59,8 @@ def differ(rewards: np.ndarray, recipe: GRPORecipe) -> bool:
 def advantages_of(rewards: np.ndarray, recipe: GRPORecipe) -> Tensor:
     """The advantages (N,) of all ranks' replies, group by group in the order of the stream, from their rewards (N, R)."""
     owner = torch.arange(len(rewards)) // recipe.sampling.n
+    if recipe.advantages.combine != "normalize_then_sum":  # which leaves out what is lacking, term by term
+        rewards = _filled(rewards, recipe)
     return ops.group_advantages(torch.from_numpy(rewards), owner, recipe.advantages, weights=torch.from_numpy(weights_of(recipe)))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import openai
-from PIL import Image
 
-from actial_fast.data.sources.row import IMAGE_TAG, decode
+from actial_fast.data.sources.picture import encoded
+from actial_fast.data.sources.row import IMAGE_TAG
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionContentPartParam, ChatCompletionMessageParam
@@ -82,12 +81,6 @@ def parts(text: str, images: Sequence[Path | bytes], where: str) -> list[ChatCom
 
 
 def data_url(image: Path | bytes, where: str) -> str:
-    """The image as a data URL: the file as it is when it is JPEG, PNG or WebP, else re-encoded as PNG. BadRow when it cannot be decoded."""
-    pixels = decode(image, where)
-    data = image if isinstance(image, bytes) else image.read_bytes()
-    kind = Image.open(io.BytesIO(data)).format
-    if kind not in ("JPEG", "PNG", "WEBP"):
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        data, kind = buffer.getvalue(), "PNG"
+    """The image as a data URL: its own bytes where every server shows them as we do, else PNG. BadRow when it cannot be decoded."""
+    data, kind = encoded(image, where)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"

@@ -100,9 +100,9 @@ class Decoder:
         most: tuple[int, int, int],
         positions: int,
     ):
-        layers, heads, width = kv_shape(policy)
+        layers, heads, width = kv_shape(policy.base.config)
         self._policy, self._processor, self._temperature, self._device = policy, processor, temperature, policy.device
-        self._pages = Pages.empty((layers, blocks + 1, size, heads, width), policy.compute_dtype, policy.device)
+        self._pages = Pages.empty((layers, blocks + 1, size, heads, width), policy.hidden_dtype, policy.device)
         self._stop = torch.tensor(processor.stop_tokens).to(policy.device, non_blocking=True)
         never = processor.never_sampled(len(policy.base.lm_head.weight))
         self._banned = torch.tensor(never).to(policy.device, non_blocking=True)
@@ -172,7 +172,7 @@ class Decoder:
         """Logits (R, V) in float32 of hidden states (R, H). On CUDA from the product's own accumulators, as the trainer's log-probs are:
         rounded to 16 bits first, one of 20 would be up to 0.06 off."""
         if self._head.dtype == torch.float32:
-            return hidden @ self._head.T
+            return hidden.float() @ self._head.T
         with torch.autocast(self._device.type, enabled=False):
             return torch.mm(hidden.to(self._head.dtype), self._head.T, out_dtype=torch.float32)
 

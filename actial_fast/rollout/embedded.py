@@ -16,6 +16,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from actial_fast.model.policy import Policy
 from actial_fast.model.processor import Processor
@@ -24,11 +25,14 @@ from actial_fast.rollout.decoder import Decoder, Rows, serving
 from actial_fast.rollout.memory import kv_budget
 from actial_fast.rollout.protocol import UNWATCHED, Draw, Reply, Watch, never
 from actial_fast.rollout.schedule import Schedule, blocks_for
-from actial_fast.train.dist import gathered, recover
+from actial_fast.train.offload import Offload
+from actial_fast.train.sharding import gathered, recover
+from actial_fast.train.shortage import NoRoom, largest_of, ran_out
 
 SIZE = 16  # tokens of a block
 MOST_ROWS = 1024  # replies decoded at once: by then a step is bound by arithmetic, and more rows only wait for each other
 READ_TOKENS, READ_PATCHES = 8192, 32768  # of prompts read in one pass, unless a single one has more
+SMALLEST = 1 / MOST_ROWS  # of a batch: a reply at a time
 IMAGES_AHEAD = 64  # prompts ahead whose images' features are kept when they are there
 
 
@@ -37,13 +41,19 @@ class Embedded:
 
     own = True
 
-    def __init__(self, policy: Policy, processor: Processor):
+    def __init__(self, policy: Policy, processor: Processor, offload: Offload | None = None):
+        """offload: what leaves the device while it is awake."""
         self.version = -1
         self._policy, self._processor = policy, processor
+        self._offload = offload or Offload(None, enabled=False)
         self._held = contextlib.ExitStack()
+        self._size = 1.0  # share of the usual memory for a batch: halved each time that it runs out
+        self._broke = False  # a pass since the last `wake` did not come to its end
 
     def wake(self) -> None:
-        """Gather sharded weights."""
+        """Gather sharded weights, where what is not needed meanwhile has left."""
+        self._held.callback(self._offload.back)
+        self._offload.out()
         self._held.enter_context(gathered(self._policy))
 
     def sync(self, version: int) -> None:
@@ -53,6 +63,9 @@ class Embedded:
     def sleep(self) -> None:
         """Back to this rank's share of them."""
         self._held.close()
+        if self._broke:
+            recover(self._policy)
+            self._broke = False
 
     def recover(self) -> None:
         """Whatever a pass that broke off left of the module's state and of its memory."""
@@ -62,22 +75,49 @@ class Embedded:
         """Nothing is left to end."""
 
     def generate(self, prompts: Many[Sequence], draw: Draw, keys: Many[tuple[int, ...]], watch: Watch = UNWATCHED) -> list[list[Reply]]:
-        """As the protocol says. ValueError where the longest prompt with one reply does not fit into draw.kv_tokens, or into memory."""
+        """As the protocol says. Where memory runs out, what is left is drawn with half as much at a time, and so is all that comes later.
+
+        ValueError where the longest prompt with one reply does not fit into draw.kv_tokens, or into memory; NoRoom where memory runs out
+        over one reply alone.
+        """
         assert draw.temperature == 0 or len(keys) == len(prompts), "one key per prompt"
         have = watch.have or {}
         replies = [have.get(i, []) for i in range(len(prompts))]
         wanted = [i for i in range(len(prompts)) if i not in have]
         if not wanted:
             return replies
-        with serving(self._policy):
-            batch = Batching(self._policy, self._processor, [prompts[i] for i in wanted], draw, [keys[i] for i in wanted] if keys else [])
-            for complete in batch.run(watch, wanted):
-                groups = {wanted[k]: group for k, group in complete.items()}
-                for i, group in groups.items():
-                    replies[i] = group
-                if watch.drawn:
-                    watch.drawn(groups)
+        while not self._drawn(prompts, draw, keys, watch, wanted, replies):
+            self._size, self._broke = self._size / 2, True
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what the batch held that is gone
+            if watch.short:
+                watch.short()
+            wanted = [i for i in wanted if not replies[i] and not watch.dropped(i)]
+            if not wanted:
+                break
         return replies
+
+    def _drawn(
+        self, prompts: Many[Sequence], draw: Draw, keys: Many[tuple[int, ...]], watch: Watch, wanted: list[int], replies: list[list[Reply]]
+    ) -> bool:
+        """Fill in the replies to the wanted prompts; False where memory ran out before all are there, and less may do."""
+        mine = [prompts[i] for i in wanted]
+        try:
+            with serving(self._policy):
+                batch = Batching(self._policy, self._processor, mine, draw, [keys[i] for i in wanted] if keys else [], self._size)
+                for complete in batch.run(watch, wanted):
+                    groups = {wanted[k]: group for k, group in complete.items()}
+                    for i, group in groups.items():
+                        replies[i] = group
+                    if watch.drawn:
+                        watch.drawn(groups)
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            if self._size <= SMALLEST:
+                raise NoRoom(f"one reply at a time to {len(mine)} prompts; the largest is {largest_of(mine)} ({error})") from error
+            return False
+        return True
 
 
 @dataclass
@@ -91,9 +131,11 @@ class Places:
 
 
 class Batching:
-    """One `generate`: prompts P, places S, replies of up to L tokens."""
+    """One `generate`: prompts P, places S, replies of up to L tokens. size: share of the usual batch that is read and decoded at once."""
 
-    def __init__(self, policy: Policy, processor: Processor, prompts: Many[Sequence], draw: Draw, keys: Many[tuple[int, ...]]):
+    def __init__(
+        self, policy: Policy, processor: Processor, prompts: Many[Sequence], draw: Draw, keys: Many[tuple[int, ...]], size: float = 1.0
+    ):
         for prompt in prompts:
             assert len(prompt) > 1 and (prompt.positions[:, -1] == prompt.positions.max()).all(), "a prompt ends with text"
         self._prompts, self._draw, self._keys = prompts, draw, keys
@@ -101,7 +143,11 @@ class Batching:
         replies = len(prompts) * draw.n
         everything = sum(blocks_for(n - 1, SIZE) for n in lengths) + replies * blocks_for(limit, SIZE)
         blocks = min(everything, (draw.kv_tokens or kv_budget(policy)) // SIZE)
-        places = min(replies, MOST_ROWS)
+        if size < 1:
+            least = blocks_for(max(lengths) - 1, SIZE) + blocks_for(limit, SIZE)
+            blocks = max(min(least, blocks), int(size * blocks))
+        places = min(replies, max(1, int(size * MOST_ROWS)))
+        self._reads = READ_TOKENS * size, READ_PATCHES * size
         self.schedule = Schedule(lengths, draw.n, limit, blocks=blocks, size=SIZE, places=places)
         shape = places, limit
         self._at = Places(np.zeros(shape, np.int64), np.zeros(shape, np.float32), np.zeros(shape))
@@ -179,7 +225,7 @@ class Batching:
             reads.append((whole, np.concatenate([np.zeros(self._held[prompt], np.int64), own])))
         ahead = max(prompts, default=0) + 1
         keep = {key for p in self._prompts[ahead : ahead + IMAGES_AHEAD] for key in p.images}
-        for chunk in _chunks(reads):
+        for chunk in _chunks(reads, *self._reads):
             later = keep.union(*(s.images for s, _ in reads))
             self._decoder.read([s for s, _ in chunk], np.concatenate([slots for _, slots in chunk]), list(later))
 
@@ -240,13 +286,13 @@ def _slots(blocks: np.ndarray) -> np.ndarray:
     return (blocks.astype(np.int64)[:, None] * SIZE + np.arange(SIZE)).reshape(-1)
 
 
-def _chunks(reads: list[tuple[Sequence, np.ndarray]]) -> Iterator[list[tuple[Sequence, np.ndarray]]]:
+def _chunks(reads: list[tuple[Sequence, np.ndarray]], most: float, patches_most: float) -> Iterator[list[tuple[Sequence, np.ndarray]]]:
     """In passes of bounded size, in order."""
     chunk: list[tuple[Sequence, np.ndarray]] = []
     tokens = patches = 0
     for read in reads:
         more = len(read[0]), read[0].patches
-        if chunk and (tokens + more[0] > READ_TOKENS or patches + more[1] > READ_PATCHES):
+        if chunk and (tokens + more[0] > most or patches + more[1] > patches_most):
             yield chunk
             chunk, tokens, patches = [], 0, 0
         chunk.append(read)

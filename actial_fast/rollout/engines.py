@@ -28,17 +28,20 @@ def open_engine(
 ) -> Engine:
     """The engine that replies with the policy's weights, asleep, closed with `stack`. Every rank calls.
 
-    optimizer, reference: what need not be on the device while another engine than the trainer's own module replies.
+    optimizer, reference: what need not be on the device meanwhile (optim.offload).
     """
     engine: Engine
-    if recipe.rollout.engine == "vllm":
+    vllm, moves = recipe.rollout.engine == "vllm", recipe.optim.offload
+    states = optimizer if moves == "sampling" else None  # always: they are on the host as it is
+    beside = vllm and recipe.rollout.ahead > 0  # the update, which needs the reference
+    models = [reference] if reference is not None and not beside else []
+    offload = Offload(states, *models, enabled=moves != "none")
+    if vllm:
         from actial_fast.rollout.vllm import VLLM
 
-        on = recipe.rollout.offload and where.device.type == "cuda" and not recipe.rollout.ahead  # else the update needs them meanwhile
-        offload = Offload(optimizer, *([reference] if reference is not None else []), enabled=on)
         engine = VLLM(policy, processor, recipe.rollout, where, longest_of(recipe), offload)
     else:
-        engine = Embedded(policy, processor)
+        engine = Embedded(policy, processor, offload)
     stack.callback(engine.close)
     return engine
 

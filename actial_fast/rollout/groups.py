@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence as Many
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -66,6 +66,8 @@ class _Begun:
     last: float = math.inf  # groups behind do not count: they may have been drawn and scored or not
     failed: tuple[int, ...] = ()
     draws: int = 0
+    halved: int = 0  # times that memory ran short on this rank, and the rest was drawn with half of it
+    halvings: int = 0  # the same of all ranks
     asked: int = 0  # groups, over all ranks
     held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # the engine, awake
     thread: Future[None] | None = None
@@ -116,10 +118,9 @@ class Groups:
         drawn = self._whole(begun, self._stop)
         if resumed:
             anew = self._where.total([len({p for p in begun.replies if p <= begun.last} - begun.found)])[0]
-            if anew and self._log is not None:
+            if anew:
                 text = f"{anew:.0f} groups drawn ahead were not on the disk and were drawn with newer weights than in an unbroken run"
-                self._log.event("redrawn", {"groups": anew, "text": text}, step)
-                self._log.say(f"{self._recipe.name} step {step}: {text}")
+                self._tell(step, "redrawn", text, groups=anew)
             drawn = replace(drawn, version=drawn.version - (not anew))
         return drawn
 
@@ -218,7 +219,11 @@ class Groups:
         drawn(have, new=False)
         asked = Draw(n, sampling.temperature, sampling.max_new_tokens, sampling.kv_tokens)
         keys = [(self._recipe.seed, position) for position in positions]
-        watch = Watch(have, drawn, asked=lambda: stop.asked or self._ended, dropped=dropped if begun.race else never)
+
+        def short() -> None:
+            begun.halved += 1
+
+        watch = Watch(have, drawn, asked=lambda: stop.asked or self._ended, dropped=dropped if begun.race else never, short=short)
         groups = self._engine.generate([example.encoded for example in examples], asked, keys, watch)
         told = {position for position, group in zip(positions, groups, strict=True) if group}
         assert told <= begun.replies.keys(), "the engine kept a group to itself"
@@ -266,6 +271,9 @@ class Groups:
                 self._tell_short(begun, good)
                 figures = {"drawn": len(counted), "kept": good, "given_up": begun.asked - len(counted), "draws": begun.draws}
                 figures = {f"sampling/{name}": value for name, value in figures.items()}
+            if begun.halvings:
+                figures["sampling/halved"] = begun.halvings
+                self._tell(begun.step, "short_of_memory", f"memory ran short {begun.halvings} times; batches of replies are smaller now")
             if self._gate:
                 self._gate.learn(counted)
                 figures |= self._gate.figures()
@@ -275,10 +283,14 @@ class Groups:
 
     def _tell_short(self, begun: _Begun, good: int) -> None:
         wanted = self._recipe.prompts
-        if good < wanted and self._log is not None:
+        if good < wanted:
             text = f"after {begun.draws} draws {good} of {wanted} groups have rewards that differ; others fill the step"
-            self._log.event("short", {"groups": good, "text": text}, begun.step)
-            self._log.say(f"{self._recipe.name} step {begun.step}: {text}")
+            self._tell(begun.step, "short", text, groups=good)
+
+    def _tell(self, step: int, kind: str, text: str, **more: Any) -> None:
+        if self._log is not None:
+            self._log.event(kind, {**more, "text": text}, step)
+            self._log.say(f"{self._recipe.name} step {step}: {text}")
 
     def _score(self, begun: _Begun) -> None:
         """Wait for the rewards of this rank's groups, and learn those of all ranks. A reward that fails on one ends all with its name."""
@@ -290,11 +302,11 @@ class Groups:
             begun.failed = tuple(a + b for a, b in zip(failed, scores.failed, strict=True))
         except ValueError as error:
             problem = str(error)
-        told = self._where.gather([(problem, len(begun.examples), tables)])
-        if problems := [p for p, _, _ in told if p]:
+        told = self._where.gather([(problem, len(begun.examples), begun.halved, tables)])
+        if problems := [p for p, *_ in told if p]:
             raise Agreed(problems[0])
-        begun.asked = sum(asked for _, asked, _ in told)
-        begun.tables |= {p: table for _, _, each in told for p, table in each}
+        begun.asked, begun.halvings = sum(asked for _, asked, _, _ in told), sum(halved for _, _, halved, _ in told)
+        begun.tables |= {p: table for *_, each in told for p, table in each}
 
     def _samples(self, begun: _Begun, positions: list[int]) -> list[Sample]:
         """This rank's samples of the step that these positions make, over all ranks."""

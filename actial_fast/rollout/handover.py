@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from actial_fast.model.nf4 import quantized
 from actial_fast.model.policy import Policy
 from actial_fast.model.weights import base_name, stored_name
 
@@ -24,6 +25,8 @@ def checkpoint_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in policy.named_parameters():
         if ".lora_" not in name:
             yield stored_name(base_name(name)), _whole(parameter, policy.compute_dtype)
+    for name, layer in quantized(policy).items():  # as the trainer computes with them, and not as they were before
+        yield stored_name(name), layer.dequantized(policy.compute_dtype)
 
 
 def adapters(policy: Policy) -> tuple[dict[str, Tensor], list[str]]:

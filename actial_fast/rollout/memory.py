@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from transformers import PreTrainedConfig
 
 from actial_fast.model.policy import Policy
 from actial_fast.train.preflight import available_memory
@@ -12,9 +13,9 @@ from actial_fast.train.preflight import available_memory
 SHARE = 0.8  # of what is free: reading prompts and drawing need the rest
 
 
-def kv_shape(policy: Policy) -> tuple[int, int, int]:
-    """Of one token's keys, or values: layers, key-value heads, head dimension. Held in the dtype of the computation."""
-    config = policy.base.config.get_text_config()
+def kv_shape(model: PreTrainedConfig) -> tuple[int, int, int]:
+    """Of one token's keys, or values: layers, key-value heads, head dimension. Held in `Policy.hidden_dtype`. model: its config."""
+    config = model.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, config.num_key_value_heads, width
 
@@ -26,4 +27,4 @@ def kv_budget(policy: Policy) -> int:
         free = float(torch.cuda.mem_get_info(policy.device)[0] + cached)
     else:
         free = available_memory()
-    return int(SHARE * min(free, 2.0**50)) // (2 * math.prod(kv_shape(policy)) * policy.compute_dtype.itemsize)
+    return int(SHARE * min(free, 2.0**50)) // (2 * math.prod(kv_shape(policy.base.config)) * policy.hidden_dtype.itemsize)

@@ -59,6 +59,7 @@ class Watch:
     have: replies by their prompt's index that were drawn before, and are returned as they are. drawn: called with replies by index, a
     prompt's all at once, as soon as they are complete, in turn with the drawing. asked: looked at between tokens; once it is true nothing
     more is drawn. dropped: looked at in the same places, with an index; once it is true that prompt's replies are not drawn any further.
+    short: called when memory ran short, before what is left is drawn with half of it.
     failed: called with an index and why its prompt got no replies, where that is this prompt's misfortune and not the engine's; without
     it, that is an error.
     """
@@ -68,6 +69,7 @@ class Watch:
     asked: Callable[[], bool] = nobody
     dropped: Callable[[int], bool] = never
     failed: Callable[[int, str], None] | None = None
+    short: Callable[[], None] | None = None
 
 
 UNWATCHED = Watch()

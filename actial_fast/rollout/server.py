@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from actial_fast.data.sources.row import Row, decode
+from actial_fast.data.sources.picture import decode
+from actial_fast.data.sources.row import Row
 from actial_fast.data.sources.stream import Example
 from actial_fast.packing.batch import Sequence
 from actial_fast.rollout.client import Answer, Client, Unanswered, parts

@@ -48,7 +48,7 @@ def take_adapters(worker: Any, tensors: dict[str, Tensor], targets: list[str], l
     made = LoRAModel.from_lora_tensors(
         lora_model_id=ADAPTER,
         tensors=tensors,
-        peft_helper=PEFTHelper.from_dict({"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": targets}),
+        peft_helper=PEFTHelper.from_dict({"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora, "target_modules": targets}),
         device="cpu",
         dtype=worker.model_runner.lora_config.lora_dtype,
         weights_mapper=mapper.get_rename_mapper() if mapper is not None else None,

@@ -13,6 +13,7 @@ import functools
 import importlib
 import inspect
 import itertools
+import math
 import re
 import textwrap
 import types
@@ -28,6 +29,9 @@ RECIPES = {  # kind -> where its dataclass lives: imported on first use, because
     "grpo": "actial_fast.settings.recipe:GRPORecipe",
     "quickstart": "actial_fast.quickstart:QuickstartRecipe",
 }
+
+
+SWITCHES = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 
 
 def recipe_class(kind: str) -> type:
@@ -137,13 +141,22 @@ def _convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
         if len(value) != len(args):
             raise ValueError(f"{where}: expected {len(args)} values, got {len(value)}")
         return tuple(_convert(a, v, f"{where}.{i}") for i, (a, v) in enumerate(zip(args, value, strict=True)))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: must be a finite number, got {value}")
         return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():  # 1e3
+        return int(value)
+    if hint is bool and isinstance(value, str) and value.lower() in SWITCHES:  # YAML 1.1's words, and Python's
+        return SWITCHES[value.lower()]
+    if hint is str and isinstance(value, str) and value.startswith("~/"):  # only a path begins so
+        return str(Path(value).expanduser())
     if hint is Path and isinstance(value, str):
         return Path(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         quote = f"; for the text, write '\"{value}\"'" if hint is str and isinstance(value, int | float) else ""
-        raise ValueError(f"{where}: expected {hint.__name__}, got {value!r}{quote}")
+        got = "nothing" if value is None else repr(value)
+        raise ValueError(f"{where}: expected {hint.__name__}, got {got}{quote}")
     return value
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from actial_fast.data.sources.picture import MAX_PIXELS
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
 from actial_fast.packing.planning import Costs
-from actial_fast.settings.model import ModelConfig, trainable
+from actial_fast.settings.model import ModelConfig, checkpointed
 from actial_fast.settings.running import DistConfig, OptimConfig, ProfileConfig, SaveConfig
 from actial_fast.settings.sampling import OverlongConfig, SamplingConfig, at_least
 from actial_fast.tasks.rewards import RewardConfig
@@ -28,6 +29,9 @@ class EvalConfig:
     """0 = greedy; otherwise replies are sampled at this temperature."""
     max_new_tokens: int = 1024
     """Longest reply, in tokens."""
+    strict: bool = False
+    """A reply is right only if the text in its <answer> tags, or all of it where it has none, is the truth up to case, as in the paper;
+    otherwise an answer that a person would call right is right (the option's letter in its usual spellings, or its text)."""
     kv_tokens: int = 0
     """As sampling.kv_tokens."""
     fatal: bool = False
@@ -54,8 +58,6 @@ class RolloutConfig:
     """vllm on CUDA: share of the device's memory for weights, keys and values while sampling. On a CPU keys and values have 1 GiB."""
     max_images: int = 8
     """vllm: most images of a prompt."""
-    offload: bool = True
-    """vllm on CUDA: optimizer states and the reference are on the host, pinned, while an engine is awake."""
     url: str = ""
     """server: its base URL, for example http://localhost:8000/v1; the key, where it wants one, is in $OPENAI_API_KEY."""
     model: str = ""
@@ -81,6 +83,17 @@ def _weights_reach(rollout: RolloutConfig) -> None:
         )
 
 
+def _master_differs(model: ModelConfig, optim: OptimConfig) -> None:
+    if optim.master and model.dtype == "float32":
+        raise ValueError("optim.master: float32 weights need no copy in float32; set it to false, or model.dtype to bfloat16")
+
+
+def _adapters_reach(model: ModelConfig, rollout: RolloutConfig) -> None:
+    for name in ("dora", "tower", "merger"):
+        if rollout.engine == "vllm" and getattr(model.lora, name):
+            raise ValueError(f"model.lora.{name}: vLLM takes plain adapters of the language model only; set rollout.engine to embedded")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What is trained on."""
@@ -93,6 +106,8 @@ class DataConfig:
     """Threads that read and decode ahead of the step."""
     max_prompt_tokens: int = 16000
     """A longer prompt is a row-level error (nothing is ever cut inside an image)."""
+    max_image_pixels: int = MAX_PIXELS
+    """An image with more pixels is a row-level error; smaller ones are scaled as the model's limits say."""
     together: bool = True
     """Draw rows together that stand next to each other in their file and show the same images, so that these are computed once."""
     image_cache: str = ""
@@ -100,7 +115,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "workers")
-        at_least(self, 1, "max_prompt_tokens")
+        at_least(self, 1, "max_prompt_tokens", "max_image_pixels")
 
 
 @dataclass(frozen=True)
@@ -157,8 +172,10 @@ class SFTRecipe:
     def __post_init__(self) -> None:
         at_least(self, 0, "seed", "epochs", "steps", "stop_accuracy", "stop_steps")
         at_least(self, 1, "batch_size", "micro_batch", "pack_tokens", "pack_patches")
-        trainable(self.model)
+        checkpointed(self.model, self.packing)
+        _master_differs(self.model, self.optim)
         _weights_reach(self.rollout)
+        _adapters_reach(self.model, self.rollout)
 
 
 @dataclass(frozen=True)
@@ -231,10 +248,14 @@ class GRPORecipe:
     def __post_init__(self) -> None:
         at_least(self, 0, "seed", "log_rollouts")
         at_least(self, 1, "steps", "prompts", "minibatch", "micro_batch", "pack_tokens", "pack_patches")
-        trainable(self.model)
+        checkpointed(self.model, self.packing)
+        _master_differs(self.model, self.optim)
         _weights_reach(self.rollout)
+        _adapters_reach(self.model, self.rollout)
         if not self.rewards:
             raise ValueError("rewards: at least one is needed, for example [{name: accuracy}]")
+        if not any(reward.weight for reward in self.rewards):
+            raise ValueError("rewards: all weights are 0, so that nothing would be learned; give one a weight")
         names, sampling = [r.name for r in self.rewards], self.sampling
         if sampling.gate.on and sampling.gate.reward not in names:
             raise ValueError(f"sampling.gate.reward: {sampling.gate.reward!r} is not one of the rewards, {', '.join(names)}")
@@ -244,6 +265,10 @@ class GRPORecipe:
             )
         if self.rollout.ahead and self.rollout.engine != "embedded" and self.model.lora.dropout:
             raise ValueError("model.lora.dropout: with rollout.ahead, vLLM would draw between the update's random numbers; set it to 0")
+        if self.rollout.ahead and self.rollout.engine == "vllm" and self.optim.offload == "sampling":
+            raise ValueError(
+                "optim.offload: with rollout.ahead, vLLM draws beside the update, which needs the states; set it to none or always"
+            )
         if self.rollout.ahead and self.importance_correction == "off":
             raise ValueError(
                 "importance_correction: off would take replies of older weights for the policy's own; rollout.ahead needs auto or on"

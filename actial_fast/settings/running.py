@@ -10,7 +10,7 @@ from actial_fast.settings.sampling import at_least
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """AdamW, its schedule, and how its states are held."""
 
     lr: float = 5e-6
     """Peak learning rate."""
@@ -30,10 +30,21 @@ class OptimConfig:
     """Gradients are scaled down to this global norm; 0 = no clipping."""
     max_skipped: int = 5
     """An optimizer step whose loss or gradient is NaN or infinite is skipped; so many in a row end the run."""
+    kind: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """adamw: two moments of 4 bytes a weight. adamw8bit: of 1 byte, by bitsandbytes. paged_adamw8bit: the same in memory that the driver
+    moves to the host and back when the device has too little, on CUDA."""
+    master: bool = False
+    """model.dtype: bfloat16: keep a float32 copy of the trained weights, which the steps are made on. Without it steps are rounded up or
+    down at random, in proportion, so that those smaller than a weight's last bit are made in the mean."""
+    offload: Literal["none", "sampling", "always"] = "none"
+    """What lies on the host, in pinned memory. sampling: while replies are drawn, the optimizer's states and GRPO's reference. always: the
+    states at all times, which pass through the device piece by piece during a step, and the reference while replies are drawn."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "lr", "eps", "weight_decay", "warmup_steps", "min_lr_ratio", "clip_norm")
         at_least(self, 1, "max_skipped")
+        if self.kind == "paged_adamw8bit" and self.offload != "none":
+            raise ValueError(f"offload: the driver moves the states of paged_adamw8bit itself; {self.offload} is for the other kinds")
 
 
 @dataclass(frozen=True)
@@ -42,11 +53,27 @@ class DistConfig:
 
     fsdp: bool = False
     """Shard weights, gradients and optimizer states over the ranks (FSDP2); otherwise each rank holds a copy."""
+    reshard: Literal["block", "step"] = "block"
+    """fsdp: how long gathered weights are kept. block: a layer's until it has run, forward and backward. step: all of them, from the first
+    micro-batch of a pass to the last, which takes their whole size on every device and saves gathering them twice a micro-batch."""
+    reduce: Literal["pass", "step"] = "pass"
+    """fsdp: when gradients are summed over ranks. pass: behind every backward pass. step: once, behind the last one of an optimizer step,
+    for which every device adds gradients of the whole model up, in float32."""
+    replicate: int = 1
+    """fsdp: groups of ranks that each hold a whole model between them; with as many as there are machines (2 to 4), weights are gathered
+    within one, and only gradients go between them, once a step."""
+    fit: Literal["refuse", "warn"] = "refuse"
+    """What becomes of a run that the memory of its devices, or of this machine, or the disk is too small for by the budget (`actial plan`):
+    it does not begin, or it is told and goes on."""
     timeout: float = 60.0
     """Minutes that a rank waits for another, for the last replies and their rewards among others, before the run ends."""
 
     def __post_init__(self) -> None:
         at_least(self, 1e-3, "timeout")
+        at_least(self, 1, "replicate")
+        for name, default in (("reshard", "block"), ("reduce", "pass"), ("replicate", 1)):
+            if not self.fsdp and getattr(self, name) != default:
+                raise ValueError(f"{name}: says how sharded weights travel, and none are sharded; set fsdp to true, or {name} to {default}")
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 
 def at_least(config: Any, low: float, *names: str) -> None:
-    """ValueError for the first of these fields that is below `low`."""
+    """ValueError for the first of these fields that is below `low`, or no number."""
     for name in names:
-        if getattr(config, name) < low:
+        if not getattr(config, name) >= low:
             raise ValueError(f"{name}: must be at least {low}, got {getattr(config, name)}")
 
 

@@ -1,8 +1,8 @@
 """Checkpoints: each rank writes its part behind the next steps, and a run goes on from them as if it had not stopped.
 
 RUN/NAME/step-000100/            one checkpoint, made as .tmp-000100, fsynced and renamed: it is whole or absent
-    rank-00000-of-00008.safetensors  rank 0's rows of everything trained: weight/NAME, the optimizer's exp_avg/NAME, exp_avg_sq/NAME and
-                                 step/NAME, and its random-number states, rng/0/cpu and rng/0/cuda
+    rank-00000-of-00008.safetensors  rank 0's rows of everything trained: weight/NAME, the states of the optimizer (optim.py),
+                                 exp_avg/NAME, step/NAME and so on, and its random-number states, rng/0/cpu and rng/0/cuda
     state.json                   step, ranks, what the loop wants back, and what the export must know
     model/, adapter/             configuration, tokenizer and image processor, for the export; no weights
 RUN/NAME/final/model             once the stage is done: the folder that from_pretrained opens (export.py), with adapters merged;
@@ -26,15 +26,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from actial_fast.model.policy import Policy, save_settings
 from actial_fast.model.processor import Processor
 from actial_fast.model.tensors import sync, write
-from actial_fast.model.weights import local, rows_of, share
+from actial_fast.model.weights import copy_of, local, rows_of, share
 from actial_fast.train.dist import World
 from actial_fast.train.export import export, facts, open_ranks
 from actial_fast.train.guard import NonFinite
+from actial_fast.train.optim import empty_state
 
 PREFIX = "step-"
 PATIENCE = 20.0  # seconds that rank 0 waits for the others' files when a run ends with an error
@@ -48,7 +48,8 @@ class NotSaved(OSError):
 
 def steps(folder: Path) -> list[int]:
     """Steps of the whole checkpoints in a stage's folder, oldest first."""
-    return sorted(int(p.name.removeprefix(PREFIX)) for p in folder.glob(PREFIX + "*") if (p / "state.json").exists())
+    found = (p for p in folder.glob(PREFIX + "*") if p.name.removeprefix(PREFIX).isdecimal())  # not step-000004-best, someone's copy
+    return sorted(int(p.name.removeprefix(PREFIX)) for p in found if (p / "state.json").exists())
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -236,11 +237,8 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
         for kind in kinds:  # none where no gradient had reached it yet
             if (key := f"{kind}/{name}") not in stored:
                 continue
-            if stored.shape(key) == tuple(parameter.shape):
-                entry[kind] = torch.empty_like(parameter, dtype=stored.dtype(key), requires_grad=False)
-                stored.into(local(entry[kind]), key, start)
-            else:
-                entry[kind] = stored.rows(key).to(parameter.device)
+            entry[kind] = empty_state(optimizer, parameter, stored.shape(key), stored.dtype(key))
+            stored.into(local(entry[kind]), key, start if stored.shape(key) else 0)
         if entry:
             optimizer.state[parameter] = entry
     prefix = f"rng/{where.rank}/"  # a run that goes on with more ranks has no old state for the new ones
@@ -250,19 +248,14 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
 
 def _rows(policy: Policy, optimizer: torch.optim.Optimizer, where: World) -> dict[str, tuple[Tensor, int]]:
     """This rank's rows of everything that is saved, where they are, and the first one's index; what is replicated is shared out by rows."""
-    named: dict[str, Tensor] = {}
-    for name, parameter in policy.trained().items():
-        named[f"weight/{name}"] = parameter
-        named |= {f"{key}/{name}": value for key, value in optimizer.state.get(parameter, {}).items()}
     out: dict[str, tuple[Tensor, int]] = {}
-    for name, tensor in named.items():
-        start, stop = rows_of(tensor)
-        value = local(tensor)
-        if not isinstance(tensor, DTensor):
-            start, stop = share(stop, where.rank, where.size)
-            value = value[start:stop] if value.ndim else value
-        if start < stop:
-            out[name] = (value, start)
+    for name, parameter in policy.trained().items():
+        for kind, tensor in {"weight": parameter, **optimizer.state.get(parameter, {})}.items():
+            value = local(tensor)
+            start, stop = rows_of(parameter) if value.ndim else (0, 1)
+            first, end = share(stop - start, *(copy_of(parameter, where.rank, where.size) if value.ndim else (where.rank, where.size)))
+            if first < end:
+                out[f"{kind}/{name}"] = (value[first:end] if value.ndim else value, start + first)
     return out | {f"rng/{where.rank}/{kind}": (value, 0) for kind, value in rng_states().items()}
 
 

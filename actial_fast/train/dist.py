@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,10 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import Store
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from actial_fast.model.policy import Policy
 from actial_fast.ops.ranges import named
 
 
@@ -45,6 +43,14 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh | None = None
+    _grids: dict[int, DeviceMesh] = field(default_factory=dict, repr=False)
+
+    def grid(self, replicas: int) -> DeviceMesh:
+        """The ranks as so many rows of neighbours, mesh dimensions "replica" and "shard". Every rank calls; made once."""
+        if replicas not in self._grids:
+            shape = replicas, self.size // replicas
+            self._grids[replicas] = init_device_mesh(self.device.type, shape, mesh_dim_names=("replica", "shard"))
+        return self._grids[replicas]
 
     @property
     def main(self) -> bool:
@@ -130,57 +136,6 @@ def world(minutes: float = 60) -> Iterator[World]:
     finally:
         # after an error the peers may never answer, so only a clean end waits for the group
         dist.destroy_process_group()
-
-
-def shard(policy: Policy, where: World) -> Policy:
-    """Shard weights, gradients and optimizer states over the ranks with FSDP2: one group per block, the rest in the root."""
-    if where.mesh is None:
-        raise ValueError("dist.fsdp: needs several ranks; start with --gpus N, or set dist.fsdp=false")
-    low = policy.compute_dtype != torch.float32
-    mixed = MixedPrecisionPolicy(param_dtype=policy.compute_dtype, reduce_dtype=torch.float32) if low else MixedPrecisionPolicy()
-    trunk = policy.base.model
-    for block in [*trunk.visual.blocks, *trunk.language_model.layers]:
-        fully_shard(block, mesh=where.mesh, mp_policy=mixed)
-    fully_shard(policy, mesh=where.mesh, mp_policy=mixed)
-    for module in policy.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # sums: the loss already carries the global count
-            module.set_force_sum_reduction_for_comms(True)  # a plain sum, which gloo has and NCCL does without a copy
-    return policy
-
-
-def is_sharded(policy: nn.Module) -> bool:
-    """True when `shard` has been applied."""
-    return isinstance(policy, FSDPModule)
-
-
-@contextlib.contextmanager
-def gathered(policy: nn.Module) -> Iterator[None]:
-    """Whole weights on every rank, so that each may decode a number of steps of its own; a no-op where nothing is sharded, and inside
-    another `gathered`. Every rank calls, whatever it then has to do."""
-    blocks = [m for m in policy.modules() if isinstance(m, FSDPModule)]
-    if blocks and not isinstance(next(policy.parameters()), DTensor):
-        yield
-        return
-    for block in blocks:
-        block.set_reshard_after_forward(False, recurse=False)
-        block.unshard()
-    try:
-        yield
-    finally:
-        for block in blocks:
-            block.reshard()
-            block.set_reshard_after_forward(block is not policy, recurse=False)
-
-
-def recover(policy: nn.Module) -> None:
-    """After an exception inside a forward pass, which FSDP2 still takes for the running one: back to sharded weights. Every rank calls."""
-    if isinstance(policy, FSDPModule):
-        if not hasattr(policy, "reset_iter_state"):
-            raise Agreed("a pass failed, and this PyTorch (before 2.13) cannot go on with sharded weights after that")
-        policy.reset_iter_state()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what the pass held when memory ran out
 
 
 def reduce_gradients(parameters: list[nn.Parameter], where: World) -> None:

@@ -13,28 +13,36 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from actial_fast.model.nf4 import as_held, nf4_problem, quantized
 from actial_fast.model.policy import Policy
 from actial_fast.model.tensors import Stored, sync, write
 from actial_fast.model.weights import HEAD, INDEX, SINGLE, base_name, module_name, open_weights, resolve, stored_name
 
 FILE_BYTES = 5_000_000_000  # as transformers cuts them
 PEFT_FILE = "adapter_model.safetensors"
+Base: TypeAlias = Literal["trained", "original"]
 
 
 def facts(policy: Policy) -> dict[str, Any]:
     """What an export must know beside the trained weights; it goes into state.json."""
-    config = policy.config
+    config, held = policy.config, quantized(policy)
     path = str(Path(config.path).resolve()) if Path(config.path).is_dir() else config.path
     whole = all(parameter.requires_grad for parameter in policy.parameters())
-    scale = config.lora.alpha / config.lora.rank if policy.adapted else 0.0
     # merged in 16 bits, an adapter's small changes would be rounded away
     dtype = "float32" if policy.adapted else config.dtype
-    return {"base": "" if whole else path, "frozen_dtype": config.frozen_dtype, "dtype": dtype, "adapter_scale": scale}
+    return {
+        "base": "" if whole else path,
+        "frozen_dtype": config.frozen_dtype,
+        "dtype": dtype,
+        "adapter_scale": config.lora.scale,
+        "nf4": [stored_name(name) for name in held],
+        "nf4_twice": config.quantize_twice,
+    }
 
 
 def open_ranks(source: Path) -> Stored:
@@ -48,24 +56,25 @@ def open_ranks(source: Path) -> Stored:
 @dataclass(frozen=True)
 class Exported:
     """dtype: of the weights written. rounding: |rounded - exact| over |the adapters' change|, over the weights that this rank merged; 0 in
-    float32, None without adapters.
+    float32, None without adapters. held: how many weights were in NF4 while their adapters were trained.
     """
 
     dtype: str
     rounding: float | None
+    held: int
 
 
-def export_to(source: Path, out: Path, *, dtype: str = "") -> Exported:
+def export_to(source: Path, out: Path, *, dtype: str = "", base: Base = "trained") -> Exported:
     """Write the checkpoint `source` as a Hugging Face folder `out`, its adapters into out/adapter; `out` is whole or absent.
 
-    ValueError where `out` is not empty, and as `export`.
+    base: as `export` has it. ValueError where `out` is not empty, and as `export`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: there is something already; name a folder that is new or empty")
     temporary = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        done = export(source, temporary, temporary / "adapter", dtype=dtype)
+        done = export(source, temporary, temporary / "adapter", dtype=dtype, base=base)
         sync(temporary)
         os.replace(temporary, out)
     except BaseException:
@@ -74,13 +83,16 @@ def export_to(source: Path, out: Path, *, dtype: str = "") -> Exported:
     return done
 
 
-def export(source: Path, model: Path, adapter: Path, *, dtype: str = "", rank: int = 0, ranks: int = 1) -> Exported:
+def export(source: Path, model: Path, adapter: Path, *, dtype: str = "", base: Base = "trained", rank: int = 0, ranks: int = 1) -> Exported:
     """Write the checkpoint `source` as a Hugging Face folder `model` and, where adapters were trained, as PEFT's folder `adapter`.
 
-    dtype: of the weights in `model` (empty: as trained; float32 where adapters are merged). With several ranks each calls and writes its
-    files. ValueError where model.path is needed and gone, OSError where something cannot be written.
+    dtype: of the weights in `model` (empty: as trained; float32 where adapters are merged, or where the optimizer kept masters, which are
+    what is written). base: what was not trained is written, and adapters are merged into it, as it was in training, that is rounded to
+    model.frozen_dtype and to NF4 where it was held so, which gives the model that was trained; or as it is in model.path, which gives
+    another one. With several ranks each calls and writes its files. ValueError where model.path is needed and gone, OSError where
+    something cannot be written.
     """
-    weights = _Weights(source, dtype)
+    weights = _Weights(source, dtype, base)
     files = weights.files()
     model.mkdir(parents=True, exist_ok=True)
     if rank == 0:
@@ -96,7 +108,7 @@ def export(source: Path, model: Path, adapter: Path, *, dtype: str = "", rank: i
             write(adapter / PEFT_FILE, layout, lambda name: weights.stored.rows(weights.adapters[name]))
     for file, names in list(files.items())[rank::ranks]:
         write(model / file, {name: (weights.dtype, weights.shape(name)) for name in names}, weights.tensor)
-    return Exported(_said(weights.dtype), weights.rounding)
+    return Exported(_said(weights.dtype), weights.rounding, len(weights.held))
 
 
 class _Weights:
@@ -105,19 +117,24 @@ class _Weights:
     adapters: PEFT's names of the adapters' weights, each with its name in the checkpoint; empty where there are none.
     """
 
-    def __init__(self, source: Path, dtype: str):
+    def __init__(self, source: Path, dtype: str, base: Base):
         about = json.loads((source / "state.json").read_text())["model"]
-        self.dtype: torch.dtype = getattr(torch, dtype or about["dtype"])
         self.stored = open_ranks(source)
+        masters = {name.removeprefix("master/") for name in self.stored.names if name.startswith("master/")}
+        self.dtype: torch.dtype = getattr(torch, dtype or ("float32" if masters else about["dtype"]))
         self._frozen_dtype: torch.dtype = getattr(torch, about["frozen_dtype"])
+        self.held, self._twice, self._as_trained = frozenset(about.get("nf4", ())), about.get("nf4_twice", True), base == "trained"
+        if self.held and self._as_trained and (problem := nf4_problem()):
+            raise ValueError(problem.replace("set it to none", "use --base original"))
         self._scale: float = about["adapter_scale"]
         self._changed = self._lost = 0.0
-        keys = [name for name in self.stored.names if name.startswith("weight/")]
-        names = {key: base_name(key.removeprefix("weight/")) for key in keys}
+        trained = [name.removeprefix("weight/") for name in self.stored.names if name.startswith("weight/")]
+        names = {f"master/{n}" if n in masters else f"weight/{n}": base_name(n) for n in trained}
         self._trained = {stored_name(name): key for key, name in names.items() if ".lora_" not in name}
         self._down = {_adapted(name): key for key, name in names.items() if ".lora_A." in name}
         self._up = {_adapted(name): key for key, name in names.items() if ".lora_B." in name}
-        self.adapters = {f"base_model.model.{n.replace('.default.', '.')}": key for key, n in names.items() if ".lora_" in n}
+        self._lengths = {_adapted(name): key for key, name in names.items() if ".lora_magnitude_vector." in name}
+        self.adapters = {adapter_name(n): key for key, n in names.items() if ".lora_" in n}
         self._base, self._frozen = None, {}
         if about["base"]:
             try:
@@ -160,25 +177,44 @@ class _Weights:
         return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
 
     def tensor(self, name: str) -> Tensor:
-        """A weight in its dtype, with its adapter's product added in float32."""
-        if name in self._trained:
-            value = self.stored.rows(self._trained[name])
-        else:
-            assert self._base is not None
-            value = self._base.rows(self._frozen[name]).to(self._frozen_dtype)  # as it was trained on
+        """A weight in its dtype, with its adapter merged in float32."""
+        value = self.stored.rows(self._trained[name]) if name in self._trained else self._untrained(name)
         if name not in self._down:
             return value.to(self.dtype)
         down, up = (self.stored.rows(keys[name]).float() for keys in (self._down, self._up))
-        exact = value.float().addmm_(up, down, alpha=self._scale)
+        exact = torch.addmm(value.float(), up, down, alpha=self._scale)
+        if name in self._lengths:  # DoRA
+            exact *= (self.stored.rows(self._lengths[name]).float() / torch.linalg.norm(exact, dim=1))[:, None]
+            self._changed += float((exact - value.float()).square_().sum())
+        else:
+            self._changed += self._scale**2 * float(((up.T @ up) * (down @ down.T)).sum())  # the square of |scale up @ down|
         rounded = exact.to(self.dtype)
-        self._changed += self._scale**2 * float(((up.T @ up) * (down @ down.T)).sum())  # the square of |scale up @ down|
         self._lost += float((exact - rounded).square_().sum())
         return rounded
+
+    def _untrained(self, name: str) -> Tensor:
+        """A weight that was not trained."""
+        assert self._base is not None
+        value = self._base.rows(self._frozen[name])
+        if not self._as_trained:
+            return value
+        value = value.to(self._frozen_dtype)
+        return as_held(value.to(_device()), twice=self._twice).cpu() if name in self.held else value
+
+
+def _device() -> torch.device:
+    """Where weights are quantised again: on the kind of device that training did it on, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def adapter_name(name: str) -> str:
+    """PEFT's name in a file of a part of an adapter, from transformers' with the adapter's in it."""
+    return f"base_model.model.{name.removesuffix('.weight') if '.lora_magnitude_vector.' in name else name}".replace(".default", "")
 
 
 def _adapted(name: str) -> str:
     """The name in a file of the weight that a part of an adapter belongs to."""
-    return stored_name(re.sub(r"\.lora_[AB]\.default", "", name))
+    return stored_name(re.sub(r"\.lora_(A|B|magnitude_vector)\.default", "", name))
 
 
 def _said(dtype: torch.dtype) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from actial_fast.ops.ranges import named
 from actial_fast.train.dist import Agreed
+from actial_fast.train.shortage import over
 
 
 class NonFinite(Agreed):
@@ -35,7 +36,7 @@ class Guard:
         """Make the step and drop the gradients. loss, norm: scalars on the device, over all ranks. Returns, there, if it was made."""
         bad = ~(loss.isfinite() & norm.isfinite())
         self._optimizer.found_inf, self._optimizer.grad_scale = bad.float(), None  # type: ignore[attr-defined]  # GradScaler sets these
-        with named("optimizer"):
+        with named("optimizer"), over(lambda: "the optimizer's step", "optimizer"):
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
         self._bad.append(bad)

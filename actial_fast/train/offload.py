@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+import weakref
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +20,8 @@ class Offload:
     """Optimizer states and frozen models that can leave the device and come back, in place: whoever holds the tensors keeps them.
 
     Their memory is given up storage by storage and is the same number of bytes on the host, pinned, allocated once and used again. Reading
-    a tensor that has left is an error of PyTorch's. A disabled one does nothing.
+    a tensor that has left is an error of PyTorch's. A disabled one does nothing. On a CPU what came from a file stays: NumPy has seen
+    its memory, and PyTorch gives that up no more.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer | None, *models: nn.Module, enabled: bool = True):
@@ -55,7 +60,7 @@ class Offload:
         seen: set[int] = set()
         for tensor in self._tensors():
             storage = local(tensor).untyped_storage()
-            if storage.nbytes() >= SMALL and storage.data_ptr() not in seen:
+            if storage.nbytes() >= SMALL and storage.resizable() and storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
                 yield storage
 
@@ -66,6 +71,20 @@ class Offload:
                     yield from (v for v in self._optimizer.state.get(parameter, {}).values() if isinstance(v, Tensor))
         for model in self._models:
             yield from model.parameters()
+
+
+def pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros on the host in page-locked memory of no more than their size, for as long as they are used: PyTorch's own allocator takes the
+    next power of two. OSError where the system locks no more."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if not nbytes:
+        return torch.zeros(shape, dtype=dtype)
+    pages = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+    address, cuda = pages.ctypes.data, torch.cuda.cudart()
+    if code := int(cuda.cudaHostRegister(address, nbytes, 1)):  # 1: for all devices
+        raise OSError(f"{nbytes / 1e9:.1f} GB of the host's memory could not be locked (CUDA error {code}); set optim.offload to none")
+    weakref.finalize(pages, cuda.cudaHostUnregister, address).atexit = False  # the tensor holds them
+    return torch.from_numpy(pages).view(dtype).view(shape)
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

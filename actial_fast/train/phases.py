@@ -22,7 +22,7 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from statistics import median
 from typing import TypedDict
@@ -31,6 +31,7 @@ import torch
 
 from actial_fast.ops.ranges import named
 from actial_fast.train.dist import World
+from actial_fast.train.shortage import told
 
 # In the order of a step. data: rows, as far as the step waits for them; sync: weights to the sampler; plan: how passes are cut and shared
 # out; old, reference: passes without gradients for log-probs; update: forward, backward and optimizer; log: what is written down.
@@ -44,12 +45,14 @@ def untimed(name: str) -> contextlib.AbstractContextManager[None]:
 
 
 class Phases:
-    """The clock of a loop. ceiling: TFLOP/s that the device reaches (see `measured_rate`), or 0 to have no MFU.
+    """The clock of a loop. ceiling: TFLOP/s that the device reaches (see `measured_rate`), or 0 to have no MFU; keys: what a phase that
+    runs out of memory tells to change (see `shortage.keys_of`).
 
     Keeps one window, from the last call of `metrics` (or from being made) to the next.
     """
 
-    def __init__(self, where: World, ceiling: float = 0.0):
+    def __init__(self, where: World, ceiling: float = 0.0, keys: Mapping[str, str] | None = None):
+        self._keys = keys or {}
         self._where, self._ceiling, self._cuda = where, ceiling, where.device.type == "cuda"
         self._inside: list[str] = []
         self._spare: list[torch.cuda.Event] = []
@@ -62,7 +65,7 @@ class Phases:
         self._inside.append(name)
         self._mark()
         try:
-            with named(f"phase {name}"):
+            with named(f"phase {name}"), told(name, self._keys):
                 yield
         finally:
             self._inside.pop()

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from actial_fast.data.sources.row import BadRow, Row, decode
+from actial_fast.data.sources.overlap import overlaps
+from actial_fast.data.sources.picture import decode
+from actial_fast.data.sources.row import BadRow, Row
 from actial_fast.data.sources.source import Source, SourceConfig, open_source
 from actial_fast.data.sources.stream import Example
+from actial_fast.data.sources.told import log
+from actial_fast.model.adapters import unplaced
+from actial_fast.model.nf4 import nf4_problem
 from actial_fast.model.processor import Processor
-from actial_fast.model.tensors import Stored
 from actial_fast.model.weights import check_checkpoint, module_name, open_weights, resolve
 from actial_fast.packing.batch import Sequence
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.tasks.rewards import probe
 from actial_fast.train.dist import Agreed, World
 from actial_fast.train.packages import vllm_problem
+from actial_fast.train.quantised import problem as problem_of_states
+from actial_fast.train.sharding import unfit
 
 FIRST = 4  # rows of a source that are read and encoded
 TRUTHS = 64  # rows among which one must have a truth to evaluate with
 NEIGHBOURS = 64  # rows by which it is guessed how many share their images
-STATE_BYTES = 12  # of a trained weight in a checkpoint: itself and AdamW's two moments in float32
 GB = 1e9
 
 Encode = Callable[[Processor, Example], Sequence]
+Room = Callable[[SFTRecipe | GRPORecipe, Path, World, Processor | None], Iterable[str]]
 
 
 class Unready(Agreed):
@@ -38,24 +45,30 @@ class Unready(Agreed):
         self.problems = problems
 
 
-def problems_of(recipe: SFTRecipe | GRPORecipe, encode: Encode, folder: Path, where: World) -> list[str]:
-    """What would end a run of this recipe, one line each; nothing is changed but that the images of the rows looked at are stored.
+def problems_of(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, folder: Path, where: World) -> list[str]:
+    """What would end a run of this recipe, one line each; nothing is changed but that the images of the rows looked at are stored. What its
+    sources have in common is only told, in the log.
 
-    encode: what the loop makes of each row; folder: the stage's.
+    encode: what the loop makes of each row; room: says what memory and disk are too small for; folder: the stage's.
     """
-    return [" ".join(problem.split()) for problem in _problems(recipe, encode, folder, where)]
+    with contextlib.suppress(ValueError, OSError):  # a source that cannot be opened is one of the problems
+        for line in overlaps(recipe.data.sources, recipe.eval.sources):
+            log.warning(line)
+    return [" ".join(problem.split()) for problem in _problems(recipe, encode, room, folder, where)]
 
 
-def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, folder: Path, where: World) -> Iterator[str]:
-    yield from (misfits := check_checkpoint(recipe.model.path))
-    if not misfits:
-        yield from _room(recipe, folder, where)
+def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, folder: Path, where: World) -> Iterator[str]:
+    if unsharded := unfit(recipe.dist, where):
+        yield unsharded
+    yield from (misfits := check_checkpoint(recipe.model.path) or _unplaced(recipe))
     processor = None
     try:
         processor = processor_of(recipe)
     except (ValueError, OSError) as error:
         if not misfits:
-            yield f"model.path: {recipe.model.path!r} has no tokenizer and image processor that can be read ({error})"
+            yield f"model.path: the tokenizer and image processor of {recipe.model.path!r} cannot be used: {error}"
+    if not misfits:
+        yield from room(recipe, folder, where, processor)
     if not recipe.data.sources:
         yield "data.sources: none given"
     row: Row | None = None
@@ -77,8 +90,15 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, folder: Path, wher
     for source in recipe.eval.sources:
         rows, problems = _first(source, processor, Processor.encode_prompt, skip=recipe.data.on_bad_row == "skip", truths=True)
         yield from (f"eval.sources: {problem}" for problem in problems)
+    if isinstance(recipe, GRPORecipe) and row is not None and not any(map(_opens_with_truth, recipe.data.sources)):
+        if any(reward.name == "accuracy" and reward.weight for reward in recipe.rewards):
+            yield f"rewards: accuracy can score nothing: none of the first {TRUTHS} rows of any source has a truth"
     if isinstance(recipe, GRPORecipe) and row is not None:
         yield from (f"rewards: {problem}" for problem in probe(recipe.rewards, row))
+    if problem := problem_of_states(recipe.optim.kind, where.device):
+        yield problem
+    if recipe.model.quantize == "nf4" and (problem := nf4_problem()):
+        yield problem
     if recipe.rollout.engine == "vllm":
         if problem := vllm_problem():
             yield problem
@@ -92,35 +112,11 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, folder: Path, wher
             yield f"save.{package}: {package} is not installed; pip install {package}, or {off}"
 
 
-def _adapters(recipe: SFTRecipe | GRPORecipe, weights: Stored) -> int:
-    """Parameters of low-rank adapters: rows and columns of each matrix they stand beside, times the rank."""
-    lora = recipe.model.lora
-    beside = (name for name in weights.names if "visual" not in name and name.removesuffix(".weight").endswith(lora.targets))
-    return lora.rank * sum(sum(weights.shape(name)) for name in beside if len(weights.shape(name)) == 2)
-
-
-def _room(recipe: SFTRecipe | GRPORecipe, folder: Path, where: World) -> Iterator[str]:
-    """Too little disk for the checkpoints, or host memory for the run."""
+def _unplaced(recipe: SFTRecipe | GRPORecipe) -> list[str]:
+    """Adapters that find no layer in the checkpoint."""
     weights = open_weights(resolve(recipe.model.path))
-    sizes = {module_name(name): math.prod(weights.shape(name)) for name in weights.names}
-    everything = sum(sizes.values())
-    frozen = sum(n for name, n in sizes.items() if name.startswith(recipe.model.freeze)) if recipe.model.freeze else 0
-    trained = _adapters(recipe, weights) if recipe.model.lora.rank else everything - frozen
-    checkpoint, final = STATE_BYTES * trained, 4 * everything
-    needed = (recipe.save.keep + 1) * checkpoint + final
-    there = sum(path.stat().st_size for path in folder.glob("step-*/*.safetensors"))
-    if needed - there > (free := shutil.disk_usage(folder if folder.exists() else Path.cwd()).free):
-        yield (
-            f"run: {folder} has room for {free / GB:.1f} GB; {recipe.save.keep + 1} checkpoints of {checkpoint / GB:.1f} GB (save.keep and "
-            f"one under way) and the final model of {final / GB:.1f} GB need {needed / GB:.1f}; name a run folder on a larger disk"
-        )
-    memory = checkpoint  # the copy that is written while training goes on, over all ranks
-    if where.device.type == "cpu":
-        copies = 1 if recipe.dist.fsdp else where.size
-        memory += copies * (16 * trained + 4 * (everything - trained))  # weights, gradients and two moments
-    if memory > (available := available_memory()):
-        told = f"{memory / GB:.1f} GB of this machine's memory for weights, optimizer and the checkpoint being written"
-        yield f"the run needs about {told}, and {available / GB:.1f} are free"
+    matrices = [module_name(name).removesuffix(".weight") for name in weights.names if len(weights.shape(name)) == 2]
+    return unplaced(recipe.model.lora, matrices) if recipe.model.lora.rank else []
 
 
 def available_memory() -> float:
@@ -145,10 +141,28 @@ def _pixel_bytes(config: SourceConfig, rows: list[Row], processor: Processor) ->
 
 
 def processor_of(recipe: SFTRecipe | GRPORecipe) -> Processor:
-    """The recipe's preprocessing: its checkpoint's, within its limits."""
-    model, data = recipe.model, recipe.data
-    limits = {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels, "max_prompt": data.max_prompt_tokens}
-    return Processor.load(model.path, **limits, image_cache=data.image_cache)
+    """The recipe's preprocessing: its checkpoint's, within its limits. What does not fit into a pass is an error of its row."""
+    model, data, packed = recipe.model, recipe.data, recipe.packing == "packed"
+    return Processor.load(
+        model.path,
+        min_pixels=model.min_pixels,
+        max_pixels=model.max_pixels,
+        max_prompt=data.max_prompt_tokens,
+        max_tokens=recipe.pack_tokens if packed else 0,
+        room=recipe.sampling.max_new_tokens if isinstance(recipe, GRPORecipe) else 0,
+        max_patches=recipe.pack_patches if packed else 0,
+        image_cache=data.image_cache,
+        max_image_pixels=data.max_image_pixels,
+    )
+
+
+def doors(recipe: SFTRecipe | GRPORecipe, processor: Processor) -> Iterator[tuple[SourceConfig, Callable[[Example], Sequence]]]:
+    """Each source of a recipe, of its training and its evaluation, and what the loop makes of an example of it: BadRow for a bad row."""
+    encode = Processor.encode if isinstance(recipe, SFTRecipe) else Processor.encode_prompt
+    for source in recipe.data.sources:
+        yield source, functools.partial(encode, processor)
+    for source in recipe.eval.sources:
+        yield source, processor.encode_prompt
 
 
 def _first(
@@ -175,6 +189,13 @@ def _first(
     if truths and not bad and not _has_truth(source):
         bad.append(f"{config.path}: none of the first {min(TRUTHS, len(source))} rows has a truth to compare with")
     return good, bad
+
+
+def _opens_with_truth(config: SourceConfig) -> bool:
+    try:
+        return _has_truth(open_source(config))
+    except (ValueError, OSError):  # said before
+        return True
 
 
 def _has_truth(source: Source) -> bool:

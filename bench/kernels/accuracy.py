@@ -250,9 +250,14 @@ def floor(quantity: str, dtype: str, largest_logit: float) -> float:
     return torch.finfo(torch.float32).eps * max(largest_logit, 1.0)
 
 
-def measure(sizes: tuple[int, int, int, int], seed: int = 0, cases: Iterable[str] = tuple(CASES)) -> list[dict[str, Any]]:
-    """One row per dtype, case and implementation: its errors, or the reason in `missing`."""
-    rows = []
+def measure(
+    sizes: tuple[int, int, int, int],
+    seed: int = 0,
+    cases: Iterable[str] = tuple(CASES),
+    after: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """One row per dtype, case and implementation: its errors, or the reason in `missing`. `after` gets all rows so far with every case."""
+    rows: list[dict[str, Any]] = []
     for dtype in DTYPES:
         for case in cases:
             inputs = make(case, DTYPES[dtype], sizes, seed)
@@ -261,6 +266,7 @@ def measure(sizes: tuple[int, int, int, int], seed: int = 0, cases: Iterable[str
                 if row["missing"] is None:
                     row |= errors(peer.run(inputs), inputs.exact) | {"largest_logit": round(inputs.largest_logit, 3)}
                 rows.append(row)
+            after(rows)
     return rows
 
 
@@ -326,28 +332,25 @@ def _versions() -> dict[str, str]:
     return out
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Measure, print, write the files asked for; 1 when there are findings."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     sizes = SIZES[DEVICE]
     torch.set_num_threads(1)  # the order of sums, and so the last digits, then depends on nothing but the seed
-    rows = measure(sizes, args.seed)
-    found = findings(rows)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine()
-    result = {
-        "device": device,
-        "versions": _versions(),
-        "sizes": dict(zip("THVS", sizes, strict=True)),
-        "seed": args.seed,
-        "rows": rows,
-        "findings": found,
-    }
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    about = {"device": device, "versions": _versions(), "sizes": dict(zip("THVS", sizes, strict=True)), "seed": args.seed}
+
+    def after(rows: list[dict[str, Any]]) -> None:
+        if args.json:  # after every case: a run that is cut off leaves what it has
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(about | {"rows": rows, "findings": findings(rows)}, indent=1) + "\n")
+
+    rows = measure(sizes, args.seed, after=after)
+    found = findings(rows)
     if args.markdown:
         args.markdown.write_text(markdown(rows))
     print(markdown(rows))

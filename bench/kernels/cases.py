@@ -15,7 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actial_fast.kernels import advantages, decode, embedding, linear_grpo, linear_kl, linear_logprob, logits, merge, patchify, token_kl
+from actial_fast.kernels import (
+    advantages,
+    decode,
+    embedding,
+    linear_grpo,
+    linear_kl,
+    linear_logprob,
+    logits,
+    merge,
+    patchify,
+    rounding,
+    token_kl,
+)
 from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
 
 T, H, V = 8192, 3584, 152064  # rows that carry loss, hidden size, vocabulary
@@ -211,6 +223,13 @@ def embeds() -> Iterator[Case]:
     yield Case("embed", "features in bf16", "fp32", lambda: call(torch.float32, torch.bfloat16))
 
 
+def rounds() -> Iterator[Case]:
+    def call() -> None:
+        rounding.round_stochastic_(meta(T * H, dtype=torch.bfloat16), meta(T * H), 1, meta(), 0)
+
+    yield Case("round_stochastic", "", "bf16", call)
+
+
 CASES: list[Case] = [
     *linear_logprobs(),
     *linear_grpo_losses(),
@@ -223,4 +242,5 @@ CASES: list[Case] = [
     *decodes(),
     *patchifies(),
     *embeds(),
+    *rounds(),
 ]

@@ -1,6 +1,6 @@
 """The planner's cost model, measured: seconds of packed micro-batches of many shapes, and the coefficients that explain them best.
 
-    python -m bench.step.costs --recipe FILE [pack_tokens=16384 key=value ...] [--rounds 3] [--image 504] [--json FILE]
+    python -m bench.step.costs --recipe FILE [pack_tokens=16384 key=value ...] [--rounds 3] [--image 504] [--json FILE] [--rates]
 
 Each shape is one micro-batch of random tokens and images of noise on this machine's device: a single sequence, many short ones, image
 sequences with hardly any text, and a prompt with 16 replies, each at several shares of the recipe's pack_tokens and pack_patches. Timed is
@@ -10,6 +10,9 @@ the recipe's, on one device, not sharded; gradients accumulate, as they do withi
 The coefficients minimise the mean square of the relative errors, are never negative, and come in units of one token (linear = 1). A term
 that explains no more than noise would is left out, by Schwarz's criterion (1978): its coefficient is 0. The largest shape takes as much
 memory as the recipe's largest micro-batch, and on a CPU as long: give a smaller pack_tokens there.
+
+--rates also keeps what `actial plan` says seconds by on this GPU: the slowest and the fastest of the shapes that fill their micro-batch, as
+least FLOPs (actial_fast.model.flops) per second, and how fast its memory is copied.
 """
 
 from __future__ import annotations
@@ -29,9 +32,11 @@ import numpy as np
 import torch
 
 from actial_fast import sft
+from actial_fast.budget import rates
+from actial_fast.model import flops
 from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
-from actial_fast.packing.batch import Sequence, mrope_positions
+from actial_fast.packing.batch import Sequence, mrope_positions, share
 from actial_fast.packing.native import plan
 from actial_fast.packing.planning import Costs
 from actial_fast.quickstart import QuickstartRecipe, _resolved
@@ -39,7 +44,7 @@ from actial_fast.settings.config import load_recipe
 from actial_fast.settings.recipe import SFTRecipe
 from actial_fast.train.balance import UNBOUNDED, Size, lengths_of
 from actial_fast.train.dist import World
-from bench.harness.timing import DEVICE, machine, seconds_of
+from bench.harness.timing import CUDA, DEVICE, Cache, machine, seconds_of
 
 Shape = tuple[Size, ...]  # of the groups in one micro-batch
 TERMS = ("linear", "quadratic", "vision", "constant")
@@ -154,6 +159,19 @@ def runner(policy: Policy, processor: Processor, image: tuple[int, int]) -> Call
     return run
 
 
+def least_flops(policy: Policy, sequences: list[Sequence], image_token: int) -> int:
+    """What one micro-batch of these sequences needs at the least, forward and backward."""
+    groups = [(group.prefix, [sequences[i] for i in group.members]) for group in share(sequences, image_token)]
+    return sum(flops.minimum(policy.base, flops.work_of(groups), backward=True).values())
+
+
+def copied() -> float:
+    """TB/s read and written by a copy within the device's memory, the best of five."""
+    cache = Cache()
+    cache.copy()
+    return 2 * cache.source.nbytes / min(seconds_of(cache.copy) for _ in range(5)) / 1e12
+
+
 def measured(args: argparse.Namespace) -> dict[str, Any]:
     """The result as it goes into the JSON."""
     recipe, about = load_recipe(args.recipe, args.overrides), machine()
@@ -166,6 +184,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         image = settings.size(args.image, args.image)
         chosen = shapes(recipe.pack_tokens, recipe.pack_patches, math.prod(image) // settings.patch**2, settings.merge)
         seconds = measure(chosen, runner(policy, processor, image), args.rounds)
+        made = [sequences_of(shape, processor, image, np.random.default_rng(k)) for k, shape in enumerate(chosen.values())]
+        needed = [least_flops(policy, sequences, processor.image_token) for sequences in made]
     work = np.array([work_of(shape) for shape in chosen.values()])
     found = fit(work, seconds)
     rows = zip(chosen, work.tolist(), seconds.tolist(), found.predicted.tolist(), strict=True)
@@ -187,6 +207,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             }
             for name, (t, pairs, p, _), took, said in rows
         ],
+        "tflops": {name: n / s / 1e12 for name, n, s in zip(chosen, needed, seconds.tolist(), strict=True)},
+        "copy_tb_s": copied(),
         "token_seconds": found.token_seconds,
         "costs": asdict(found.costs),
     }
@@ -223,13 +245,27 @@ def main(argv: list[str] | None = None) -> None:
         "--image", type=int, default=504, metavar="PIXELS", help="side of an image before it is resized (default: %(default)s)"
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the figures to this file")
+    parser.add_argument("--rates", action="store_true", help="also keep the rates of this GPU for `actial plan`")
     args = parser.parse_args(argv)
+    if args.rates and not CUDA:
+        parser.error("--rates: are those of a GPU, and there is none")
     if min(args.rounds, args.image) < 1:
         parser.error("rounds and image must be at least 1")
     result = measured(args)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(told(result))
+    if args.rates:
+        print(f"rates for `actial plan`: {keep_rates(result)}")
+
+
+def keep_rates(result: dict[str, Any]) -> Path:
+    """The file of this GPU's rates, by the shapes that fill their micro-batch."""
+    full = [rate for name, rate in result["tflops"].items() if " / " not in name]
+    about = result["machine"]
+    command = f"python -m bench.step.costs --recipe {result['recipe']} {' '.join(result['overrides'])}"
+    speeds = min(full), max(full)
+    return rates.write(about["gpu"], update_tflops=speeds, copy_tb_s=result["copy_tb_s"], date=about["date"], command=command.strip())
 
 
 if __name__ == "__main__":

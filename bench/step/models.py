@@ -8,8 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from actial_fast.model.policy import _add_adapters
-from actial_fast.model.weights import draw_adapters
+from actial_fast.model.adapters import add_adapters, draw_adapters
 from actial_fast.settings.model import ModelConfig
 from bench.step.shapes import narrow
 
@@ -27,7 +26,7 @@ def narrow_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2_5_V
 def with_adapters(model: Qwen2_5_VLForConditionalGeneration, config: ModelConfig) -> PeftModel:
     """Fresh adapters on a model whose weights are there already, drawn by one seed."""
     device = next(model.parameters()).device
-    adapted = _add_adapters(model, config)
+    adapted = add_adapters(model, config)
     for module in adapted.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:

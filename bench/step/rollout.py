@@ -43,6 +43,7 @@ from actial_fast.train.dist import World
 from bench.harness.timing import machine
 
 Replies = list[list[list[int]]]  # of each prompt, each reply's ids
+Measured = dict[str, dict[str, float]]  # by side: seconds, cpu_seconds, tokens
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -113,9 +114,10 @@ def _ended(ids: list[int], processor: Processor) -> list[int]:
     return ids[: stops[0] + 1] if stops else ids
 
 
-def measure(sides: dict[str, Callable[[], Replies]], rounds: int) -> dict[str, dict[str, float]]:
-    """The least wall and processor seconds of each side's calls, in turns, after one that is not counted, and its tokens."""
-    found: dict[str, dict[str, float]] = {}
+def measure(sides: dict[str, Callable[[], Replies]], rounds: int, after: Callable[[Measured], None]) -> Measured:
+    """The least wall and processor seconds of each side's calls, in turns, after one that is not counted, and its tokens; what is known is
+    handed to `after` with every round."""
+    found: Measured = {}
     for name, side in sides.items():
         tokens = sum(len(reply) for group in side() for reply in group)
         found[name] = {"seconds": float("inf"), "cpu_seconds": float("inf"), "tokens": tokens}
@@ -128,6 +130,7 @@ def measure(sides: dict[str, Callable[[], Replies]], rounds: int) -> dict[str, d
             one = found[name]
             one["seconds"] = min(one["seconds"], time.perf_counter() - wall)
             one["cpu_seconds"] = min(one["cpu_seconds"], time.process_time() - cpu)
+        after(found)
     return found
 
 
@@ -177,22 +180,24 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with vllm(policy, processor, max(map(len, prompts)) + args.limit) as engine:
             if engine is not None:
                 sides["vllm"] = lambda: replies_of(engine, prompts, sampled)
-            measured = measure(sides, args.rounds)
-        result = {
-            "machine": machine(),
-            "threads": torch.get_num_threads(),
-            "case": {"prompts": args.prompts, "n": args.n, "limit": args.limit, "prompt_tokens": [len(p) for p in prompts]},
-            "greedy_equal": equal,
-            "sides": measured,
-        }
+            result = {
+                "machine": machine(),
+                "threads": torch.get_num_threads(),
+                "case": {"prompts": args.prompts, "n": args.n, "limit": args.limit, "prompt_tokens": [len(p) for p in prompts]},
+                "greedy_equal": equal,
+            }
+
+            def after(sides: Measured) -> None:
+                if args.json:  # after every round: a run that is cut off leaves what it has
+                    args.json.parent.mkdir(parents=True, exist_ok=True)
+                    args.json.write_text(json.dumps(result | {"sides": sides}, indent=1))
+
+            result["sides"] = measure(sides, args.rounds, after)
     for name, one in result["sides"].items():
         print(
             f"{name:14s} {one['seconds']:8.3f} s wall {one['cpu_seconds']:8.3f} s processor {one['tokens']:7.0f} tokens "
             f"{one['tokens'] / one['seconds']:9.0f} tokens/s"
         )
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1))
     return result
 
 

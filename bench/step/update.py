@@ -1,6 +1,6 @@
 """One GRPO update, whole: the packed path beside TRL's GRPOTrainer, as installed, or beside our own padded path.
 
-    python -m bench.step.update --vs trl|plain [--json FILE] [--rounds 2] [--prompts 8 --n 16 --mean 300] [--their-batch 4]
+    python -m bench.step.update --vs trl|plain [--lora RANK] [--json FILE] [--rounds 2] [--prompts 8 --n 16 --mean 300] [--their-batch 4]
 
 The model is a narrow Qwen2.5-VL (hidden 128, 4 layers, vision depth 4, vocabulary 8,192; random weights, float32) at real lengths: prompts
 of about 800 tokens of which two images take about 320 each, n completions, lognormal with mean 300, 40 to 1,000 tokens. Both sides get the
@@ -9,7 +9,8 @@ needs a pass for old log-probs, because the update is on policy. Sampling, rewar
 
 TRL runs its own `training_step` per micro-batch (split, shuffle, `_compute_loss`, backward); only its generation is replaced by the
 completions at hand, in its own format: left-padded prompts, right-padded completions, pixels repeated for every completion.
---their-batch is its per_device_train_batch_size; gradient checkpointing off.
+--their-batch is its per_device_train_batch_size; gradient checkpointing off. --lora: both train adapters of that rank on the language model
+in the place of its weights, PEFT's of the same numbers.
 
 Each side lives in a process of its own, and they take turns. Before a figure is told, losses must agree within 1e-4 and gradients
 (relative, all parameters together) within 1e-3. Seconds are of the wall, and of the processor over all threads, which say more on a machine
@@ -49,10 +50,11 @@ from actial_fast.ops.spec import GRPOSpec
 from actial_fast.packing.batch import Sequence, mrope_positions
 from actial_fast.packing.images import ImageSettings, ImageStore
 from actial_fast.packing.packed_ops import collect, patchify
+from actial_fast.settings.model import LoRAConfig, ModelConfig
 from actial_fast.settings.recipe import GRPORecipe
 from actial_fast.train.dist import World
 from bench.harness.timing import machine
-from bench.step.models import VOCABULARY, narrow_model, token_ids
+from bench.step.models import VOCABULARY, narrow_model, token_ids, with_adapters
 
 SETTINGS = ImageSettings(14, 2, 2, 1, 10**9, 3, mean=(0.5,) * 3, std=(0.3,) * 3)
 LEARNING_RATE, CLIP_NORM = 1e-5, 1.0
@@ -206,9 +208,14 @@ def _trl_inputs(case: Case) -> dict[str, Any]:
     }
 
 
-def build(name: str, case: Case, their_batch: int, folder: str) -> Side:
+def build(name: str, case: Case, their_batch: int, folder: str, lora: int = 0) -> Side:
     """The side called ours, plain or trl."""
     model = narrow_model(case.tokenizer)
+    if lora:
+        model = with_adapters(model, ModelConfig(lora=LoRAConfig(rank=lora)))
+        for name_, parameter in model.named_parameters():
+            if ".lora_B." in name_:  # PEFT begins at zero, where A has no gradient to compare
+                torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(len(name_)))
     if name == "trl":
         return trl_side(model, case, their_batch, folder)
     return our_side(model, case, {"ours": "packed"}.get(name, name), their_batch)
@@ -219,13 +226,14 @@ class Updater:
 
     def __init__(self, side: Side):
         self.side, self.first = side, True
-        self.optimizer = torch.optim.AdamW(side.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+        self.trained = [p for p in side.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         self.held = _status("VmRSS")
         side.prepare()
 
     def update(self) -> dict[str, Any]:
         """One update's loss and times; of the first also the gradient, kept outside of the clock."""
-        parameters, gradient, load = list(self.side.model.parameters()), None, os.getloadavg()[0]
+        parameters, gradient, load = self.trained, None, os.getloadavg()[0]
         began = time.perf_counter(), time.process_time()
         loss = self.side.accumulate()
         spent = time.perf_counter() - began[0], time.process_time() - began[1]
@@ -252,7 +260,7 @@ class Worker:
 
     def __init__(self, name: str, args: argparse.Namespace, folder: str):
         self.name, self.done = name, []
-        options = name, args.prompts, args.n, args.mean, args.their_batch, args.threads, folder
+        options = name, args.prompts, args.n, args.mean, args.their_batch, args.threads, folder, args.lora
         self.pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=options)
 
     def update(self) -> None:
@@ -265,10 +273,10 @@ class Worker:
 _updater: Updater | None = None  # in a worker's process
 
 
-def _begin(name: str, prompts: int, n: int, mean: float, their_batch: int, threads: int, folder: str) -> None:
+def _begin(name: str, prompts: int, n: int, mean: float, their_batch: int, threads: int, folder: str, lora: int) -> None:
     global _updater
     torch.set_num_threads(threads)
-    _updater = Updater(build(name, make_case(prompts, n, mean, folder), their_batch, folder))
+    _updater = Updater(build(name, make_case(prompts, n, mean, folder), their_batch, folder, lora))
 
 
 def _update() -> dict[str, Any]:
@@ -312,7 +320,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "schema": 1,
         "machine": about,
-        "settings": {name: getattr(args, name) for name in ("vs", "rounds", "prompts", "n", "mean", "their_batch", "threads")},
+        "settings": {name: getattr(args, name) for name in ("vs", "lora", "rounds", "prompts", "n", "mean", "their_batch", "threads")},
         "tokens": {
             "prompts": sum(case.prompt_lengths[:: case.n]),
             "completions": sum(map(len, case.samples)),
@@ -346,6 +354,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print, and write the JSON when asked."""
     parser = argparse.ArgumentParser(prog="python -m bench.step.update", description=__doc__.splitlines()[0])
     parser.add_argument("--vs", choices=("trl", "plain"), default="trl", help="the other side (default: %(default)s)")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank (default: all weights)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the figures to this file")
     parser.add_argument("--rounds", type=int, default=2, help="updates of each side (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=8, help="default: %(default)s")
@@ -354,8 +363,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--their-batch", type=int, default=4, help="completions in a micro-batch of the other side (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch, on both sides (default: %(default)s)")
     args = parser.parse_args(argv)
-    if min(args.rounds, args.prompts, args.n, args.their_batch, args.threads) < 1 or not args.mean > 0:
-        parser.error("every size must be at least 1")
+    if min(args.rounds, args.prompts, args.n, args.their_batch, args.threads) < 1 or not args.mean > 0 or args.lora < 0:
+        parser.error("every size must be at least 1, and --lora at least 0")
     if args.prompts * args.n % args.their_batch:
         parser.error(f"--their-batch: {args.prompts} x {args.n} completions must be a multiple of it, got {args.their_batch}")
     result = measured(args)

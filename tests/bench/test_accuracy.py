@@ -1,6 +1,7 @@
 """The error table: ours is never the worst and within twice torch in the same dtype, and the table tells everything it should."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -66,3 +67,13 @@ def test_the_cases_are_what_their_names_say():
     assert (inputs.hidden.double() @ inputs.weight.double().T).max() < -9900
     inputs = accuracy.make("one dominant token", accuracy.DTYPES["bfloat16"], SIZES, 0)
     assert (inputs.hidden.double() @ inputs.weight.double().T).softmax(-1)[:, 7].min() > 0.99
+
+
+def test_a_table_that_is_cut_off_leaves_what_it_has(monkeypatch, tmp_path):
+    make = accuracy.make
+    monkeypatch.setattr(accuracy, "SIZES", {accuracy.DEVICE: SIZES})
+    monkeypatch.setattr(accuracy, "make", lambda case, *rest: make(case, *rest) if case == next(iter(accuracy.CASES)) else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        accuracy.main(["--json", str(tmp_path / "new" / "a.json")])
+    rows = json.loads((tmp_path / "new" / "a.json").read_text())["rows"]
+    assert len(rows) == len(accuracy.IMPLEMENTATIONS) and any(row.get("logp_max") for row in rows)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gate
 from bench.harness import compare, plot, table
 from bench.harness.timing import CUDA, peak_mib
 from bench.kernels import memcheck, ops, rounds, sides
@@ -323,7 +322,7 @@ def test_the_list_says_why_a_side_cannot_run(capsys):
         ops.main(["--only", "no such op"])
 
 
-# ---- plot, gate
+# ---- plot
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
@@ -348,51 +347,6 @@ def test_the_markdown_says_who_is_fastest():
     text = table.markdown(RESULT)
     assert "| ours, 1400 MB: 38 ms | 89.0% | torch: 70 ms | 1.84x |" in text
     assert "| quack | not installed |" in text and "1755 MHz, 690 W, 61 °C" in text
-
-
-def test_every_step_of_the_gate_runs_and_one_failure_fails_it(capfd, monkeypatch, tmp_path):
-    monkeypatch.setattr(gate, "ROOT", tmp_path)
-    run = lambda code: [sys.executable, "-c", code]  # noqa: E731
-    budget = lambda s: [f"{s:.0f}"]  # noqa: E731
-    todo = [
-        gate.Step("bad", run("raise SystemExit(3)"), 3),
-        gate.Step("slow", run("import time; print('begun', flush=True); time.sleep(60)"), 1),
-        gate.Step("none", ["none"], 100, absent="it is not here"),
-        gate.Step("told", run("import sys; print('budget', *sys.argv[1:])"), 10, budget=budget),
-        gate.Step("last", run("import sys; print('kept', *sys.argv[1:])"), 10, budget=budget),
-    ]
-    assert gate.run(todo, 42) == 1
-    out = capfd.readouterr().out
-    assert "FAILED: exit code 3" in out and "FAILED: ran out of time" in out and "not run: it is not here" in out
-    assert re.search(r"budget (19|20)\n", out) and re.search(r"kept (39|40)\n", out), "what a step leaves goes to those after it"
-    (told,) = (tmp_path / "bench/results").glob("*/gate-*.json")
-    steps = json.loads(told.read_text())["steps"]
-    assert [each["step"] for each in steps] == [step.name for step in todo] and steps[3]["outcome"] == "passed"
-    assert (tmp_path / "build/gate/slow.log").read_text() == "begun\n", "what a step printed before its end is kept"
-    assert gate.run(todo[2:], 30) == 0
-
-
-def test_a_gate_that_is_cut_off_has_told_what_it_did(monkeypatch, tmp_path):
-    monkeypatch.setattr(gate, "ROOT", tmp_path)
-    plain = gate._call
-    monkeypatch.setattr(gate, "_call", lambda step, s: plain(step, s) if step.name == "good" else (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        gate.run([gate.Step("good", [sys.executable, "-c", ""], 1), gate.Step("cut", [], 1)], 60)
-    (told,) = (tmp_path / "bench/results").glob("*/gate-*.json")
-    assert [each["outcome"] for each in json.loads(told.read_text())["steps"]] == ["passed"]
-
-
-def test_the_gate_holds_what_make_gpu_promises():
-    found = gate.steps()
-    names = ["build", "bfloat16 tests", "memcheck", "racecheck", "microbenchmarks", "one step", "accuracy", "rollout", "other tests"]
-    assert [step.name for step in found] == names
-    assert sum(step.share for step in found) == 7 * 60, "the shares are seconds of a gate of 7 minutes"
-    for tests in (found[1].command, found[-1].command):
-        assert "tests/kernels/test_linear.py" in tests and all((ROOT / x).exists() for x in tests if x.startswith("tests/"))
-    assert found[4].budget(85) == ["--budget-seconds", "70"]
-    if not CUDA:
-        with pytest.raises(SystemExit):
-            gate.main([])
 
 
 def test_memcheck_runs_every_op(capsys):

@@ -76,6 +76,17 @@ def test_adapters_and_what_rounding_costs(stages, tiny, tmp_path, capsys):
     assert all(torch.allclose(value, exact[name], atol=1e-6) for name, value in merged.named_parameters())
 
 
+def test_adapters_beside_the_checkpoints_own_weights(stages, tiny, tmp_path):
+    """They were trained beside a base in 16 bits; the checkpoint has it in 32."""
+    for base in ("trained", "original"):
+        assert main(["export", str(stages["adapters"]), "-o", str(tmp_path / base), "--base", base]) == 0
+    exact, rounded, found = weights(tiny), weights(tiny, torch.bfloat16), {b: weights(tmp_path / b) for b in ("trained", "original")}
+    for name, value in exact.items():
+        off, expected = found["original"][name] - found["trained"][name], value - rounded[name].float()
+        assert torch.allclose(off, expected, atol=1e-6), name
+    assert not torch.equal(found["original"]["lm_head.weight"], found["trained"]["lm_head.weight"])
+
+
 def test_mistakes(stages, tmp_path, capsys):
     for args, message in (
         ([tmp_path, "-o", tmp_path / "x"], f"{tmp_path}: no checkpoint (step-000100, say) and no folder of a stage that has one"),

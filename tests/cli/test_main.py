@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from actial_fast.cli.main import main
-from actial_fast.data.sources.jsonl import JsonlSource
+from actial_fast.data.sources.own import JsonlSource
 from actial_fast.data.sources.source import SourceConfig, open_source
 from actial_fast.data.sources.tags import is_well_formed, tagged_answer
 from actial_fast.report.metrics import MetricLog
@@ -195,9 +195,17 @@ def test_mistakes_in_recipes(mistake, tmp_path):
     assert "did you mean 'optim.lr'?" in mistake("recipe", "show", recipe, "optim.lrr=1")
     assert "expected key=value" in mistake("recipe", "show", recipe, "optim.lr")
     assert "nowhere.yaml does not exist" in mistake("sft", "nowhere.yaml")
-    assert "--gpus 0: " in mistake("sft", recipe, "--gpus", 0)
+    for number in (0, -2):
+        assert f"--gpus {number}: give the number of GPUs to use, 1 or more" in mistake("sft", recipe, "--gpus", number)
     assert "is a recipe for `actial sft`, not for `actial grpo`" in mistake("grpo", recipe, f"run={tmp_path}")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_of_another_launcher_starts_no_ranks(mistake, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    told = mistake("grpo", ROOT / "recipes" / "actial-7b-grpo.yaml", "--gpus", 8)
+    assert "--gpus 8: another launcher has started 2 of this machine's ranks already; leave the option out" in told
 
 
 # ---- data

@@ -165,13 +165,25 @@ def test_values_gradients_and_metrics_are_those_of_liger(loss_type, level):
 
 
 @cpu
-@pytest.mark.parametrize("loss_type", ["luspo", "cispo", "sapo", "vespo"])
-def test_the_kernels_give_the_same(loss_type):
-    options = settings(loss_type, beta=0.04)
+@pytest.mark.parametrize(
+    ("loss_type", "changes"), [("luspo", {}), ("cispo", {"epsilon_high": 0.2}), ("sapo", {}), ("vespo", {})], ids=lambda x: str(x or "")
+)
+@pytest.mark.filterwarnings("ignore:epsilon_high")
+def test_the_kernels_give_the_same(loss_type, changes):
+    options = settings(loss_type, beta=0.04, **changes)
     case = make(lengths=(L, L, L))
     case.mask[:] = 1
     got, want = run(on_kernels(FusedLinearGRPOLoss(**options)), case, ratio="token"), run(theirs(**options), case, ratio="token")
     assert_same(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_a_cispo_cap_below_1_is_told_and_computed(on_policy):
+    """Liger's default for it, 0.2."""
+    case, options = make(), settings("cispo", beta=0.04, epsilon_high=0.2)
+    with pytest.warns(UserWarning, match="epsilon_high: cispo caps the ratio itself at it, and at 0.2"):
+        loss = FusedLinearGRPOLoss(**options)
+    assert_same(run(loss, case, on_policy), run(theirs(**options), case, on_policy), 1e-5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 6.0])
@@ -295,7 +307,7 @@ def test_packed_rows_give_what_padded_rows_give(loss_type, ratio):
         ({"importance_sampling_level": "turn"}, "'turn' is not supported; supported are token, sequence"),
         ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "'sequence' is not defined for vespo"),
         ({"loss_type": "dr_grpo"}, "max_completion_length: needed"),
-        ({"loss_type": "cispo"}, "epsilon_high: cispo caps the ratio at it, so it must be >= 1"),
+        ({"loss_type": "cispo", "epsilon_high": -0.1}, "epsilon_high: must be >= -1"),
         ({"delta": 1.1}, r"delta: must be > 1 \+ epsilon_high = 1.2, got 1.1"),
         ({"epsilon_low": -0.1}, "epsilon_low: must be >= 0"),
         ({"beta": -1.0}, "beta: must be >= 0"),

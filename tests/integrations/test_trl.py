@@ -41,7 +41,7 @@ LENGTHS, PROMPTS = (1, 7, 3, 9, 4, 6, 5, 2, 8), (4, 6, 3, 5, 4, 7, 3, 4, 5)  # b
 
 @dataclass(frozen=True)
 class Options:
-    """What is set on both trainers, in TRL's names. cap: of the ratio, epsilon_high where the loss is cispo."""
+    """What is set on both trainers, in TRL's names. cap: of cispo's ratio, its epsilon_high."""
 
     loss_type: str = "grpo"
     level: str = "token"
@@ -54,12 +54,13 @@ class Options:
     quantile: float = 1.0
     off_policy: float | None = None
     adaptive: bool = False
+    cap: float = 1.15
 
     def __str__(self) -> str:
         return "-".join(str(x) for x in vars(self).values())
 
     def set_on(self, trainer: GRPOTrainer) -> None:
-        high = 1.15 if self.loss_type == "cispo" else 0.15
+        high = self.cap if self.loss_type == "cispo" else 0.15
         low, top = RANGE
         own = {"loss_type": self.loss_type, "importance_sampling_level": self.level, "beta": self.beta, "epsilon_high": high}
         own |= {"top_entropy_quantile": self.quantile, "entropy_coef": self.entropy_coef, "off_policy_mask_threshold": self.off_policy}
@@ -301,6 +302,8 @@ FURTHER = (
     Options("dapo", off_policy=0.05),
     Options("bnpo", "sequence", off_policy=0.05, importance="sequence_truncate", quantile=0.4),
     Options("cispo", "sequence", 0.04, corrected_kl=True, entropy_coef=-0.01),
+    Options("cispo", cap=0.2, entropy_coef=0.02),
+    Options("cispo", on_policy=True, cap=0.2),
     Options("sapo", on_policy=True, off_policy=0.05),
     Options("vespo", off_policy=0.05, importance="token_truncate", entropy_coef=0.02),
     Options("grpo", off_policy=0.05, entropy_coef=0.02),
@@ -743,7 +746,6 @@ def test_an_unknown_level_is_refused(unpatched):
     [
         ({"loss_type": "gspo"}, r"loss_type: 'gspo' is not supported; supported: .*loss_type grpo, bnpo"),
         ({"importance_sampling_level": "word"}, "ratio: 'word' is not one of token, sequence"),
-        ({"loss_type": "cispo"}, "epsilon_high: for cispo it is the cap of the ratio itself, at least 1"),
         ({"loss_type": "vespo", "vllm_importance_sampling_clip_max": 0.5}, "vespo needs 1 between them"),
         ({"delta": 1.05}, "clip_delta: must be > 1 \\+ clip_high"),
         ({"torch_compile": True}, "torch_compile: would compile the loss anew"),
@@ -753,6 +755,12 @@ def test_an_unknown_level_is_refused(unpatched):
 def test_options_without_our_loss_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(FusedGRPOTrainer, text_model(), tmp_path, **settings)
+
+
+def test_a_cispo_cap_below_1_is_told_and_computed():
+    """TRL's default for it, 0.2; the steps of FURTHER have its values."""
+    with pytest.warns(UserWarning, match="epsilon_high: cispo caps the ratio itself at it, and at 0.2"):
+        assert spec_of(GRPOConfig(loss_type="cispo", bf16=False)).clip_high == pytest.approx(-0.8)
 
 
 def test_other_ways_to_distribute_are_refused(pairs):

@@ -6,7 +6,8 @@ import torch
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from actial_fast.data.sources.row import BadRow, Row, Turn, decode
+from actial_fast.data.sources.picture import decode
+from actial_fast.data.sources.row import BadRow, Row, Turn
 from actial_fast.data.sources.stream import Example
 from actial_fast.model.processor import Processor, dummy
 from actial_fast.packing import native

@@ -18,7 +18,8 @@ from actial_fast.model.processor import Processor
 from actial_fast.packing.batch import Sequence
 from actial_fast.rollout.decoder import Decoder
 from actial_fast.settings.model import ModelConfig
-from actial_fast.train.dist import World, shard, world
+from actial_fast.train.dist import World, world
+from actial_fast.train.sharding import shard
 from tests.faults import leave
 from tests.loops import generate
 

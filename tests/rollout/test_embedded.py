@@ -59,6 +59,17 @@ def test_logprobs_are_the_trainers(setup, prompts):
             np.testing.assert_allclose(reply.logprobs, trainer_logprobs(policy, processor, prompt, reply), atol=2e-5)
 
 
+@pytest.mark.parametrize("how", ["all", "base under adapters"])
+def test_weights_of_16_bits_draw_on_a_cpu_what_the_trainer_sees(lab, prompts, setup, how):
+    adapters = {"frozen_dtype": "bfloat16", "lora": LoRAConfig(rank=4)}
+    settings = ModelConfig(path=str(lab.model), **({"dtype": "bfloat16"} if how == "all" else adapters))
+    policy, processor = load_policy(settings, CPU, seed=0, packed=True), setup[1]
+    assert policy.hidden_dtype == torch.bfloat16
+    for prompt, group in zip(prompts, generate(policy, processor, prompts, 2, keys=KEYS, max_new_tokens=8), strict=True):
+        for reply in group:
+            np.testing.assert_allclose(reply.logprobs, trainer_logprobs(policy, processor, prompt, reply), atol=0.1)
+
+
 def test_greedy_equals_transformers_generate(setup, prompts):
     policy, processor = setup
     for prompt, (reply,) in zip(prompts, generate(policy, processor, prompts, 1, temperature=0, max_new_tokens=16), strict=True):

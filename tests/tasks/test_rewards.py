@@ -17,6 +17,7 @@ from actial_fast.tasks.rewards import (
     find_reward,
     format_reward,
     score,
+    strict_accuracy,
 )
 
 ROW = Row((Turn("user", "which?"), Turn("assistant", "B")), truth="B", where="file.jsonl:7")
@@ -86,8 +87,8 @@ def test_any_text_scores_0_or_1(response):
         ("</answer>B<answer>", "B", 0),
     ],
 )
-def test_accuracy(response, truth, right):
-    assert accuracy_reward(response, Row(ROW.turns, truth=truth)) == right
+def test_strict_accuracy(response, truth, right):
+    assert strict_accuracy(response, Row(ROW.turns, truth=truth)) == right
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_score_keeps_unscorable_apart():
     good, bare = "<think>a</think><answer>b</answer>", "B"
     table = score([good, bare, good], [ROW, ROW, OPEN], DEFAULT_REWARDS)
     assert table.dtype == np.float32 and table.shape == (3, 2)
-    np.testing.assert_array_equal(table, np.array([[1, 1], [0, 0], [1, math.nan]], np.float32))
+    np.testing.assert_array_equal(table, np.array([[1, 1], [0, 1], [1, math.nan]], np.float32))
     assert [(r.name, r.weight) for r in DEFAULT_REWARDS] == [("format", 0.5), ("accuracy", 0.5)]
 
 

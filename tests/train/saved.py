@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from actial_fast.model.policy import Policy, load_policy
@@ -25,23 +26,42 @@ from actial_fast.model.weights import local
 from actial_fast.settings.model import LoRAConfig, ModelConfig
 from actial_fast.settings.running import OptimConfig
 from actial_fast.train import checkpoint
-from actial_fast.train.dist import World, shard, world
-from actial_fast.train.stage import build_optimizer
+from actial_fast.train.dist import World, world
+from actial_fast.train.optim import build_optimizer
+from actial_fast.train.sharding import shard
 from tests.faults import leave
 
 ROOT = Path(__file__).parents[2]
-KINDS = {
-    "full": {},
-    "frozen": {"freeze": ("model.visual",), "frozen_dtype": "bfloat16"},
-    "adapters": {"lora": LoRAConfig(rank=4), "frozen_dtype": "bfloat16"},
+BF16, EIGHT = {"dtype": "bfloat16"}, {"kind": "adamw8bit"}
+KINDS = {  # what of the model, and which optimizer
+    "full": ({}, {}),
+    "frozen": ({"freeze": ("model.visual",), "frozen_dtype": "bfloat16"}, {}),
+    "adapters": ({"lora": LoRAConfig(rank=4), "frozen_dtype": "bfloat16"}, {}),
+    "host": ({}, {"offload": "always"}),
+    "8 bits": ({}, EIGHT),
+    "rounded": (BF16, {}),
+    "rounded, 8 bits, host": (BF16, EIGHT | {"offload": "always"}),
+    "master": (BF16, {"master": True}),
+    "adapters, master, 8 bits": ({"lora": LoRAConfig(rank=4), "frozen_dtype": "bfloat16"} | BF16, EIGHT | {"master": True}),
+    "dora": ({"lora": LoRAConfig(rank=4, rslora=True, dora=True, merger=True)}, {}),
+    "nf4": ({"lora": LoRAConfig(rank=4, dora=True), "quantize": "nf4"}, {}),
 }
+SHARDED = ("full", "frozen", "adapters", "rounded, 8 bits, host", "adapters, master, 8 bits")  # those that ranks are started for
 
 
 def config(model: Path, kind: str = "full") -> ModelConfig:
-    return ModelConfig(path=str(model), **KINDS[kind])
+    return ModelConfig(path=str(model), **KINDS[kind][0])
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def optim(kind: str = "full") -> OptimConfig:
+    return OptimConfig(lr=1e-2, **KINDS[kind][1])
+
+
+def whole(tensor: torch.Tensor, parameter: torch.Tensor | None = None) -> torch.Tensor:
+    """A sharded tensor gathered; also one that is this rank's rows, as the parameter's are, and does not say so."""
+    if isinstance(parameter, DTensor) and tensor.ndim and not isinstance(tensor, DTensor):
+        shape = torch.Size([len(parameter), *tensor.shape[1:]])
+        tensor = DTensor.from_local(tensor, parameter.device_mesh, parameter.placements, shape=shape, stride=torch.empty(shape).stride())
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
 
 
@@ -50,11 +70,19 @@ def numbers(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(sum(name.encode())))
 
 
-def trained(model: ModelConfig, where: World, *, fsdp: bool = False, seed: int = 0) -> tuple[Policy, torch.optim.AdamW]:
+def trained(
+    model: ModelConfig, where: World, config: OptimConfig | None = None, *, fsdp: bool = False, seed: int = 0
+) -> tuple[Policy, torch.optim.Optimizer]:
     """A policy and its optimizer after one step along made-up gradients; the last trained tensor has had none."""
     place = functools.partial(shard, where=where) if fsdp else None
     policy = load_policy(model, where.device, seed, place=place)
-    optimizer = build_optimizer(policy, OptimConfig(lr=1e-2))
+    optimizer = build_optimizer(policy, config or optim(), seed)
+    along(policy, optimizer)
+    return policy, optimizer
+
+
+def along(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """One step along made-up gradients."""
     for name, parameter in list(policy.trained().items())[:-1]:
         gradient = numbers(name, parameter)
         if isinstance(parameter, DTensor):
@@ -62,14 +90,13 @@ def trained(model: ModelConfig, where: World, *, fsdp: bool = False, seed: int =
         parameter.grad = gradient.to(parameter.dtype)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return policy, optimizer
 
 
 def everything(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """All weights and moments, whole."""
     out = {f"weight/{name}": whole(p) for name, p in policy.named_parameters()}
     for name, parameter in policy.trained().items():
-        out |= {f"{key}/{name}": whole(value) for key, value in optimizer.state.get(parameter, {}).items()}
+        out |= {f"{key}/{name}": whole(value, parameter) for key, value in optimizer.state.get(parameter, {}).items()}
     return out
 
 
@@ -77,17 +104,23 @@ def sharded(folder: Path, where: World, model: str) -> Any:
     """Save and restore under FSDP, with each kind; also what one rank's failure and one rank's NaN do."""
     found: dict[str, Any] = {}
     processor = Processor.load(model)
-    for kind in KINDS:
-        policy, optimizer = trained(config(Path(model), kind), where, fsdp=True)
+    for kind in SHARDED:
+        policy, optimizer = trained(config(Path(model), kind), where, optim(kind), fsdp=True)
         with checkpoint.Saver(folder / kind, where, 2) as saver:
             saver.save(1, policy, processor, optimizer, {"position": 7})
             saver.finish(1)
             before = everything(policy, optimizer)
         again = load_policy(config(Path(model), kind), where.device, 1, place=functools.partial(shard, where=where))
-        new = build_optimizer(again, OptimConfig())
+        new = build_optimizer(again, optim(kind))
         state = checkpoint.restore(folder / kind, 1, again, new, where)
         after = everything(again, new)
         found[kind] = [before.keys() == after.keys(), all(torch.equal(before[k], after[k]) for k in before), state]
+        for each, its in ((policy, optimizer), (again, new)):
+            along(each, its)
+        goes_on = [everything(policy, optimizer), everything(again, new)]
+        found[kind].append(all(torch.equal(goes_on[0][k], goes_on[1][k]) for k in goes_on[0]))
+        save_file(goes_on[0], folder / f"{kind}-{where.rank}.safetensors")
+    policy, optimizer = trained(config(Path(model)), where, fsdp=True)
     saver = checkpoint.Saver(folder / "full", where, 2)
     write = checkpoint.write
     if where.rank == 1:

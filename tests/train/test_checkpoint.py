@@ -21,13 +21,12 @@ from actial_fast.model.policy import load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.model.tensors import Stored
 from actial_fast.model.tiny import TinyConfig, create
-from actial_fast.settings.running import OptimConfig
 from actial_fast.train import checkpoint, export
 from actial_fast.train.dist import World
-from actial_fast.train.stage import build_optimizer
+from actial_fast.train.optim import build_optimizer
 from tests.loops import ALONE
 from tests.ranks import on_ranks
-from tests.train.saved import KINDS, config, everything, trained
+from tests.train.saved import KINDS, SHARDED, along, config, everything, optim, trained
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +52,11 @@ def run(tiny, processor, tmp_path):
 
 def restored(tiny, folder, step, kind="full", where=ALONE):
     policy = load_policy(config(tiny, kind), where.device, seed=1)
-    optimizer = build_optimizer(policy, OptimConfig())
+    optimizer = build_optimizer(policy, optim(kind))
     state = checkpoint.restore(folder, step, policy, optimizer, where)
-    return everything(policy, optimizer), state
+    found = everything(policy, optimizer)
+    along(policy, optimizer)
+    return found, state, everything(policy, optimizer)
 
 
 def same(a, b):
@@ -68,7 +69,7 @@ def same(a, b):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_replicated_ranks_write_a_part_each_and_any_number_reads_them(ranks, kind, tiny, processor, tmp_path):
-    policy, optimizer = trained(config(tiny, kind), ALONE)
+    policy, optimizer = trained(config(tiny, kind), ALONE, optim(kind))
     savers = [checkpoint.Saver(tmp_path, World(rank, ranks, ALONE.device), 2) for rank in range(ranks)]
     generators = []
     for saver in savers:  # rank 0 first: it makes the folder, and publishes when it sees the others' files
@@ -86,19 +87,28 @@ def test_replicated_ranks_write_a_part_each_and_any_number_reads_them(ranks, kin
         torch.manual_seed(99)
         torch.rand(1)
         fresh = torch.get_rng_state()
-        after, state = restored(tiny, tmp_path, 5, kind, World(reader, 3, ALONE.device))
+        after, state, on = restored(tiny, tmp_path, 5, kind, World(reader, 3, ALONE.device))
         assert same(before, after) and state == {"position": 40}
         assert torch.equal(torch.get_rng_state(), generators[reader] if reader < ranks else fresh)
+    along(policy, optimizer)
+    assert same(on, everything(policy, optimizer)), "the next step is that of a run which was not stopped"
 
 
 def test_sharded_ranks_write_their_shards_and_one_rank_reads_them(tiny, tmp_path):
     found = on_ranks("tests.train.saved", "sharded", tmp_path, tiny)
-    for kind in KINDS:
-        assert found[kind] == [True, True, {"position": 7}], "read by as many ranks as wrote"
-        here, _ = restored(tiny, tmp_path / kind, 1, kind)
-        policy, optimizer = trained(config(tiny, kind), ALONE)
+    for kind in SHARDED:
+        assert found[kind] == [True, True, {"position": 7}, True], "read by as many ranks as wrote, and stepped on"
+        here, _, on = restored(tiny, tmp_path / kind, 1, kind)
+        policy, optimizer = trained(config(tiny, kind), ALONE, optim(kind))
         there = everything(policy, optimizer)
         assert same(here, there), "sharded, the same weights were loaded, adapters were drawn alike, and all came back"
+        along(policy, optimizer)
+        assert same(on, everything(policy, optimizer))
+        theirs = load_file(tmp_path / f"{kind}-0.safetensors")
+        if optim(kind).kind == "adamw8bit":
+            assert same(on, theirs), "2 ranks are 1 rank, bit for bit"
+        else:  # PyTorch's step on a CPU has other last bits where fewer elements than a vector's are left
+            assert all(torch.allclose(value, theirs[name], rtol=1e-6, atol=0) for name, value in on.items())
         files = sorted((checkpoint.path_of(tmp_path / kind, 1)).glob("rank-*"))
         assert len(files) == 2 and files[1].stat().st_size > 0.4 * files[0].stat().st_size
         assert Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / kind / "final" / "model")
@@ -403,3 +413,26 @@ def test_no_rank_holds_more_than_its_shard_and_a_tensor(tiny, tmp_path):
         assert found["save"] <= 1.2 * found["state"]
         assert found["final"] <= 4 * found["largest"]
         assert found["restore"] <= found["state"] - found["shard"] + found["largest"]
+
+
+@pytest.mark.parametrize("kind", ["master", "adapters, master, 8 bits"])
+def test_masters_are_what_is_exported(kind, tiny, processor, tmp_path):
+    """In float32, and not their rounded copies, which is what is trained with."""
+    policy, optimizer = trained(config(tiny, kind), ALONE, optim(kind))
+    with checkpoint.Saver(tmp_path, ALONE, 1) as saver:
+        saver.save(1, policy, processor, optimizer, {})
+        saver.finish(1)
+    masters = {name: optimizer.state[p]["master"] for name, p in policy.trained().items() if p in optimizer.state}
+    assert masters and any((master != policy.trained()[name]).any() for name, master in masters.items())
+    if kind == "master":
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint.final(tmp_path), dtype="auto")
+        got = {f"model.{name}": p for name, p in model.named_parameters()}
+        assert {p.dtype for p in got.values()} == {torch.float32}
+    else:
+        stored = load_file(tmp_path / "final/adapter/adapter_model.safetensors")
+        got = {name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."): v for name, v in stored.items()}
+        got = {f"model.{name}": value for name, value in got.items()}
+    assert all(torch.equal(got[name], master) for name, master in masters.items())
+    export.export_to(checkpoint.path_of(tmp_path, 1), tmp_path / "low", dtype="bfloat16")
+    low = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "low", dtype="auto")
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}

@@ -66,6 +66,16 @@ def test_what_is_gone_cannot_be_read_by_mistake():
     offload.back()
 
 
+def test_memory_that_numpy_has_seen_stays():
+    """As that of weights which were read from a file on a CPU."""
+    layer = nn.Linear(256, 256)
+    layer.weight.detach().numpy()
+    offload = Offload(None, layer, nn.Linear(256, 256))
+    offload.out()
+    assert held(layer.parameters()) > 0 and len(offload._gone) == 1
+    offload.back()
+
+
 def test_a_disabled_one_does_nothing():
     layer, optimizer = trained()
     offload = Offload(optimizer, layer, enabled=False)

@@ -106,7 +106,7 @@ CASES = {
     "ten images": ([(10, 3), (1, 2)], {}),
     "a group split over micro-batches": ([(2, 6), (1, 2)], {"pack_tokens": 90}),
     "frozen tower": ([(2, 3), (1, 2)], {"model": {"freeze": ("model.visual",)}}),
-    "gradient checkpointing": ([(2, 3), (0, 2)], {"model": {"gradient_checkpointing": True}}),
+    "gradient checkpointing": ([(2, 3), (0, 2)], {"model": {"checkpointing": "full", "tower_checkpointing": "full"}}),
 }
 
 

@@ -22,7 +22,8 @@ from actial_fast.model.weights import local
 from actial_fast.rollout import handover
 from actial_fast.rollout.protocol import Draw, Watch, awake
 from actial_fast.settings.model import ModelConfig
-from actial_fast.train.dist import World, shard, world
+from actial_fast.train.dist import World, world
+from actial_fast.train.sharding import shard
 from tests.faults import leave
 from tests.train.saved import _peak
 from tests.vllm import shared

@@ -65,6 +65,14 @@ def test_ranks_beyond_vllms_are_named(model, processor):
             pass
 
 
+@pytest.mark.parametrize("lora", [LoRAConfig(rank=4, alpha=24), LoRAConfig(rank=4, rslora=True)], ids=["plain", "rslora"])
+def test_vllm_scales_them_as_peft_does(lora):
+    from vllm.lora.peft_helper import PEFTHelper
+
+    told = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora, "target_modules": ["q_proj"]}
+    assert PEFTHelper.from_dict(told).vllm_lora_scaling_factor == pytest.approx(lora.scale)
+
+
 def test_adapters_and_weights_are_whole_and_named_as_in_files(policy, model):
     from safetensors.torch import load_file
 

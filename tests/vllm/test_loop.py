@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from actial_fast import grpo
-from actial_fast.data.sources.jsonl import JsonlSource
+from actial_fast.data.sources.own import JsonlSource
 from actial_fast.evaluation.evaluate import evaluate
 from actial_fast.model.processor import Processor
 from actial_fast.model.tiny import create

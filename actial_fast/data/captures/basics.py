@@ -16,7 +16,7 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from actial_fast.data.sources.jsonl import JsonlSource
+from actial_fast.data.sources.own import JsonlSource
 from actial_fast.data.sources.row import IMAGE_TAG, Row, Turn
 
 STEP = 15

@@ -1,6 +1,7 @@
 """COLMAP captures: find them, read them, and refuse those whose left and right cannot be trusted.
 
-A capture is a folder with `images/` and `sparse/0/` (cameras, images, points3D; binary or text), as MVImgNet ships one per object:
+A capture is a folder with `images/` and `sparse/0/` (cameras, images, points3D; binary or text), as MVImgNet ships one per object; of
+several models in `sparse/` the one with most images counts:
 
     CAPTURES/car/0001/images/000.jpg ...
     CAPTURES/car/0001/sparse/0/{cameras,images,points3D}.bin        -> object id "car/0001"
@@ -8,6 +9,11 @@ A capture is a folder with `images/` and `sparse/0/` (cameras, images, points3D;
 A reconstruction is only known up to rotation, translation and scale, and a mirrored one looks just as consistent by its poses alone:
 cameras that walk clockwise around the object become cameras that walk counterclockwise. What tells them apart are the tracks, the pixels
 at which each 3D point was seen. Every capture is therefore checked against its own tracks, and against the two ways of mirroring it.
+
+Left and right are those of the picture as it is shown. A model may have been made from the stored pixels of photographs that their EXIF
+orientation turns (COLMAP's default), or from turned ones: where the camera's shape proves which, poses are turned with their pictures;
+where it does not, the picture is not used. Photographs that lie on their side without saying so show by cameras whose tops disagree, or
+that seem to climb more than to walk round.
 """
 
 from __future__ import annotations
@@ -19,18 +25,22 @@ from pathlib import Path
 
 import numpy as np
 import pycolmap
-from PIL import Image
 
 from actial_fast.data.captures.geometry import azimuth_elevation, estimate_center, estimate_up, horizontal, unit
+from actial_fast.data.captures.model import check_files, model_folder
+from actial_fast.data.sources.picture import header
 
 MAX_REPROJECTION = 0.01  # median reprojection error over the image diagonal; COLMAP's own is about 0.0005
 MAX_OFF_AXIS = np.radians(40)  # the object is outside the picture beyond this
 MAX_ROLL = np.radians(45)  # the picture's right is no longer the viewer's right beyond this
 OBSERVATIONS = 50  # tracks checked per image: enough for a median, and reading them is what a capture costs
 MIN_OBSERVATIONS = 5
+MAX_DISAGREEING = 0.25  # share of the pictures that may be rolled: with more of them nobody knows which way is up
+# EXIF's orientation -> the camera of the shown picture from that of the stored pixels; the other ones mirror
+TURNED = {3: [[-1, 0, 0], [0, -1, 0], [0, 0, 1]], 6: [[0, -1, 0], [1, 0, 0], [0, 0, 1]], 8: [[0, 1, 0], [-1, 0, 0], [0, 0, 1]]}
 
 # Why a capture is rejected or an image left out; build.json counts under exactly these words.
-NO_MODEL = "no sparse/0 model"
+NO_MODEL = "no model in sparse/"
 UNREADABLE = "unreadable model"
 UNVERIFIED = "no tracks to verify the pose with"
 BEHIND = "points behind the cameras"
@@ -41,9 +51,17 @@ AMBIGUOUS = "tracks fit a mirrored world as well"
 TOO_FEW = "too few images"
 SHAPE = "images do not have the shape the model's camera has"
 MISSING = "image file missing"
+DAMAGED = "image file cannot be read"
+TWICE = "several images of one name"
+UNPROVEN = "EXIF turns the picture, and it cannot be told whether the model's too"
+EXIF_MIRROR = "EXIF mirrors the picture, and the model was made from stored pixels"
+SIDEWAYS = "pictures lie on their side or disagree which way is up"
 NEAR_VERTICAL = "near-vertical view"
 ROLLED = "rolled camera"
 OFF_AXIS = "object outside the view"
+
+
+NO_HEADER = (0, 0, 1)  # of a picture that cannot be read
 
 
 class BadCapture(ValueError):
@@ -124,16 +142,22 @@ def read_capture(
     if verify not in ("tracks", "off"):
         raise ValueError(f"verify={verify!r}; expected 'tracks' or 'off'")
     path = Path(path)
-    name = object_id(path, path.parent if root is None else root)
-    if not (path / "sparse" / "0").is_dir() or not (path / "images").is_dir():
-        raise BadCapture(path, NO_MODEL, "expected images/ and sparse/0/")
-    _check_counts(path)
     try:
-        model = pycolmap.Reconstruction(str(path / "sparse" / "0"))
-        images = sorted((image for image in model.images.values() if image.has_pose), key=lambda image: image.name)
-    except Exception as error:  # pycolmap raises IndexError, ValueError or MemoryError on a truncated file
-        raise BadCapture(path, UNREADABLE, f"{type(error).__name__}: {error}".splitlines()[0]) from None
+        return _read(path, path.parent if root is None else root, min_images, max_elevation_deg, verify)
+    except BadCapture:
+        raise
+    except Exception as error:  # pycolmap's or the geometry's, on whatever a damaged model holds: it costs this capture, not the build
+        raise BadCapture(path, UNREADABLE, f"{type(error).__name__}: {error}".splitlines()[0][:300]) from None
 
+
+def _read(path: Path, root: Path, min_images: int, max_elevation_deg: float, verify: str) -> Capture:
+    name = object_id(path, root)
+    folder = model_folder(path / "sparse")
+    if folder is None or not (path / "images").is_dir():
+        raise BadCapture(path, NO_MODEL, "expected images/ and sparse/0/")
+    check_files(folder)
+    model = pycolmap.Reconstruction(str(folder))
+    images = sorted((image for image in model.images.values() if image.has_pose), key=lambda image: image.name)
     if not images:
         raise BadCapture(path, TOO_FEW, "the model has no registered image")
     rotations, translations = _poses(images)
@@ -148,8 +172,12 @@ def read_capture(
             common, count = left_out.most_common(1)[0]
             raise BadCapture(path, common if count else TOO_FEW, f"{usable.sum()} of {len(images)} images usable, {min_images} needed")
 
+    names = Counter(image.name for image in images)
+    narrow(np.array([names[image.name] == 1 for image in images]), TWICE)
     narrow(np.array([(path / "images" / image.name).is_file() for image in images]), MISSING)
-    _check_shape(path, model, images[int(np.argmax(usable))])
+    turns, problems = _turns(path, model, images, usable)
+    for reason in (DAMAGED, SHAPE, EXIF_MIRROR, UNPROVEN):
+        narrow(np.array([problem != reason for problem in problems]), reason)
     hint: np.ndarray | None
     if verify == "tracks":
         errors, points, hint = _verify_tracks(path, model, images, rotations, translations)
@@ -159,6 +187,7 @@ def read_capture(
         points = np.array([point.xyz for point in model.points3D.values()]).reshape(-1, 3)
         hint = np.median(points, axis=0) if len(points) else None
 
+    rotations, translations = turns @ rotations, np.einsum("nij,nj->ni", turns, translations)
     centers = -np.einsum("nji,nj->ni", rotations, translations)
     up = estimate_up(rotations[usable])
     center = estimate_center(rotations[usable], centers[usable], hint)
@@ -166,10 +195,19 @@ def read_capture(
     steep = np.sin(np.radians(max_elevation_deg))
     narrow((np.abs(forward @ up) <= steep) & (np.abs(to_object @ up) <= steep), NEAR_VERTICAL)
     level = np.cross(unit(horizontal(forward, up)), up)  # where the camera's right would be without roll
-    narrow((rotations[:, 0] * level).sum(-1) >= np.cos(MAX_ROLL), ROLLED)
+    upright = (rotations[:, 0] * level).sum(-1) >= np.cos(MAX_ROLL)
+    if (rolled := (usable & ~upright).sum()) > MAX_DISAGREEING * usable.sum():
+        raise BadCapture(path, SIDEWAYS, f"{rolled} of {usable.sum()} pictures are rolled by more than 45 degrees")
+    narrow(upright, ROLLED)
     narrow((forward * to_object).sum(-1) >= np.cos(MAX_OFF_AXIS), OFF_AXIS)
     rotations, translations, centers = rotations[usable], translations[usable], centers[usable]
     azimuth, elevation = azimuth_elevation(centers, center, up)
+    around = np.angle(np.exp(1j * azimuth) / np.exp(1j * azimuth).mean()).std()
+    if elevation.std() > around:
+        detail = (
+            f"the camera climbs by {np.degrees(elevation.std()):.0f} degrees and walks by {np.degrees(around):.0f} (standard deviations)"
+        )
+        raise BadCapture(path, SIDEWAYS, detail)
     return Capture(
         object=name,
         path=path,
@@ -192,27 +230,43 @@ def _poses(images: list[pycolmap.Image]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([pose.rotation.matrix() for pose in poses]), np.array([pose.translation for pose in poses])
 
 
-def _check_counts(path: Path) -> None:
-    """A file that is cut short reads as a huge number of records, over which pycolmap would sit for minutes."""
-    for name in ("cameras.bin", "images.bin", "points3D.bin"):
-        file = path / "sparse" / "0" / name
-        if file.is_file():
-            with open(file, "rb") as handle:
-                head, size = handle.read(8), file.stat().st_size
-            if len(head) < 8 or int.from_bytes(head, "little") * 24 > size:  # no record of any kind is shorter than 24 bytes
-                raise BadCapture(path, UNREADABLE, f"{name} is {size} bytes and cannot hold the records it announces")
+def _turns(path: Path, model: pycolmap.Reconstruction, images: list[pycolmap.Image], usable: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """What turns each camera with its picture, (N, 3, 3), and why a picture cannot be used, '' where it can.
+
+    A picture that EXIF turns by a quarter shows by its camera's shape whether the model was made from stored or from shown pixels. One tool
+    read all pictures of a model the same way, so that those tell of the ones whose shape does not."""
+    heads = [_header(path / "images" / image.name) if ok else NO_HEADER for image, ok in zip(images, usable, strict=True)]
+    cameras = [model.cameras[image.camera_id] for image in images]
+    if any(min(camera.width, camera.height) < 1 for camera in cameras):
+        raise BadCapture(path, UNREADABLE, "a camera without pixels")
+    stored = [_fits(w, h, camera) for (w, h, _), camera in zip(heads, cameras, strict=True)]
+    shown = [_fits(*((h, w) if tag > 4 else (w, h)), camera) for (w, h, tag), camera in zip(heads, cameras, strict=True)]
+    told = {s for (_, _, tag), s, t, ok in zip(heads, stored, shown, usable, strict=True) if ok and tag > 1 and s != t}
+    turns, problems = [], []
+    for head, s, t in zip(heads, stored, shown, strict=True):
+        tag = head[2]
+        of_stored = s if s != t else told == {True} if len(told) == 1 else None  # None: not known
+        turn, problem = np.eye(3), ""
+        if not (s or t):
+            problem = SHAPE if head != NO_HEADER else DAMAGED
+        elif tag > 1 and of_stored is None:
+            problem = UNPROVEN
+        elif tag > 1 and of_stored:
+            turn, problem = np.array(TURNED.get(tag, np.eye(3)), float), "" if tag in TURNED else EXIF_MIRROR
+        turns.append(turn)
+        problems.append(problem)
+    return np.stack(turns), problems
 
 
-def _check_shape(path: Path, model: pycolmap.Reconstruction, image: pycolmap.Image) -> None:
-    """A picture turned by 90 degrees after the model was made would make up and right wrong: one header tells."""
-    file, camera = path / "images" / image.name, model.cameras[image.camera_id]
+def _header(file: Path) -> tuple[int, int, int]:
     try:
-        with Image.open(file) as picture:
-            width, height = picture.size
-    except OSError as error:
-        raise BadCapture(path, UNREADABLE, f"{file.name}: {error}") from None
-    if not 0.95 < (width * camera.height) / (height * camera.width) < 1.05:
-        raise BadCapture(path, SHAPE, f"{file.name} is {width}x{height}, its camera {camera.width}x{camera.height}")
+        return header(file)
+    except (OSError, ValueError, SyntaxError):  # no picture
+        return NO_HEADER
+
+
+def _fits(width: int, height: int, camera: pycolmap.Camera) -> bool:
+    return 0.95 * height * camera.width < width * camera.height < 1.05 * height * camera.width
 
 
 def _verify_tracks(

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Arc, Circle, FancyArrowPatch, Polygon
 
 from actial_fast.data.captures.geometry import horizontal, rotation, unit
-from actial_fast.data.sources.row import IMAGE_TAG, Row, decode
+from actial_fast.data.sources.picture import decode
+from actial_fast.data.sources.row import IMAGE_TAG, Row
 
 INK, SOFT, FIRST, SECOND, TRUE = "#1f2430", "#8a92a3", "#2f6fde", "#e0662b", "#1a8a4c"
 MAX_IMAGES = 4  # shown per row

@@ -277,7 +277,7 @@ def _read_all(paths: list[Path], root: Path, cache: Path, config: ViewpointConfi
     """What each capture gives, {object: part} in the order of `paths`, and how many were found in `cache`."""
     # What a part depends on; the rest of the config only decides which parts are used.
     free = replace(config, examples=None, test_examples=0, max_test_fraction=0.0, test_pairs_per_object=1, workers=0)
-    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("geometry", "colmap", "viewpoint"))
+    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("geometry", "model", "colmap", "viewpoint"))
     settings = f"{free} {hashlib.sha256(code).hexdigest()}"
     keys = {object_id(path, root): _key(path, settings) for path in paths}
     parts = {}
@@ -306,7 +306,7 @@ def _read_all(paths: list[Path], root: Path, cache: Path, config: ViewpointConfi
 
 def _key(path: Path, settings: str) -> str:
     """Changes when the settings, the capture's model or its list of images do."""
-    files = [*sorted((path / "sparse" / "0").glob("*")), path / "images"]
+    files = [*sorted((path / "sparse").rglob("*")), path / "images"]
     state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
     return hashlib.sha256(repr((settings, state)).encode()).hexdigest()[:16]
 

@@ -20,10 +20,12 @@ from typing import Protocol
 
 from PIL import Image
 
+from actial_fast.data.sources.answers import is_right
 from actial_fast.data.sources.jsonl import recover
-from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Row, Turn, decode
+from actial_fast.data.sources.picture import decode
+from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Row, Turn
 from actial_fast.data.sources.source import Source
-from actial_fast.data.sources.tags import TAG, is_well_formed, same_answer, tagged_answer
+from actial_fast.data.sources.tags import TAG, is_well_formed
 
 _Finished = tuple[Row, str | None, str | None]  # a row, its text, why it is rejected
 _Store = Callable[[Row, str | None, str | None], None]
@@ -142,14 +144,14 @@ def check_cot(text: str, row: Row) -> str | None:
     """Why `text` may not train a model to answer `row`, or None when it may.
 
     Tags must be well formed (as the format reward wants them), the reasoning not empty, without an image tag and without talk of an answer
-    it was given, the answer equal to the truth, and neither the last "answer is X" / "option X" nor the last sentence of the reasoning may
-    name another choice.
+    it was given, the answer right (answers.is_right), and neither the last "answer is X" / "option X" nor the last sentence of the
+    reasoning may name another choice.
     """
     if not row.truth:
         return "row has no truth"
     if not is_well_formed(text):
         return "malformed tags"
-    if not same_answer(tagged_answer(text) or "", row.truth):
+    if not is_right(text, row):
         return "wrong answer"
     opened, closed, *_ = TAG.finditer(text)
     thought = text[opened.end() : closed.start()].strip()
@@ -346,6 +348,8 @@ def _checked(row: Row, text: Written, out: Path) -> _Finished:
         images = tuple(image if isinstance(image, Path) else _to_file(image, row.where, out) for image in row.images)
     except BadRow as error:
         return row, None, f"bad row: {error.reason}"
+    opened = [tag.end() for tag in TAG.finditer(text)][2]
+    text = f"{text[:opened]}{row.truth}</answer>"  # "B." is right, and what is trained is the truth as the row has it
     return replace(row, turns=(*row.prompt, Turn("assistant", text)), images=images), text, None
 
 

@@ -1,4 +1,4 @@
-"""JSON records by byte offset: this project's JSONL rows, and the random access that every JSON source shares.
+"""JSON records by byte offset: the random access that every JSON source shares.
 
 Only the offsets stay in memory (24 bytes a row); a row is read and parsed when it is asked for, so a file may be larger than RAM and
 one bad line costs one row, not the file.
@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from actial_fast.data.sources.row import BadRow, Row
+from actial_fast.data.sources.fields import absent, as_written
+from actial_fast.data.sources.row import BadRow
 
 CHUNK = 1 << 24  # bytes read at a time while indexing
 BLANK = re.compile(r"[ \t\r\n]*")
@@ -30,8 +32,11 @@ class JsonRecords:
     Raises ValueError when the file cannot be an array of records (cut off, or not JSON between two records).
     """
 
+    column_names: tuple[str, ...] = ()
+    """Of a table; records need not have the same keys."""
+
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.folder = path, path.parent
         self._file = open(path, "rb", buffering=0)  # held open: records are read on demand
         head = os.pread(self._file.fileno(), 1 << 16, 0)
         skip = len(BOM) if head.startswith(BOM) else 0
@@ -52,6 +57,23 @@ class JsonRecords:
             return json.loads(os.pread(self._file.fileno(), end - start, start).decode("utf-8"))
         except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
             raise BadRow(self.where(index), f"not JSON ({error})") from None
+
+    def some(self, index: int, keys: Sequence[str]) -> dict[str, Any]:
+        """What record `index` has of these keys; BadRow when it is not JSON, {} when it is no object."""
+        record = self[index]
+        return {key: record[key] for key in keys if key in record} if isinstance(record, dict) else {}
+
+    def identity(self, index: int, keys: Sequence[str]) -> tuple[str, ...]:
+        """What tells the images under the first of these keys that has any from those of another record: as they are written."""
+        values = [value for value in self.some(index, keys).values() if not absent(value)]
+        return as_written(values[0], self.where(index)) if values else ()
+
+    def pictures(self, index: int, keys: Sequence[str]) -> tuple[str, ...]:
+        """The full names of the files under the first of these keys that has any; other forms as they are written."""
+        return tuple(
+            os.path.normpath(self.folder / name) if len(name) < 4096 and name[:5] != "data:" else name
+            for name in self.identity(index, keys)
+        )
 
     def _index_lines(self, skip: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         breaks, base = [], 0
@@ -116,32 +138,3 @@ def recover(path: Path) -> list[Any]:
     if whole < len(data):
         os.truncate(path, whole)
     return records
-
-
-class JsonlSource:
-    """This project's own rows (row.Row.from_json); image paths are relative to the file's folder."""
-
-    def __init__(self, path: Path):
-        self._records = JsonRecords(path)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Row:
-        """Row `index`; BadRow when it is not a row."""
-        where = self._records.where(index)
-        try:
-            return Row.from_json(self._records[index], self._records.path.parent, where)
-        except (TypeError, AttributeError) as error:  # a number where a list belongs, and the like
-            raise BadRow(where, f"a field of the wrong type ({error})") from None
-
-    def kind(self, index: int) -> str:
-        """The question type of row `index`, without checking the rest of it; BadRow when it is not JSON."""
-        record = self._records[index]
-        return str(record.get("kind", "")) if isinstance(record, dict) else ""
-
-    def images(self, index: int) -> tuple[str, ...]:
-        """The image paths of row `index` as they are written, () when it has no list of them; BadRow when it is not JSON."""
-        record = self._records[index]
-        images = record.get("images") if isinstance(record, dict) else None
-        return tuple(str(image) for image in images) if isinstance(images, list) else ()

@@ -7,34 +7,48 @@ this project's own file format, so a builder writes rows and a source reads them
      "messages": [{"role": "user", "content": "<image><image>Which way ..."}, {"role": "assistant", "content": "B"}],
      "images": ["../captures/car/0001/images/003.jpg", ...],      relative to the file's folder
      "truth": "B", "kind": "ego_rotation", "choices": ["left", "right", "no rotation"], "meta": {...}}
+
+`truth` may be a list of texts, any of which is right.
 """
 
 from __future__ import annotations
 
-import io
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 IMAGE_TAG = "<image>"
-MAX_PIXELS = 50_000_000  # a decoded image above this is a decompression bomb, not a photograph
 ROLES = ("system", "user", "assistant")
+LONGEST = 400  # characters of a reason; whatever stands in a row, what is said of it fits into a few lines
+
+# Of Qwen2.5-VL's tokenizer: as text they would begin a turn or an image. The processor refuses what else a tokenizer has of this kind.
+CONTROL = re.compile(
+    r"<\|(?:endoftext|im_start|im_end|object_ref_start|object_ref_end|box_start|box_end|quad_start|quad_end|vision_start|vision_end|vision_pad"
+    r"|image_pad|video_pad)\|>"
+)
+MEDIA = re.compile(r"<(?:video|audio|img|/image)>")  # where other formats put what is not read here
+BROKEN = re.compile("[\ud800-\udfff]")  # halves of a surrogate pair: no text encoding has them
 
 
 class BadRow(ValueError):
     """A row that cannot be used. `where` is `file:row`, `reason` says what is wrong with it."""
 
     def __init__(self, where: str, reason: str):
+        reason = shortened(reason)
         super().__init__(f"{where}: {reason}")
         self.where, self.reason = where, reason
 
     def __reduce__(self) -> tuple[type[BadRow], tuple[str, str]]:
         return BadRow, (self.where, self.reason)
+
+
+def shortened(value: object, longest: int = LONGEST) -> str:
+    """The value as printable text that is not longer than a few lines."""
+    text = str(value).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+    return text if len(text) <= longest else f"{text[: longest - 60]}... ({len(text)} characters)"
 
 
 @dataclass(frozen=True)
@@ -49,9 +63,10 @@ class Turn:
 class Row:
     """One question, its images and its answer.
 
-    turns: the conversation; for training it ends with the assistant, for sampling everything from the last assistant turn on is dropped.
+    turns: the conversation; for training it ends with the assistant, for sampling an assistant turn at the end is left out.
     images: a path, or the encoded bytes (JPEG, PNG, ...), in the order of the `<image>` tags.
     truth: what the accuracy reward and the evaluation compare with; empty when the row has no checkable answer.
+    accepted: other answers that are as right as the truth.
     kind: the question type, for figures per type.
     choices: the options' texts (their number gives chance); empty for free-form questions.
     where: `file:row`, for error messages.
@@ -65,34 +80,50 @@ class Row:
     id: str = ""
     where: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    accepted: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> tuple[Turn, ...]:
-        """The turns a reply is sampled for: all before the last assistant turn."""
-        last = max((i for i, t in enumerate(self.turns) if t.role == "assistant"), default=len(self.turns))
-        return self.turns[:last]
+        """The turns a reply is sampled for: all, but an assistant turn at the end."""
+        return self.turns[:-1] if self.turns and self.turns[-1].role == "assistant" else self.turns
 
     def with_system(self, text: str) -> Row:
-        """The row under the system prompt `text` (replacing its own); unchanged when `text` is empty."""
+        """The row under the system prompt `text` (replacing its own); unchanged when `text` is empty. BadRow where its own had images."""
         if not text:
             return self
-        return replace(self, turns=(Turn("system", text), *(t for t in self.turns if t.role != "system")))
+        return replace(self, turns=(Turn("system", text), *(t for t in self.turns if t.role != "system"))).check()
 
     def check(self) -> Row:
-        """The row itself, or BadRow: roles known, a user turn, an answer where one is due, as many images as tags."""
+        """The row itself, or BadRow: roles known and in place, a user turn, an answer where one is due, texts that can be tokenised, as
+        many images as tags and none in an answer."""
         if not self.turns:
             raise BadRow(self.where, "no messages")
-        for turn in self.turns:
+        for number, turn in enumerate(self.turns):
             if turn.role not in ROLES:
                 raise BadRow(self.where, f"unknown role {turn.role!r}; expected one of {', '.join(ROLES)}")
-            if turn.role == "assistant" and not turn.content.strip():
-                raise BadRow(self.where, "empty answer")
+            if turn.role == "system" and number:
+                raise BadRow(self.where, "a system prompt that is not the first message")
+            self._check_text(turn)
         if not any(turn.role == "user" for turn in self.turns):
             raise BadRow(self.where, "no user message")
         tags = sum(turn.content.count(IMAGE_TAG) for turn in self.turns)
         if tags != len(self.images):
             raise BadRow(self.where, f"{tags} {IMAGE_TAG} tags but {len(self.images)} images")
         return self
+
+    def _check_text(self, turn: Turn) -> None:
+        text = turn.content
+        if turn.role == "assistant" and not text.strip():
+            raise BadRow(self.where, "empty answer")
+        if turn.role == "user" and not text.strip():
+            raise BadRow(self.where, "empty user message")
+        if turn.role == "assistant" and IMAGE_TAG in text:
+            raise BadRow(self.where, f"an answer holds {IMAGE_TAG}; images belong to questions")
+        if found := CONTROL.search(text):
+            raise BadRow(self.where, f"the text contains the special token {found.group()}")
+        if found := MEDIA.search(text):
+            raise BadRow(self.where, f"the text contains {found.group()}; only images are supported, and {IMAGE_TAG} is their tag")
+        check_characters(text, "the text", self.where)
 
     def to_json(self, folder: Path) -> dict[str, Any]:
         """The JSON form, image paths relative to `folder`. Rows with embedded bytes have no such form (AssertionError)."""
@@ -105,45 +136,17 @@ class Row:
             "messages": [{"role": t.role, "content": t.content} for t in self.turns],
             "images": images,
         }
-        for key in ("truth", "kind", "choices", "meta"):
+        if self.truth:
+            out["truth"] = [self.truth, *self.accepted] if self.accepted else self.truth
+        for key in ("kind", "choices", "meta"):
             if value := getattr(self, key):
                 out[key] = list(value) if key == "choices" else value
         return out
 
-    @staticmethod
-    def from_json(obj: Mapping[str, Any], folder: Path, where: str) -> Row:
-        """The row of a JSON object; BadRow when it is not one."""
-        if not isinstance(obj, Mapping) or not isinstance(obj.get("messages"), list):
-            raise BadRow(where, "not an object with a list `messages`")
-        try:
-            turns = tuple(Turn(str(m["role"]), str(m["content"])) for m in obj["messages"])
-        except (TypeError, KeyError) as error:
-            raise BadRow(where, f"a message without role or content ({error})") from None
-        return Row(
-            turns=turns,
-            images=tuple(folder / str(image) for image in obj.get("images") or ()),
-            truth=str(obj.get("truth", "")),
-            kind=str(obj.get("kind", "")),
-            choices=tuple(str(c) for c in obj.get("choices") or ()),
-            id=str(obj.get("id", "")),
-            where=where,
-            meta=obj.get("meta") or {},
-        ).check()
 
-
-def decode(image: Path | bytes, where: str) -> np.ndarray:
-    """The pixels of one image, uint8 (H, W, 3); BadRow when it is missing, truncated or larger than MAX_PIXELS."""
-    name = str(image) if isinstance(image, Path) else f"{len(image)} embedded bytes"
-    try:
-        with Image.open(image if isinstance(image, Path) else io.BytesIO(image)) as handle:
-            if handle.width * handle.height > MAX_PIXELS:  # before decoding: the header alone tells
-                raise BadRow(where, f"image {name} is {handle.width}x{handle.height}, over {MAX_PIXELS} pixels")
-            return np.asarray(handle.convert("RGB"))
-    except FileNotFoundError:
-        raise BadRow(where, f"image {name} does not exist") from None
-    except Image.DecompressionBombError as error:
-        raise BadRow(where, f"image {name}: {error}") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, BadRow):
-            raise
-        raise BadRow(where, f"image {name} cannot be decoded ({error})") from None
+def check_characters(text: str, what: str, where: str) -> None:
+    """BadRow for a text that cannot be tokenised or written: half a surrogate pair in it, or NUL."""
+    if "\0" in text:
+        raise BadRow(where, f"{what} contains a NUL character")
+    if not text.isascii() and (found := BROKEN.search(text)):
+        raise BadRow(where, f"{what} contains half a surrogate pair, \\u{ord(found.group()):04x}: it was cut inside a character")

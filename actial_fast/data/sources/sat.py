@@ -8,16 +8,15 @@ in an order drawn from the row's number and question: a file that always lists t
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
+from typing import Any
 
-import pyarrow as pa
-
+from actial_fast.data.sources.fields import IMAGE_KEYS, absent, images_of, name_of, refuse, text, texts
+from actial_fast.data.sources.reader import Reader
 from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Row, Turn
-from actial_fast.data.sources.table import Table
 
-IMAGE_COLUMNS = ("image_bytes", "images", "image")
 CHOICE_COLUMNS = ("answers", "answer_choices")
 OPTIONS = "Answer with one of these options: "
 
@@ -32,59 +31,51 @@ def options_line(choices: Sequence[str]) -> str:
     return OPTIONS + (", ".join(choices[:-1]) + " or " + choices[-1] if len(choices) > 1 else choices[0])
 
 
-class SatSource:
+class SatSource(Reader):
     """Random access to the rows of a SAT table; `letters` offers the options by letter instead of by text."""
 
+    name, columns = "SAT", ("question", "correct_answer")
+    image_keys = ("image_bytes", *IMAGE_KEYS)
+    kind_keys = ("question_type",)
+
     def __init__(self, path: Path, *, letters: bool = False):
-        self._table, self._letters = Table(path), letters
-        names = set(self._table.column_names)
-        if len(self._table) and not {"question", "correct_answer"} <= names:
-            raise ValueError(f"{path}: SAT needs the columns question and correct_answer; it has {sorted(names)}")
-        self._images = next((name for name in IMAGE_COLUMNS if name in names), None)
-        self._choices = next((name for name in CHOICE_COLUMNS if name in names), None)
-        self._typed = "question_type" in names
+        super().__init__(path)
+        self._letters = letters
 
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, index: int) -> Row:
-        """Row `index`; BadRow when the question or answer is missing, or the answer is not among the choices."""
-        record, where = self._table[index], self._table.where(index)
-        question, answer = record["question"], record["correct_answer"]
-        if not isinstance(question, str) or not question.strip():
+    def row(self, record: Mapping[str, Any], where: str, index: int) -> Row:
+        """A question, its images and its options; BadRow when the question or answer is missing, or the answer is not among the options."""
+        refuse(record, ("question", "correct_answer", *CHOICE_COLUMNS, *self.image_keys, *self.kind_keys, "id"), where)
+        question, answer = (
+            text(record.get("question"), "question", where),
+            text(record.get("correct_answer"), "correct_answer", where).strip(),
+        )
+        if not question:
             raise BadRow(where, "empty question")
-        if answer is None or not str(answer).strip():
+        if not answer:
             raise BadRow(where, "empty answer")
-        answer = str(answer).strip()
-        offered = (record[self._choices] if self._choices else None) or []
-        if not isinstance(offered, list):
-            raise BadRow(where, f"{self._choices} is not a list")
-        choices = [str(choice).strip() for choice in offered]
+        choices = next((list(texts(record[key], key, where)) for key in CHOICE_COLUMNS if not absent(record.get(key))), [])
         if choices and answer not in choices:
             raise BadRow(where, f"the correct answer {answer!r} is not among the choices {choices}")
+        if len(set(choices)) < len(choices):
+            raise BadRow(where, f"a choice is offered twice: {choices}")
         random.Random(f"{index} {question}").shuffle(choices)
-        images = self._table.images(record[self._images] if self._images else None, index)
-        text = question.strip() if IMAGE_TAG in question else IMAGE_TAG * len(images) + question.strip()
+        key = next((key for key in self.image_keys if not absent(record.get(key))), None)
+        images = images_of({"images": record[key]} if key else {}, self.records.folder, where)
+        if not images and any(key in record for key in self.image_keys):
+            raise BadRow(where, "no image")
+        asked = question.strip() if IMAGE_TAG in question else IMAGE_TAG * len(images) + question.strip()
         if self._letters and choices:
             if len(choices) > len(ascii_uppercase):
                 raise BadRow(where, f"{len(choices)} choices are more than there are letters")
-            text, answer = f"{text}\n{lettered(choices)}", ascii_uppercase[choices.index(answer)]
+            asked, answer = f"{asked}\n{lettered(choices)}", ascii_uppercase[choices.index(answer)]
         elif choices:
-            text = f"{text}\n{options_line(choices)}"
+            asked = f"{asked}\n{options_line(choices)}"
         return Row(
-            turns=(Turn("user", text), Turn("assistant", answer)),
+            turns=(Turn("user", asked), Turn("assistant", answer)),
             images=images,
             truth=answer,
             kind=self.kind(index),
             choices=tuple(choices),
-            id=str(record.get("id") or ""),
+            id=name_of(record.get("id"), "id", where),
             where=where,
         ).check()
-
-    def kind(self, index: int) -> str:
-        """The question type of row `index`."""
-        return str(self._table.value(index, "question_type") or "") if self._typed else ""
-
-    def images(self, index: int) -> tuple[pa.Scalar, ...]:
-        """The images of row `index` as Table.cell has them."""
-        return self._table.cell(index, self._images) if self._images else ()

@@ -1,11 +1,12 @@
 """Opening a data source by its format, and checking it as a whole.
 
 A source is anything with `__len__()`, `__getitem__(i) -> Row` (BadRow for a malformed row), `kind(i) -> str` and `images(i) -> tuple`;
-images stay encoded until row.decode. One file per format: jsonl, sharegpt, sat, verl.
+images stay encoded until picture.decode. One file per format: own, sharegpt, sat, verl, easyr1.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import re
@@ -17,15 +18,20 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from actial_fast.data.sources.jsonl import JsonRecords, recover
-from actial_fast.data.sources.row import BadRow, Row, decode
+from actial_fast.data.sources.jsonl import recover
+from actial_fast.data.sources.own import KEYS, OURS
+from actial_fast.data.sources.picture import decode
+from actial_fast.data.sources.reader import Reader, is_table, open_records
+from actial_fast.data.sources.row import BadRow, Row
 
 FORMATS = {  # name -> (module, source class): imported on first use, because parquet needs the `datasets` library
-    "jsonl": ("jsonl", "JsonlSource"),
+    "jsonl": ("own", "JsonlSource"),
     "sharegpt": ("sharegpt", "ShareGptSource"),
     "sat": ("sat", "SatSource"),
     "verl": ("verl", "VerlSource"),
+    "easyr1": ("easyr1", "EasyR1Source"),
 }
+LOOKED_AT = 64  # records whose keys tell the format
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class SourceConfig:
     path: str
     """The file: JSON, JSON Lines or parquet; or a folder of parquet files, or one written by datasets.save_to_disk."""
     format: str = "auto"
-    """jsonl (this project's rows), sharegpt, sat, verl; auto looks at the file's name and columns."""
+    """jsonl (this project's rows), sharegpt, sat, verl, easyr1; auto looks at the file's name and columns."""
     weight: float = 1.0
     """This source's share of the mixture, relative to the other sources' weights."""
     system: str = ""
@@ -72,7 +78,7 @@ class Source(Protocol):
 class View:
     """Some rows of a source (`indices`, int64), under one system prompt."""
 
-    source: Source
+    source: Reader
     indices: np.ndarray
     system: str
 
@@ -89,13 +95,13 @@ class View:
         return self.source.images(int(self.indices[index]))
 
 
-def open_source(config: SourceConfig) -> Source:
+def open_source(config: SourceConfig) -> View:
     """Open `config.path` and apply the filters.
 
     Returns a source: `len(source)` rows, `source[i]` a checked Row with encoded images, or BadRow naming file, row and reason.
     Raises ValueError when the path does not exist, the format is unknown or ambiguous, or no row is left.
     """
-    path = Path(config.path)
+    path = Path(config.path).expanduser()
     if not path.exists():
         raise ValueError(
             f"data source {path} does not exist (looked from {Path.cwd()}); give the path of a .json, .jsonl or .parquet file or a folder"
@@ -119,33 +125,37 @@ def open_source(config: SourceConfig) -> Source:
 
 
 def detect_format(path: Path) -> str:
-    """The format of a file or folder, from its suffix and then its first record or columns; ValueError when that does not tell."""
+    """The format of a file or folder, from its suffix and its columns or the keys of its first records; ValueError if they do not tell."""
     hint = "; set format to one of " + ", ".join(FORMATS)
-    if path.is_dir() or path.suffix == ".parquet":
-        from actial_fast.data.sources.table import Table
-
-        names = set(Table(path).column_names)
-        if {"prompt", "reward_model"} <= names:
-            return "verl"
-        if "question" in names and names & {"answers", "answer_choices", "correct_answer"}:
-            return "sat"
-        raise ValueError(f"data source {path}: columns {sorted(names)} are neither SAT's nor verl's{hint}")
-    if path.suffix not in (".json", ".jsonl"):
+    if not is_table(path) and path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"data source {path}: the suffix {path.suffix!r} does not tell the format{hint}")
-    records = JsonRecords(path)
-    try:
-        first = records[0] if len(records) else {}
-    except BadRow as error:
-        raise ValueError(f"data source {path}: the first record is {error.reason}, so the format cannot be told{hint}") from None
-    if not isinstance(first, dict):
-        raise ValueError(f"data source {path}: the first record is not an object, so the format cannot be told{hint}")
-    if "conversations" in first or "image" in first or "system" in first:
-        return "sharegpt"
-    if path.suffix == ".json" and "messages" in first:  # our own rows are always one a line, in .jsonl
-        return "sharegpt"
-    if {"id", "truth", "kind", "choices", "meta"} & set(first):
+    records = open_records(path)
+    keys = set(records.column_names)
+    if not keys and len(records):
+        try:
+            first = records[0]
+        except BadRow as error:
+            raise ValueError(f"data source {path}: the first record is {error.reason}, so the format cannot be told{hint}") from None
+        if not isinstance(first, dict):
+            raise ValueError(f"data source {path}: the first record is not an object, so the format cannot be told{hint}")
+        keys = set(first)
+        for index in range(1, min(LOOKED_AT, len(records))):
+            with contextlib.suppress(BadRow):  # its own error, once it is drawn
+                record = records[index]
+                keys |= set(record) if isinstance(record, dict) else set()
+    if {"prompt", "reward_model"} <= keys:
+        return "verl"
+    if "question" in keys and keys & {"answers", "answer_choices", "correct_answer"}:
+        return "sat"
+    if {"problem", "answer"} <= keys and not keys & {"messages", "conversations"}:
+        return "easyr1"
+    if "conversations" in keys or ("messages" in keys and (is_table(path) or path.suffix == ".json" or "system" in keys)):
+        return "sharegpt"  # our own rows are always one a line, in .jsonl
+    if "messages" in keys and keys & set(OURS) and set(first) <= set(KEYS):
         return "jsonl"
-    raise ValueError(f"data source {path}: a record with the keys {sorted(first)} may be a row of ours or ShareGPT's{hint}")
+    what = f"columns {sorted(keys)}" if is_table(path) else f"records with the keys {sorted(keys)}"
+    either = " may be rows of ours or ShareGPT's" if "messages" in keys else " are no format's"
+    raise ValueError(f"data source {path}: {what}{either}{hint}")
 
 
 def _of_kinds(source: Source, kinds: tuple[str, ...], path: Path) -> np.ndarray:
@@ -199,32 +209,22 @@ class Scan:
         return dict(Counter(_outline(error.reason) for error in self.bad).most_common())
 
 
-def scan(source: Source, *, pixels: bool = True, progress: Callable[[int], None] | None = None) -> Scan:
-    """Read every row of `source` once, decoding each distinct image file once, and report all bad rows instead of raising.
+def scan(source: Source, door: Callable[[Row, int], object] | None = None, *, progress: Callable[[int], None] | None = None) -> Scan:
+    """Read every row of `source` once and report all bad rows instead of raising.
 
     Args:
         source: from open_source.
-        pixels: also decode the images (the slow part); without it only the rows' text is checked.
+        door: what a row has to pass, called with it and its number; what it raises as BadRow is reported. None: its images are decoded,
+            each distinct file once.
         progress: called with the number of rows done after each row.
     """
     bad: list[BadRow] = []
     kinds: Counter[str] = Counter()
-    verdicts: dict[Path, str] = {}  # image file -> why it is bad, "" when it decodes
+    look = door or _decoder()
     for index in range(len(source)):
         try:
             row = source[index]
-            for image in row.images if pixels else ():
-                if not isinstance(image, Path):
-                    decode(image, row.where)
-                    continue
-                if image not in verdicts:
-                    try:
-                        decode(image, row.where)
-                        verdicts[image] = ""
-                    except BadRow as error:
-                        verdicts[image] = error.reason
-                if verdicts[image]:
-                    raise BadRow(row.where, verdicts[image])
+            look(row, index)
             kinds[row.kind] += 1
         except BadRow as error:
             bad.append(error)
@@ -233,8 +233,28 @@ def scan(source: Source, *, pixels: bool = True, progress: Callable[[int], None]
     return Scan(len(source), tuple(bad), dict(kinds))
 
 
+def _decoder() -> Callable[[Row, int], None]:
+    verdicts: dict[Path, str] = {}  # image file -> why it is bad, "" when it decodes
+
+    def look(row: Row, index: int) -> None:
+        for image in row.images:
+            if not isinstance(image, Path):
+                decode(image, row.where)
+                continue
+            if image not in verdicts:
+                try:
+                    decode(image, row.where)
+                    verdicts[image] = ""
+                except BadRow as error:
+                    verdicts[image] = error.reason
+            if verdicts[image]:
+                raise BadRow(row.where, verdicts[image])
+
+    return look
+
+
 def _outline(reason: str) -> str:
-    reason = re.sub(r"^image .*? (?=does not exist|is \d|cannot be decoded)", "image ", reason)
+    reason = re.sub(r"^image .*? (?=does not exist|is |cannot be decoded|cannot be read)", "image ", reason)
     return re.sub(r"\d+", "#", re.sub(r"'[^']*'|<_io\S+ object at \S+>", "...", reason))
 
 

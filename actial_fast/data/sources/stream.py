@@ -21,6 +21,7 @@ import numpy as np
 from actial_fast.data.sources.mixing import interleave
 from actial_fast.data.sources.row import BadRow, Row
 from actial_fast.data.sources.source import Rejects, Source, SourceConfig, open_source, runs
+from actial_fast.data.sources.told import told
 
 LOOKAHEAD = 32  # rows a Pass reads ahead
 
@@ -197,8 +198,9 @@ class Stream:
         self._ahead = None
 
     def close(self) -> None:
-        """Stop the worker threads. The stream cannot be used afterwards."""
+        """Stop the worker threads, and say how often what was told of rows was met. The stream cannot be used afterwards."""
         self._drop_ahead()
+        told.close()
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 

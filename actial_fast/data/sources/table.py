@@ -3,7 +3,8 @@
 Parquet can only be read a row group at a time (7 ms a row with groups of 1,000 images, 800 ms with one group), so each file is rewritten
 once as an Arrow file, streamed in small batches, and memory-mapped from then on. Against datasets.load_dataset on 100,000 rows in 1 GB this
 opens in a tenth of the time and peaks at 155 MB instead of 1.2 to 3.4 GB (it reads whole row groups). The copy lives in
-$XDG_CACHE_HOME/actial_fast (default ~/.cache/actial_fast) under a name made from the file's path, size and time; it can be deleted at will.
+$XDG_CACHE_HOME/actial_fast (default ~/.cache/actial_fast) under a name made from the file's content (of a file above 64 MB from its size,
+time, footer and 256 places in it); it can be deleted at will, and is made anew when it is damaged.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +24,16 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
+from actial_fast.data.sources.content import content
 from actial_fast.data.sources.row import BadRow
 
 BATCH = 256  # rows converted at a time: memory while converting, and the unit of the Arrow file
+PEEK = 2048  # bytes at either end by which an image is told from others
+SPLIT_OF = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 
 
 class Table:
@@ -35,14 +46,11 @@ class Table:
         self.path = path
         self.folder = path if path.is_dir() else path.parent
         self._batches: list[pa.RecordBatch] = []
-        files = _arrow_files(path)
-        for file, mapped in files:
-            try:
-                batches = _read(mapped)
-            except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{file}: not a readable table ({error})") from None
+        files = _files(path)
+        for file in files:
+            batches = _batches(file)
             if batches and self._batches and batches[0].schema.names != self._batches[0].schema.names:
-                raise ValueError(f"{file}: columns {batches[0].schema.names}, but {files[0][0]} has {self._batches[0].schema.names}")
+                raise ValueError(f"{file}: columns {batches[0].schema.names}, but {files[0]} has {self._batches[0].schema.names}")
             self._batches += batches
         self._first = np.cumsum([0] + [len(batch) for batch in self._batches])  # row number at which each batch starts
         self.column_names: list[str] = self._batches[0].schema.names if self._batches else []
@@ -51,42 +59,51 @@ class Table:
         return int(self._first[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Row `index` as Python values; an image is bytes or {"bytes", "path"}, still encoded."""
-        batch, at = self._place(index)
-        return batch.slice(at, 1).to_pylist()[0]
+        """Row `index` as Python values; an image is bytes or {"bytes", "path"}, still encoded. BadRow when a value cannot be read."""
+        return self.some(index, self.column_names)
 
-    def value(self, index: int, column: str) -> Any:
-        """One value of row `index`, without touching the other columns."""
+    def some(self, index: int, keys: Sequence[str]) -> dict[str, Any]:
+        """What row `index` has in these columns, without touching the others."""
         batch, at = self._place(index)
-        return batch.column(column)[at].as_py()
+        try:
+            return {key: batch.column(key)[at].as_py() for key in keys if key in self.column_names}
+        except (pa.ArrowException, ValueError, OverflowError) as error:  # text that is not UTF-8, times that Python does not have
+            raise BadRow(self.where(index), f"a value cannot be read ({error})") from None
 
-    def cell(self, index: int, column: str) -> tuple[pa.Scalar, ...]:
-        """One value of row `index`, left in its place: () when it is null, an empty list or a list with a null.
+    def identity(self, index: int, keys: Sequence[str]) -> tuple[pa.Scalar, ...]:
+        """What row `index` has in the first of these columns that there is, left in its place: () when it is null, an empty list or a list
+        with a null.
 
         Two are equal when all in them is (of {"bytes", "path"}, both); bytes are read for that only when they are equally long.
         """
+        column = next((key for key in keys if key in self.column_names), None)
+        if column is None:
+            return ()
         batch, at = self._place(index)
         cell = batch.column(column)[at]
         usable = cell.is_valid and (not isinstance(cell, pa.ListScalar) or (len(cell.values) and not cell.values.null_count))
         return (cell,) if usable else ()
 
+    def pictures(self, index: int, keys: Sequence[str]) -> tuple[str, ...]:
+        """For each image under the first of these columns a digest of its size, beginning and end, or its file's full name."""
+        found: list[str] = []
+        for cell in self.identity(index, keys):
+            for one in cell.values if isinstance(cell, pa.ListScalar) else [cell]:
+                given = [one[name] for name in ("bytes", "path") if name in one.type.names] if isinstance(one, pa.StructScalar) else [one]
+                value = next((each for each in given if each.is_valid), None)
+                if isinstance(value, pa.BinaryScalar | pa.LargeBinaryScalar) and not isinstance(
+                    value, pa.StringScalar | pa.LargeStringScalar
+                ):
+                    data = memoryview(value.as_buffer())
+                    seen = f"{len(data)}".encode() + bytes(data[:PEEK]) + bytes(data[-PEEK:])
+                    found.append(hashlib.blake2b(seen, digest_size=12).hexdigest())
+                elif value is not None:
+                    found.append(os.path.normpath(self.folder / str(value)))
+        return tuple(found)
+
     def where(self, index: int) -> str:
         """`file:row`, counted from 1."""
         return f"{self.path}:{index + 1}"
-
-    def images(self, value: Any, index: int) -> tuple[Path | bytes, ...]:
-        """The encoded images of a cell: one or a list of bytes, paths (relative to the file's folder) or {"bytes", "path"}; else BadRow."""
-        values = [] if value is None else value if isinstance(value, list) else [value]
-        return tuple(self._image(one, self.where(index)) for one in values)
-
-    def _image(self, value: Any, where: str) -> Path | bytes:
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, bytes):
-            return value
-        if isinstance(value, str) and value:
-            return self.folder / value
-        raise BadRow(where, f"an image is {type(value).__name__}; expected bytes, a path or {{'bytes', 'path'}}")
 
     def _place(self, index: int) -> tuple[pa.RecordBatch, int]:
         number = int(np.searchsorted(self._first, index, side="right")) - 1
@@ -95,27 +112,58 @@ class Table:
         return self._batches[number], index - int(self._first[number])
 
 
-def _arrow_files(path: Path) -> list[tuple[Path, Path]]:
-    """(the user's file, the Arrow file to map) for each part of the table."""
+def _files(path: Path) -> list[Path]:
+    """The user's files, one or a folder's in order. ValueError for a folder without, or with those of more than one split."""
     if not path.is_dir():
-        return [(path, _converted(path))]
+        return [path]
     state = path / "state.json"
     if state.exists():
-        return [(path / part["filename"],) * 2 for part in json.loads(state.read_text())["_data_files"]]
+        return [path / part["filename"] for part in json.loads(state.read_text())["_data_files"]]
     if (path / "dataset_dict.json").exists():
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
         raise ValueError(f"{path} holds the splits {', '.join(splits)}; give the folder of one, such as {path / splits[0]}")
-    if files := sorted(path.glob("*.parquet")):
-        return [(file, _converted(file)) for file in files]
-    raise ValueError(f"{path} holds neither .parquet files nor a dataset written by datasets.save_to_disk")
+    files = sorted(path.glob("*.parquet"))
+    if not files:
+        below = sorted({file.parent for file in (*path.glob("*/*.parquet"), *path.glob("*/*/*.parquet"), *path.glob("*/state.json"))})
+        others = sorted(file.name for pattern in ("*.json", "*.jsonl") for file in path.glob(pattern))
+        hint = f"; give {below[0]}" if below else f"; give one of its files, {', '.join(others[:5])}" if others else ""
+        raise ValueError(f"{path} holds neither .parquet files nor a dataset written by datasets.save_to_disk{hint}")
+    splits_of: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        words = re.findall(r"[a-z]+", file.stem.lower())
+        splits_of[next((SPLIT_OF[word] for word in words if word in SPLIT_OF), "no split")].append(file.name)
+    if len(splits_of) > 1:
+        told = "; ".join(f"{split} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for split, names in splits_of.items())
+        raise ValueError(f"{path} holds files of several splits: {told}; give the file or a folder of one")
+    return files
+
+
+def _batches(file: Path) -> list[pa.RecordBatch]:
+    """The rows of a file, mapped; of a parquet file's copy, which is made anew when it is damaged."""
+    if file.suffix == ".arrow":
+        return _mapped(file, file)
+    copy = _converted(file)
+    try:
+        return _mapped(copy, file)
+    except ValueError:
+        copy.unlink(missing_ok=True)
+        return _mapped(_converted(file), file)
+
+
+def _mapped(path: Path, file: Path) -> list[pa.RecordBatch]:
+    try:
+        return _read(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: not a readable table ({error})") from None
 
 
 def _converted(path: Path) -> Path:
     """The Arrow copy of a parquet file, made when it is missing or the file has changed."""
-    stat = path.stat()
-    name = hashlib.sha256(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:24]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "actial_fast"
-    target = folder / f"{name}.arrow"
+    try:
+        target = folder / f"{content(path)}.arrow"
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)

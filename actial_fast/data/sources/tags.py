@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
 TAG = re.compile(r"</?(?:think|answer)>", re.IGNORECASE | re.ASCII)  # ASCII: without it the Kelvin sign counts as a k
 
 

@@ -1,57 +1,56 @@
-"""verl's parquet rows: prompt (messages), images, reward_model.ground_truth, data_source and ability.
+"""verl's rows, from parquet or JSON: prompt (messages), images, reward_model.ground_truth, data_source, ability and extra_info.
 
-The prompt is used as it is, so rows are for sampling (GRPO, evaluation): they carry a truth but no assistant turn.
+The prompt is used as it is, so rows are for sampling (GRPO, evaluation): they carry a truth but no assistant turn. A ground truth may be a
+list of texts, or have one under `target` (as Search-R1's), any of which is right. extra_info is what a reward sees as `row.meta`.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
-import pyarrow as pa
+from actial_fast.data.sources.fields import IMAGE_KEYS, absent, conversation, images_of, name_of, parsed, refuse, truths
+from actial_fast.data.sources.reader import Reader
+from actial_fast.data.sources.row import BadRow, Row
 
-from actial_fast.data.sources.row import BadRow, Row, Turn
-from actial_fast.data.sources.table import Table
 
+class VerlSource(Reader):
+    """Random access to the rows of one file or folder."""
 
-class VerlSource:
-    """Random access to the rows of a verl table."""
+    name, columns = "verl's format", ("prompt", "reward_model")
+    kind_keys = ("data_source", "ability")
 
-    def __init__(self, path: Path):
-        self._table = Table(path)
-        names = set(self._table.column_names)
-        if len(self._table) and not {"prompt", "reward_model"} <= names:
-            raise ValueError(f"{path}: verl's format needs the columns prompt and reward_model; it has {sorted(names)}")
-        self._kinds = [name for name in ("data_source", "ability") if name in names]
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, index: int) -> Row:
-        """Row `index`; BadRow when the prompt is not a list of text messages or the ground truth is missing."""
-        record, where = self._table[index], self._table.where(index)
-        prompt = record["prompt"]
-        if not isinstance(prompt, list) or not all(isinstance(turn, dict) for turn in prompt):
+    def row(self, record: Mapping[str, Any], where: str, index: int) -> Row:
+        """A prompt, its images and its ground truth; BadRow when the prompt is not a list of messages or the truth is missing."""
+        refuse(record, ("prompt", "reward_model", "extra_info", *IMAGE_KEYS, *self.kind_keys), where)
+        prompt = parsed(record.get("prompt"), "prompt", where)
+        if not isinstance(prompt, list):
             raise BadRow(where, "prompt is not a list of messages")
-        if not all(isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str) for turn in prompt):
-            raise BadRow(where, "a prompt message without a text role and content")
-        reward = record["reward_model"]
-        truth = reward.get("ground_truth") if isinstance(reward, dict) else None
-        if truth is None or not str(truth).strip():
+        turns, parts = conversation(prompt, "prompt", where)
+        if turns and turns[-1].role == "assistant":
+            raise BadRow(where, "the prompt ends with an assistant message, which a reply would have to go on with; that is not supported")
+        reward = parsed(record.get("reward_model"), "reward_model", where)
+        given = reward.get("ground_truth") if isinstance(reward, Mapping) else None
+        truth, accepted = truths(given.get("target") if isinstance(given, Mapping) else given, "reward_model.ground_truth", where)
+        if not truth:
             raise BadRow(where, "empty answer (reward_model.ground_truth)")
-        extra = record.get("extra_info")
+        extra = parsed(record.get("extra_info"), "extra_info", where)
+        if not absent(extra) and not isinstance(extra, Mapping):
+            raise BadRow(where, "extra_info is not an object")
+        meta = dict(extra or {})
+        refuse(meta, [key for key in meta if key not in ("need_tools_kwargs", "interaction_kwargs")], where, "extra_info")
         return Row(
-            turns=tuple(Turn(turn["role"], turn["content"]) for turn in prompt),
-            images=self._table.images(record.get("images"), index),
-            truth=str(truth).strip(),
+            turns=turns,
+            images=images_of(record, self.records.folder, where, parts=parts),
+            truth=truth,
             kind=self.kind(index),
-            id=str(extra["index"]) if isinstance(extra, dict) and extra.get("index") is not None else "",
+            id=name_of(meta.get("index"), "extra_info.index", where),
             where=where,
+            meta=meta,
+            accepted=accepted,
         ).check()
 
     def kind(self, index: int) -> str:
         """data_source and ability of row `index`, joined by a slash when it has both."""
-        return "/".join(str(value) for name in self._kinds if (value := self._table.value(index, name)))
-
-    def images(self, index: int) -> tuple[pa.Scalar, ...]:
-        """The images of row `index` as Table.cell has them."""
-        return self._table.cell(index, "images") if "images" in self._table.column_names else ()
+        some, where = self.records.some(index, self.kind_keys), self.records.where(index)
+        return "/".join(name for key in self.kind_keys if (name := name_of(some.get(key), f"`{key}`", where)))

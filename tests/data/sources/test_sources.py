@@ -16,7 +16,8 @@ from PIL import Image
 
 from actial_fast.data.captures import viewpoint
 from actial_fast.data.sources.jsonl import JsonRecords
-from actial_fast.data.sources.row import BadRow, Row, Turn, decode
+from actial_fast.data.sources.picture import decode
+from actial_fast.data.sources.row import BadRow, Row, Turn
 from actial_fast.data.sources.sat import options_line
 from actial_fast.data.sources.source import Rejects, SourceConfig, open_source, runs, scan
 from actial_fast.data.sources.table import Table
@@ -115,15 +116,15 @@ def test_jsonl_rows(tmp_path):
     "bad, reason",
     [
         (row(messages=None), "messages"),
-        ([1], "messages"),
-        ("3", "messages"),
+        ([1], "not a JSON object"),
+        ("3", "not a JSON object"),
         (row(images=["a.png", "a.png"]), "1 <image> tags but 2 images"),
         (row(images=[]), "1 <image> tags but 0 images"),
-        (row(images=5), "wrong type"),
-        (row(choices=1), "wrong type"),
+        (row(images=5), "image 1 is a number"),
+        (row(choices=1), "choices is a number"),
         (row(messages=[{"role": "user", "content": "<image>"}, {"role": "assistant", "content": " \n"}]), "empty answer"),
         (row(messages=[{"role": "tool", "content": "<image>"}]), "unknown role 'tool'"),
-        (row(messages=[{"role": "user"}]), "role or content"),
+        (row(messages=[{"role": "user"}]), "no `role` and `content`"),
     ],
 )
 def test_malformed_jsonl(tmp_path, bad, reason):
@@ -172,12 +173,12 @@ def test_sharegpt_bare_answer_is_the_truth_of_the_last_turn(tmp_path):
     [
         ({"text": "hello"}, "none of messages, conversations"),
         ({"messages": "hello"}, "`messages` is not a list"),
-        ({"messages": [{"from": "human", "value": "q"}]}, "message 1 has no `role`"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "message 1's `content` is not text"),
+        ({"messages": [{"who": "human", "value": "q"}]}, "message 1 has no `role`"),
+        ({"messages": [{"role": "user", "content": 3}]}, "message 1's `content` is not text"),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]}, "empty answer"),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "observation", "value": "x"}]}, "unknown role 'observation'"),
         ({"conversations": [{"from": "human", "value": "<image>q"}], "images": []}, "1 <image> tags but 0"),
-        ({"conversations": [{"from": "human", "value": "q"}], "images": [{"path": "a"}]}, "images is neither"),
+        ({"conversations": [{"from": "human", "value": "q"}], "images": [{"width": 3}]}, "image 1 is null"),
         ({"conversations": [{"from": "human", "value": "q"}], "videos": ["a.mp4"]}, "videos"),
         ({"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "q"}], "system": "b"}, "more than one system"),
         ("[1]", "not a JSON object"),
@@ -258,7 +259,8 @@ def test_sat_variants(tmp_path):
         ({"correct_answer": None}, "empty answer"),
         ({"correct_answer": " "}, "empty answer"),
         ({"question": ""}, "empty question"),
-        ({"image_bytes": [None]}, "an image is NoneType"),
+        ({"image_bytes": [None]}, "image 1 is null"),
+        ({"image_bytes": None}, "no image"),
         ({"question": "<image>one tag, two images"}, "1 <image> tags but 2 images"),
     ],
 )
@@ -283,7 +285,7 @@ def test_verl(tmp_path):
         ({"reward_model": {"style": "rule", "ground_truth": None}}, "empty answer"),
         ({"reward_model": None}, "empty answer"),
         ({"prompt": [{"role": "user", "content": "no tag"}]}, "0 <image> tags but 1 images"),
-        ({"prompt": [{"role": "user", "content": None}]}, "without a text"),
+        ({"prompt": [{"role": "user", "content": None}]}, "is not text but null"),
         ({"prompt": None}, "not a list of messages"),
         ({"prompt": []}, "no messages"),
     ],
@@ -302,7 +304,7 @@ def test_table_random_access_over_batches_and_shards(tmp_path):
     table = Table(tmp_path / "shards")
     order = random.Random(0).sample(range(1500), 1500)
     assert len(table) == 1500 and [table[i] for i in order] == [rows[i] for i in order]
-    assert [table.value(i, "correct_answer") for i in order] == [str(i) for i in order]
+    assert [table.some(i, ["correct_answer", "x"]) for i in order] == [{"correct_answer": str(i)} for i in order]
     with pytest.raises(IndexError):
         table[1500]
     parquet(tmp_path / "shards" / "train-00002.parquet", [{"question": "q"}])
@@ -378,15 +380,18 @@ def test_opening_errors_say_what_to_do(tmp_path):
     parquet(tmp_path / "other.parquet", [{"x": 1}])
     for config, problem in (
         (SourceConfig(str(tmp_path / "missing.jsonl")), "missing.jsonl does not exist"),
-        (SourceConfig(str(tmp_path / "r.jsonl"), format="llava"), "unknown format 'llava'; use one of auto, jsonl, sharegpt, sat, verl"),
+        (
+            SourceConfig(str(tmp_path / "r.jsonl"), format="llava"),
+            "unknown format 'llava'; use one of auto, jsonl, sharegpt, sat, verl, easyr1",
+        ),
         (SourceConfig(str(tmp_path / "r.jsonl"), limit=-1), "limit is -1"),
         (SourceConfig(str(tmp_path / "r.csv")), "suffix '.csv' does not tell the format; set format"),
         (SourceConfig(str(tmp_path / "empty.jsonl"), format="jsonl"), "has no rows"),
         (SourceConfig(str(tmp_path / "folder")), "neither .parquet files nor"),
-        (SourceConfig(str(tmp_path / "either.jsonl")), "may be a row of ours or ShareGPT's; set format"),
+        (SourceConfig(str(tmp_path / "either.jsonl")), "may be rows of ours or ShareGPT's; set format"),
         (SourceConfig(str(tmp_path / "broken.jsonl")), "first record is not JSON"),
         (SourceConfig(str(tmp_path / "number.jsonl")), "first record is not an object"),
-        (SourceConfig(str(tmp_path / "other.parquet")), r"columns \['x'\] are neither"),
+        (SourceConfig(str(tmp_path / "other.parquet")), r"columns \['x'\] are no format"),
         (SourceConfig(str(tmp_path / "other.parquet"), format="sat"), "SAT needs the columns question and correct_answer"),
         (SourceConfig(str(tmp_path / "other.parquet"), format="verl"), "needs the columns prompt and reward_model"),
     ):
@@ -421,11 +426,11 @@ def test_the_questions_about_a_viewpoint_pair_are_a_run(tmp_path):
 
 def test_a_row_that_cannot_be_read_is_a_run_of_its_own(tmp_path):
     same = row(images=["a.png"])
-    bad = ["{", "[1]", "3", row(images=5), row(images="a.png"), row(images=None)]
+    bad = ["{", "[1]", "3", row(images=5), row(images=None)]
     records = [same, same, *[one for each in bad for one in (each, each)], same, same]
     path = write_lines(tmp_path / "r.jsonl", records)
-    assert starts(path, format="jsonl") == [0, *range(2, 15), 16]
-    share = write_lines(tmp_path / "s.jsonl", [one for one in records if not (isinstance(one, dict) and one["images"] == "a.png")])
+    assert starts(path, format="jsonl") == [0, *range(2, 13), 14]
+    share = write_lines(tmp_path / "s.jsonl", records)
     assert starts(share, format="sharegpt") == [0, *range(2, 13), 14]
 
 
@@ -478,14 +483,14 @@ def bad_images(folder: Path) -> dict[str, str]:
     (folder / "text.png").write_bytes(b"not an image")
     (folder / "empty.png").write_bytes(b"")
     Image.new("1", (20_000, 10_000)).save(folder / "bomb.png")
-    Image.new("1", (8_000, 7_000)).save(folder / "large.png")
+    Image.new("1", (12_000, 11_000)).save(folder / "large.png")
     assert (folder / "bomb.png").stat().st_size < 100_000
     return {
         "cut.jpg": "truncated|cannot be decoded",
-        "text.png": "cannot be decoded",
-        "empty.png": "cannot be decoded",
-        "bomb.png": "200000000 pixels",
-        "large.png": "8000x7000",
+        "text.png": "is text, not a picture",
+        "empty.png": "is empty",
+        "bomb.png": "20000x10000, over 128000000 pixels",
+        "large.png": "12000x11000",
         "gone.png": "does not exist",
     }
 
@@ -502,7 +507,7 @@ def test_scan_reports_every_bad_row(tmp_path):
     for error, reason in zip(result.bad, names.values(), strict=False):
         assert any(part in error.reason for part in reason.split("|")), (error, reason)
     assert sum(result.reasons.values()) == 10 and result.reasons["image does not exist"] == 2
-    fast = scan(open_source(SourceConfig(str(tmp_path / "r.jsonl"))), pixels=False)
+    fast = scan(open_source(SourceConfig(str(tmp_path / "r.jsonl"))), lambda row, index: None)
     assert [error.where.rsplit(":", 1)[1] for error in fast.bad] == ["8", "9", "10"]
 
 

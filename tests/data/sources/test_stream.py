@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from actial_fast.data.sources.mixing import interleave
-from actial_fast.data.sources.row import BadRow, decode
+from actial_fast.data.sources.picture import decode
+from actial_fast.data.sources.row import BadRow
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.data.sources.stream import Example, Pass, Stream
 from actial_fast.packing.images import ImageSettings, ImageStore
