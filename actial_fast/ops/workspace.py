@@ -36,9 +36,10 @@ def share_of(total_mb: float) -> float:
     return min(max(LEAST, SHARE * total_mb), MOST)
 
 
-def _memory(index: int | None) -> int:
+def _total_mb(index: int | None) -> int:
     """The card's memory in MiB."""
     return int(torch.cuda.get_device_properties(index).total_memory) >> 20
 
 
-_total_mb = torch.compiler.assume_constant_result(_memory)  # which it is
+# a constant to torch.compile: what torch.compiler.assume_constant_result does, which imports the compiler, and Triton with it
+_total_mb.__dict__["_dynamo_marked_constant"] = True

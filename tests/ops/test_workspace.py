@@ -39,7 +39,7 @@ def card(monkeypatch):
     ],
 )
 def test_a_share_of_the_cards_memory_between_two_ends(card, memory, want):
-    hidden = card(memory * GIB)
+    hidden = card(memory)
     assert workspace.workspace(None, hidden) == pytest.approx(want)
     assert hidden.asked == [1], "of the card that the rows are on, not of the current one"
 
