@@ -13,6 +13,7 @@ from torch import Tensor
 
 from actial_fast.kernels.head import Head, tile_for
 from actial_fast.kernels.head_grad import SPLIT, Gradients
+from actial_fast.kernels.truncated import padded_vocab
 
 
 def row_bytes(head: Head, gradients: bool) -> int:
@@ -20,7 +21,14 @@ def row_bytes(head: Head, gradients: bool) -> int:
     vocab, width = head.largest, head.weight.shape[1]
     tile, size = tile_for(head.hidden.dtype), head.hidden.element_size()
     parts = 12 * triton.cdiv(vocab, tile.n // tile.parts) + 64  # peak, total, moment; the row's own numbers
-    return parts + (stride_of(vocab) * size + width * (size + 4 * SPLIT) if gradients else 0)
+    if head.kept:
+        parts = 4 * padded_vocab(vocab) + 64
+    if head.targets.ndim == 2:  # logits, log-probs, coefficients, indices
+        parts += 40 * head.targets.shape[1]
+    if not gradients:
+        return parts
+    dx = 0 if head.kept and size == 4 else stride_of(vocab) * size  # which may lie where the logits were
+    return parts + dx + width * (size + 4 * SPLIT)
 
 
 def stride_of(vocab: int) -> int:

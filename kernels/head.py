@@ -262,8 +262,9 @@ class Head:
 
     hidden (T, H), weight (V, H), bias (V,) or None of one dtype, float32, bfloat16 or float16; targets (T,) int64; inverse_temperature a
     number or (T,) float32; softcap a number or None. Rows of hidden and weight start at multiples of 16 bytes. parallel: the ranks that
-    have the rest of the vocabulary (`ops.parallel`), where targets that are not here are -1. quack: its products instead of ours
-    (quack_head.py), which takes bfloat16, V in whole parts and none of bias, softcap and parallel; strips: the gradient's too.
+    have the rest of the vocabulary (`ops.parallel`), where targets that are not here are -1. For log-probs alone targets may be (T, K),
+    and kept (`ops.spec.Kept`) says to what the distribution is cut. quack: its products instead of ours (quack_head.py), which takes
+    bfloat16, V in whole parts, targets (T,) and none of bias, softcap, parallel and kept; strips: the gradient's too.
     """
 
     hidden: Tensor
@@ -273,6 +274,7 @@ class Head:
     inverse_temperature: float | Tensor
     softcap: float | None
     parallel: Any = None
+    kept: Any = None
     quack: bool = False
     strips: bool = False
 
@@ -306,6 +308,7 @@ def make_head(
     temperature: float | Tensor,
     softcap: float | None,
     parallel: Any = None,
+    kept: Any = None,
     path: str = "triton",
     by_logp: bool = False,
 ) -> Head:
@@ -317,9 +320,8 @@ def make_head(
         missing = -hidden.shape[1] % (16 // hidden.element_size())
         hidden, weight = pad(hidden, (0, missing)).contiguous(), pad(weight, (0, missing)).contiguous()
     quack = path == "quack"
-    return Head(
-        hidden, weight, targets, bias, 1.0 / temperature, softcap, parallel, quack, quack and by_logp and common.capability()[0] == 9
-    )
+    strips = quack and by_logp and common.capability()[0] == 9
+    return Head(hidden, weight, targets, bias, 1.0 / temperature, softcap, parallel, kept, quack, strips)
 
 
 def _is_aligned(x: Tensor) -> bool:

@@ -139,7 +139,7 @@ def linear_grpo_loss(
 
     alone = None if bias is None else bias.detach()
     by_logp = not skip_zero_rows and not spec.entropy_coef
-    made = make_head(hidden.detach(), weight.detach(), targets, alone, temperature, softcap, vocab_parallel, head, by_logp)
+    made = make_head(hidden.detach(), weight.detach(), targets, alone, temperature, softcap, vocab_parallel, None, head, by_logp)
     call = Call(made, coefficients, skip_zero_rows, workspace_mb, cu_seqlens, weight_grad)
     return FusedLoss.apply(hidden, weight, bias, call) if wanted is None else _run(call, hidden.shape[1], wanted)
 
@@ -166,7 +166,7 @@ def linear_cross_entropy(
         return -weights, None, torch.stack([torch.zeros_like(loss), loss])[None]
 
     alone = None if bias is None else bias.detach()
-    made = make_head(hidden.detach(), weight.detach(), targets, alone, 1.0, softcap, vocab_parallel, head, by_logp=True)
+    made = make_head(hidden.detach(), weight.detach(), targets, alone, 1.0, softcap, vocab_parallel, None, head, by_logp=True)
     call = Call(made, coefficients, False, workspace_mb, None, weight_grad)
     if wanted is None:
         return FusedLoss.apply(hidden, weight, bias, call)[0]

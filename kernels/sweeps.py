@@ -22,11 +22,11 @@ def row_softmax(row, vocab, inverse, THREADS: tl.constexpr, LOADS: tl.constexpr,
     BLOCK: tl.constexpr = THREADS * LOADS * VECTOR
     whole = vocab // BLOCK * BLOCK
     for first in range(0, whole, BLOCK):  # without a mask, which costs an instruction an element
-        x = _by_thread(tl.load(row + first + tl.arange(0, BLOCK)), THREADS, LOADS, VECTOR)
+        x = by_thread(tl.load(row + first + tl.arange(0, BLOCK)), THREADS, LOADS, VECTOR)
         m, s, u = common.online_softmax_step(m, s, u, x, step, 1)
     if whole < vocab:
         column = whole + tl.arange(0, BLOCK)
-        x = _by_thread(tl.load(row + column, column < vocab, float("-inf")), THREADS, LOADS, VECTOR)
+        x = by_thread(tl.load(row + column, column < vocab, float("-inf")), THREADS, LOADS, VECTOR)
         m, s, u = common.online_softmax_step(m, s, u, x, step, 1)
     m, s, u = common.softmax_join(m, s, u, step, 0)
     log_s = tl.log(s)
@@ -35,7 +35,7 @@ def row_softmax(row, vocab, inverse, THREADS: tl.constexpr, LOADS: tl.constexpr,
 
 
 @triton.jit
-def _by_thread(x, THREADS: tl.constexpr, LOADS: tl.constexpr, VECTOR: tl.constexpr):
+def by_thread(x, THREADS: tl.constexpr, LOADS: tl.constexpr, VECTOR: tl.constexpr):
     """The columns that one thread has loaded side by side, in fp32: no data moves."""
     x = tl.reshape(tl.permute(tl.reshape(x, (LOADS, THREADS, VECTOR)), (1, 0, 2)), (THREADS, LOADS * VECTOR))
     return x.to(tl.float32)

@@ -98,7 +98,7 @@ def test_the_kl_of_an_adapted_tower_begins_at_zero_and_grows(grpo_recipe, deep):
 )
 def test_two_ranks_equal_one(fsdp, kill, sft_recipe, deep, tmp_path):
     """Sharded ranks hold the codes whole, and shares of everything else."""
-    recipe = of(sft_recipe, deep, EVERYTHING, quantize="nf4", gradient_checkpointing=True)
+    recipe = of(sft_recipe, deep, EVERYTHING, quantize="nf4", checkpointing="full")
     optim = replace(recipe.optim, eps=1e-4)  # with which AdamW's division does not blow up the rounding of gradients that are nearly zero
     recipe = replace(recipe, optim=optim, save=SaveConfig(every=1, tensorboard=False), steps=3, batch_size=4, pack_tokens=230)
     sft.train(replace(recipe, run=str(tmp_path / "one")))

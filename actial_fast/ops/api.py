@@ -65,6 +65,9 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     return_entropy: bool = True,
     workspace_mb: float | None = None,
     vocab_parallel: VocabParallel | None = None,
@@ -72,22 +75,30 @@ def linear_logprob(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of each target and entropy of each row's distribution, from hidden states and the head.
 
-    hidden (T, H), weight (V, H), bias (V,) of one floating dtype; targets (T,) int64; logits are softcap * tanh(x / softcap) / temperature
-    with a temperature for all rows or one each, (T,). Returns logp (T,) and entropy (T,) in nats (None without return_entropy), both
-    differentiable in hidden, weight and bias, once. At most workspace_mb MiB are held above inputs, outputs and a float32 weight gradient
-    (None: 700 on the CPU, on CUDA 3% of the card's memory, between 700 and 2,800; not what is free, so that chunks are the same in every
-    call). 1 GEMM of T * H * V; with its backward pass 4, with a frozen head 3. vocab_parallel: weight and bias are this rank's part of the
-    vocabulary, targets are ids of the whole, and so are the results, on every rank. head: "triton", our kernels, or "quack", which makes
-    the products by quack-kernels: bfloat16 on sm_90 and sm_100, V a multiple of 128, without bias, softcap and vocab_parallel. ValueError
-    for arguments that do not fit together.
+    hidden (T, H), weight (V, H), bias (V,) of one floating dtype; targets (T,) int64, or (T, K) for K tokens a row, the same one as often
+    as you like; logits are softcap * tanh(x / softcap) / temperature with a temperature for all rows or one each, (T,). Returns logp of
+    the targets' shape and entropy (T,) in nats (None without return_entropy), both differentiable in hidden, weight and bias, once. At
+    most workspace_mb MiB are held above inputs, outputs and a float32 weight gradient (None: 700 on the CPU, on CUDA 3% of the card's
+    memory, between 700 and 2,800; not what is free, so that chunks are the same in every call). 1 GEMM of T * H * V; with its backward
+    pass 4, with a frozen head 3. vocab_parallel: weight and bias are this rank's part of the vocabulary, targets are ids of the whole, and
+    so are the results, on every rank. head: "triton", our kernels, or "quack", which makes the products by quack-kernels: bfloat16 on
+    sm_90 and sm_100, V a multiple of 128, targets (T,), without bias, softcap, vocab_parallel and what follows. ValueError for arguments
+    that do not fit together.
+
+    top_k, top_p, min_p: what a sampler that was given these draws from, by vLLM's rules (`reference.lowest_kept`): log-probs and entropy
+    are those of the kept tokens, whose probabilities make up 1 again, as in vLLM's logprobs_mode="processed_logprobs". A target outside
+    of them has a log-prob of -inf, whose gradient is 0. The kept tokens are found anew from these hidden states: near the border they may
+    differ from those of a sampler with other rounding or other weights, whose own ids, where it returns them, go in as targets (T, K).
     """
     workspace_mb = workspace(workspace_mb, hidden, vocab_parallel)
     hidden = _entered(hidden, vocab_parallel)
-    hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb, parallel=vocab_parallel)
-    checks.in_vocabulary(targets, vocab_parallel.vocab if vocab_parallel else len(weight))
+    hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb, parallel=vocab_parallel, several=True)
+    vocabulary = vocab_parallel.vocab if vocab_parallel else len(weight)
+    checks.in_vocabulary(targets, vocabulary)
     scaling = {"bias": bias, "temperature": checks.temperature(temperature, hidden), "softcap": softcap}
-    head = checks.path(head, hidden, weight, bias, softcap, vocab_parallel)
-    logp, entropy = _logprob(hidden, weight, targets, vocab_parallel, head, **scaling, workspace_mb=workspace_mb)
+    kept = checks.kept(top_k, top_p, min_p, vocabulary, vocab_parallel)
+    head = checks.path(head, hidden, weight, bias, softcap, vocab_parallel, targets=targets, kept=kept)
+    logp, entropy = _logprob(hidden, weight, targets, vocab_parallel, head, **scaling, workspace_mb=workspace_mb, kept=kept)
     return logp, entropy if return_entropy else None
 
 

@@ -16,7 +16,7 @@ from actial_fast.ops import reference
 from actial_fast.ops.chunked_logits import compute_dtype
 from actial_fast.ops.library import capability
 from actial_fast.ops.parallel import VocabParallel
-from actial_fast.ops.spec import GRPOSpec
+from actial_fast.ops.spec import GRPOSpec, Kept
 
 QUACK_PART = 128  # columns of the vocabulary that quack's epilogue finishes together
 TEMPERATURES = 1e-30, 1e30  # lowest and highest: float32 holds logits of up to 1e8 divided by the one, and 1 divided by the other
@@ -31,8 +31,9 @@ def head(
     workspace_mb: float,
     names: tuple[str, str] = ("hidden", "weight"),
     parallel: VocabParallel | None = None,
+    several: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """hidden, weight and bias, checked, in the dtype of an enclosing autocast."""
+    """hidden, weight and bias, checked, in the dtype of an enclosing autocast. several: a row may have more than one target."""
     h, w = names
     if hidden.ndim != 2 or not hidden.is_floating_point():
         raise ValueError(f"{h}: expected (T, H) floating point, got {text(hidden)}")
@@ -54,7 +55,7 @@ def head(
             raise ValueError(f"bias: expected ({len(weight)},) floating point to fit {w}, got {text(bias)}")
         match("bias", bias, h, hidden)
     if targets is not None:
-        _targets(targets, hidden)
+        _targets(targets, hidden, several)
     if parallel and parallel.rows != len(weight):
         raise ValueError(f"vocab_parallel: made of {parallel.rows} rows, but {w} has {len(weight)}; make it anew with VocabParallel.of")
     if softcap is not None and not 0 < softcap < math.inf:
@@ -70,9 +71,11 @@ def path(
     name: str,
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    parallel: VocabParallel | None = None,
+    bias: Tensor | None,
+    softcap: float | None,
+    parallel: VocabParallel | None,
+    targets: Tensor | None = None,
+    kept: Any = None,
 ) -> str:
     """The argument `head` of an op, for arguments that are checked: whose products, where those can be made here."""
     if name not in ("triton", "quack"):
@@ -82,9 +85,11 @@ def path(
     if torch.compiler.is_compiling():
         raise ValueError("head: not 'quack' under torch.compile, whose operators have our kernels; call the op outside of it")
     ours = "head='triton' has it"
-    for option, given in (("bias", bias), ("softcap", softcap), ("vocab_parallel", parallel)):
+    for option, given in (("bias", bias), ("softcap", softcap), ("vocab_parallel", parallel), ("top_k, top_p, min_p", kept)):
         if given is not None:
             raise ValueError(f"{option}: not with head='quack'; {ours}")
+    if targets is not None and targets.ndim == 2:
+        raise ValueError(f"targets: head='quack' takes (T,), got {tuple(targets.shape)}; {ours}")
     if hidden.dtype != torch.bfloat16:
         raise ValueError(f"hidden: head='quack' takes bfloat16, got {hidden.dtype}; {ours}")
     if len(weight) % QUACK_PART:
@@ -176,9 +181,34 @@ def temperature(x: float | Tensor, like: Tensor) -> float | Tensor:
     return x
 
 
-def _targets(targets: Tensor, like: Tensor) -> None:
-    if targets.shape != like.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"targets: expected ({len(like)},) int64, got {text(targets)}")
+def kept(top_k: int | None, top_p: float, min_p: float, vocabulary: int, parallel: VocabParallel | None) -> Kept | None:
+    """What a sampler keeps of the vocabulary; None where it keeps everything."""
+    for name, x, wanted in (("top_k", top_k, "a whole number"), ("top_p", top_p, "a number"), ("min_p", min_p, "a number")):
+        if isinstance(x, Tensor):
+            raise ValueError(f"{name}: expected {wanted} for all rows, got a tensor; call once for the rows of each")
+    if top_k is not None and (int(top_k) != top_k or top_k < -1):
+        raise ValueError(f"top_k: must be a whole number >= 1, got {top_k}; None, 0 or -1 = all tokens")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: must be in (0, 1], got {top_p}; 1 = all tokens")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p: must be in [0, 1], got {min_p}; 0 = all tokens")
+    count = 0 if top_k is None or top_k < 1 or top_k >= vocabulary else int(top_k)
+    out = Kept(count, float(top_p), float(min_p))
+    if out == Kept():
+        return None
+    if parallel:
+        raise ValueError(
+            "vocab_parallel: not with top_k, top_p or min_p, which need a row's logits in one place; gather the head, or pass the ids "
+            "that the sampler kept as targets (T, K)"
+        )
+    return out
+
+
+def _targets(targets: Tensor, like: Tensor, several: bool = False) -> None:
+    shaped = targets.shape == like.shape[:1] or (several and targets.ndim == 2 and len(targets) == len(like) and targets.shape[1] > 0)
+    if not shaped or targets.dtype != torch.int64:
+        more = f" or ({len(like)}, K) with K >= 1," if several else ""
+        raise ValueError(f"targets: expected ({len(like)},){more} int64, got {text(targets)}")
     match("targets", targets, "hidden", like, dtype=False)
 
 
@@ -191,7 +221,9 @@ def in_vocabulary(targets: Tensor, vocabulary: int, token_weight: Tensor | None 
         wrong &= token_weight != 0
     if wrong.any():
         example = int(targets[wrong][0])
-        hint = "leave out rows without a target" if token_weight is None else "leave out rows without a target, or give them token_weight 0"
+        hint = "leave out rows without a target" + ("" if token_weight is None else ", or give them token_weight 0")
+        if targets.ndim == 2:
+            hint = "fill up a row of fewer targets with any token, and leave out what comes for it"
         raise ValueError(f"targets: expected ids in [0, {vocabulary}), got {example}; {hint}")
 
 

@@ -28,7 +28,7 @@ from actial_fast.ops.chunks import blocks, plan
 from actial_fast.ops.library import joined, split
 from actial_fast.ops.parallel import VocabParallel
 from actial_fast.ops.reference import STATS
-from actial_fast.ops.spec import GRPOSpec
+from actial_fast.ops.spec import GRPOSpec, Kept
 
 Terms = Callable[[slice, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """A loss from the log-probs and entropies (C,) of some rows, differentiable in them, and its statistics."""
@@ -49,11 +49,11 @@ def linear_logprob(
     temperature: float | Tensor,
     softcap: float | None,
     workspace_mb: float,
+    kept: Kept | None = None,
     vocab_parallel: VocabParallel | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `ops.linear_logprob`: 1 GEMM; with the backward pass, which computes the logits again, 4, with a frozen head 3."""
-    groups, block = plan(hidden, weight, workspace_mb, parallel=vocab_parallel)
-    job = Job(targets, temperature, softcap, groups, block, parallel=vocab_parallel)
+    job = _logprob_job(hidden, weight, targets, temperature, softcap, workspace_mb, kept, vocab_parallel)
     return _LinearLogprob.apply(hidden, weight, bias, job)
 
 
@@ -69,10 +69,26 @@ def linear_logprob_backward(
     temperature: float | Tensor,
     softcap: float | None,
     workspace_mb: float,
+    kept: Kept | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of hidden, weight and bias, where wanted and in their dtypes, from those of log-probs and entropies (T,)."""
-    groups, block = plan(hidden, weight, workspace_mb)
-    return _logprob_gradients(hidden, weight, bias, Job(targets, temperature, softcap, groups, block), g_logp, g_entropy, wanted)
+    """The gradients of hidden, weight and bias, where wanted and in their dtypes, from those of log-probs and entropies."""
+    job = _logprob_job(hidden, weight, targets, temperature, softcap, workspace_mb, kept)
+    return _logprob_gradients(hidden, weight, bias, job, g_logp, g_entropy, wanted)
+
+
+def _logprob_job(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    workspace_mb: float,
+    kept: Kept | None,
+    parallel: VocabParallel | None = None,
+) -> Job:
+    count = targets.shape[1] if targets.ndim == 2 else 1
+    groups, block = plan(hidden, weight, workspace_mb, parallel=parallel, targets=count, kept=kept)
+    return Job(targets, temperature, softcap, groups, block, kept=kept, parallel=parallel)
 
 
 def linear_grpo_loss(
@@ -152,10 +168,11 @@ def linear_cross_entropy(
 class Job:
     """What a pass computes, but for the tensors that autograd follows.
 
-    targets (T,); temperature and softcap, the scaling of the logits; groups of chunks of rows (see chunks.plan); block, how many vocabulary
-    rows are upcast at once; terms, the loss (None: log-probs only), and stats, how many statistics it has; entropy, whether it is wanted;
-    skip, whether rows of coefficient 0 leave the backward GEMMs; wanted, which of hidden, weight and bias need a gradient; weight_grad,
-    where weight's is added; parallel, the ranks that have the rest of the vocabulary.
+    targets (T,), or (T, K) for log-probs; temperature and softcap, the scaling of the logits; groups of chunks of rows (see chunks.plan);
+    block, how many vocabulary rows are upcast at once; terms, the loss (None: log-probs only), and stats, how many statistics it has;
+    entropy, whether it is wanted; skip, whether rows of coefficient 0 leave the backward GEMMs; wanted, which of hidden, weight and bias
+    need a gradient; weight_grad, where weight's is added; kept, to what the distribution is cut; parallel, the ranks that have the rest of
+    the vocabulary.
     """
 
     targets: Tensor
@@ -169,12 +186,13 @@ class Job:
     skip: bool = True
     wanted: Wanted = (False, False, False)
     weight_grad: Tensor | None = None
+    kept: Kept | None = None
     parallel: VocabParallel | None = None
 
 
 @dataclass
 class Result:
-    """loss scalar, stats, logp (T,), entropy (T,) or None, and the gradients that were wanted and are autograd's.
+    """loss scalar, stats, logp of the targets' shape, entropy (T,) or None, and the gradients that were wanted and are autograd's.
 
     Those of weight and bias are as computed, in at least float32, and so is that of float16 hidden states: a loss scale is yet to come.
     """
@@ -197,7 +215,7 @@ def _run(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job) -> Resul
     out = Result(
         loss=zeros.clone(),
         stats=torch.zeros(job.stats, device=hidden.device),
-        logp=zeros.new_empty(rows),
+        logp=zeros.new_empty(job.targets.shape),
         entropy=zeros.new_empty(rows) if job.entropy else None,
         dhidden=zeros.new_zeros(hidden.shape, dtype=dtype if hidden.dtype == torch.float16 else hidden.dtype) if to_hidden else None,
         dweight=(zeros.new_zeros(weight.shape) if job.weight_grad is None else job.weight_grad) if to_weight else None,
@@ -237,7 +255,10 @@ def _run_long(chunks: list[slice], hidden: Tensor, weight: Tensor, bias: Tensor 
 def _softmax(chunk: slice, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, out: Result) -> Softmax:
     """A chunk's logits as a distribution, its log-probs and entropies put into `out`."""
     h = hidden[chunk].to(out.logp.dtype)
-    soft = Softmax.of(_logits(h, weight, bias, _column(job.temperature, chunk), job), job.targets[chunk], job.entropy, job.parallel)
+    z = _logits(h, weight, bias, _column(job.temperature, chunk), job)
+    if job.kept:
+        z.masked_fill_(z < reference.lowest_kept(z, job.kept), -torch.inf)
+    soft = Softmax.of(z, job.targets[chunk], job.entropy, job.parallel)
     out.logp[chunk] = soft.logp
     if out.entropy is not None and soft.entropy is not None:  # both, or neither
         out.entropy[chunk] = soft.entropy
@@ -251,10 +272,14 @@ def _column(temperature: float | Tensor, chunk: slice) -> float | Tensor:
 def _add_gradients(
     chunk: slice, soft: Softmax, g: Tensor | None, g_entropy: Tensor | None, hidden: Tensor, weight: Tensor, job: Job, out: Result
 ) -> None:
-    """A chunk's gradients, from those of its log-probs and entropies (C,); g None: none are wanted. Consumes its softmax."""
+    """A chunk's gradients, from those of its log-probs and entropies; g None: none are wanted. Consumes its softmax."""
     if g is None:
         return
-    active = g != 0 if g_entropy is None else (g != 0) | (g_entropy != 0)
+    if job.kept:
+        g = g.masked_fill(soft.logp == -torch.inf, 0)  # of a token that is not drawn
+    active = reference.columns(g != 0).any(1)
+    if g_entropy is not None:
+        active |= g_entropy != 0
     index = torch.nonzero(active).squeeze(1) if job.skip else torch.arange(len(g))
     if not len(index):
         return

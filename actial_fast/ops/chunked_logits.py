@@ -32,8 +32,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 @dataclass
 class Softmax:
-    """A chunk's distribution: z (C, V) logits minus their row's peak, e = exp(z); peak, total = sum of e, (C, 1); logp, entropy (C,); valid
-    (C,), whether the target is a token."""
+    """A chunk's distribution: z (C, V) logits minus their row's peak, e = exp(z); peak, total = sum of e, (C, 1); entropy (C,); of the
+    targets' shape, (C,) or (C, K): logp, and valid, whether the target is a token."""
 
     z: Tensor
     e: Tensor
@@ -52,35 +52,37 @@ class Softmax:
         z.sub_(peak)
         e = z.exp()
         index, valid = reference.in_vocabulary(targets, z.shape[1])
-        total, chosen = e.sum(-1, keepdim=True), z.gather(1, index[:, None])
+        total, chosen = e.sum(-1, keepdim=True), z.gather(1, reference.columns(index))
         z.clamp_(min=-1e4)  # -inf times a probability of 0 is 0 here; exp of anything below is 0 already
         moment = (e * z).sum(-1, keepdim=True) if entropy else torch.zeros_like(total)
         if parallel:
-            found = valid[:, None].to(z.dtype)
+            found = reference.columns(valid).to(z.dtype)
             total, chosen, moment, found = parallel.sum(total, chosen.masked_fill_(found == 0, 0), moment, found)
-            valid = found.squeeze(1) > 0
-        logp = torch.where(valid, (chosen - total.log()).squeeze(1), torch.nan)
+            valid = found.view_as(targets) > 0
+        logp = torch.where(valid, (chosen - total.log()).view_as(targets), torch.nan)
         h = (total.log() - moment / total).squeeze(1) if entropy else None
         return cls(z, e, peak, total, logp, h, valid)
 
     def gradient(self, targets: Tensor, g: Tensor, h: Tensor | None, temperature: float | Tensor, softcap: float | None) -> Tensor:
-        """dx (C, V) for the coefficients g and h (C,) of log-prob and entropy; temperature a number or (C, 1). Consumes z and e."""
-        index, here = reference.in_vocabulary(targets, self.z.shape[1])
+        """dx (C, V) for the coefficients g, of the targets' shape, and h (C,) of log-prob and entropy; temperature a number or (C, 1).
+        Consumes z and e."""
+        index, here = (reference.columns(x) for x in reference.in_vocabulary(targets, self.z.shape[1]))
         slope = None
         if softcap is not None:
             slope = (self.z + self.peak).mul_(temperature / softcap).square_().neg_().add_(1)
-            chosen = (self.logp[:, None] + self.total.log() + self.peak) * (temperature / softcap)  # z stops at -1e4
-            slope.scatter_(1, index[:, None], torch.where(here[:, None], 1 - chosen.square(), slope.gather(1, index[:, None])))
+            chosen = (reference.columns(self.logp) + self.total.log() + self.peak) * (temperature / softcap)  # z stops at -1e4
+            slope.scatter_(1, index, torch.where(here & chosen.isfinite(), 1 - chosen.square(), slope.gather(1, index)))
         p = self.e.div_(self.total)
-        g = torch.where(self.valid | (g == 0), g, torch.nan)[:, None] / temperature
+        g = reference.columns(torch.where(self.valid | (g == 0), g, torch.nan)) / temperature
+        share = g.sum(1, keepdim=True)
         if h is None:
-            out = p.mul_(-g)
+            out = p.mul_(-share)
         else:
             assert self.entropy is not None, "it was asked for, as its coefficient says"
             h = h[:, None] / temperature
-            out = self.z.add_(self.entropy[:, None] - self.total.log()).mul_(h).add_(g).mul_(p).neg_()
+            out = self.z.add_(self.entropy[:, None] - self.total.log()).mul_(h).add_(share).mul_(p).neg_()
         del self.z, self.e
-        out.scatter_add_(1, index[:, None], torch.where(here[:, None], g, 0))
+        out.scatter_add_(1, index, torch.where(here, g, 0))
         return out if slope is None else out.mul_(slope)
 
 

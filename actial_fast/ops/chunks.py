@@ -10,6 +10,9 @@ from torch import Tensor
 
 from actial_fast.ops.chunked_logits import BUFFERS, compute_dtype
 from actial_fast.ops.parallel import VocabParallel
+from actial_fast.ops.spec import Kept
+
+SORTING = 7  # as BUFFERS, while top_p sorts: logits, these in order, indices of 8 bytes, what the sort takes itself
 
 
 def blocks(weight: Tensor, size: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -20,15 +23,24 @@ def blocks(weight: Tensor, size: int, dtype: torch.dtype) -> Iterator[tuple[slic
 
 
 def plan(
-    hidden: Tensor, weight: Tensor, workspace_mb: float, cu_seqlens: Tensor | None = None, parallel: VocabParallel | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    workspace_mb: float,
+    cu_seqlens: Tensor | None = None,
+    parallel: VocabParallel | None = None,
+    targets: int = 1,
+    kept: Kept | None = None,
 ) -> tuple[list[list[slice]], int]:
     """Chunks of rows that fit the workspace, and the size of a block of the vocabulary. The chunks come in groups that no sequence
-    leaves: one of as many whole sequences as fit, or those of a longer one; without sequences, each alone.
+    leaves: one of as many whole sequences as fit, or those of a longer one; without sequences, each alone. targets: of each row; kept: to
+    what its distribution is cut.
 
     ValueError when not one row fits.
     """
     (rows, width), vocabulary, dtype = hidden.shape, parallel.largest if parallel else len(weight), compute_dtype(hidden)
-    row = dtype.itemsize * (BUFFERS * vocabulary + 3 * width)  # and the chunk's hidden states, those selected, and their gradient
+    buffers = BUFFERS if kept is None else SORTING if kept.top_p < 1 else BUFFERS + 1  # a mask
+    row = dtype.itemsize * (buffers * vocabulary + 3 * width)  # and the chunk's hidden states, those selected, and their gradient
+    row += (targets - 1) * (5 * dtype.itemsize + 12)  # logits, log-probs, coefficients and columns of targets beyond the first
     share = 1.0 if weight.dtype == dtype else 0.75  # the rest is for the block of weights that is upcast
     block = vocabulary if share == 1 else max(1, min(vocabulary, int((1 - share) * workspace_mb * 2**20 / (dtype.itemsize * width))))
     fit = int(share * workspace_mb * 2**20 / row)

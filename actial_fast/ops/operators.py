@@ -16,13 +16,13 @@ from actial_fast.ops import chunked
 from actial_fast.ops.chunked_logits import compute_dtype
 from actial_fast.ops.library import differentiable_once, filled, flat, implementation, joined, operator, spec_of, split
 from actial_fast.ops.reference import STATS
-from actial_fast.ops.spec import GRPOSpec
+from actial_fast.ops.spec import GRPOSpec, Kept
 
 # ---- log-probs
 
 
-def _logprob_shapes(hidden: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden)) for _ in range(2))
+def _logprob_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(hidden.new_empty(shape, dtype=compute_dtype(hidden)) for shape in (targets.shape, hidden.shape[:1]))
 
 
 @operator(_logprob_shapes)
@@ -34,11 +34,16 @@ def _linear_logprob(
     temperature: float,
     row_temperature: Tensor | None,
     softcap: float | None,
+    kept: Sequence[float] | None,
     workspace_mb: float,
 ) -> tuple[Tensor, Tensor]:
-    scaling = {"bias": bias, "temperature": joined(temperature, row_temperature), "softcap": softcap}
+    scaling = {"bias": bias, "temperature": joined(temperature, row_temperature), "softcap": softcap, "kept": _kept(kept)}
     run = implementation(hidden, "linear_logprob", chunked.linear_logprob)
     return run(hidden, weight, targets, **scaling, workspace_mb=workspace_mb)
+
+
+def _kept(numbers: Sequence[float] | None) -> Kept | None:
+    return None if numbers is None else Kept(int(numbers[0]), *numbers[1:])
 
 
 def _logprob_gradient_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -57,10 +62,11 @@ def _linear_logprob_backward(
     temperature: float,
     row_temperature: Tensor | None,
     softcap: float | None,
+    kept: Sequence[float] | None,
     workspace_mb: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scaling = {"bias": bias, "temperature": joined(temperature, row_temperature), "softcap": softcap}
+    scaling = {"bias": bias, "temperature": joined(temperature, row_temperature), "softcap": softcap, "kept": _kept(kept)}
     run = implementation(hidden, "linear_logprob", chunked.linear_logprob_backward)
     gradients = run(hidden, weight, targets, g_logp, g_entropy, tuple(wanted), **scaling, workspace_mb=workspace_mb)
     dhidden, dweight, dbias = filled(hidden, *gradients)
@@ -68,9 +74,9 @@ def _linear_logprob_backward(
 
 
 def _save_logprob(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, temperature, row_temperature, softcap, workspace_mb = inputs
+    *tensors, temperature, row_temperature, softcap, kept, workspace_mb = inputs
     ctx.save_for_backward(*tensors, row_temperature)
-    ctx.numbers = temperature, softcap, workspace_mb
+    ctx.numbers = temperature, softcap, kept, workspace_mb
     ctx.set_materialize_grads(False)
 
 
@@ -80,7 +86,7 @@ def _logprob_autograd(ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None)
     temperature, *others = ctx.numbers
     wanted = list(ctx.needs_input_grad[:3])
     gradients = _linear_logprob_backward(*tensors, g_logp, g_entropy, temperature, row_temperature, *others, wanted)
-    return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *[None] * 5
+    return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *[None] * 6
 
 
 torch.library.register_autograd(_linear_logprob.name(), _logprob_autograd, setup_context=_save_logprob)
@@ -95,9 +101,11 @@ def linear_logprob(
     temperature: float | Tensor,
     softcap: float | None,
     workspace_mb: float,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `ops.linear_logprob`."""
-    return _linear_logprob(hidden, weight, bias, targets, *split(temperature), softcap, workspace_mb)
+    numbers = None if kept is None else [float(x) for x in kept]
+    return _linear_logprob(hidden, weight, bias, targets, *split(temperature), softcap, numbers, workspace_mb)
 
 
 # ---- losses whose gradients are computed with them

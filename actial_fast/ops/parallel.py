@@ -67,10 +67,11 @@ class VocabParallel:
         return x
 
     def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The sums over all ranks of tensors of one shape."""
-        stacked = torch.stack(tensors)
-        dist.all_reduce(stacked, group=self.group)
-        return stacked.unbind()
+        """The sums over all ranks of tensors of one dtype, in one message."""
+        message = torch.cat([x.flatten() for x in tensors])
+        dist.all_reduce(message, group=self.group)
+        parts = message.split([x.numel() for x in tensors])
+        return tuple(part.view(x.shape) for part, x in zip(parts, tensors, strict=True))
 
     def merge(
         self, peak: Tensor, log_total: Tensor, entropy: Tensor, chosen: Tensor, here: Tensor

@@ -6,10 +6,12 @@ A row whose token weight is 0 is masked: it is left out of the loss, of the stat
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
+from actial_fast.ops.spec import AdvantageSpec, GRPOSpec, Kept
 
 STATS = ("tokens", "loss", "policy_loss", "kl", "entropy", "clip_low", "clip_high", "ratio", "ratio_sq", "importance")
 """Entries of the statistics of the GRPO losses. `loss` and `policy_loss` are sums weighted like the loss; the others are plain sums over
@@ -35,13 +37,36 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each row's distribution.
 
-    hidden (T, H), weight (V, H) and bias (V,) of one floating dtype, targets (T,) int64, temperature one number or (T,) -> (T,) and (T,)
-    in float32 (float64 for float64 inputs).
+    hidden (T, H), weight (V, H) and bias (V,) of one floating dtype, targets (T,) or (T, K) int64, temperature one number or (T,) ->
+    log-probabilities of the targets' shape and entropies (T,) in float32 (float64 for float64 inputs). kept: the distribution is that of
+    the tokens which a sampler keeps.
     """
-    return _logp_and_entropy(logits(hidden, weight, bias, temperature, softcap), targets)
+    z = logits(hidden, weight, bias, temperature, softcap)
+    if kept is None:
+        return _logp_and_entropy(z, targets)
+    logp, entropy = _logp_and_entropy(z.masked_fill(z < lowest_kept(z.detach(), kept), -torch.inf), targets)
+    return torch.where(logp == -torch.inf, -torch.inf, logp), entropy  # a token that is not drawn has no gradient
+
+
+def lowest_kept(z: Tensor, kept: Kept) -> Tensor:
+    """The lowest of the scaled logits z (T, V) that a sampler keeps, (T, 1), as vLLM finds it: min_p first, then top_k, then top_p.
+
+    A token is kept where those above it are fewer than top_k, and have less than top_p of the probability of all that top_k and min_p
+    keep. Tokens of one logit are kept together, where vLLM's top_p keeps some of them, in an order of its own.
+    """
+    lowest = z.amax(-1, keepdim=True) + (math.log(kept.min_p) if kept.min_p else -torch.inf)
+    if kept.top_k:
+        lowest = torch.maximum(lowest, z.topk(min(kept.top_k, z.shape[1])).values[:, -1:])
+    if kept.top_p < 1:
+        ordered = z.sort(-1, descending=True).values
+        mass = (ordered - ordered[:, :1]).exp_().masked_fill_(ordered < lowest, 0).cumsum_(-1)
+        above = (mass < kept.top_p * mass[:, -1:]).sum(-1, keepdim=True)
+        lowest = torch.maximum(lowest, ordered.gather(1, above))
+    return lowest
 
 
 def logprob_from_logits(logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
@@ -315,11 +340,17 @@ def _logp_and_entropy(scaled: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logp = scaled.log_softmax(-1)
     entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
     index, valid = in_vocabulary(targets, scaled.shape[-1])
-    return torch.where(valid, logp.gather(-1, index[:, None]).squeeze(-1), torch.nan), entropy
+    chosen = logp.gather(1, columns(index)).view_as(targets)
+    return torch.where(valid, chosen, torch.nan), entropy
+
+
+def columns(x: Tensor) -> Tensor:
+    """What belongs to a row's targets, x (T,) or (T, K), as columns, (T, 1) or (T, K)."""
+    return x if x.ndim == 2 else x[:, None]
 
 
 def in_vocabulary(targets: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Targets (T,) that can be looked up, and which of them were in [0, vocabulary): the log-prob of another is NaN."""
+    """Targets, of any shape, that can be looked up, and which of them were in [0, vocabulary): the log-prob of another is NaN."""
     valid = (targets >= 0) & (targets < vocabulary)
     return torch.where(valid, targets, 0), valid
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,18 @@ class GRPOSpec:
     def needs_sequences(self, sampler: bool = False) -> bool:
         """Whether a row's loss depends on the other rows of its sequence; `sampler`: whether the sampler's log-probs are given."""
         return self.ratio == "sequence" or self.objective == "vespo" or (sampler and self.importance.startswith("sequence"))
+
+
+class Kept(NamedTuple):
+    """What a sampler keeps of a row's distribution before it draws, by the parameters of vLLM's that say it. The defaults keep everything.
+
+    top_k: the tokens of the k highest logits, 0 = all. top_p: of these the fewest whose probabilities make up that share of theirs.
+    min_p: tokens whose probability is at least that share of the highest one.
+    """
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
 
 NAMED: dict[str, dict[str, Any]] = {

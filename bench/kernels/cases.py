@@ -28,7 +28,7 @@ from actial_fast.kernels import (
     rounding,
     token_kl,
 )
-from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
+from actial_fast.ops.spec import AdvantageSpec, GRPOSpec, Kept
 
 T, H, V = 8192, 3584, 152064  # rows that carry loss, hidden size, vocabulary
 WORKSPACE = 700.0  # MiB, the ops' default where a card is small
@@ -89,16 +89,29 @@ def linear_kls() -> Iterator[Case]:
     yield Case("linear_kl", "both learn, mixed", "fp32", lambda: call(torch.float32, torch.bfloat16, True))
 
 
-def linear_logprobs() -> Iterator[Case]:
-    def call(dtype: torch.dtype, grad: bool) -> None:
-        hidden, weight, targets = meta(T, H, dtype=dtype, grad=grad), meta(V, H, dtype=dtype, grad=grad), meta(T, dtype=torch.int64)
-        outputs = linear_logprob.linear_logprob(hidden, weight, targets, bias=None, temperature=1.0, softcap=None, workspace_mb=WORKSPACE)
-        if grad:
-            torch.autograd.backward(outputs, (meta(T), meta(T)))
+def logprobs(dtype: torch.dtype, grad: bool, targets: tuple[int, ...] = (T,), **more: Any) -> None:
+    hidden, weight = meta(T, H, dtype=dtype, grad=grad), meta(V, H, dtype=dtype, grad=grad)
+    options = {"bias": None, "temperature": 1.0, "softcap": None, "workspace_mb": WORKSPACE} | more
+    outputs = linear_logprob.linear_logprob(hidden, weight, meta(*targets, dtype=torch.int64), **options)
+    if grad:
+        torch.autograd.backward(outputs, (meta(*targets), meta(T)))
 
+
+def linear_logprobs() -> Iterator[Case]:
     for name, dtype in DTYPES.items():
-        yield Case("linear_logprob", "no grad", name, lambda dtype=dtype: call(dtype, False))
-        yield Case("linear_logprob", "trainable", name, lambda dtype=dtype: call(dtype, True))
+        yield Case("linear_logprob", "no grad", name, lambda dtype=dtype: logprobs(dtype, False))
+        yield Case("linear_logprob", "trainable", name, lambda dtype=dtype: logprobs(dtype, True))
+
+
+def selected_logprobs() -> Iterator[Case]:
+    """After all others: what they launch too is told under their names."""
+    for name, dtype in DTYPES.items():
+        yield Case("linear_logprob", "64 targets", name, lambda dtype=dtype: logprobs(dtype, True, (T, 64)))
+        yield Case("linear_logprob", "top_p", name, lambda dtype=dtype: logprobs(dtype, True, kept=Kept(top_p=0.95)))
+    everything = {"bias": meta(V, dtype=torch.bfloat16, grad=True), "temperature": meta(T), "softcap": 30.0}
+    yield Case("linear_logprob", "64 targets, all", "bf16", lambda: logprobs(torch.bfloat16, True, (T, 64), **everything))
+    yield Case("linear_logprob", "top_k", "bf16", lambda: logprobs(torch.bfloat16, False, kept=Kept(top_k=50)))
+    yield Case("linear_logprob", "top_k, all", "bf16", lambda: logprobs(torch.bfloat16, True, kept=Kept(50, 0.95, 0.01), **everything))
 
 
 SPECS: dict[str, GRPOSpec] = {name: GRPOSpec.named(name) for name in ("grpo", "dapo", "gspo", "cispo", "sapo", "vespo")} | {
@@ -243,4 +256,5 @@ CASES: list[Case] = [
     *patchifies(),
     *embeds(),
     *rounds(),
+    *selected_logprobs(),
 ]

@@ -128,6 +128,7 @@ def _head_cases(rows: int, hidden: int, vocab: int, dtype: torch.dtype) -> list[
         Case("linear_grpo_loss", "zero rows", *size, sides.zero_rows, gemms=3),
         Case("linear_logprob", "trainable", *size, lambda: sides.linear_logprob(gradients=True), gemms=3),
         Case("linear_cross_entropy", "trainable", *size, sides.linear_cross_entropy, gemms=3),
+        Case("linear_logprob", "64 targets", *size, sides.selected_logprob, gemms=1),
         Case("logprob_from_logits", "no grad", *size, sides.logprob_from_logits, bytes_per_row=element),
         Case("grpo_loss_from_logits", "with gradient", *size, sides.grpo_loss_from_logits, bytes_per_row=2 * element),
         Case("linear_kl", "no grad", *size, lambda: sides.linear_kl(gradients=False), gemms=2),

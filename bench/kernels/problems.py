@@ -123,6 +123,18 @@ class Head:
         expected = {name: self._expected(getattr(self, name), self.torch_error[name]) for name in ("logp", "entropy")}
         return expected | self._head_gradients(self.token_weight, frozen=False) if gradients else expected
 
+    @cached_property
+    def several(self) -> Tensor:
+        """(T, 64): each row's target, and the tokens that follow it in the vocabulary."""
+        return (self.targets[:, None] + torch.arange(64, device=DEVICE)) % len(self.frozen)
+
+    def selected_logprob(self) -> dict[str, Expected]:
+        """Log-probs of several targets a row, and entropies, of the slice of rows."""
+        z = self.hidden.detach()[self.rows].to(self.exact) @ self.frozen.to(self.exact).T
+        right, own = (reference.logprob_from_logits(x, self.several[self.rows]) for x in (z, self.torch_logits))
+        found = zip(("logp", "entropy"), right, own, strict=True)
+        return {name: self._expected(value, relative_error(torchs, value), self.rows) for name, value, torchs in found}
+
     def cross_entropy(self) -> dict[str, Expected]:
         """The token mean of -log p, and its gradients."""
         loss = -(self.token_weight * self.logp).sum()

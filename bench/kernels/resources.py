@@ -26,7 +26,8 @@ from bench.kernels.compile_only import CHIPS, Launch, compile_only
 from bench.kernels.usage import BITS, Usage, read
 
 KERNELS = Path(__file__).parents[2] / "kernels"
-KINDS = ("matrix", "thin", "memory", "small")  # thin: matrix products of 16 rows, Ampere's instruction on every chip
+KINDS = ("matrix", "thin", "memory", "scattered", "small")
+"""thin: matrix products of 16 rows, Ampere's instruction on every chip; scattered: single elements of large tensors, a few of each row."""
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
 
@@ -51,7 +52,7 @@ def findings(used: Usage) -> list[str]:
         wrong.append(f"kind: declared small but handed a tensor of {used.largest_tensor} elements; the hidden states have {T * H}")
     if used.kind in ("matrix", "thin"):
         wrong += _dot_findings(used)
-    if used.kind != "small":
+    if used.kind not in ("scattered", "small"):
         wrong += _access_findings(used)
     return wrong
 

@@ -85,6 +85,31 @@ def linear_logprob(gradients: bool) -> list[Side]:
     ]
 
 
+def selected_logprob() -> list[Side]:
+    """Values for 64 targets a row, as distillation from a teacher's top tokens takes them."""
+
+    def side(name: str, function: LogProb, **more: Any) -> Side:
+        def prepare(p: Head) -> Callable[[], Outputs]:
+            run = _compiled(function, **more)
+
+            def call() -> Outputs:
+                with torch.no_grad():
+                    return dict(zip(("logp", "entropy"), run(p.hidden, p.weight, p.several), strict=True))
+
+            return call
+
+        return Side(name, prepare, Head.selected_logprob, **more)
+
+    def torch_selected(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.logprob_from_logits(hidden @ weight.T, targets)
+
+    return [
+        side("ours", ops.linear_logprob),
+        side("torch", torch_selected),
+        side("torch.compile", torch_selected, compiled=True),
+    ]
+
+
 def linear_grpo_loss(frozen: bool) -> list[Side]:
     """Forward and backward; ours with two budgets, by quack's products and, head trainable, with a buffer for the head's gradient."""
 

@@ -302,6 +302,15 @@ def test_not_under_the_compiler(on_hopper, monkeypatch):
         ops.linear_logprob(case.hidden, case.weight, case.targets, head="quack")
 
 
+def test_one_target_a_row_and_the_whole_distribution(on_hopper):
+    case = make(5, 64, 128, torch.bfloat16)
+    for more in ({"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}):
+        with pytest.raises(ValueError, match=r"^top_k, top_p, min_p: not with head='quack'; head='triton' has it$"):
+            ops.linear_logprob(case.hidden, case.weight, case.targets, head="quack", **more)
+    with pytest.raises(ValueError, match=r"^targets: head='quack' takes \(T,\), got \(5, 1\); head='triton' has it$"):
+        ops.linear_logprob(case.hidden, case.weight, case.targets[:, None], head="quack")
+
+
 def test_no_rows(on_hopper):
     case = make(1, 64, 128, torch.bfloat16)
     hidden = case.hidden[:0].detach().requires_grad_()

@@ -204,6 +204,9 @@ def capturable(device, op: str, spec: GRPOSpec | None, cu_seqlens: Tensor) -> Te
     targets, rows = torch.empty(12, device=device, dtype=torch.int64), torch.empty(12, device=device)
     if op == "linear_logprob":
         return sum(x.sum() for x in ops.linear_logprob(hidden, head, targets, temperature=rows))
+    if op in ("several targets", "top_k and top_p"):
+        several, kept = (targets[:, None].expand(-1, 5), {}) if op == "several targets" else (targets, {"top_k": 5, "top_p": 0.9})
+        return sum(x.sum() for x in ops.linear_logprob(hidden, head, several, temperature=rows, **kept))
     if op == "linear_cross_entropy":
         return ops.linear_cross_entropy(hidden, head, targets, rows)
     if op == "linear_kl":
@@ -214,7 +217,7 @@ def capturable(device, op: str, spec: GRPOSpec | None, cu_seqlens: Tensor) -> Te
     return ops.grpo_loss_from_logits(hidden @ head.T, **given).loss
 
 
-GRAPHS = [(op, None) for op in ("linear_logprob", "linear_cross_entropy", "linear_kl")]
+GRAPHS = [(op, None) for op in ("linear_logprob", "several targets", "top_k and top_p", "linear_cross_entropy", "linear_kl")]
 GRAPHS += [(op, spec) for op in ("linear_grpo_loss", "grpo_loss_from_logits") for spec in ("grpo", "dapo", "gspo", "vespo")]
 
 

@@ -41,6 +41,12 @@ CALLS = {
     "linear_logprob, everything": lambda c: ops.linear_logprob(
         c.hidden, c.weight, c.targets, bias=c.bias, temperature=c.temperature, softcap=4.0, return_entropy=False, workspace_mb=SMALL
     )[:1],
+    "linear_logprob, several targets": lambda c: ops.linear_logprob(
+        c.hidden, c.weight, torch.stack((c.targets, c.targets % 3), 1), bias=c.bias, temperature=c.temperature
+    ),
+    "linear_logprob, top_k and top_p": lambda c: [
+        torch.where(x.isfinite(), x, 0) for x in ops.linear_logprob(c.hidden, c.weight, c.targets, top_k=20, top_p=0.9, min_p=0.001)
+    ],
     "linear_grpo_loss": lambda c: ops.linear_grpo_loss(c.hidden, c.weight, *rows_of(c), SPECS["clip"], token_weight=c.token_weight),
     "linear_grpo_loss, everything": lambda c: ops.linear_grpo_loss(
         c.hidden,
@@ -253,20 +259,39 @@ def grpo_arguments(c, full: bool, buffer: bool = False, wanted=ALL) -> tuple:
     )
 
 
+def several(c) -> torch.Tensor:
+    return torch.stack((c.targets, c.targets % 3), 1)
+
+
+def some_rows(c) -> tuple:
+    """Few, since a search in Triton's interpreter takes its time; those with gradients are leaves, as opcheck wants them."""
+    return c.hidden.detach()[:3].clone().requires_grad_(), c.weight, c.bias, c.targets[:3]
+
+
 def gradients_of(c) -> tuple:
     return tuple(torch.randn_like(x) for x in (c.hidden, c.weight, c.bias))
 
 
 OPERATORS = {
-    "linear_logprob": lambda c: (operators._linear_logprob, (*HEAD(c), c.targets, 1.0, c.temperature, 4.0, SMALL)),
-    "linear_logprob, little": lambda c: (operators._linear_logprob, (*HEAD(c, False), c.targets, 0.7, None, None, SMALL)),
+    "linear_logprob": lambda c: (operators._linear_logprob, (*HEAD(c), c.targets, 1.0, c.temperature, 4.0, None, SMALL)),
+    "linear_logprob, little": lambda c: (operators._linear_logprob, (*HEAD(c, False), c.targets, 0.7, None, None, None, SMALL)),
+    "linear_logprob, several targets": lambda c: (operators._linear_logprob, (*HEAD(c), several(c), 1.0, c.temperature, 4.0, None, SMALL)),
+    "linear_logprob, kept": lambda c: (operators._linear_logprob, (*some_rows(c), 0.7, None, None, [3.0, 0.9, 0.01], SMALL)),
     "linear_logprob_backward": lambda c: (
         operators._linear_logprob_backward,
-        (*HEAD(c), c.targets, c.old_logp, c.ref_logp, 1.0, c.temperature, 4.0, SMALL, ALL),
+        (*HEAD(c), c.targets, c.old_logp, c.ref_logp, 1.0, c.temperature, 4.0, None, SMALL, ALL),
+    ),
+    "linear_logprob_backward, several targets": lambda c: (
+        operators._linear_logprob_backward,
+        (*HEAD(c), several(c), torch.stack((c.old_logp, c.ref_logp), 1), c.ref_logp, 1.0, c.temperature, 4.0, None, SMALL, ALL),
+    ),
+    "linear_logprob_backward, kept": lambda c: (
+        operators._linear_logprob_backward,
+        (*some_rows(c), c.old_logp[:3], None, 0.7, None, None, [3.0, 0.9, 0.01], SMALL, ALL),
     ),
     "linear_logprob_backward, little": lambda c: (
         operators._linear_logprob_backward,
-        (*HEAD(c, False), c.targets, c.old_logp, None, 0.7, None, None, SMALL, HIDDEN),
+        (*HEAD(c, False), c.targets, c.old_logp, None, 0.7, None, None, None, SMALL, HIDDEN),
     ),
     "linear_grpo_loss": lambda c: (operators._linear_grpo_loss, grpo_arguments(c, True)),
     "linear_grpo_loss, a buffer": lambda c: (operators._linear_grpo_loss, grpo_arguments(c, True, buffer=True)),

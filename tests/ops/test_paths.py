@@ -69,12 +69,23 @@ def logprob(c, **more) -> tuple[Tensor, Tensor | None]:
     return ops.linear_logprob(c.hidden, c.weight, c.targets, **more)
 
 
+def several(c, **more) -> tuple[Tensor, Tensor | None]:
+    """Of three targets a row, the middle one of which is the row's own and the last another row's."""
+    return ops.linear_logprob(c.hidden, c.weight, torch.stack((c.targets.flip(0) % 7, c.targets, c.targets.roll(1)), 1), **more)
+
+
+def few(c, **more) -> tuple[Tensor, Tensor | None]:
+    """Of three rows, since a search in the interpreter takes its time, over what a sampler keeps."""
+    return ops.linear_logprob(c.hidden[2:5], c.weight, c.targets[2:5], **more)
+
+
 def kl(c, **more) -> Tensor:
     return ops.linear_kl(c.hidden, c.weight, c.ref_hidden, c.ref_weight, **more)
 
 
 EVERY: dict[str, Callable[[SimpleNamespace], Tensor]] = {  # one differentiable result of each op
     "linear_logprob": lambda c: logprob(c, bias=c.bias, temperature=c.temperature)[0].sum(),
+    "linear_logprob, several": lambda c: several(c, bias=c.bias, temperature=c.temperature)[0].sum(),
     "linear_cross_entropy": lambda c: cross_entropy(c, bias=c.bias),
     "linear_grpo_loss": lambda c: grpo(c, GRPOSpec(beta=0.1), temperature=c.temperature).loss,
     "linear_kl": lambda c: kl(c, temperature=c.temperature).sum(),
@@ -122,6 +133,8 @@ LOSSES = {
 }
 LOGPROB: Calls = {
     "log-prob": lambda c: with_gradients(c, *logprob(c, softcap=4.0)),
+    "several": lambda c: with_gradients(c, *several(c, softcap=4.0)),
+    "kept": lambda c: with_gradients(c, *few(c, top_p=0.9)),
     "log-prob from logits": lambda c: with_gradients(c, *ops.logprob_from_logits(c.logits, c.targets)),
 }
 MASKED: Calls = {
@@ -129,6 +142,8 @@ MASKED: Calls = {
     "kl, compact": lambda c: with_gradients(c, *grpo(c, GRPOSpec(beta=0.1), skip_zero_rows=True)),
     "entropy_weight": lambda c: with_gradients(c, *grpo(c, ENTROPY, entropy_weight=c.advantages)),
     "log-prob": lambda c: with_gradients(c, *(torch.where(c.token_weight != 0, x, 0) for x in logprob(c, softcap=4.0))),
+    "several": lambda c: with_gradients(c, *(torch.where(c.token_weight != 0, x.T, 0) for x in several(c, softcap=4.0))),
+    "kept": lambda c: with_gradients(c, *(torch.where(c.token_weight[2:5] != 0, x, 0) for x in few(c, top_p=0.9))),
     "log-prob from logits": lambda c: with_gradients(
         c, *(torch.where(c.token_weight != 0, x, 0) for x in ops.logprob_from_logits(c.logits, c.targets))
     ),
@@ -148,6 +163,8 @@ CASES: dict[str, tuple[Callable[[SimpleNamespace], None], Calls]] = {
         {
             "entropy": lambda c: with_gradients(c, *logprob(c, bias=c.bias, temperature=c.temperature)),
             "loss": lambda c: with_gradients(c, *grpo(c, ENTROPY, bias=c.bias)),
+            "several": lambda c: with_gradients(c, *several(c, bias=c.bias, temperature=c.temperature)),
+            "kept": lambda c: with_gradients(c, *few(c, top_k=250, bias=c.bias)),
         },
     ),
     "a masked row of NaN": (

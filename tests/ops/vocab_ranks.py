@@ -58,6 +58,8 @@ def inputs(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         "ref_logp": -draw(T).abs() - 3,
         "token_weight": torch.rand(T, generator=g) / T,
         "temperature": 0.5 + torch.rand(T, generator=g) if case.get("row_temperature") else 0.8,
+        "several": torch.randint(130 if case.get("banned") else 0, V, (T, 5), generator=g),
+        "g_several": draw(T, 5),
         "g_logp": draw(T),
         "g_entropy": draw(T),
         "cu_seqlens": torch.tensor([0, 5, 6, 15, T]),
@@ -88,6 +90,12 @@ def everything(case: dict[str, Any], given: dict[str, Any], parallel: VocabParal
     ((logp * given["g_logp"]).sum() + (entropy * given["g_entropy"]).sum()).backward()
     found |= {"logprob/logp": logp.detach(), "logprob/entropy": entropy.detach()}
     gradients("logprob", {"hidden": hidden, "weight": weight, "bias": bias})
+
+    hidden, weight, bias = head()
+    logp, entropy = ops.linear_logprob(hidden, weight, given["several"], **options | {"bias": bias})
+    ((logp * given["g_several"]).sum() + (entropy * given["g_entropy"]).sum()).backward()
+    found |= {"several/logp": logp.detach(), "several/entropy": entropy.detach()}
+    gradients("several", {"hidden": hidden, "weight": weight, "bias": bias})
 
     spec = {name: case[name] for name in ("beta", "entropy_coef", "top_entropy") if name in case}
     spec = GRPOSpec.named(case.get("loss", "dapo"), **spec)

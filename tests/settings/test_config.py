@@ -345,7 +345,7 @@ def test_numbers_that_are_none_are_refused_with_their_key(text):
 
 @pytest.mark.parametrize("text, value", [("yes", True), ("No", False), ("on", True), ("OFF", False), ("TRUE", True), ("'true'", True)])
 def test_switches_as_people_write_them(text, value):
-    assert config_from(SFTRecipe, [f"model.gradient_checkpointing={text}"], {}).model.gradient_checkpointing is value
+    assert config_from(SFTRecipe, [f"data.together={text}"], {}).data.together is value
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_switches_as_people_write_them(text, value):
         ("steps=", "steps: expected int, got ''"),
         ("optim.lr=5%", "optim.lr: expected float, got '5%'"),
         ("optim.lr=null", "optim.lr: expected float, got nothing"),
-        ("model.gradient_checkpointing=1", "model.gradient_checkpointing: expected bool, got 1"),
+        ("data.together=1", "data.together: expected bool, got 1"),
         ("model.freeze=lm_head", "model.freeze: expected a list, got 'lm_head'"),
         ("data.sources={path: x}", "data.sources: expected a list"),
         ("name=3", "name: expected str, got 3; for the text, write"),
