@@ -24,7 +24,7 @@ from actial_fast.train.packages import VLLM_NAMES, version_of, vllm_problem
 
 # First and first unsupported version, as in pyproject.toml.
 SUPPORTED = {
-    "python": ("3.11", "3.13"),
+    "python": ("3.11", "3.14"),
     "torch": ("2.11", "2.15"),
     "triton": ("3.6", "3.9"),
     "transformers": ("5.17", "5.24"),

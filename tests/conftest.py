@@ -36,8 +36,9 @@ from tests import descriptor_reduce
 
 descriptor_reduce.install()
 
-# the same examples on every run, so that whoever changes nothing sees nothing fail; HYPOTHESIS_RANDOM=1 draws new ones
-settings.register_profile("repeatable", derandomize=not os.environ.get("HYPOTHESIS_RANDOM"))
+# the same examples on every run, and no time limit each, so that whoever changes nothing sees nothing fail, on a busy machine too;
+# HYPOTHESIS_RANDOM=1 draws new ones
+settings.register_profile("repeatable", derandomize=not os.environ.get("HYPOTHESIS_RANDOM"), deadline=None)
 settings.load_profile("repeatable")
 
 # a GPU machine may come with a Python that lacks the peers (make gpu GPU_PYTHON=...): what is compared with them cannot run there

@@ -63,9 +63,10 @@ def test_versions(monkeypatch, name, version, state, says):
     assert check.state == state and re.search(says, check.detail), check
 
 
-def test_an_old_python_is_told(monkeypatch):
-    monkeypatch.setattr(module.platform, "python_version", lambda: "3.13.1")
-    assert module._version("python").state == "broken"
+@pytest.mark.parametrize(("version", "state"), [("3.10.14", "broken"), ("3.11.7", "works"), ("3.13.0", "works"), ("3.14.0", "broken")])
+def test_a_python_that_was_not_tried_is_told(monkeypatch, version, state):
+    monkeypatch.setattr(module.platform, "python_version", lambda: version)
+    assert module._version("python").state == state
 
 
 def test_the_interpreter_mode_is_shown(monkeypatch):

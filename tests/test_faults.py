@@ -196,6 +196,22 @@ def test_whoever_is_asked_to_stop_loses_nothing(recipes, undisturbed, lab, tmp_p
         assert equal(weights(tmp_path / name, kind), undisturbed[kind]), name
 
 
+@pytest.mark.slow
+def test_a_stop_finds_nothing_gathered_or_half_summed(recipes, tmp_path):
+    """As above, where weights stay gathered and gradients wait for the end of a step."""
+    cases = []
+    for kind, faults in (("sft", "term:update:0:3 term:update:1:3"), ("grpo", "term:update:1:6")):
+        dist = replace(recipes[kind].dist, reshard="step", reduce="step")
+        recipe = replace(recipes[kind], dist=dist, save=SaveConfig(every=0, tensorboard=False))
+        cases += [case(tmp_path, f"{kind} whole", recipe, kind), case(tmp_path, f"{kind} stopped", recipe, kind, faults)]
+    outcomes = [found["outcome"] for found in run_cases(tmp_path, cases).values()]
+    assert outcomes == ["finished", "stopped"] * 2
+    gone_on = run_cases(tmp_path, [{**each, "faults": ""} for each in cases[1::2]])
+    assert [found["outcome"] for found in gone_on.values()] == ["finished"] * 2
+    for kind in ("sft", "grpo"):
+        assert equal(weights(tmp_path / f"{kind} stopped", kind), weights(tmp_path / f"{kind} whole", kind)), kind
+
+
 # ---- in processes of their own: what ends one
 
 

@@ -199,7 +199,8 @@ def _update(case: Case, shares: Shares, held: Activations, size: Size) -> Phase:
     fullest = max(moments, key=lambda items: sum(items.values()))
     base = _resident(case, shares) | {"gradients": shares.gradients}
     if case.machine.cuda and case.recipe.rollout.engine == "vllm" and isinstance(case.recipe, GRPORecipe):
-        base["vLLM, asleep"] = ASLEEP
+        beside = case.recipe.rollout.gpu_memory * case.machine.memory
+        base |= {"vLLM": beside} if _beside(case) else {"vLLM, asleep": ASLEEP}
     host = _host(case, shares)
     if case.recipe.model.offload_activations and case.machine.cuda:
         kept = _kept(case, held, size, offloaded=True)
@@ -320,10 +321,12 @@ def _drawing(case: Case, shares: Shares, held: Activations, name: str, longest: 
     device["drawing"] = max(held.reading(read), held.looking(looked), drawing)
     device = {k: v for k, v in device.items() if v}
     room = max(0.0, case.machine.usable - sum(device.values()) + device["drawing"])  # what is free when the budget is asked for
-    wanted = float(grpo.sampling.kv_tokens * kv) if grpo and grpo.sampling.kv_tokens else SHARE * room
+    most = max(0.0, room - device["drawing"])
+    asked = float(grpo.sampling.kv_tokens * kv) if grpo else 0.0
+    wanted = asked or min(SHARE * room, most)  # of its own choosing it takes less where drawing finds too little
     everything = prompts * (case.workload.prompt + n * longest) * kv
     device["keys and values"] = max(min(wanted, everything), float(needed * kv))
-    tokens = int(min(wanted, max(0.0, room - device["drawing"])) // kv)
+    tokens = int(min(wanted, most) // kv)
     return Phase(name, device, case.machine.usable, _away(case, shares), kv_tokens=tokens, kv_needed=needed)
 
 

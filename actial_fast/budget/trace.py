@@ -115,7 +115,8 @@ def roughly(config: Qwen2_5_VLConfig) -> Activations:
 
 @lru_cache(maxsize=64)
 def _of_language(config: str, model: ModelConfig, dtype: torch.dtype, sharded: bool, packed: bool) -> Part:
-    made = [_policy(config, model, dtype, sharded, layers, 0, packed=packed) for layers in (1, 2)]
+    eyes = min(1, Qwen2_5_VLConfig(**json.loads(config)).vision_config.depth)  # adapters of the tower need a block of it
+    made = [_policy(config, model, dtype, sharded, layers, eyes, packed=packed) for layers in (1, 2)]
     with FakeTensorMode(allow_non_fake_inputs=True):
         for policy in made:
             policy.to_empty(device="cpu").train()

@@ -6,8 +6,6 @@ A row whose token weight is 0 is masked: it is left out of the loss, of the stat
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -58,7 +56,7 @@ def lowest_kept(z: Tensor, kept: Kept) -> Tensor:
     A token is kept where those above it are fewer than top_k, and have less than top_p of the probability of all that top_k and min_p
     keep. Tokens of one logit are kept together, where vLLM's top_p keeps some of them, in an order of its own.
     """
-    lowest = z.amax(-1, keepdim=True) + (math.log(kept.min_p) if kept.min_p else -torch.inf)
+    lowest = z.amax(-1, keepdim=True) + z.new_tensor(kept.min_p).log()
     if kept.top_k:
         lowest = torch.maximum(lowest, z.topk(min(kept.top_k, z.shape[1])).values[:, -1:])
     if kept.top_p < 1:

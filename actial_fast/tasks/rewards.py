@@ -56,8 +56,7 @@ class RewardConfig:
     weight: float = 1.0
     """Factor of this term in the total."""
     strict: bool = False
-    """accuracy: only the text in the <answer> tags counts, and only if it is the truth up to case, as in the paper; otherwise an answer
-    that a person would call right is right (the option's letter in its usual spellings, or its text)."""
+    """accuracy: as in the paper, only the text in the <answer> tags counts, if it is the truth up to case; else as people judge answers."""
     call: Literal["one", "batch", "group"] = "one"
     """What your function gets. one: (response, row), gives a number or None. batch: (responses, rows), lists of up to `batch_size`, of any
     prompts. group: (responses, row), all replies to one prompt. The last two give a list with a number or None for each response."""
@@ -84,10 +83,10 @@ class RewardConfig:
             raise ValueError(f"timeout: must be above 0 and finite, got {self.timeout}")
         if not 0 <= self.max_failures <= 1:
             raise ValueError(f"max_failures: must be a share from 0 to 1, got {self.max_failures}")
-        if self.strict and self.name != "accuracy":
-            raise ValueError(f"strict: only accuracy has it, and this is {self.name}")
         if self.name in REWARDS and self.call != "one":
             raise ValueError(f"call: {self.name} is a built-in, which takes one reply, got {self.call}")
+        if self.strict and self.name != "accuracy":
+            raise ValueError(f"strict: only accuracy has it, and this is {self.name}")
 
 
 def format_reward(response: str, row: Row) -> float:
@@ -95,18 +94,14 @@ def format_reward(response: str, row: Row) -> float:
     return float(is_well_formed(response))
 
 
-def accuracy_reward(response: str, row: Row) -> float | None:
-    """1 when the reply is right (answers.is_right), else 0; None for a row without a truth."""
-    return float(is_right(response, row)) if row.truth else None
+def accuracy_reward(response: str, row: Row, strict: bool = False) -> float | None:
+    """1 when the reply is right (answers.is_right), strictly only inside one pair of <answer> tags, else 0; None without a truth."""
+    if not row.truth:
+        return None
+    return float(is_right(response, row, strict=strict) and not (strict and tagged_answer(response) is None))
 
 
-def strict_accuracy(response: str, row: Row) -> float | None:
-    """1 when the text in the one pair of <answer> tags equals the truth up to case and white space, else 0; None without a truth."""
-    answer = tagged_answer(response)
-    return float(answer is not None and is_right(response, row, strict=True)) if row.truth else None
-
-
-REWARDS = MappingProxyType({"format": format_reward, "accuracy": accuracy_reward})
+REWARDS: MappingProxyType[str, Reward] = MappingProxyType({"format": format_reward, "accuracy": accuracy_reward})
 DEFAULT_REWARDS = (RewardConfig("format", 0.5), RewardConfig("accuracy", 0.5))
 
 
@@ -312,7 +307,7 @@ def _terms(rewards: Sequence[RewardConfig]) -> tuple[list[_Term], list[str]]:
     terms, problems = [], []
     for column, config in enumerate(rewards):
         try:
-            function = strict_accuracy if config.strict else find_reward(config.name)
+            function = partial(accuracy_reward, strict=True) if config.strict else find_reward(config.name)
         except ValueError as error:
             problems.append(str(error))
             continue

@@ -37,8 +37,12 @@ from actial_fast.train.profile import Window
 from actial_fast.train.sharding import settle, shard
 from actial_fast.train.shortage import keys_of, told
 
-# keys that a resumed run may set anew
-MAY_CHANGE = ("run", "save.", "eval.", "data.workers", "data.image_cache", "dist.", "profile.", "rollout.gpu_memory", "optim.offload")
+# keys that a resumed run may set anew: where its files are, what is told of it, and what only changes memory and time
+MAY_CHANGE = (
+    *("run", "save.", "eval.", "dist.", "profile.", "data.workers", "data.image_cache", "rollout.gpu_memory", "optim.offload"),
+    *("model.checkpointing", "model.tower_checkpointing", "model.offload_activations"),
+    *("pack_tokens", "pack_patches", "micro_batch", "sampling.kv_tokens"),
+)
 
 State = dict[str, Any]  # what a checkpoint's state.json holds of the loop
 

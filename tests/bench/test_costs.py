@@ -141,3 +141,15 @@ def test_the_command_prints_a_line_that_a_recipe_takes(model, tmp_path, capsys):
     assert {row["shape"] for row in result["shapes"]} == set(shapes(1024, 4096, 4, 2))
     assert all(row["seconds"] > 0 and math.isclose(row["error"], row["predicted"] / row["seconds"] - 1) for row in result["shapes"])
     assert result["settings"]["image"] == [28, 28]
+
+
+def test_rates_are_kept_where_the_plan_finds_them(tmp_path, monkeypatch):
+    from actial_fast.budget import gpus, rates
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    about = {"gpu": "NVIDIA H100 80GB HBM3", "date": "2026-11-28"}
+    speeds = {"one sequence": 400.0, "images": 300.0, "images / 8": 90.0}  # micro-batches that are not full say nothing
+    path = costs.keep_rates({"machine": about, "recipe": "r.yaml", "overrides": ["pack_tokens=8192"], "tflops": speeds, "copy_tb_s": 2.5})
+    assert "pack_tokens=8192" in path.read_text()
+    found = rates.rates_of(gpus.parse("8xH100"))
+    assert found.tflops == (300e12, 400e12) and found.bandwidth[1] == 2.5e12 and found.about.startswith("measured on NVIDIA H100")

@@ -49,6 +49,7 @@ def test_what_a_share_is():
     assert phases["load"].device["weights"] == 4 * n / 8
 
 
+@pytest.mark.slow  # a plan for every key that might do
 def test_what_does_not_fit_is_told_with_what_would(capsys):
     """LoRA on a 7B in 16 bits is too much for 24 GB; in 4 bits it is not."""
     each = made("actial-1x24", "1x24", overrides=QLORA[:1])

@@ -17,7 +17,6 @@ from actial_fast.tasks.rewards import (
     find_reward,
     format_reward,
     score,
-    strict_accuracy,
 )
 
 ROW = Row((Turn("user", "which?"), Turn("assistant", "B")), truth="B", where="file.jsonl:7")
@@ -88,7 +87,7 @@ def test_any_text_scores_0_or_1(response):
     ],
 )
 def test_strict_accuracy(response, truth, right):
-    assert strict_accuracy(response, Row(ROW.turns, truth=truth)) == right
+    assert accuracy_reward(response, Row(ROW.turns, truth=truth), strict=True) == right
 
 
 @pytest.mark.parametrize(

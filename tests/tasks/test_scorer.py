@@ -635,7 +635,7 @@ def test_everything_wrong_with_the_functions_is_told_at_once(own, tmp_path, monk
         ({"batch_size": 0}, r"^rewards.batch_size: must be at least 1"),
         ({"retries": -1}, r"^rewards.retries: must be at least 0"),
         ({"timeout": 0}, r"^rewards.timeout: must be above 0 and finite, got 0"),
-        ({"timeout": math.inf}, r"^rewards.timeout: must be above 0 and finite"),
+        ({"timeout": math.inf}, r"^rewards.timeout: must be a finite number, got inf"),
         ({"max_failures": 1.5}, r"^rewards.max_failures: must be a share from 0 to 1, got 1.5"),
         ({"call": "all"}, r"^rewards.call: 'all' is not one of one, batch, group"),
         ({"on_error": "zero"}, r"^rewards.on_error: 'zero' is not one of error, nan"),

@@ -1,5 +1,6 @@
 """Running out of memory is an answer: it names phase, batch, largest item and what to change; replies are drawn with half of it."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from actial_fast.settings.running import DistConfig, OptimConfig, SaveConfig
 from actial_fast.settings.sampling import SamplingConfig
 from actial_fast.tasks.rewards import RewardConfig
 from actial_fast.train.shortage import NoRoom, OutOfMemory, keys_of, over, ran_out, told
+from actial_fast.train.stage import MAY_CHANGE
 from tests.faults import plant
 from tests.ranks import on_ranks
 
@@ -125,6 +127,13 @@ def test_what_running_out_looks_like():
     with pytest.raises(OutOfMemory, match=r"^out of memory in phase update: x \(MemoryError\); less$"), told("update", {"update": "less"}):
         with over(lambda: "x"):
             raise MemoryError
+
+
+def test_a_run_that_ran_out_may_go_on_with_what_it_is_told_first():
+    advice = keys_of(GRPORecipe())
+    firsts = [re.match(r"(?:set|lower) (\S+)", advice[phase]).group(1) for phase in ("update", "old", "reference", "sample", "eval")]
+    assert firsts == ["model.checkpointing", "pack_tokens", "pack_tokens", "sampling.kv_tokens", "eval.kv_tokens"]
+    assert all(key.startswith(MAY_CHANGE) for key in firsts) and not "packing".startswith(MAY_CHANGE)
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,8 @@ def refuse(record: Mapping[str, Any], known: Collection[str], where: str, what: 
         if key in MEANING and not (neutral or (isinstance(value, bool | int | float) and value in MEANING[key])):
             raise BadRow(where, f"{what} has {key}, which changes what it means and is not supported; take such rows out, or the key")
         if key not in MEANING and not neutral:
-            told(f"the key {shortened(key, 40)!r} of {what} is not read", where)
+            of = "messages" if what.startswith("message") else what
+            told(f"the key {shortened(key, 40)!r} of {of} is not read", where)
 
 
 def conversation(messages: Any, what: str, where: str) -> tuple[tuple[Turn, ...], list[Any]]:

@@ -538,7 +538,7 @@ def spoil_images(folder):
         (truncate("cameras.bin", 0.0), module.UNREADABLE),
         (drop_images, module.MISSING),
         (turn_images, module.SHAPE),
-        (spoil_images, module.UNREADABLE),
+        (spoil_images, module.DAMAGED),
     ],
 )
 def test_damaged_captures_are_refused_with_the_reason(world, tmp_path, damage, reason):

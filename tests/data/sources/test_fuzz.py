@@ -19,6 +19,7 @@ from actial_fast.data.sources.fields import MEANING, absent
 from actial_fast.data.sources.row import BadRow, Row
 from actial_fast.data.sources.sat import OPTIONS
 from actial_fast.data.sources.source import FORMATS, SourceConfig, open_source
+from actial_fast.data.sources.tags import extract_answer
 from tests.data.sources.test_rows import B64, DATA, GOOD, PARTS, TABLES
 
 VALUES: list[Any] = [
@@ -151,7 +152,7 @@ def records(draw, form: str) -> Any:
 def words(value: Any) -> set[str]:
     """Every text in a record, also in JSON that is stored as text."""
     if isinstance(value, str):
-        found = {value, value.strip()}
+        found = {value, value.strip(), extract_answer(value)}
         if value.lstrip()[:1] in ("[", "{"):
             try:
                 found |= words(json.loads(value))
@@ -219,6 +220,7 @@ def test_changed_records(form):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("form", GOOD)
 def test_ten_thousand_changed_records(form):
     fuzz(form, 10_000)
