@@ -224,6 +224,24 @@ def plan_recipes() -> str:
     return table(("", "command", "GB usable", "GB on a GPU, by phase", "a step, not measured", "host GB"), rows)
 
 
+def comm() -> str:
+    """What a step's passes send, by how weights are kept."""
+    rows = []
+    for each in newest("comm-7b")["rows"]:
+        way = f"reshard {each['reshard']}, reduce {each['reduce']}" if each["fsdp"] else "no sharding"
+        way += f", replicate {each['replicate']}" if each["replicate"] > 1 else ""
+        seen, least = sum(each["seen_gb"].values()), sum(each["least_gb"].values())
+        sent = "sent_gb" in each and f"{sum(each['sent_gb'].values()):.1f}"
+        rows.append((each["pass"], way, f"{sum(each['calls'].values()):,.0f}", f"{seen:.1f}", f"{least:.1f}", sent))
+    return table(("pass", "ways", "calls", "GB in collectives", "the least", "GB a rank sends"), rows)
+
+
+def comm_about() -> str:
+    """Its case and machine."""
+    found = newest("comm-7b")
+    return f"{found['what']}; {found['ranks']} ranks, {found['micro_batches']} micro-batches; nothing is sent; {machine(found)}"
+
+
 def accuracy_about() -> str:
     """Sizes and versions of the accuracy table."""
     found = json.loads((RESULTS / "accuracy.json").read_text())
@@ -252,6 +270,6 @@ TABLES = {
     for f in (
         *(named_losses, memory_example, workspace_rule, workspaces, logits_gib, accuracy_about),
         *(ledger, ledger_about, update, update_about, loss_memory, loss_memory_about),
-        *(plan_memory, plan_memory_about, plan_recipes, plan_assumptions),
+        *(plan_memory, plan_memory_about, plan_recipes, plan_assumptions, comm, comm_about),
     )
 }
