@@ -175,9 +175,13 @@ def _beside(case: Case) -> bool:
 
 def _step_buffers(case: Case, shares: Shares) -> float:
     """Of the two pieces of the states that are on the device at once."""
-    numel = max(1, case.shapes.trained)
-    each = (case.shares.checkpoint / numel) - min(w.bytes for w in case.shapes.weights if w.trained)
-    return 2.0 * min(PIECE, numel) * each
+    each = shares.checkpoint / case.shapes.trained - min(w.bytes for w in case.shapes.weights if w.trained)
+    return 2.0 * _piece(case) * each
+
+
+def _piece(case: Case) -> int:
+    """Numbers of the largest piece that a step is made on at once: rows of one parameter."""
+    return min(PIECE, max(w.numel for w in case.shapes.weights if w.trained))
 
 
 def _host(case: Case, shares: Shares) -> Items:
@@ -252,7 +256,7 @@ def _moments(case: Case, shares: Shares, held: Activations, size: Size) -> Itera
         yield {"activations": eyes + held.tower.backward(size.patches), **back}
     optim = case.recipe.optim
     lean = optim.kind != "adamw" or optim.offload == "always" or case.recipe.model.dtype != "float32"
-    yield {"the optimizer's step": 16.0 * min(PIECE, case.shapes.trained) * lean}
+    yield {"the optimizer's step": 16.0 * _piece(case) * lean}
 
 
 def _kept(case: Case, held: Activations, size: Size, *, offloaded: bool = False) -> float:
