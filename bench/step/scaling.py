@@ -7,8 +7,8 @@ lognormal with mean 300, 40 to 1,000), so that n GPUs have 1/n of it each. Measu
 loop balances with, mini-batch by mini-batch, and by the replies that each rank has to draw; and the bytes that a rank sends, counted on the
 real policy by bench.step.comm. Computed: FLOPs that are executed, of the update and of drawing replies (actial_fast.budget.seconds).
 Assumed: the GPU's speed by its datasheet, and what of the messages the passes do not hide: none of them at best, half of them at worst.
-Efficiency is the seconds of one GPU that had the room, over n times those of n. The goal is 92% at 8 GPUs. Drawing replies scales worse than
-the update, since each GPU reads all weights for every token, for as long as its longest reply takes. No GPU was there.
+Efficiency is the seconds of one GPU that had the room, over n times those of n; the goal is 92% at 8 GPUs. Drawing replies scales worse
+than the update, since each GPU reads all weights for every token, for as long as its longest reply takes. No GPU was there.
 """
 
 from __future__ import annotations
