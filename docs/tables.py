@@ -201,6 +201,32 @@ def plan_assumptions() -> str:
     return table(("what", "how much"), rows)
 
 
+def plan_scaling() -> str:
+    """The predicted step on 1, 2, 4 and 8 GPUs."""
+    rows = []
+    for each in newest("scaling")["rows"]:
+        sample, update = (" to ".join(f"{x:.0f} s" for x in each["computed"][name]) for name in ("sample", "update"))
+        over = " and ".join(f"{each['heaviest_over_mean'][name]:.3f}" for name in ("sample", "update"))
+        shares = ("{:.0%} to {:.0%}".format(*each[f"{name}_efficiency"]) for name in ("update", "step"))
+        rows.append((f"{each['gpus']}", sample, update, over, f"{each['sent_gb']:,.0f} GB", *shares))
+    head = (
+        "GPUs",
+        "drawing replies",
+        "update",
+        "heaviest rank over the mean, of both",
+        "sent by a rank",
+        "efficiency of the update",
+        "of the step",
+    )
+    return table(head, rows)
+
+
+def plan_scaling_about() -> str:
+    """Its assumptions and machine."""
+    found = newest("scaling")
+    return f"{found['rates']}; {found['workload']}; {machine(found)}"
+
+
 def plan_memory() -> str:
     """The plan's memory beside a process's, of the newest comparison."""
     rows = [(f"{c['measured_mb']:,.0f}", f"{c['predicted_mb']:,.0f}", f"{c['off']:+.1%}") for c in newest("memory")["cases"]]
@@ -270,6 +296,7 @@ TABLES = {
     for f in (
         *(named_losses, memory_example, workspace_rule, workspaces, logits_gib, accuracy_about),
         *(ledger, ledger_about, update, update_about, loss_memory, loss_memory_about),
-        *(plan_memory, plan_memory_about, plan_recipes, plan_assumptions, comm, comm_about),
+        *(plan_memory, plan_memory_about, plan_recipes, plan_assumptions, plan_scaling, plan_scaling_about),
+        *(comm, comm_about),
     )
 }

@@ -175,9 +175,13 @@ def _beside(case: Case) -> bool:
 
 def _step_buffers(case: Case, shares: Shares) -> float:
     """Of the two pieces of the states that are on the device at once."""
-    numel = max(1, case.shapes.trained)
-    each = (case.shares.checkpoint / numel) - min(w.bytes for w in case.shapes.weights if w.trained)
-    return 2.0 * min(PIECE, numel) * each
+    each = shares.checkpoint / case.shapes.trained - min(w.bytes for w in case.shapes.weights if w.trained)
+    return 2.0 * _piece(case) * each
+
+
+def _piece(case: Case) -> int:
+    """Numbers of the largest piece that a step is made on at once: rows of one parameter."""
+    return min(PIECE, max(w.numel for w in case.shapes.weights if w.trained))
 
 
 def _host(case: Case, shares: Shares) -> Items:
@@ -226,7 +230,7 @@ def _moments(case: Case, shares: Shares, held: Activations, size: Size) -> Itera
         cast["a matrix in 16 bits"] = shares.matrix
     tower = held.tower.forward(size.patches, blocks) if trained else held.looking(size.patches)
     eyes = held.tower.kept(size.patches, blocks) if trained and not case.recipe.model.offload_activations else 0.0
-    yield {"activations": eyes + tower, "gathered weights": gathered, **summed}
+    yield {"activations": eyes + tower + _pixels(case, size.patches), "gathered weights": gathered, **summed}
     # autocast's copies are counted by the trace, in the forward pass
     forward = held.language.forward(size.tokens, layers)
     mask = mask_bytes(size.tokens, size.longest) if case.recipe.packing == "plain" else 0.0
@@ -253,7 +257,13 @@ def _moments(case: Case, shares: Shares, held: Activations, size: Size) -> Itera
         yield {"activations": eyes + held.tower.backward(size.patches), **back}
     optim = case.recipe.optim
     lean = optim.kind != "adamw" or optim.offload == "always" or case.recipe.model.dtype != "float32"
-    yield {"the optimizer's step": 16.0 * min(PIECE, case.shapes.trained) * lean}
+    yield {"the optimizer's step": 16.0 * _piece(case) * lean}
+
+
+def _pixels(case: Case, patches: float) -> float:
+    """Of images as they come to the tower, a byte for each colour of each pixel."""
+    vision = case.shapes.config.vision_config
+    return patches * float(vision.in_channels * vision.patch_size**2)
 
 
 def _kept(case: Case, held: Activations, size: Size, *, offloaded: bool = False) -> float:
@@ -318,7 +328,7 @@ def _drawing(case: Case, shares: Shares, held: Activations, name: str, longest: 
     looked = min(READ_PATCHES, 4 * read * case.workload.images / case.workload.prompt)
     rows = min(float(MOST_ROWS), prompts * n)
     drawing = (DRAWING if case.low else 4) * min(float(DRAWN_AT_ONCE), rows * text.vocab_size)
-    device["drawing"] = max(held.reading(read), held.looking(looked), drawing)
+    device["drawing"] = max(held.reading(read), held.looking(looked) + _pixels(case, looked), drawing)
     device = {k: v for k, v in device.items() if v}
     room = max(0.0, case.machine.usable - sum(device.values()) + device["drawing"])  # what is free when the budget is asked for
     most = max(0.0, room - device["drawing"])

@@ -185,16 +185,9 @@ def run(shape: Shape, folder: Path) -> tuple[float, tuple[int, int, int, int] | 
     processor.never_sampled = lambda size: [image, *stop]
     before = _status("VmRSS")
     policy = load_policy(recipe.model, WHERE.device, 0, packed=recipe.packing == "packed")
-    if shape.draws:
-        whole = list(zip(case.samples, case.prompt_lengths, strict=True))[:: case.n]
-        cut = [prompt_of(sample.sequence, size) for sample, size in whole]
-        _set_back()
-        with awake(Embedded(policy, processor), 0) as engine:
-            engine.generate(cut, Draw(case.n, 1.0, int(shape.mean), 0), [(0, i) for i in range(case.prompts)])
-        return (_status("VmHWM") - before) * 2**20, None
     optimizer, peak, sizes = build_optimizer(policy, recipe.optim), 0.0, []
     patches = sum(s.sequence.patches for s in case.samples[:: case.n]) * (1 if recipe.packing == "packed" else case.n)
-    for samples in (case.samples[:1], case.samples):  # behind the first there are gradients and moments
+    for samples in (case.samples[:1], *([] if shape.draws else [case.samples])):  # behind the first there are gradients and moments
         (rounds,) = grpo._passes(policy, None, processor, [samples], recipe, WHERE).updates
         _set_back()
 
@@ -207,7 +200,14 @@ def run(shape: Shape, folder: Path) -> tuple[float, tuple[int, int, int, int] | 
         grpo._accumulate(policy, samples, (sum(map(len, samples)), len(samples)), watched(), recipe, WHERE)
         optimizer.step()
         peak = _status("VmHWM")
-        optimizer.zero_grad(set_to_none=False)  # a later micro-batch of a step finds gradients
+        optimizer.zero_grad(set_to_none=shape.draws)  # a later micro-batch of a step finds gradients
+    if shape.draws:
+        whole = list(zip(case.samples, case.prompt_lengths, strict=True))[:: case.n]
+        cut = [prompt_of(sample.sequence, size) for sample, size in whole]
+        _set_back()
+        with awake(Embedded(policy, processor), 0) as engine:
+            engine.generate(cut, Draw(case.n, 1.0, int(shape.mean), 0), [(0, i) for i in range(case.prompts)])
+        return (_status("VmHWM") - before) * 2**20, None
     assert len(sizes) == 2, "one micro-batch an update"
     return (peak - before) * 2**20, sizes[1]
 

@@ -30,7 +30,7 @@ def test_a_tiny_run_is_let_through_without_a_trace(sft_recipe, no_trace):
     assert lacking(sft_recipe, Path(sft_recipe.run), ALONE, None) == []
 
 
-@pytest.mark.parametrize("loop", ["sft", "grpo"])
+@pytest.mark.parametrize("loop", ["sft", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_too_little_memory_ends_a_run_before_its_model_is_loaded(loop, sft_recipe, grpo_recipe, monkeypatch):
     monkeypatch.setattr(fits, "available_memory", lambda: 2e6)
     with pytest.raises(Unready, match=r"the recipe does not fit 1 rank on the CPU, 2 MB free: .* too much") as found:
