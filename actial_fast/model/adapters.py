@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -58,7 +59,8 @@ def add_adapters(model: Qwen2_5_VLForConditionalGeneration, config: ModelConfig)
         target_modules=places(lora),
         task_type="CAUSAL_LM",
     )
-    with parameters_on_meta():
+    with parameters_on_meta(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)  # PEFT asks by the old name
         adapted = get_peft_model(model, settings)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
