@@ -46,9 +46,15 @@ def test_the_supported_range_is_the_packages():
     assert extras["vllm"][0].startswith(f"vllm>={first},<{beyond}")
 
 
+def nothing_lacks(*_):
+    return ()
+
+
 def test_preflight_tells_it(grpo_recipe, monkeypatch, tmp_path):
     monkeypatch.setattr(preflight, "vllm_problem", lambda: "rollout.engine: none here")
     recipe = replace(grpo_recipe, rollout=RolloutConfig(engine="vllm", tensor_parallel=2))
-    problems = preflight.problems_of(recipe, Processor.encode_prompt, tmp_path, ALONE)
+    problems = preflight.problems_of(recipe, Processor.encode_prompt, nothing_lacks, tmp_path, ALONE)
     assert problems == ["rollout.engine: none here", "rollout.tensor_parallel: 2 does not divide the 1 ranks"]
-    assert not preflight.problems_of(grpo_recipe, Processor.encode_prompt, tmp_path, ALONE), "the embedded engine needs none of it"
+    assert not preflight.problems_of(grpo_recipe, Processor.encode_prompt, nothing_lacks, tmp_path, ALONE), (
+        "the embedded engine needs none of it"
+    )
