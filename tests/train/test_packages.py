@@ -51,10 +51,10 @@ def nothing_lacks(*_):
 
 
 def test_preflight_tells_it(grpo_recipe, monkeypatch, tmp_path):
+    def problems(recipe):
+        return preflight.problems_of(recipe, Processor.encode_prompt, nothing_lacks, tmp_path, ALONE)
+
     monkeypatch.setattr(preflight, "vllm_problem", lambda: "rollout.engine: none here")
     recipe = replace(grpo_recipe, rollout=RolloutConfig(engine="vllm", tensor_parallel=2))
-    problems = preflight.problems_of(recipe, Processor.encode_prompt, nothing_lacks, tmp_path, ALONE)
-    assert problems == ["rollout.engine: none here", "rollout.tensor_parallel: 2 does not divide the 1 ranks"]
-    assert not preflight.problems_of(grpo_recipe, Processor.encode_prompt, nothing_lacks, tmp_path, ALONE), (
-        "the embedded engine needs none of it"
-    )
+    assert problems(recipe) == ["rollout.engine: none here", "rollout.tensor_parallel: 2 does not divide the 1 ranks"]
+    assert not problems(grpo_recipe), "the embedded engine needs none of it"
