@@ -67,6 +67,44 @@ def memory_example() -> str:
     return table(("path", "b, bytes a row", "C, rows a chunk", "chunks"), told)
 
 
+# card: MiB of memory, vendor's bytes a second and dense bf16 operations a second
+CARDS = {
+    "L4 24 GB": (23034, 0.3e12, 121e12),
+    "A100 80 GB": (81920, 2.039e12, 312e12),
+    "H100 80 GB": (81559, 3.35e12, 989e12),
+    "H200 141 GB": (143771, 4.8e12, 989e12),
+    "B200 180 GB": (183359, 8.0e12, 2250e12),
+}
+
+
+def workspace_rule() -> str:
+    """The default of workspace_mb in words."""
+    from actial_fast.ops.workspace import LEAST, MOST, SHARE
+
+    return (
+        f"On the CPU, and with `vocab_parallel`: {LEAST:,.0f} MiB. On CUDA: {SHARE:.0%} of the card's **total** memory, at least "
+        f"{LEAST:,.0f} and at most {MOST:,.0f} MiB."
+    )
+
+
+def workspaces() -> str:
+    """The default workspace of a card, the rows of a chunk that it makes at EXAMPLE, and what adding to the head's gradient costs."""
+    import torch
+
+    from actial_fast.kernels.chunks import cut
+    from actial_fast.kernels.head import make_head
+    from actial_fast.ops.workspace import share_of
+
+    told = []
+    hidden, weight = (torch.empty(n, EXAMPLE["width"], dtype=torch.bfloat16, device="meta") for n in (100_000, EXAMPLE["vocab"]))
+    head = make_head(hidden, weight, torch.empty(100_000, dtype=torch.int64, device="meta"), None, 1.0, None)
+    for card, (memory, bandwidth, rate) in CARDS.items():
+        budget = share_of(memory)
+        rows = cut(head, True, budget)[0][1]
+        told.append(f"| {card} | {budget:,.0f} | {rows:,} | {4 / 3 * 0.7 * rate / bandwidth / rows:.1%} |")
+    return "\n".join(told)
+
+
 def logits_gib() -> str:
     """(T, V) in float32 at EXAMPLE."""
     return f"{EXAMPLE['rows'] * EXAMPLE['vocab'] * 4 / 2**30:.2f}"
@@ -212,6 +250,24 @@ def plan_recipes() -> str:
     return table(("", "command", "GB usable", "GB on a GPU, by phase", "a step, not measured", "host GB"), rows)
 
 
+def comm() -> str:
+    """What a step's passes send, by how weights are kept."""
+    rows = []
+    for each in newest("comm-7b")["rows"]:
+        way = f"reshard {each['reshard']}, reduce {each['reduce']}" if each["fsdp"] else "no sharding"
+        way += f", replicate {each['replicate']}" if each["replicate"] > 1 else ""
+        seen, least = sum(each["seen_gb"].values()), sum(each["least_gb"].values())
+        sent = "sent_gb" in each and f"{sum(each['sent_gb'].values()):.1f}"
+        rows.append((each["pass"], way, f"{sum(each['calls'].values()):,.0f}", f"{seen:.1f}", f"{least:.1f}", sent))
+    return table(("pass", "ways", "calls", "GB in collectives", "the least", "GB a rank sends"), rows)
+
+
+def comm_about() -> str:
+    """Its case and machine."""
+    found = newest("comm-7b")
+    return f"{found['what']}; {found['ranks']} ranks, {found['micro_batches']} micro-batches; nothing is sent; {machine(found)}"
+
+
 def accuracy_about() -> str:
     """Sizes and versions of the accuracy table."""
     found = json.loads((RESULTS / "accuracy.json").read_text())
@@ -238,8 +294,9 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 TABLES = {
     f.__name__: f
     for f in (
-        *(named_losses, memory_example, logits_gib, accuracy_about),
+        *(named_losses, memory_example, workspace_rule, workspaces, logits_gib, accuracy_about),
         *(ledger, ledger_about, update, update_about, loss_memory, loss_memory_about),
         *(plan_memory, plan_memory_about, plan_recipes, plan_assumptions, plan_scaling, plan_scaling_about),
+        *(comm, comm_about),
     )
 }

@@ -60,6 +60,8 @@ def _fitting(head: Head, gradients: bool, workspace_mb: float) -> int:
     limit = int(workspace_mb * 2**20) // unit
     if limit < 1:
         raise ValueError(f"workspace_mb: {workspace_mb} holds no row; one takes {unit / 2**20:.2f} MiB")
+    if gradients and limit < head.unit:
+        raise ValueError(f"workspace_mb: {workspace_mb} holds {limit} rows; quack takes {head.unit}, {head.unit * unit / 2**20:.2f} MiB")
     return limit // block * block if limit > block else limit
 
 

@@ -263,7 +263,8 @@ class Head:
     hidden (T, H), weight (V, H), bias (V,) or None of one dtype, float32, bfloat16 or float16; targets (T,) int64; inverse_temperature a
     number or (T,) float32; softcap a number or None. Rows of hidden and weight start at multiples of 16 bytes. parallel: the ranks that
     have the rest of the vocabulary (`ops.parallel`), where targets that are not here are -1. For log-probs alone targets may be (T, K),
-    and kept (`ops.spec.Kept`) says to what the distribution is cut.
+    and kept (`ops.spec.Kept`) says to what the distribution is cut. quack: its products instead of ours (quack_head.py), which takes
+    bfloat16, V in whole parts, targets (T,) and none of bias, softcap, parallel and kept; strips: the gradient's too.
     """
 
     hidden: Tensor
@@ -274,6 +275,13 @@ class Head:
     softcap: float | None
     parallel: Any = None
     kept: Any = None
+    quack: bool = False
+    strips: bool = False
+
+    @property
+    def unit(self) -> int:
+        """Rows that a chunk's workspace is rounded up to a multiple of."""
+        return 128 if self.strips else 1
 
     @property
     def largest(self) -> int:
@@ -301,12 +309,19 @@ def make_head(
     softcap: float | None,
     parallel: Any = None,
     kept: Any = None,
+    path: str = "triton",
+    by_logp: bool = False,
 ) -> Head:
-    """The arguments of an op as its kernels take them. Rows that do not start at multiples of 16 bytes are copied, padded with zeros."""
+    """The arguments of an op as its kernels take them. Rows that do not start at multiples of 16 bytes are copied, padded with zeros.
+
+    path: whose products, "triton" or "quack"; by_logp: the gradient, if any, is one of log-probs alone and of most rows.
+    """
     if not (_is_aligned(hidden) and _is_aligned(weight)):
         missing = -hidden.shape[1] % (16 // hidden.element_size())
         hidden, weight = pad(hidden, (0, missing)).contiguous(), pad(weight, (0, missing)).contiguous()
-    return Head(hidden, weight, targets, bias, 1.0 / temperature, softcap, parallel, kept)
+    quack = path == "quack"
+    strips = quack and by_logp and common.capability()[0] == 9
+    return Head(hidden, weight, targets, bias, 1.0 / temperature, softcap, parallel, kept, quack, strips)
 
 
 def _is_aligned(x: Tensor) -> bool:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from actial_fast.kernels import head_grad
 from actial_fast.kernels.chunks import Sums, cut_sequences
-from actial_fast.kernels.head import Head, forward, make_head
+from actial_fast.kernels.head import Head, make_head
+from actial_fast.kernels.head_paths import backward, forward
 from actial_fast.kernels.linear_logprob import workspace
 from actial_fast.kernels.objective import grpo_rows
 from actial_fast.kernels.scale import scale_, upstream_scaled
@@ -87,7 +87,7 @@ def _run(call: Call, width: int, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor
             if len(chunks) > 1:  # the coefficients waited for all chunks of the sequence: their softmax comes a second time
                 parts, *_ = forward(rows, scaled)
             g = None if g_entropy is None else g_entropy[here]
-            head_grad.backward(rows, parts, entropy[start:stop], g_logp[here], g, sums.chunk(start, stop), call.compact)
+            backward(rows, parts, entropy[start:stop], g_logp[here], g, sums.chunk(start, stop), call.compact)
     stats = torch.cat(statistics).sum(0)
     return stats[LOSS].clone(), stats, logp, entropy, *sums.results(width)
 
@@ -114,6 +114,7 @@ def linear_grpo_loss(
     workspace_mb: float,
     wanted: Wanted | None = None,
     vocab_parallel: Any = None,
+    head: str = "triton",
 ) -> tuple[Tensor | None, ...]:
     """See `ops.linear_grpo_loss`, which has checked the arguments: loss (), statistics (len(STATS),), logp and entropy (T,), all float32.
 
@@ -137,8 +138,9 @@ def linear_grpo_loss(
         return g_logp, g_entropy if spec.entropy_coef else None, partial
 
     alone = None if bias is None else bias.detach()
-    head = make_head(hidden.detach(), weight.detach(), targets, alone, temperature, softcap, vocab_parallel)
-    call = Call(head, coefficients, skip_zero_rows, workspace_mb, cu_seqlens, weight_grad)
+    by_logp = not skip_zero_rows and not spec.entropy_coef
+    made = make_head(hidden.detach(), weight.detach(), targets, alone, temperature, softcap, vocab_parallel, None, head, by_logp)
+    call = Call(made, coefficients, skip_zero_rows, workspace_mb, cu_seqlens, weight_grad)
     return FusedLoss.apply(hidden, weight, bias, call) if wanted is None else _run(call, hidden.shape[1], wanted)
 
 
@@ -154,6 +156,7 @@ def linear_cross_entropy(
     workspace_mb: float,
     wanted: Wanted | None = None,
     vocab_parallel: Any = None,
+    head: str = "triton",
 ) -> Tensor | tuple[Tensor | None, ...]:
     """See `ops.linear_cross_entropy`, which has checked the arguments: -sum token_weight * logp, () float32; `wanted` as above."""
 
@@ -162,8 +165,9 @@ def linear_cross_entropy(
         loss = -torch.where(weights != 0, weights * logp, 0.0).sum()
         return -weights, None, torch.stack([torch.zeros_like(loss), loss])[None]
 
-    head = make_head(hidden.detach(), weight.detach(), targets, None if bias is None else bias.detach(), 1.0, softcap, vocab_parallel)
-    call = Call(head, coefficients, False, workspace_mb, None, weight_grad)
+    alone = None if bias is None else bias.detach()
+    made = make_head(hidden.detach(), weight.detach(), targets, alone, 1.0, softcap, vocab_parallel, None, head, by_logp=True)
+    call = Call(made, coefficients, False, workspace_mb, None, weight_grad)
     if wanted is None:
         return FusedLoss.apply(hidden, weight, bias, call)[0]
     loss, _, _, _, *gradients = _run(call, hidden.shape[1], wanted)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from actial_fast.kernels import head_grad, truncated
+from actial_fast.kernels import truncated
 from actial_fast.kernels.chunks import Sums, cut, stride_of
-from actial_fast.kernels.head import Head, Softmax, forward, make_head
+from actial_fast.kernels.head import Head, Softmax, make_head
+from actial_fast.kernels.head_paths import backward, forward
 from actial_fast.kernels.selected import Selected, selected_logits
 
 
@@ -70,10 +71,12 @@ def _head(
     kept: Any,
     vocab_parallel: Any,
     workspace_mb: float,
+    head: str,
+    by_logp: bool = False,
 ) -> Head:
     """The arguments as kernels take them; one target a row is (T, 1) where the distribution is truncated."""
     targets = targets[:, None] if kept and targets.ndim == 1 else targets
-    return make_head(hidden, weight, targets.contiguous(), bias, temperature, softcap, vocab_parallel, kept)
+    return make_head(hidden, weight, targets.contiguous(), bias, temperature, softcap, vocab_parallel, kept, head, by_logp)
 
 
 def _several(rows: Head, scaled: Tensor | None) -> tuple[Softmax, Tensor, Tensor, Tensor]:
@@ -113,14 +116,14 @@ def _gradients(
             selected = Selected.of(chosen, logp, g, truncated=False)
         else:
             parts, _, entropy = forward(rows, scaled)
-        head_grad.backward(rows, parts, entropy, g, h, sums.chunk(start, stop), compact=False, selected=selected)
+        backward(rows, parts, entropy, g, h, sums.chunk(start, stop), compact=False, selected=selected)
     return sums.results(width)
 
 
 def workspace(head: Head, chunks: list[tuple[int, int]]) -> Tensor:
     """Room for the scaled exponentials, and then the logits' gradient, of the largest chunk: (C, V) with aligned rows."""
-    vocab = head.weight.shape[0]
-    return torch.empty((_most(chunks), stride_of(vocab)), dtype=head.hidden.dtype, device=head.hidden.device)[:, :vocab]
+    vocab, rows = head.weight.shape[0], -(-_most(chunks) // head.unit) * head.unit
+    return torch.empty((rows, stride_of(vocab)), dtype=head.hidden.dtype, device=head.hidden.device)[:, :vocab]
 
 
 def _logits_room(head: Head, chunks: list[tuple[int, int]]) -> Tensor:
@@ -143,9 +146,10 @@ def linear_logprob(
     workspace_mb: float,
     kept: Any = None,
     vocab_parallel: Any = None,
+    head: str = "triton",
 ) -> tuple[Tensor, Tensor]:
     """See `ops.linear_logprob`, which has checked the arguments. A target outside [0, V) has a NaN log-prob. Returns float32."""
-    options = {"softcap": softcap, "workspace_mb": workspace_mb, "kept": kept, "vocab_parallel": vocab_parallel}
+    options = {"softcap": softcap, "workspace_mb": workspace_mb, "kept": kept, "vocab_parallel": vocab_parallel, "head": head}
     return LinearLogprob.apply(hidden, weight, bias, targets, temperature, options)
 
 
@@ -163,9 +167,10 @@ def linear_logprob_backward(
     workspace_mb: float,
     kept: Any = None,
     vocab_parallel: Any = None,
+    head: str = "triton",
 ) -> tuple[Tensor | None, ...]:
     """The gradients of hidden, weight and bias, where wanted and in their dtype, from those of log-probs and entropies."""
-    options = {"softcap": softcap, "workspace_mb": workspace_mb, "kept": kept, "vocab_parallel": vocab_parallel}
-    head = _head(hidden, weight, targets, bias=bias, temperature=temperature, **options)
-    gradients = _gradients(head, hidden.shape[1], g_logp, g_entropy, wanted, workspace_mb)
+    options = {"softcap": softcap, "workspace_mb": workspace_mb, "kept": kept, "vocab_parallel": vocab_parallel, "head": head}
+    made = _head(hidden, weight, targets, bias=bias, temperature=temperature, **options, by_logp=g_entropy is None)
+    gradients = _gradients(made, hidden.shape[1], g_logp, g_entropy, wanted, workspace_mb)
     return tuple(None if x is None else x.to(weight.dtype) for x in gradients)

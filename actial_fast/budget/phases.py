@@ -15,6 +15,7 @@ from actial_fast.budget.models import Shapes
 from actial_fast.budget.shares import Shares, shares_of
 from actial_fast.budget.trace import Activations, mask_bytes, traced
 from actial_fast.budget.workload import Workload
+from actial_fast.ops.workspace import LEAST, share_of
 from actial_fast.rollout.decoder import DRAWN_AT_ONCE
 from actial_fast.rollout.embedded import MOST_ROWS, READ_PATCHES, READ_TOKENS
 from actial_fast.rollout.memory import SHARE
@@ -24,7 +25,6 @@ from actial_fast.train.optim import PIECE
 Recipe = SFTRecipe | GRPORecipe
 Items = dict[str, float]
 
-WORKSPACE = 700 * 2**20  # of the ops that start from hidden states (docs/memory.md)
 DRAWING = 30  # bytes for an element of logits (rollout/decoder.py)
 PAGED = "paged_adamw8bit"
 ENGINE = 2.0 * GB  # assumed: what vLLM holds beside weights, keys and values
@@ -238,7 +238,8 @@ def _moments(case: Case, shares: Shares, held: Activations, size: Size) -> Itera
     vocabulary = text.vocab_size * text.hidden_size
     predicted = min(size.tokens, size.predicted)
     rows = 2 * width * predicted * text.hidden_size  # hidden states and their gradient
-    work = min(WORKSPACE, predicted * text.vocab_size * (2 if case.low else 12))
+    most = share_of(case.machine.memory / 2**20) if case.machine.cuda else LEAST  # MiB of the ops that start from hidden states
+    work = min(most * 2**20, predicted * text.vocab_size * (2 if case.low else 12))
     head = work
     if case.shapes.trains_head:
         rounded = 2.0 * vocabulary if case.low and not shares.cast and case.recipe.model.dtype == "bfloat16" else 0.0

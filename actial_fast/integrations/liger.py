@@ -74,7 +74,7 @@ class FusedLinearGRPOLoss(nn.Module):
         vespo_k_neg: float = 3.0,
         vespo_lambda_neg: float = 2.0,
         *,
-        workspace_mb: float = 700,
+        workspace_mb: float | None = None,
     ):
         super().__init__()
         self.beta = beta

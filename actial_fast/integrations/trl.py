@@ -64,13 +64,13 @@ class LogProbFunction:
         """hidden (N, H), weight (V, H), bias (V,), targets (N,) int64 -> log-probs (N,) float32 and, where `outputs` names them, entropy,
         log_sum_sq_probs, mean_logits (N,) float32 and is_top1 (N,) bool.
 
-        The first two are differentiable in hidden, weight and bias, once; the others cost one more product. chunk_size goes unused: the
-        workspace is WORKSPACE_MB. ValueError for a logit_scale that is not positive and for weights that DeepSpeed has partitioned.
+        The first two are differentiable in hidden, weight and bias, once; the others cost one more product, within WORKSPACE_MB. chunk_size
+        goes unused. ValueError for a logit_scale that is not positive and for weights that DeepSpeed has partitioned.
         """
         trl_loss.refuse_partitioned(weight)
         scaling = trl_loss.head_scaling(temperature, final_logit_softcapping, logit_scale)
         weight, bias = trl_loss.like(hidden, weight), trl_loss.like(hidden, bias)
-        logp, entropy = ops.linear_logprob(hidden, weight, targets, bias=bias, **scaling, workspace_mb=WORKSPACE_MB)
+        logp, entropy = ops.linear_logprob(hidden, weight, targets, bias=bias, **scaling)
         entropy = entropy.float() if entropy is not None and "entropy" in outputs else None
         extra = _extra_outputs(hidden, weight, bias, targets, outputs, **scaling)
         log_sum_sq_probs, mean_logits, is_top1 = (extra.get(name) for name in EXTRA_OUTPUTS)
@@ -106,10 +106,11 @@ class FusedGRPOTrainer(GRPOTrainer):
     """trl.GRPOTrainer with `ops.linear_grpo_loss` in the place of its loss, and our head under the log-probs that it scores; arguments,
     logs and everything else are its own.
 
-    workspace_mb: MiB that the loss may hold above hidden states, head and their gradients. ValueError for what is not SUPPORTED.
+    workspace_mb: MiB that the loss may hold above hidden states, head and their gradients (None: as of the ops). ValueError for what is
+    not SUPPORTED.
     """
 
-    def __init__(self, *args: Any, workspace_mb: float = WORKSPACE_MB, **kwargs: Any):
+    def __init__(self, *args: Any, workspace_mb: float | None = None, **kwargs: Any):
         _check_version()
         super().__init__(*args, **kwargs)
         trl_loss.prepare(self, workspace_mb)
@@ -144,7 +145,7 @@ def patch_trl(level: str = "loss") -> contextlib.ExitStack:
                 name = type(self).__name__
                 raise ValueError(f"{name}: computes its own loss; patch_trl('logprob') serves it, or a subclass of FusedGRPOTrainer")
             init(self, *args, **kwargs)
-            trl_loss.prepare(self, WORKSPACE_MB)
+            trl_loss.prepare(self, None)
 
         _replace(GRPOTrainer, "__init__", prepared)
         _replace(GRPOTrainer, "_compute_loss", trl_loss.compute_loss)

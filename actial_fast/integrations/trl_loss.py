@@ -80,7 +80,7 @@ def spec_of(args: Any) -> GRPOSpec:
 # ---- the head's part
 
 
-def add_head(model: Any, temperature: float, cast_lm_head_to_fp32: bool, workspace_mb: Callable[[], float]) -> None:
+def add_head(model: Any, temperature: float, cast_lm_head_to_fp32: bool, workspace_mb: Callable[[], float | None]) -> None:
     """Give a transformers model's forward the keywords `policy_loss` and `fused_lm_head`; without them the forward is as before.
 
     model(..., labels=labels, policy_loss=f) with labels (B, L) int64 calls f(hidden, weight, targets, bias=, temperature=, softcap=) with
@@ -168,7 +168,7 @@ def refuse_partitioned(weight: Tensor) -> None:
 # ---- the trainer's part
 
 
-def prepare(trainer: Any, workspace_mb: float) -> None:
+def prepare(trainer: Any, workspace_mb: float | None) -> None:
     """Check that our loss serves this trainer, and give its models the head's part; a second time only the workspace changes."""
     spec_of(_current(trainer))
     distributed = trainer.accelerator.distributed_type.name

@@ -30,6 +30,7 @@ from actial_fast.ops.parallel import VocabParallel
 from actial_fast.ops.reference import STATS, token_weights
 from actial_fast.ops.sharding import plain_tensors, refuse_reduced
 from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
+from actial_fast.ops.workspace import workspace
 
 __all__ = [
     "STATS",
@@ -68,35 +69,43 @@ def linear_logprob(
     top_p: float = 1.0,
     min_p: float = 0.0,
     return_entropy: bool = True,
-    workspace_mb: float = 700,
+    workspace_mb: float | None = None,
     vocab_parallel: VocabParallel | None = None,
+    head: str = "triton",
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of each target and entropy of each row's distribution, from hidden states and the head.
 
     hidden (T, H), weight (V, H), bias (V,) of one floating dtype; targets (T,) int64, or (T, K) for K tokens a row, the same one as often
     as you like; logits are softcap * tanh(x / softcap) / temperature with a temperature for all rows or one each, (T,). Returns logp of
     the targets' shape and entropy (T,) in nats (None without return_entropy), both differentiable in hidden, weight and bias, once. At
-    most workspace_mb MiB are held above inputs, outputs and a float32 weight gradient. 1 GEMM of T * H * V; with its backward pass 4, with
-    a frozen head 3. vocab_parallel: weight and bias are this rank's part of the vocabulary, targets are ids of the whole, and so are the
-    results, on every rank. ValueError for arguments that do not fit together.
+    most workspace_mb MiB are held above inputs, outputs and a float32 weight gradient (None: 700 on the CPU, on CUDA 3% of the card's
+    memory, between 700 and 2,800; not what is free, so that chunks are the same in every call). 1 GEMM of T * H * V; with its backward
+    pass 4, with a frozen head 3. vocab_parallel: weight and bias are this rank's part of the vocabulary, targets are ids of the whole, and
+    so are the results, on every rank. head: "triton", our kernels, or "quack", which makes the products by quack-kernels: bfloat16 on
+    sm_90 and sm_100, V a multiple of 128, targets (T,), without bias, softcap, vocab_parallel and what follows. ValueError for arguments
+    that do not fit together.
 
     top_k, top_p, min_p: what a sampler that was given these draws from, by vLLM's rules (`reference.lowest_kept`): log-probs and entropy
     are those of the kept tokens, whose probabilities make up 1 again, as in vLLM's logprobs_mode="processed_logprobs". A target outside
     of them has a log-prob of -inf, whose gradient is 0. The kept tokens are found anew from these hidden states: near the border they may
     differ from those of a sampler with other rounding or other weights, whose own ids, where it returns them, go in as targets (T, K).
     """
+    workspace_mb = workspace(workspace_mb, hidden, vocab_parallel)
     hidden = _entered(hidden, vocab_parallel)
     hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb, parallel=vocab_parallel, several=True)
     vocabulary = vocab_parallel.vocab if vocab_parallel else len(weight)
     checks.in_vocabulary(targets, vocabulary)
     scaling = {"bias": bias, "temperature": checks.temperature(temperature, hidden), "softcap": softcap}
     kept = checks.kept(top_k, top_p, min_p, vocabulary, vocab_parallel)
-    logp, entropy = _logprob(hidden, weight, targets, vocab_parallel, **scaling, workspace_mb=workspace_mb, kept=kept)
+    head = checks.path(head, hidden, weight, bias, softcap, vocab_parallel, targets=targets, kept=kept)
+    logp, entropy = _logprob(hidden, weight, targets, vocab_parallel, head, **scaling, workspace_mb=workspace_mb, kept=kept)
     return logp, entropy if return_entropy else None
 
 
-def _logprob(hidden: Tensor, weight: Tensor, targets: Tensor, parallel: VocabParallel | None, **options: Any) -> tuple[Tensor, Tensor]:
-    run = _path(hidden, "linear_logprob", chunked.linear_logprob, operators.linear_logprob, parallel)
+def _logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, parallel: VocabParallel | None, head: str, **options: Any
+) -> tuple[Tensor, Tensor]:
+    run = _path(hidden, "linear_logprob", chunked.linear_logprob, operators.linear_logprob, parallel, head)
     return run(hidden, weight, parallel.local(targets) if parallel else targets, **options)
 
 
@@ -120,15 +129,16 @@ def linear_grpo_loss(
     softcap: float | None = None,
     weight_grad: Tensor | None = None,
     skip_zero_rows: bool | None = None,
-    workspace_mb: float = 700,
+    workspace_mb: float | None = None,
     vocab_parallel: VocabParallel | None = None,
+    head: str = "triton",
 ) -> GRPOLoss:
     """A policy loss of the GRPO family from hidden states: `reference.grpo_terms` has the equation, GRPOSpec the papers.
 
-    hidden, weight, targets, bias, temperature, softcap, workspace_mb and vocab_parallel as in `linear_logprob`. All other rows are (T,)
-    floating, without gradient: advantages, which may also be (S,) with cu_seqlens; old_logp, log-probs of the policy that sampled (None:
-    this one, the ratio is 1); ref_logp, of the reference (needed where spec.beta > 0); token_weight, each row's weight in the loss, 0 =
-    masked (None: those of spec.aggregation for these rows, see `token_weights`); sampler_logp, of the engine that sampled, for the
+    hidden, weight, targets, bias, temperature, softcap, workspace_mb, vocab_parallel and head as in `linear_logprob`. All other rows are
+    (T,) floating, without gradient: advantages, which may also be (S,) with cu_seqlens; old_logp, log-probs of the policy that sampled
+    (None: this one, the ratio is 1); ref_logp, of the reference (needed where spec.beta > 0); token_weight, each row's weight in the loss,
+    0 = masked (None: those of spec.aggregation for these rows, see `token_weights`); sampler_logp, of the engine that sampled, for the
     importance weight; entropy_weight, of the entropy bonus (None: token_weight where the policy term counts); policy_mask (T,) bool, rows
     that carry the policy term (None: all; with spec.top_entropy < 1 the highest entropies of this call, found by one more GEMM).
     cu_seqlens (S + 1,) int32 or int64: where sequences begin and end; where rows depend on their sequence (spec.needs_sequences) on the
@@ -143,6 +153,7 @@ def linear_grpo_loss(
     """
     if weight_grad is not None:
         refuse_reduced(weight)
+    workspace_mb = workspace(workspace_mb, hidden, vocab_parallel)
     hidden = _entered(hidden, vocab_parallel)
     hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb, parallel=vocab_parallel)
     rows: dict[str, Any] = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy_weight": entropy_weight}
@@ -150,14 +161,15 @@ def linear_grpo_loss(
     checks.in_vocabulary(targets, vocab_parallel.vocab if vocab_parallel else len(weight), rows["token_weight"])
     weight_grad = checks.weight_grad(weight_grad, weight)
     temperature = checks.temperature(temperature, hidden)
+    head = checks.path(head, hidden, weight, bias, softcap, vocab_parallel)
     scaling: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap, "workspace_mb": workspace_mb}
     if spec.top_entropy < 1 and policy_mask is None and len(targets):
         with torch.no_grad():
-            entropy = _logprob(hidden, weight, torch.zeros_like(targets), vocab_parallel, **scaling)[1]
+            entropy = _logprob(hidden, weight, torch.zeros_like(targets), vocab_parallel, head, **scaling)[1]
         rows["policy_mask"] = reference.high_entropy(entropy, rows["token_weight"], spec.top_entropy)
     if skip_zero_rows is None:
         skip_zero_rows = spec.beta == 0 and spec.entropy_coef == 0
-    run = _path(hidden, "linear_grpo", chunked.linear_grpo_loss, operators.linear_grpo_loss, vocab_parallel)
+    run = _path(hidden, "linear_grpo", chunked.linear_grpo_loss, operators.linear_grpo_loss, vocab_parallel, head)
     targets = vocab_parallel.local(targets) if vocab_parallel else targets
     return GRPOLoss(*run(hidden, weight, targets, spec=spec, **rows, **scaling, weight_grad=weight_grad, skip_zero_rows=skip_zero_rows))
 
@@ -172,23 +184,26 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     softcap: float | None = None,
     weight_grad: Tensor | None = None,
-    workspace_mb: float = 700,
+    workspace_mb: float | None = None,
     vocab_parallel: VocabParallel | None = None,
+    head: str = "triton",
 ) -> Tensor:
     """-sum_t token_weight[t] * log p(targets[t]), scalar: the weights carry the normaliser, so that micro-batches and ranks add up.
 
-    hidden, weight, targets, bias, softcap, workspace_mb, vocab_parallel as in `linear_logprob`, token_weight (T,) floating, weight_grad
-    as in `linear_grpo_loss`. The gradients are computed with the loss: 3 GEMMs, 2 with a frozen head, 1 without gradients. ValueError for
-    arguments that do not fit together.
+    hidden, weight, targets, bias, softcap, workspace_mb, vocab_parallel and head as in `linear_logprob`, token_weight (T,) floating,
+    weight_grad as in `linear_grpo_loss`. The gradients are computed with the loss: 3 GEMMs, 2 with a frozen head, 1 without gradients.
+    ValueError for arguments that do not fit together.
     """
     if weight_grad is not None:
         refuse_reduced(weight)
+    workspace_mb = workspace(workspace_mb, hidden, vocab_parallel)
     hidden = _entered(hidden, vocab_parallel)
     hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb, parallel=vocab_parallel)
     token_weight = checks.row("token_weight", token_weight, hidden)
     checks.in_vocabulary(targets, vocab_parallel.vocab if vocab_parallel else len(weight), token_weight)
     weight_grad = checks.weight_grad(weight_grad, weight)
-    run = _path(hidden, "linear_grpo", chunked.linear_cross_entropy, operators.linear_cross_entropy, vocab_parallel)
+    head = checks.path(head, hidden, weight, bias, softcap, vocab_parallel)
+    run = _path(hidden, "linear_grpo", chunked.linear_cross_entropy, operators.linear_cross_entropy, vocab_parallel, head)
     targets = vocab_parallel.local(targets) if vocab_parallel else targets
     return run(hidden, weight, targets, token_weight, bias=bias, softcap=softcap, weight_grad=weight_grad, workspace_mb=workspace_mb)
 
@@ -201,7 +216,7 @@ def linear_kl(
     ref_weight: Tensor,
     *,
     temperature: float | Tensor = 1.0,
-    workspace_mb: float = 700,
+    workspace_mb: float | None = None,
     vocab_parallel: VocabParallel | None = None,
 ) -> Tensor:
     """KL(p || q) of each row over the whole vocabulary, in nats: p from hidden and weight, q from ref_hidden and ref_weight.
@@ -210,6 +225,7 @@ def linear_kl(
     `linear_logprob` -> (T,), differentiable in all four, once. Swap the pairs for KL(q || p). ValueError for arguments that do not fit
     together.
     """
+    workspace_mb = workspace(workspace_mb, hidden, vocab_parallel)
     hidden, ref_hidden = _entered(hidden, vocab_parallel), _entered(ref_hidden, vocab_parallel)
     hidden, weight, _ = checks.head(hidden, weight, None, None, None, workspace_mb, parallel=vocab_parallel)
     ref_hidden, ref_weight, _ = checks.head(ref_hidden, ref_weight, None, None, None, workspace_mb, names=("ref_hidden", "ref_weight"))
@@ -313,9 +329,17 @@ def _entered(hidden: Tensor, parallel: VocabParallel | None) -> Tensor:
 
 
 def _path(
-    x: Tensor, module: str, cpu: Callable[..., Any], compiled: Callable[..., Any], parallel: VocabParallel | None = None
+    x: Tensor,
+    module: str,
+    cpu: Callable[..., Any],
+    compiled: Callable[..., Any],
+    parallel: VocabParallel | None = None,
+    head: str = "triton",
 ) -> Callable[..., Any]:
     """What computes: an operator that the compiler leaves whole, or directly the kernels for CUDA tensors or `cpu`."""
+    if head != "triton":
+        run = implementation(x, module, cpu)
+        return functools.partial(run, head=head) if len(x) else run
     if parallel:
         if torch.compiler.is_compiling():
             raise ValueError("vocab_parallel: not under torch.compile, whose operators know no process group; call the op outside of it")

@@ -4,6 +4,8 @@ was expected, what came, and what to do. Values are looked at only where that wa
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import math
 from typing import Any
 
@@ -12,9 +14,11 @@ from torch import Tensor
 
 from actial_fast.ops import reference
 from actial_fast.ops.chunked_logits import compute_dtype
+from actial_fast.ops.library import capability
 from actial_fast.ops.parallel import VocabParallel
 from actial_fast.ops.spec import GRPOSpec, Kept
 
+QUACK_PART = 128  # columns of the vocabulary that quack's epilogue finishes together
 TEMPERATURES = 1e-30, 1e30  # lowest and highest: float32 holds logits of up to 1e8 divided by the one, and 1 divided by the other
 
 
@@ -61,6 +65,54 @@ def head(
     if not torch.is_grad_enabled():  # an autograd.Function cannot tell: its inputs still ask for gradients
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     return hidden.contiguous(), weight, bias
+
+
+def path(
+    name: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    parallel: VocabParallel | None,
+    targets: Tensor | None = None,
+    kept: Any = None,
+) -> str:
+    """The argument `head` of an op, for arguments that are checked: whose products, where those can be made here."""
+    if name not in ("triton", "quack"):
+        raise ValueError(f"head: expected 'triton' or 'quack', got {name!r}")
+    if name == "triton":
+        return name
+    if torch.compiler.is_compiling():
+        raise ValueError("head: not 'quack' under torch.compile, whose operators have our kernels; call the op outside of it")
+    ours = "head='triton' has it"
+    for option, given in (("bias", bias), ("softcap", softcap), ("vocab_parallel", parallel), ("top_k, top_p, min_p", kept)):
+        if given is not None:
+            raise ValueError(f"{option}: not with head='quack'; {ours}")
+    if targets is not None and targets.ndim == 2:
+        raise ValueError(f"targets: head='quack' takes (T,), got {tuple(targets.shape)}; {ours}")
+    if hidden.dtype != torch.bfloat16:
+        raise ValueError(f"hidden: head='quack' takes bfloat16, got {hidden.dtype}; {ours}")
+    if len(weight) % QUACK_PART:
+        raise ValueError(
+            f"weight: head='quack' takes a vocabulary in whole parts of {QUACK_PART}, got {len(weight)} rows; pad it, or take head='triton'"
+        )
+    if capability(hidden)[0] not in (9, 10):
+        chip = "sm_{}{}".format(*capability(hidden)) if hidden.is_cuda else str(hidden.device)
+        raise ValueError(f"head: 'quack' has kernels for sm_90 and sm_100, hidden is on {chip}; {ours}")
+    version = _quack_version()
+    if version is None:
+        raise ValueError("head: 'quack' is not installed; pip install 'actial-fast[quack]'")
+    if not (version.startswith("0.6.") and version.split(".")[2].isdigit() and int(version.split(".")[2]) >= 5):
+        raise ValueError(f"head: 'quack' takes quack-kernels 0.6.5 or a later 0.6, found {version}; pip install 'actial-fast[quack]'")
+    return name
+
+
+@functools.cache
+def _quack_version() -> str | None:
+    try:
+        return importlib.metadata.version("quack-kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def grpo_rows(

@@ -90,6 +90,11 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda  # a function of its own, so that tests can send CPU tensors through Triton's interpreter
 
 
+def capability(x: Tensor) -> tuple[int, int]:
+    """Compute capability of x's device; (0, 0) on a CPU."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+
+
 def operator(fake: Callable[..., Any], *writes: str) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
     """Registers what follows as an operator of its name; fake gives the outputs' shapes and dtypes, writes names what it writes to."""
 

@@ -71,16 +71,6 @@ def key_of(name: str, seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little")
 
 
-def bytes_of_weight(dtype: str, config: OptimConfig) -> tuple[float, float]:
-    """Bytes of a trained weight of a matrix: itself, and what the optimizer keeps of it (moments, largest magnitudes, master).
-
-    dtype: model.dtype. Rows of whole blocks are assumed, which moments in 8 bits of another row exceed by a little.
-    """
-    weight = 4 if dtype == "float32" else 2
-    moments = 8.0 if config.kind == "adamw" else 2 * (1 + 4 / quantised.BLOCK)
-    return weight, moments + (4 if config.master else 0)
-
-
 def empty_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Room for a state of a parameter as the optimizer holds it, this rank's rows of it; shape: the whole state's, of as many rows as the
     parameter, or of a scalar."""

@@ -3,9 +3,9 @@
     python -m bench.evidence [--only machine ledger l2 peers] [--quick] [--write]
 
 Exits with 1 where a figure is worse than the committed one by more than 5% (instructions, cycles, bytes), a streaming kernel touches more
-than 1.02 of its least bytes, or a kernel spills. --write puts the figures into bench/results/evidence instead, and draws the page's tables
-and plots. --quick compiles the plain bf16 cases for sm_90 alone. Peers that are not installed keep their committed figures. Compile time
-only: nothing is run or timed on a GPU.
+than 1.02 of its least bytes, or a kernel spills; of the peers' kernels those count that quack's compiler makes of our epilogue. --write
+puts the figures into bench/results/evidence instead, and draws the page's tables and plots. --quick compiles the plain bf16 cases for sm_90
+alone. Peers that are not installed keep their committed figures. Compile time only: nothing is run or timed on a GPU.
 """
 
 from __future__ import annotations
@@ -81,10 +81,15 @@ def worse(part: str, found: Records, before: Records) -> list[str]:
             for one in found
             if one["touched_over_least"] > TOUCHED_LIMIT
         ]
-    if part == "peers":
-        return []
     names = ("epilogue_cycles", "loop_cycles", "issue_share", "instructions_per_16_bytes", "shipped")
-    label: Callable[[dict[str, Any]], str] = key if part == "machine" else lambda one: one["product"]
+    if part == "peers":  # of which those are ours that another package's compiler makes of our epilogue
+        found, before = ([one for one in some if one.get("variant", "").startswith("head=")] for some in (found, before))
+    labels: dict[str, Callable[[dict[str, Any]], str]] = {
+        "machine": key,
+        "l2": lambda one: one["product"],
+        "peers": lambda one: f"{one['peer']}: {one['kernel']}, {one['variant']}",
+    }
+    label = labels[part]
     known, wrong = {label(one): one for one in before}, []
     for one in found:
         if one.get("spills"):

@@ -117,8 +117,8 @@ def budget_table(memory: Records, before: dict[str, dict[str, Any]]) -> str:
     rows = []
     for name in dict.fromkeys((one["kernel"], one["case"]) for one in memory):
         chips = {one["arch"]: one for one in memory if (one["kernel"], one["case"]) == name}
-        told = [_was(chips[arch], before, "instructions_per_16_bytes", ".0f") for arch in (80, 90, 100)]
-        shares = [f"{chips[arch]['shares'][card]:.0%}" for card, (arch, _) in budget.CARDS.items()]
+        told = [_was(chips[arch], before, "instructions_per_16_bytes", ".0f") if arch in chips else "" for arch in (80, 90, 100)]
+        shares = [f"{chips[arch]['shares'][card]:.0%}" if arch in chips else "" for card, (arch, _) in budget.CARDS.items()]
         rows.append([f"{name[0].removesuffix('_kernel')} ({name[1]})", *told, *shares])
     return table(("kernel (case)", *(f"instructions for 16 bytes, sm_{arch}" for arch in (80, 90, 100)), *budget.CARDS), rows)
 

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.evidence import budget, products, sass
+from bench.evidence import budget, products, quack, sass
 from bench.kernels.compile_only import Launch, compile_only
-from bench.kernels.usage import read
+from bench.kernels.usage import read, taken
 
 T, H, V = 2048, 3584, 152064
 ARCH = 90
@@ -133,6 +133,23 @@ def measure() -> list[dict[str, Any]]:
                 continue
         different = {launch.compiled.hash: launch for launch in launches}
         found += [about | _record(launch) for launch in different.values()]
+    return found + _quack()
+
+
+def _quack() -> list[dict[str, Any]]:
+    """The same of quack, whose compiler is another."""
+    if importlib.util.find_spec("quack") is None:
+        return [{"peer": "quack", "missing": "not installed"}]
+    about = {"peer": "quack", "version": importlib.metadata.version("quack-kernels")}
+    found = []
+    try:
+        for name, cubin in quack.compiled():
+            (variant, tile, warps), takes, code = quack.KERNELS[name], taken(cubin), sass.disassemble(cubin)
+            spills = sum(one.opcode in ("LDL", "STL") for one in code)
+            one = products.measure(name.partition("-")[0], ARCH, warps, takes["REG"], spills, code, tile)
+            found.append(about | {"variant": variant} | dataclasses.asdict(one))
+    except RuntimeError as error:
+        return [about | {"missing": str(error)}]
     return found
 
 

@@ -5,6 +5,7 @@ A side is prepared with the inputs and gives the call that is timed: values and,
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from bench.kernels.peers import Outputs
 from bench.kernels.problems import ADVANTAGES, NO_KL, SPEC, Expected, Head, Rewards
 
 LogProb = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+BY_QUACK: dict[str, Any] = {"needs": "quack", "gpu": True, "majors": (9, 10)}  # our ops with head="quack"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Side:
     needs: str = ""  # the module that it is installed as, or torch.module.name
     gpu: bool = False
     capability: tuple[int, int] = (0, 0)
+    majors: tuple[int, ...] = ()  # major compute capabilities that it is for; all that are new enough
     compiled: bool = False
     gemms: float | None = None  # where the floor is not the op's
 
@@ -50,6 +53,8 @@ class Side:
             return "needs a GPU"
         if CUDA and torch.cuda.get_device_capability() < self.capability:
             return f"needs sm_{self.capability[0]}{self.capability[1]}"
+        if CUDA and self.majors and torch.cuda.get_device_capability()[0] not in self.majors:
+            return f"needs {' or '.join(f'sm_{major}0' for major in self.majors)}"
         return None
 
 
@@ -76,6 +81,7 @@ def linear_logprob(gradients: bool) -> list[Side]:
         side("torch.compile", peers.torch_logprob, compiled=True),
         side("TRL", peers.trl_logprob, needs="trl"),
         side("Liger ScaledCE", peers.scaled_ce_logprob, needs="liger_kernel"),
+        side("ours, by quack", functools.partial(ops.linear_logprob, head="quack"), **BY_QUACK),
     ]
 
 
@@ -105,7 +111,7 @@ def selected_logprob() -> list[Side]:
 
 
 def linear_grpo_loss(frozen: bool) -> list[Side]:
-    """Forward and backward; ours with two budgets and, head trainable, with a buffer for the head's gradient."""
+    """Forward and backward; ours with two budgets, by quack's products and, head trainable, with a buffer for the head's gradient."""
 
     def expect(p: Head) -> dict[str, Expected]:
         return p.grpo(SPEC, p.advantages, frozen)
@@ -124,14 +130,15 @@ def linear_grpo_loss(frozen: bool) -> list[Side]:
         return lambda: _with_gradients(loss(p, p.weight), p.hidden) | {"grad_weight": buffer}, buffer.zero_
 
     return [
-        side("ours, 700 MB", _ours(SPEC)),
-        *([] if frozen else [Side("ours, 700 MB, weight_grad", into_buffer, expect)]),
-        side("ours, 1400 MB", _ours(SPEC, workspace_mb=1400)),
+        side("ours", _ours(SPEC)),
+        *([] if frozen else [Side("ours, weight_grad", into_buffer, expect)]),
+        side("ours, 700 MB", _ours(SPEC, workspace_mb=700)),
         side("torch", _loss_of(peers.torch_logprob)),
         side("torch.compile", _loss_of(peers.torch_logprob), compiled=True),
         side("TRL", _loss_of(peers.trl_logprob), needs="trl"),
         side("Liger GRPO", peers.liger_grpo, needs="liger_kernel"),
         side("Liger ScaledCE", _loss_of(peers.scaled_ce_logprob), needs="liger_kernel"),
+        side("ours, by quack", _ours(SPEC, head="quack"), **BY_QUACK),
     ]
 
 
@@ -163,8 +170,9 @@ def linear_cross_entropy() -> list[Side]:
 
         return Side(name, prepare, Head.cross_entropy, **more)
 
-    def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return ops.linear_cross_entropy(hidden, weight, targets, torch.full_like(targets, 1 / len(targets), dtype=torch.float32))
+    def ours(hidden: Tensor, weight: Tensor, targets: Tensor, head: str = "triton") -> Tensor:
+        mean = torch.full_like(targets, 1 / len(targets), dtype=torch.float32)
+        return ops.linear_cross_entropy(hidden, weight, targets, mean, head=head)
 
     def mean_of(logprob: LogProb) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return lambda hidden, weight, targets: -logprob(hidden, weight, targets)[0].mean()
@@ -181,6 +189,7 @@ def linear_cross_entropy() -> list[Side]:
         side("cut-cross-entropy", peers.cut_cross_entropy, needs="cut_cross_entropy", gpu=True),
         side("quack", peers.quack_cross_entropy, needs="quack", gpu=True, capability=(9, 0)),
         side("quack scaled exp", peers.quack_scaled_cross_entropy, needs="quack", gpu=True, capability=(9, 0)),
+        side("ours, by quack", functools.partial(ours, head="quack"), **BY_QUACK),
     ]
 
 

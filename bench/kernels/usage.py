@@ -101,15 +101,21 @@ def read(launches: Sequence[tuple[str, str, Launch]], arch: int) -> list[Usage]:
     return [_usage(launch, arch, case, dtype, found) for (case, dtype, launch), found in zip(launches, counts, strict=True)]
 
 
+def taken(cubin: bytes) -> dict[str, int]:
+    """Of a cubin with one kernel: REG registers a thread; STACK, LOCAL, SHARED bytes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = _tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", told)}
+    assert len(found) == 4, f"cuobjdump -res-usage told something else: {told}"
+    return found
+
+
 def _usage(launch: Launch, arch: int, case: str, dtype: str, instructions: dict[str, int]) -> Usage:
     compiled = launch.compiled
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        takes = _tool(triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-    found = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", takes))
-    assert len(found) == 4, f"cuobjdump -res-usage told something else: {takes}"
-    static = int(found["SHARED"]) - (1024 if arch >= 90 else 0)  # from sm_90 on it includes the system's 1 KiB
+    found = taken(compiled.asm["cubin"])
+    static = found["SHARED"] - (1024 if arch >= 90 else 0)  # from sm_90 on it includes the system's 1 KiB
     threads = re.search(r"\.reqntid\s+(\d+)", compiled.asm["ptx"])  # num_warps leaves out the warps that specialisation adds
     kind = launch.function.fn.__globals__.get("KIND", {}).get(launch.function.fn.__name__)
     return Usage(
@@ -123,8 +129,8 @@ def _usage(launch: Launch, arch: int, case: str, dtype: str, instructions: dict[
         constants={_argument(compiled.src.fn.arg_names, path): str(value) for path, value in compiled.src.constants.items()},
         warps=int(threads[1]) // 32,
         stages=compiled.metadata.num_stages,
-        registers=int(found["REG"]),
-        stack=int(found["STACK"]) + int(found["LOCAL"]),
+        registers=found["REG"],
+        stack=found["STACK"] + found["LOCAL"],
         shared=compiled.metadata.shared + max(static, 0),
         tensor_memory=compiled.metadata.tmem_size or 0,
         dots=tuple(_dots(compiled.asm["ttir"])),

@@ -166,6 +166,17 @@ def test_what_is_worse_is_named():
     assert worse("ledger", [{"kernel": "k", "touched_over_least": 1.03}], [])
 
 
+def test_of_the_peers_what_quack_makes_of_ours_is_gated():
+    peers = committed("peers")
+    ours, theirs = ([one for one in peers if one["peer"] == "quack" and one["variant"].startswith("head=") == own] for own in (True, False))
+    assert len(ours) == 5 and len(theirs) == 1 and not worse("peers", peers, peers)
+    assert {one["kernel"] for one in ours} == {"softmax_part", "row_scaled", "plain"} and not any(one["spills"] for one in ours)
+    (told,) = worse("peers", [ours[0] | {"epilogue_cycles": 1.06 * ours[0]["epilogue_cycles"]}], peers)
+    assert told.startswith("quack: softmax_part, head='quack', stores exponentials: epilogue_cycles")
+    assert "2 instructions on local memory" in worse("peers", [ours[0] | {"spills": 2}], peers)[0]
+    assert not worse("peers", [theirs[0] | {"spills": 2, "epilogue_cycles": 9e9}], peers)
+
+
 def test_the_page_shows_what_is_committed():
     for part in PARTS:
         about = json.loads((ROOT / f"bench/results/evidence/{part}.json").read_text())["about"]

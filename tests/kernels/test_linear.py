@@ -66,7 +66,7 @@ def assert_close(ours, torch_same, oracle, floor=1e-6):
         assert mine <= 2 * theirs + floor, f"output {name}: error {mine:.2e}, torch's {theirs:.2e}"
 
 
-def logprob_losses(case, coefficients):
+def logprob_losses(case, coefficients, head="triton"):
     """(ours, reference) as functions of hidden, weight, bias -> (loss, logp, entropy)."""
 
     def loss(outputs):
@@ -75,7 +75,8 @@ def logprob_losses(case, coefficients):
         return (a * logp + b * entropy).sum(), logp, entropy
 
     def ours(h, w, b):
-        return loss(linear_logprob.linear_logprob(h, w, case.targets, **options(case) | {"bias": b}, workspace_mb=case.workspace_mb))
+        scaling = options(case) | {"bias": b, "workspace_mb": case.workspace_mb, "head": head}
+        return loss(linear_logprob.linear_logprob(h, w, case.targets, **scaling))
 
     def plain(h, w, b):
         return loss(reference.linear_logprob(h, w, case.targets, **options(case, h.dtype) | {"bias": b}))
@@ -95,7 +96,7 @@ def test_logprob_and_entropy_and_their_gradients(size, dtype, extras):
         assert_close(*(r[i] for r in results), floor=1e-6 if dtype == torch.float32 else 1e-3)
 
 
-def losses(case, spec, *, old=True, sampler=False, mask=None, skip=True, weight_grad=None, workspace_mb=700):
+def losses(case, spec, *, old=True, sampler=False, mask=None, skip=True, weight_grad=None, workspace_mb=700, head="triton"):
     rows = {
         "token_weight": case.token_weight,
         "cu_seqlens": case.cu_seqlens if spec.needs_sequences(sampler) else None,
@@ -118,6 +119,7 @@ def losses(case, spec, *, old=True, sampler=False, mask=None, skip=True, weight_
             weight_grad=weight_grad,
             skip_zero_rows=skip,
             workspace_mb=workspace_mb,
+            head=head,
         )
 
     def plain(h, w, b):

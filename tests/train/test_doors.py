@@ -111,7 +111,7 @@ def test_a_reward_that_can_score_nothing_is_a_problem(recipe, rows, tmp_path):
     (rows.parent / "open.jsonl").write_text(json.dumps({**record, "truth": None, "kind": "open"}) + "\n")
     data = replace(recipe.data, sources=(SourceConfig(str(rows.parent / "open.jsonl")),))
     grpo = GRPORecipe(run=str(tmp_path / "run"), model=recipe.model, data=data, steps=1, prompts=2, minibatch=2)
-    problems = problems_of(grpo, Processor.encode_prompt, tmp_path / "run" / "grpo", ALONE)
+    problems = problems_of(grpo, Processor.encode_prompt, lambda *_: (), tmp_path / "run" / "grpo", ALONE)
     assert [line for line in problems if "rewards: accuracy can score nothing: none of the first 64 rows" in line]
 
 
@@ -130,7 +130,7 @@ def test_a_template_that_opens_think_is_told_at_the_start(tiny, tmp_path, recipe
     with pytest.raises(ValueError, match=r"chat template opens replies with .*<think>"):
         Processor.load(str(folder))
     wrong = replace(recipe, model=replace(recipe.model, path=str(folder)))
-    problems = problems_of(wrong, Processor.encode, tmp_path / "run" / "sft", ALONE)
+    problems = problems_of(wrong, Processor.encode, lambda *_: (), tmp_path / "run" / "sft", ALONE)
     assert [line for line in problems if line.startswith("model.path: the tokenizer and image processor of") and "<think>" in line]
 
 
@@ -168,7 +168,7 @@ def test_an_adapter_folder_is_called_one(tmp_path, recipe):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct"}')
     wrong = replace(recipe, model=replace(recipe.model, path=str(tmp_path / "adapter")))
-    problems = problems_of(wrong, Processor.encode, tmp_path / "run" / "sft", ALONE)
+    problems = problems_of(wrong, Processor.encode, lambda *_: (), tmp_path / "run" / "sft", ALONE)
     assert any("holds PEFT adapters" in line and "its base is Qwen/Qwen2.5-VL-7B-Instruct" in line for line in problems)
 
 
