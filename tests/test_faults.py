@@ -260,6 +260,7 @@ def test_torchrun_hands_the_signal_on_and_waits_for_the_save(recipes, tmp_path):
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not read_metrics(tmp_path / "run"):
         time.sleep(0.2)
+    time.sleep(4)  # into the next step's first pass
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     said, _ = process.communicate(timeout=200)
