@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = {"train", "bench", "dev", "flash", "vllm"}
+EXTRAS = {"train", "bench", "budget", "dev", "flash", "quack", "vllm"}
 TRAINERS = ("transformers", "trl", "verl", "liger_kernel", "peft", "triton")
 SMOKE = """
 import importlib.util, pathlib, torch

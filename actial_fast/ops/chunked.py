@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from actial_fast.ops import reference
-from actial_fast.ops.chunked_logits import Softmax, compute_dtype
+from actial_fast.ops.chunked_logits import Softmax, compute_dtype, zero_rows
 from actial_fast.ops.chunks import blocks, plan
 from actial_fast.ops.library import joined, split
 from actial_fast.ops.parallel import VocabParallel
@@ -288,7 +288,7 @@ def _add_gradients(
     if len(index) < len(h):
         dx, h = dx[index], h[index]
     if not job.skip:  # a row without a coefficient may hold NaN, which times 0 is NaN
-        dx, h = dx.masked_fill_(~active[:, None], 0), h.where(active[:, None], 0)
+        dx, h = zero_rows(dx, ~active), h.where(active[:, None], 0)
     if out.dhidden is not None:
         dh = torch.zeros_like(h)
         for part, block in blocks(weight, job.block, h.dtype):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actial_fast.ops.chunked_logits import zero_rows
 from actial_fast.ops.chunks import blocks
 from actial_fast.ops.library import joined, split
 from actial_fast.ops.parallel import VocabParallel
@@ -84,13 +85,13 @@ def linear_kl_backward(
     grads = [torch.zeros(x.shape, dtype=dtypes[i], device=x.device) if wanted[i] else None for i, x in enumerate(inputs)]
     for rows, log_p, log_q, p in _log_probs(*inputs, temperature, chunks, block, kl.dtype, vocab_parallel):
         factor = (grad[rows] / (temperature[rows] if isinstance(temperature, Tensor) else temperature))[:, None]
-        idle = grad[rows, None] == 0  # rows whose gradient is 0 whatever they hold: NaN times 0 would be NaN
+        idle = grad[rows] == 0
         torch.exp(log_p, out=p)
         if wanted[0] or wanted[1]:
-            by_logits = log_p.sub_(log_q).sub_(kl[rows, None]).mul_(p).mul_(factor).masked_fill_(idle, 0)
+            by_logits = zero_rows(log_p.sub_(log_q).sub_(kl[rows, None]).mul_(p).mul_(factor), idle)
             _add_gradients(by_logits, rows, hidden, weight, grads[0], grads[1], idle, block)
         if wanted[2] or wanted[3]:
-            by_logits = log_q.exp_().sub_(p).mul_(factor).masked_fill_(idle, 0)
+            by_logits = zero_rows(log_q.exp_().sub_(p).mul_(factor), idle)
             _add_gradients(by_logits, rows, ref_hidden, ref_weight, grads[2], grads[3], idle, block)
     return [None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)]
 
@@ -111,7 +112,7 @@ def _add_gradients(
             torch.addmm(total, by_logits[:, part], weights, out=total)
         by_states[rows] = total
     if by_head is not None:
-        torch.addmm(by_head, by_logits.T, states[rows].to(by_logits.dtype).masked_fill(idle, 0), out=by_head)
+        torch.addmm(by_head, by_logits.T, states[rows].to(by_logits.dtype).masked_fill(idle[:, None], 0), out=by_head)
 
 
 def _log_probs(

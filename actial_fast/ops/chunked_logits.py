@@ -176,8 +176,13 @@ def _gradient(
     temperature = _column(temperature, rows)
     soft = _softmax(logits, targets, temperature, rows, entropy=g_entropy is not None)
     g, h = torch.zeros_like(soft.logp) if g_logp is None else g_logp[rows], None if g_entropy is None else g_entropy[rows]
-    idle = g == 0 if h is None else (g == 0) & (h == 0)  # 0 whatever the row holds: NaN times 0 would be NaN
-    return soft.gradient(targets[rows], g, h, temperature, None).masked_fill_(idle[:, None], 0)
+    idle = g == 0 if h is None else (g == 0) & (h == 0)
+    return zero_rows(soft.gradient(targets[rows], g, h, temperature, None), idle)
+
+
+def zero_rows(x: Tensor, idle: Tensor) -> Tensor:
+    """x (C, N) with its idle (C,) rows set to 0 in place, whatever they held (NaN times 0 would be NaN); other rows are not touched."""
+    return x.index_fill_(0, idle.nonzero().squeeze(1), 0)
 
 
 def _softmax(logits: Tensor, targets: Tensor, temperature: float | Tensor, rows: slice, *, entropy: bool) -> Softmax:

@@ -190,7 +190,8 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 def test_shipped_kernels(arch, tmp_path):
     """Every kernel is compiled, declared and passes, and the command says so."""
     result = resources_of(arch, tmp_path)
-    missed = resources.declared_kernels().keys() - {kernel["kernel"] for kernel in result["kernels"]}
+    elsewhere = set() if arch == 90 else {"strip_kernel", "factors_kernel"}  # beside quack's products, which are in strips on sm_90 alone
+    missed = resources.declared_kernels().keys() - {kernel["kernel"] for kernel in result["kernels"]} - elsewhere
     assert not missed, f"no case in bench/kernels/cases.py compiles {', '.join(sorted(missed))} for sm_{arch}"
 
 

@@ -307,6 +307,7 @@ def test_data_check_names_bad_rows_and_why(lab, actial):
     out, _ = actial("data", "check", bad, status=1)
     assert out.startswith(f"{bad}: 30 rows, 3 bad\n")
     named = out.split("bad rows:\n")[1].splitlines()
+    assert named.pop() == "without --model, lengths in tokens and the model's chat template were not looked at"
     assert [line.split(": ")[0].strip() for line in named] == [f"{bad}:{n}" for n in (3, 7, 10)]
     assert "not JSON" in named[0] and "1 <image> tags but 2 images" in named[1] and "gone.png does not exist" in named[2]
     assert "         1  image does not exist\n" in out
