@@ -144,9 +144,8 @@ def in_process(shape: Shape, folder: Path) -> tuple[float, list[int] | None]:
     if child == 0:
         status = 1
         try:
-            run(
-                replace(shape, prompts=1, n=2, mean=min(8, shape.mean)), folder / SMALL
-            )  # what libraries hold from their first use is theirs
+            small = replace(shape, prompts=1, n=2, mean=min(8, shape.mean))
+            run(small, folder / SMALL)  # what libraries hold from their first use is theirs
             gc.collect()
             os.write(writing, json.dumps(run(shape, folder)).encode())
             status = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,7 +59,7 @@ def open_records(path: Path) -> Records:
     return JsonRecords(path)
 
 
-class Reader:
+class Reader(ABC):
     """A source of rows; each format has one that makes a row of a record.
 
     name: for messages; columns: what a table must have; image_keys: where its images are; kind_keys: where its question type is, the first
@@ -76,9 +77,9 @@ class Reader:
         if names and not set(self.columns) <= set(names):
             raise ValueError(f"{path}: {self.name} needs the columns {' and '.join(self.columns)}; it has {sorted(names)}")
 
+    @abstractmethod
     def row(self, record: Mapping[str, Any], where: str, index: int) -> Row:
         """The row of a record, checked; BadRow when it is none."""
-        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.records)
