@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -16,10 +17,12 @@ import pytest
 import torch
 
 import actial_fast
+from actial_fast.cli.main import make_parser
 from actial_fast.kernels import chunks
 from actial_fast.kernels.head import make_head
 from actial_fast.ops import chunks as chunks_cpu
 from actial_fast.ops.spec import NAMED, AdvantageSpec, GRPOSpec
+from actial_fast.settings.config import load_recipe
 from bench.kernels.accuracy import markdown
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +80,31 @@ def test_no_measured_figure_is_written_by_hand(page):
     """Those come from results files through docs/tables.py."""
     unit = r"(s|ms|seconds|minutes|hours|KiB|MiB|GiB|MB|GB|%|x|times|[TG]?FLOPs?|(tokens|images)/s)"
     assert not [m.group() for m in re.finditer(rf"(?<![\w.])\d[\d.,]*\s*{unit}(?![\w])", prose(page))]
+
+
+# ---- commands
+
+COMMANDS = [
+    (page.name, line)
+    for page in [*PAGES, ROOT / "README.md"]
+    for block in re.findall(r"```\w*\n(.*?)```", page.read_text(), flags=re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.startswith(("actial ", "$ actial "))
+]
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[line[:60] for _, line in COMMANDS])
+def test_a_command_is_one_that_there_is(page, line):
+    """It parses, and a recipe that ships takes its keys. Words in capitals and in brackets stand for the reader's own."""
+    words = [word for word in shlex.split(re.sub(r"[\[\]]|\|.*$", "", line.removeprefix("$ ")) if "{" not in line else line, comments=True)]
+    words = words[1 : next((i for i, word in enumerate(words) if word in (">", "&&", "|")), None)]
+    if words[0].startswith("--"):
+        return
+    args, rest = make_parser().parse_known_args(words)
+    assert all("=" in word for word in rest), rest
+    recipe = getattr(args, "recipe", "")
+    if recipe.startswith("recipes/"):
+        load_recipe(ROOT / recipe, [*args.overrides, *rest])
 
 
 # ---- the memory page

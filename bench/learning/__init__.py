@@ -1,0 +1,1 @@
+"""What training makes of a model: ablation.py (the paper's stages, one left out at a time)."""
