@@ -6,17 +6,7 @@ import numpy as np
 import pycolmap
 import pytest
 
-from actial_fast.data.captures.geometry import (
-    azimuth_elevation,
-    estimate_center,
-    estimate_up,
-    horizontal,
-    motion,
-    qvec,
-    rotation,
-    signed_angle,
-    unit,
-)
+from actial_fast.data.captures.geometry import horizontal, motion, qvec, rotation, signed_angle, unit
 
 Z = np.array([0.0, 0.0, 1.0])
 
