@@ -129,8 +129,8 @@ def read_capture(
     """The capture at `path`; its id is relative to `root` (default: the parent folder). BadCapture with a reason when it is not usable.
 
     min_images: images that must remain. max_elevation_deg: views from steeper, or looking steeper up or down, are left out: they have no
-    azimuth and no yaw. verify: "tracks" rejects mirrored and broken worlds by their tracks, or for a format without any by what its
-    photographs have in common, and those that neither tells of; "off" trusts the poses (ValueError for anything else)."""
+    azimuth and no yaw. verify: "tracks" rejects mirrored and broken worlds by their tracks, where there are none by what their photographs
+    have in common, and those of which neither tells; "off" trusts the poses (ValueError for anything else)."""
     if verify not in ("tracks", "off"):
         raise ValueError(f"verify={verify!r}; expected 'tracks' or 'off'")
     path = Path(path)
@@ -167,7 +167,8 @@ def _read(path: Path, root: Path, min_images: int, max_elevation_deg: float, ver
     for reason in (DAMAGED, SHAPE, EXIF_MIRROR, UNPROVEN):
         narrow(np.array([problem != reason for problem in problems]), reason)
     if verify == "tracks":
-        errors = reprojection_errors(path, photos) if photos.tracks else matched_errors(path, photos, usable)
+        tracked = any(len(track.ids) for track in photos.tracks)
+        errors = reprojection_errors(path, photos) if tracked else matched_errors(path, photos, usable)
         narrow(~np.isnan(errors), UNVERIFIED)
         narrow(errors <= MAX_REPROJECTION, BROKEN)
 

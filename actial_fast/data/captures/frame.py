@@ -17,17 +17,19 @@ import numpy as np
 
 from actial_fast.data.captures.geometry import horizontal, motion, signed_angle, unit
 
-ROUNDS = 25  # of reweighting
+ROUNDS, SETTLED = 30, 1e-4  # of reweighting; until nothing moves by more, in radians or of the cameras' distance
 UP_PRIOR = 0.003  # weight of "image-up is up" against the right vectors: decides few or narrow views, shifts a wide arc by < 1 degree
 LEVEL = np.radians(2)  # no photographer's rolls, nor elevations over a walk, are taken for more alike than these
 HEIGHT = 0.05
+SAME_ROLL = np.radians(2)  # all pictures may be rolled by about this, without its being known
 AIM = 0.01  # nor are aims, in radians
-PAN = np.radians(3)  # all cameras may look past the object by about this, without being known to
+PAN = np.radians(6)  # all cameras may look past the object by about this, without being known to
 OBJECT = 0.4  # of the cameras' distance: how far from the object's middle its points are looked for
 DEPTH, DEPTH_ERROR = 0.5, 0.3  # how far towards the camera the visible points' middle lies, and how sure that is, over their spread
 SHAPE = 0.1  # how far that middle is off because no object is a ball, over the spread
+MEDIANS = {1: 0.674, 2: 1.177, 3: 1.538}  # of the sizes of normal residuals of that many dimensions, over their standard deviation
 MIN_SEEN = 5  # points in a picture whose middle says anything
-SURE = 2.5  # standard deviations for 95 per cent: more than 2, as they are estimated from the same pictures
+SURE = 2.2  # standard deviations for 95 per cent: more than 2, as they are estimated from the same pictures
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,17 +68,21 @@ def estimate_up(rotations: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray,
         level = np.sqrt(np.maximum(1 - (forward @ up) ** 2, 0.05))
         roll, by_roll = rights @ up / level, rights @ plane.T / level[:, None]
         elevation, by_elevation = np.arcsin(np.clip(outward @ up, -1, 1)), unit(horizontal(outward, up)) @ plane.T
-        weight = _huber(roll, LEVEL)
-        alike = _huber(elevation - np.median(elevation), HEIGHT)
+        weight, roll_var = _trust(np.abs(roll - np.median(roll)), 1, LEVEL)
+        alike, elevation_var = _trust(np.abs(elevation - np.median(elevation)), 1, HEIGHT)
         elevation = elevation - alike @ elevation / alike.sum()
         by_elevation = by_elevation - alike @ by_elevation / alike.sum()
-        roll_var = LEVEL**2 + weight @ roll**2 / weight.sum()
-        elevation_var = HEIGHT**2 + alike @ elevation**2 / alike.sum()
         pull = UP_PRIOR * len(rights) / roll_var
-        info = (by_roll.T * weight) @ by_roll / roll_var + (by_elevation.T * alike) @ by_elevation / elevation_var + pull * np.eye(2)
-        slope = by_roll.T @ (weight * roll) / roll_var + by_elevation.T @ (alike * elevation) / elevation_var - pull * plane @ lean
+        known = roll_var / SAME_ROLL**2  # that the roll which all pictures share is small, in pictures
+        shared = weight @ by_roll / (weight.sum() + known)
+        info = (by_roll.T * weight) @ by_roll - np.outer(shared, weight @ by_roll)
+        slope = by_roll.T @ (weight * roll) - shared * (weight @ roll)
+        info = info / roll_var + (by_elevation.T * alike) @ by_elevation / elevation_var + pull * np.eye(2)
+        slope = slope / roll_var + by_elevation.T @ (alike * elevation) / elevation_var - pull * plane @ lean
         step = np.linalg.solve(info, slope)
         up = unit(up - plane.T @ (step * min(1.0, 0.3 / max(np.linalg.norm(step), 1e-12))))
+        if np.linalg.norm(step) < SETTLED:
+            break
     plane = _plane(up)
     return up, plane.T @ np.linalg.inv(info) @ plane
 
@@ -98,7 +104,15 @@ def estimate_center(rotations: np.ndarray, centers: np.ndarray, points: np.ndarr
     across = np.eye(3) - rotations[:, 2, :, None] * rotations[:, 2, None, :]  # (N, 3, 3): onto the plane each optical axis is normal to
     anchor = np.median(points, axis=0) if len(points) else centers.mean(0)
     nowhere = 1e-3 * np.eye(3)  # decides nothing but what nothing else does
-    center = np.linalg.solve(across.mean(0) + nowhere, np.einsum("nij,nj->i", across, centers) / len(centers) + nowhere @ anchor)
+    center, weight = anchor, np.ones(len(centers))
+    for _ in range(ROUNDS):  # the point that the axes pass nearest to, in absolute distance: one that looks elsewhere does not count much
+        share = weight / weight.sum()
+        pulled = np.einsum("n,nij,nj->i", share, across, centers) + nowhere @ anchor
+        center = np.linalg.solve(np.einsum("n,nij->ij", share, across) + nowhere, pulled)
+        miss = np.linalg.norm(np.einsum("nij,nj->ni", across, center - centers), axis=1)
+        weight = 1 / np.maximum(miss, 0.1 * np.median(np.linalg.norm(center - centers, axis=1)) + 1e-300)
+    looked_at = [(rotations[:, 2] * unit(place - centers)).sum(1).mean() for place in (center, anchor)]
+    center = anchor if len(points) and looked_at[1] > looked_at[0] else center
     info = np.eye(3)
     for _ in range(ROUNDS):
         away = np.linalg.norm(center - centers, axis=1)
@@ -108,7 +122,9 @@ def estimate_center(rotations: np.ndarray, centers: np.ndarray, points: np.ndarr
             more, also = _of_points(centers, center, reach, points, owner)
             info, pulled = info + more, pulled + also
         weak = 1e-6 / max(reach, 1e-300) ** 2 * np.eye(3)
-        center = np.linalg.solve(info + weak, pulled + weak @ anchor)
+        center, before = np.linalg.solve(info + weak, pulled + weak @ anchor), center
+        if np.linalg.norm(center - before) < SETTLED * reach:
+            break
     return center, np.linalg.inv(info + weak)
 
 
@@ -117,11 +133,8 @@ def _of_axes(rotations: np.ndarray, centers: np.ndarray, center: np.ndarray, awa
     scatter about one that is the same for all cameras, and nearly zero."""
     sideways = rotations[:, :2] / away[:, None, None]  # (N, 2, 3): from a place to the angles by which a camera looks past it
     off = np.einsum("nij,nj->ni", sideways, center - centers)
-    same = np.median(off, axis=0)
-    weight = _huber(np.linalg.norm(off - same, axis=1), AIM)
-    same = weight @ off / weight.sum()
-    var = AIM**2 + weight @ ((off - same) ** 2).sum(1) / weight.sum() / 2
-    known = var / max(PAN**2, same @ same)  # that the angle which all share is small, in pictures
+    weight, var = _trust(np.linalg.norm(off - np.median(off, axis=0), axis=1), 2, AIM)
+    known = var / PAN**2  # that the angle which all share is small, in pictures
     mean = np.einsum("n,nij->ij", weight, sideways)
     info = np.einsum("n,nki,nkj->ij", weight, sideways, sideways) - mean.T @ mean / (weight.sum() + known)
     aim = np.einsum("nij,nj->ni", sideways, centers)
@@ -142,18 +155,17 @@ def _of_points(
     if not some.any():
         return np.zeros((3, 3)), np.zeros(3)
     spread = float(np.sqrt(np.median(spread2[some]))) + 1e-6 * reach
+    shape = SHAPE * spread / near.mean()  # where most of what is seen lies elsewhere, its middle says less
     middle, outward = middle[some], unit(np.append(centers, centers.mean(0)[None], axis=0)[some] - center)
     depth = DEPTH * spread
     missed = middle - center - depth * outward
-    weight = _huber(np.linalg.norm(missed - np.median(missed, axis=0), axis=1), SHAPE * spread)
-    missed = missed - weight @ missed / weight.sum()
-    var = (SHAPE * spread) ** 2 + weight @ (missed**2).sum(1) / weight.sum() / 3
+    weight, var = _trust(np.linalg.norm(missed - np.median(missed, axis=0), axis=1), 3, shape)
     toward, total = weight @ outward, weight.sum()
     known = var / (DEPTH_ERROR * spread) ** 2
     info = total * np.eye(3) - np.outer(toward, toward) / (total + known)
     pulled = weight @ middle - toward * ((weight @ (middle * outward).sum(1)) + known * depth) / (total + known)
     found = np.linalg.solve(info + 1e-9 * total * np.eye(3), pulled + 1e-9 * total * center)
-    info = np.linalg.inv(np.linalg.inv(info / var + 1e-9 * total / var * np.eye(3)) + (SHAPE * spread) ** 2 * np.eye(3))
+    info = np.linalg.inv(np.linalg.inv(info / var + 1e-9 * total / var * np.eye(3)) + shape**2 * np.eye(3))
     return info, info @ found
 
 
@@ -182,11 +194,12 @@ def azimuth_elevation(centers: np.ndarray, center: np.ndarray, up: np.ndarray) -
     return azimuth, np.arctan2(height, np.linalg.norm(horizontal(offset, up), axis=-1))
 
 
-def _huber(residuals: np.ndarray, floor: float) -> np.ndarray:
-    """Weights in (0, 1]: below 1 from where a residual is larger than most are."""
-    size = np.abs(residuals)
-    usual = max(1.48 * float(np.median(size)), floor)
-    return 1 / np.maximum(size / (1.5 * usual), 1)
+def _trust(sizes: np.ndarray, dimensions: int, floor: float) -> tuple[np.ndarray, float]:
+    """Weights in (0, 1] of residuals of these sizes, near 0 for those far larger than usual, and the variance of usual ones in each of their
+    1, 2 or 3 dimensions, which `floor`, a standard deviation, adds to."""
+    usual = float(np.median(sizes)) / MEDIANS[dimensions]
+    var = usual**2 + floor**2
+    return (1 + sizes**2 / (12 * var * dimensions)) ** -2.0, var
 
 
 def _plane(up: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ and far, they would do so mirrored, or turned by half. A dozen pairs tell of the
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,8 @@ def matched_errors(path: Path, photos: Photos, usable: np.ndarray) -> np.ndarray
     found = [(pair, _errors(photos, pair, *(looks[n] for n in pair))) for pair in pairs]
     total = sum(len(errors) for _, errors in found)
     if total < ENOUGH:
-        raise BadCapture(
-            path, UNVERIFIED, f"its format has none, and {len(pairs)} pairs of pictures show {total} common details; verify='off' trusts the poses"
-        )
+        shows = f"{len(pairs)} pairs of pictures have {total} details in common, and {ENOUGH} are needed"
+        raise BadCapture(path, UNVERIFIED, f"{shows}; verify=off trusts the poses")
     everything = np.concatenate([errors for _, errors in found])
     fit = everything[everything.min(1) <= MAX_REPROJECTION]  # others are no matches
     if len(fit) < SHARE * total:
@@ -71,16 +71,24 @@ def _details(photos: Photos, n: int) -> tuple[np.ndarray, np.ndarray]:
         picture = handle if fits(*handle.size, camera) else ImageOps.exif_transpose(handle)
         gray = picture.convert("L")
     gray.thumbnail((LONGEST, LONGEST))
+    found, looks = _sift().extract_from_uint8_array(np.ascontiguousarray(gray))
+    places = np.array([(one.x, one.y) for one in found], float).reshape(-1, 2)
+    scale = np.array([camera.width / gray.width, camera.height / gray.height])
+    return places * scale, unit(np.asarray(looks.data, np.float32).reshape(-1, 128))
+
+
+@functools.cache
+def _sift() -> pycolmap.FeatureExtractor:
     options = pycolmap.FeatureExtractionOptions()
     options.sift.max_num_features = FEATURES
-    places, looks = pycolmap.Sift(options, device=pycolmap.Device.cpu).extract(np.ascontiguousarray(gray))
-    scale = np.array([camera.width / gray.width, camera.height / gray.height])
-    return places[:, :2].astype(float) * scale, unit(looks.astype(np.float32))
+    before, pycolmap.logging.minloglevel = pycolmap.logging.minloglevel, pycolmap.logging.Level.WARNING.value  # it tells that it is made
+    try:
+        return pycolmap.FeatureExtractor.create(options, pycolmap.Device.cpu)
+    finally:
+        pycolmap.logging.minloglevel = before
 
 
-def _errors(
-    photos: Photos, pair: tuple[int, int], one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]
-) -> np.ndarray:
+def _errors(photos: Photos, pair: tuple[int, int], one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """Of the details that two photographs have in common: their distances from where each world has them, (M, 3), over the diagonal."""
     if min(len(one[0]), len(other[0])) < 2:
         return np.empty((0, 3))

@@ -36,7 +36,7 @@ def reprojection_errors(path: Path, photos: Photos) -> np.ndarray:
         everything.append(per_point)
         behind.append(local[:, 2] <= 0)
     if not everything:
-        raise BadCapture(path, UNVERIFIED, f"no image has {MIN_OBSERVATIONS} observed points; verify='off' trusts the poses")
+        raise BadCapture(path, UNVERIFIED, f"no image has {MIN_OBSERVATIONS} observed points; verify=off trusts the poses")
     if (share := np.concatenate(behind).mean()) > 0.1:
         raise BadCapture(path, BEHIND, f"{share:.0%} of the observations")
     judge(path, np.concatenate(everything))
@@ -50,9 +50,9 @@ def judge(path: Path, errors: np.ndarray) -> None:
     if real <= MAX_REPROJECTION and real <= 0.5 * min(flipped, swapped):
         return
     detail = f"median error {real:.2%} of the diagonal; left and right swapped {flipped:.2%}, near and far swapped {swapped:.2%}"
-    if flipped < 0.5 * real and flipped <= swapped:
+    if flipped < 0.5 * real and flipped <= min(swapped, MAX_REPROJECTION):
         raise BadCapture(path, MIRRORED_X, detail)
-    if swapped < 0.5 * real:
+    if swapped < 0.5 * real and swapped <= MAX_REPROJECTION:
         raise BadCapture(path, MIRRORED_Z, detail)
     raise BadCapture(path, BROKEN if real > MAX_REPROJECTION else AMBIGUOUS, detail)
 

@@ -70,7 +70,21 @@ QUESTIONS = {
 NO_PAIR = "no usable pair"
 SIDES = {1: "right", -1: "left"}
 OPPOSITE = {"left": "right", "right": "left"}
-CODE = ("capture", "co3d", "colmap", "frame", "geometry", "matches", "model", "photos", "ply", "tracks", "transforms", "turned", "viewpoint")
+CODE = (
+    "capture",
+    "co3d",
+    "colmap",
+    "frame",
+    "geometry",
+    "matches",
+    "model",
+    "photos",
+    "ply",
+    "tracks",
+    "transforms",
+    "turned",
+    "viewpoint",
+)
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
