@@ -119,7 +119,7 @@ def object_id(path: Path, root: Path) -> str:
 def state(path: Path) -> list[tuple[str, int, int]]:
     """What changes when a capture's cameras or its list of images do: names, sizes and times of files."""
     models = [file for folder in colmap.FOLDERS for file in sorted((path / folder).rglob("*"))]
-    files = [*models, *transforms.files(path), co3d.annotations(path), path / "images"]
+    files = [*models, *transforms.files(path), co3d.annotation_file(path), path / "images"]
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
 
 

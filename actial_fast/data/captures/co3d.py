@@ -26,14 +26,14 @@ BOUNDS, ISOTROPIC = "ndc_norm_image_bounds", "ndc_isotropic"
 _Frame = tuple[str, np.ndarray, np.ndarray, pycolmap.Camera]
 
 
-def annotations(path: Path) -> Path:
+def annotation_file(path: Path) -> Path:
     """The file that has a sequence's cameras, if there is one."""
     return path.parent / ANNOTATIONS
 
 
 def photos(path: Path) -> Photos | None:
     """The annotated frames of the sequence in this folder; None where its category has no annotations, or none of it."""
-    if not (file := annotations(path)).is_file():
+    if not (file := annotation_file(path)).is_file():
         return None
     frames = _frames(file, file.stat().st_mtime_ns).get(path.name, [])
     if not frames:

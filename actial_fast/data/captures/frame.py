@@ -80,7 +80,7 @@ def estimate_up(rotations: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray,
         info = info / roll_var + (by_elevation.T * alike) @ by_elevation / elevation_var + pull * np.eye(2)
         slope = slope / roll_var + by_elevation.T @ (alike * elevation) / elevation_var - pull * plane @ lean
         step = np.linalg.solve(info, slope)
-        up = unit(up - plane.T @ (step * min(1.0, 0.3 / max(np.linalg.norm(step), 1e-12))))
+        up = unit(up - plane.T @ (step * min(1.0, 0.3 / max(float(np.linalg.norm(step)), 1e-12))))
         if np.linalg.norm(step) < SETTLED:
             break
     plane = _plane(up)
@@ -195,8 +195,8 @@ def azimuth_elevation(centers: np.ndarray, center: np.ndarray, up: np.ndarray) -
 
 
 def _trust(sizes: np.ndarray, dimensions: int, floor: float) -> tuple[np.ndarray, float]:
-    """Weights in (0, 1] of residuals of these sizes, near 0 for those far larger than usual, and the variance of usual ones in each of their
-    1, 2 or 3 dimensions, which `floor`, a standard deviation, adds to."""
+    """Weights in (0, 1] of residuals of these sizes, near 0 for those far larger than usual, and the variance of usual ones in each of
+    their 1, 2 or 3 dimensions, which `floor`, a standard deviation, adds to."""
     usual = float(np.median(sizes)) / MEDIANS[dimensions]
     var = usual**2 + floor**2
     return (1 + sizes**2 / (12 * var * dimensions)) ** -2.0, var

@@ -58,8 +58,8 @@ class Track:
 class Photos:
     """N photographs, sorted by name.
 
-    folder: the files are folder/name. rotations (N, 3, 3), translations (N, 3): cam_from_world, float64, of cameras as COLMAP has them, x to
-    the right, y down, z ahead. cameras (N,): their intrinsics, for pictures of the cameras' size. cloud (P, 3): points of the world.
+    folder: the files are folder/name. rotations (N, 3, 3), translations (N, 3): cam_from_world, float64, of cameras as COLMAP has them: x
+    right, y down, z ahead. cameras (N,): their intrinsics, for pictures of the cameras' size. cloud (P, 3): points of the world.
     tracks: for each photograph, empty for a format that keeps none.
     """
 

@@ -14,7 +14,7 @@ def points_of(file: Path) -> np.ndarray:
     import trimesh  # takes a second, which captures without a cloud need not wait for
 
     try:
-        points = np.asarray(trimesh.load(file, process=False).vertices, float).reshape(-1, 3)
+        points = np.array(getattr(trimesh.load(file, process=False), "vertices", []), np.float64).reshape(-1, 3)
     except Exception as error:  # whatever its parser raises
         raise ValueError(f"{file.name} cannot be read ({type(error).__name__}: {error})") from None
     points = points[np.isfinite(points).all(1)]

@@ -44,8 +44,8 @@ def reprojection_errors(path: Path, photos: Photos) -> np.ndarray:
 
 
 def judge(path: Path, errors: np.ndarray) -> None:
-    """BadCapture unless the world as it is fits far better than its mirror images. errors: (M, 3), of observations, over the diagonal, in the
-    world as it is, with left and right swapped, and with near and far swapped."""
+    """BadCapture unless the world as it is fits far better than its mirror images. errors: (M, 3), of observations, over the diagonal, in
+    the world as it is, with left and right swapped, and with near and far swapped."""
     real, flipped, swapped = np.median(errors, axis=0)
     if real <= MAX_REPROJECTION and real <= 0.5 * min(flipped, swapped):
         return

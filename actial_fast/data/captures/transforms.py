@@ -1,7 +1,7 @@
 """transforms.json, as nerfstudio, DL3DV and instant-ngp write it; NeRF's transforms_train.json, _val and _test together.
 
-A frame's `transform_matrix` takes the camera's place to the world's. Its axes are OpenGL's (x right, y up, looking along -z), as documented,
-or OpenCV's (y down, looking along +z), as many files have it all the same: photographs of an object look at it, which tells.
+A frame's `transform_matrix` takes places of the camera to the world's. Its axes are OpenGL's (x right, y up, looking along -z), as is
+documented, or OpenCV's (y down, looking along +z), as many files have it all the same: photographs of an object look at it, which tells.
 `applied_transform`, which went over the world before it was written, is taken back. Intrinsics stand in the file or in its frames.
 """
 

@@ -114,7 +114,7 @@ def turned(axis, angle):
 
 
 def errors_of(walk, seeds=8):
-    """Of all usable pairs of some such walks: the larger error of azimuth and yaw, degrees, how large it was said to be, and wrong sides."""
+    """Of all usable pairs of such walks: the larger error of azimuth and yaw, degrees, how large it was said to be, and wrong sides."""
     off, said, wrong = [], [], 0
     first, second = np.triu_indices(24, 1)
     for seed in range(seeds):

@@ -188,7 +188,7 @@ def test_a_damaged_cloud_and_a_changed_file_are_noticed(tmp_path, rendered):
     (tmp_path / "c/b/sparse_pc.ply").write_text("ply of some kind")
     with pytest.raises(ValueError, match="one usable object"):
         build(tmp_path / "c", tmp_path / "o", config, progress=False)
-    with pytest.raises(BadCapture, match="sparse_pc.ply cannot be read"):
+    with pytest.raises(BadCapture, match=r"sparse_pc\.ply cannot be read"):
         read_capture(tmp_path / "c/b")
 
 
