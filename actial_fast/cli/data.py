@@ -213,7 +213,7 @@ def _doors(args: argparse.Namespace) -> Iterator[tuple[SourceConfig, Callable[[R
     from actial_fast.data.sources.source import SourceConfig
 
     if not _is_recipe(args.source) and not args.model:
-        yield SourceConfig(args.source, args.format), None
+        yield SourceConfig(args.source, args.format, split=args.split), None
         return
     from actial_fast.data.sources.stream import Example
     from actial_fast.model.processor import Processor
@@ -227,7 +227,7 @@ def _doors(args: argparse.Namespace) -> Iterator[tuple[SourceConfig, Callable[[R
             answered = any(turn.role == "assistant" for turn in row.turns)
             return (processor.encode if answered else processor.encode_prompt)(Example(row, index))
 
-        yield SourceConfig(args.source, args.format), either
+        yield SourceConfig(args.source, args.format, split=args.split), either
         return
     from actial_fast.settings.config import load_recipe
     from actial_fast.train.preflight import doors, processor_of
@@ -243,7 +243,7 @@ def _doors(args: argparse.Namespace) -> Iterator[tuple[SourceConfig, Callable[[R
 def _source(args: argparse.Namespace, **filters: Any) -> Any:
     from actial_fast.data.sources.source import SourceConfig, open_source
 
-    return open_source(SourceConfig(args.source, args.format, **filters))
+    return open_source(SourceConfig(args.source, args.format, split=args.split, **filters))
 
 
 @contextlib.contextmanager

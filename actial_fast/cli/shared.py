@@ -13,8 +13,9 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:
-    """The option --format of a source of rows."""
+    """The options --format and --split of a source of rows."""
     parser.add_argument("--format", default="auto", help="jsonl, sharegpt, sat, verl or easyr1 (default: what the file looks like)")
+    parser.add_argument("--split", default="", help="of a folder that holds several: train, validation or test")
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

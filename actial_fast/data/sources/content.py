@@ -14,8 +14,8 @@ def content(path: Path) -> str:
     255 other places of 64 KB decide. OSError when one cannot be read."""
     digest = hashlib.blake2b(digest_size=12)
     if path.is_dir():
-        for part in sorted(part for pattern in ("*.parquet", "*.arrow") for part in path.glob(pattern)):
-            digest.update(f"{part.name}\0{content(part)}\0".encode())
+        for part in sorted(part for pattern in ("*.parquet", "*.arrow") for part in path.rglob(pattern)):
+            digest.update(f"{part.relative_to(path)}\0{content(part)}\0".encode())
         return digest.hexdigest()
     stat = path.stat()
     digest.update(f"{stat.st_size}".encode())

@@ -38,8 +38,8 @@ class SatSource(Reader):
     image_keys = ("image_bytes", *IMAGE_KEYS)
     kind_keys = ("question_type",)
 
-    def __init__(self, path: Path, *, letters: bool = False):
-        super().__init__(path)
+    def __init__(self, path: Path, *, letters: bool = False, split: str = ""):
+        super().__init__(path, split=split)
         self._letters = letters
 
     def row(self, record: Mapping[str, Any], where: str, index: int) -> Row:

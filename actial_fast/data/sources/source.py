@@ -52,6 +52,8 @@ class SourceConfig:
     """Question types to keep; empty keeps all."""
     limit: int = 0
     """Keep only the first so many rows (of those that `kinds` keeps); 0 keeps all."""
+    split: str = ""
+    """Of a folder that holds several, by the names of its files or subfolders: train, validation or test."""
 
 
 class Source(Protocol):
@@ -106,7 +108,9 @@ def open_source(config: SourceConfig) -> View:
         raise ValueError(
             f"data source {path} does not exist (looked from {Path.cwd()}); give the path of a .json, .jsonl or .parquet file or a folder"
         )
-    name = detect_format(path) if config.format == "auto" else config.format
+    if config.split and not path.is_dir():
+        raise ValueError(f"data source {path}: split is for folders, and this is a file; take it away")
+    name = detect_format(path, config.split) if config.format == "auto" else config.format
     if name not in FORMATS:
         raise ValueError(f"data source {path}: unknown format {name!r}; use one of auto, {', '.join(FORMATS)}")
     if config.limit < 0:
@@ -114,7 +118,7 @@ def open_source(config: SourceConfig) -> View:
     module, class_name = FORMATS[name]
     if config.letters and name != "sat":
         raise ValueError(f"data source {path}: letters is for SAT's options, and this is {name}")
-    extra = {"letters": True} if config.letters else {}
+    extra: dict[str, Any] = ({"letters": True} if config.letters else {}) | ({"split": config.split} if config.split else {})
     source = getattr(importlib.import_module(f"{__package__}.{module}"), class_name)(path, **extra)
     indices = _of_kinds(source, config.kinds, path) if config.kinds else np.arange(len(source))
     if config.limit:
@@ -124,12 +128,12 @@ def open_source(config: SourceConfig) -> View:
     return View(source, indices, config.system)
 
 
-def detect_format(path: Path) -> str:
+def detect_format(path: Path, split: str = "") -> str:
     """The format of a file or folder, from its suffix and its columns or the keys of its first records; ValueError if they do not tell."""
     hint = "; set format to one of " + ", ".join(FORMATS)
     if not is_table(path) and path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"data source {path}: the suffix {path.suffix!r} does not tell the format{hint}")
-    records = open_records(path)
+    records = open_records(path, split)
     keys = set(records.column_names)
     if not keys and len(records):
         try:

@@ -39,14 +39,15 @@ SPLIT_OF = {
 class Table:
     """Rows of a parquet file, a folder of parquet files (in name order), or a folder written by datasets.save_to_disk.
 
-    Raises ValueError when the path is none of these, a file is damaged, or the files' columns differ.
+    split: which one, of a folder that holds several. Raises ValueError when the path is none of these, a file is damaged, the files'
+    columns differ, or the split is not told.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, split: str = ""):
         self.path = path
         self.folder = path if path.is_dir() else path.parent
         self._batches: list[pa.RecordBatch] = []
-        files = _files(path)
+        files = _files(path, split)
         for file in files:
             batches = _batches(file)
             if batches and self._batches and batches[0].schema.names != self._batches[0].schema.names:
@@ -112,30 +113,46 @@ class Table:
         return self._batches[number], index - int(self._first[number])
 
 
-def _files(path: Path) -> list[Path]:
-    """The user's files, one or a folder's in order. ValueError for a folder without, or with those of more than one split."""
+def _files(path: Path, split: str) -> list[Path]:
+    """The user's files, one or a folder's in order, of a folder with several splits those of one. ValueError for a folder without, or with
+    several and none named."""
     if not path.is_dir():
         return [path]
-    state = path / "state.json"
-    if state.exists():
-        return [path / part["filename"] for part in json.loads(state.read_text())["_data_files"]]
-    if (path / "dataset_dict.json").exists():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        raise ValueError(f"{path} holds the splits {', '.join(splits)}; give the folder of one, such as {path / splits[0]}")
-    files = sorted(path.glob("*.parquet"))
-    if not files:
-        below = sorted({file.parent for file in (*path.glob("*/*.parquet"), *path.glob("*/*/*.parquet"), *path.glob("*/state.json"))})
+    if (state := path / "state.json").exists():
+        return [path / part["filename"] for part in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+    splits = _splits(path)
+    if not splits:
         others = sorted(file.name for pattern in ("*.json", "*.jsonl") for file in path.glob(pattern))
+        below = sorted({file.parent for file in path.glob("*/*.parquet")} | {file.parent for file in path.glob("*/*/*.parquet")})
         hint = f"; give {below[0]}" if below else f"; give one of its files, {', '.join(others[:5])}" if others else ""
         raise ValueError(f"{path} holds neither .parquet files nor a dataset written by datasets.save_to_disk{hint}")
-    splits_of: dict[str, list[str]] = defaultdict(list)
-    for file in files:
+    told = "; ".join(
+        f"{name} ({', '.join(f.name for f in files[:3])}{', ...' if len(files) > 3 else ''})" for name, files in splits.items()
+    )
+    if split:
+        wanted = SPLIT_OF.get(split.lower(), split)
+        if wanted not in splits:
+            raise ValueError(f"{path} has no split {split!r}; it holds {told}")
+        chosen = splits[wanted]
+    elif len(splits) > 1:
+        raise ValueError(f"{path} holds files of several splits: {told}; set split to one of them, or give a file or a folder of one")
+    else:
+        (chosen,) = splits.values()
+    return [part for file in chosen for part in (_files(file, "") if file.is_dir() else [file])]
+
+
+def _splits(path: Path) -> dict[str, list[Path]]:
+    """A folder's data by split: its files, or those in its data/, as a hub's snapshot has them; or subfolders that have a split's name."""
+    if (written := path / "dataset_dict.json").exists():
+        return {name: [path / name] for name in json.loads(written.read_text(encoding="utf-8"))["splits"]}
+    found: defaultdict[str, list[Path]] = defaultdict(list)
+    for file in sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet")):
         words = re.findall(r"[a-z]+", file.stem.lower())
-        splits_of[next((SPLIT_OF[word] for word in words if word in SPLIT_OF), "no split")].append(file.name)
-    if len(splits_of) > 1:
-        told = "; ".join(f"{split} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for split, names in splits_of.items())
-        raise ValueError(f"{path} holds files of several splits: {told}; give the file or a folder of one")
-    return files
+        found[next((SPLIT_OF[word] for word in words if word in SPLIT_OF), "no split")].append(file)
+    for folder in sorted(path.iterdir()) if not found else ():
+        if folder.name.lower() in SPLIT_OF and (any(folder.glob("*.parquet")) or (folder / "state.json").exists()):
+            found[SPLIT_OF[folder.name.lower()]].append(folder)
+    return dict(found)
 
 
 def _batches(file: Path) -> list[pa.RecordBatch]:

@@ -435,19 +435,36 @@ def table_of(path: Path, n: int = 2, **changes) -> Path:
         ("train.parquet", "dev.parquet"),
     ],
 )
-def test_a_folder_of_several_splits_is_refused(tmp_path, names):
-    for name in names:
-        table_of(tmp_path / name)
-    with pytest.raises(ValueError, match=r"holds files of several splits: .*(test|validation).*give the file or a folder of one"):
+@pytest.mark.parametrize("below", ["", "data"], ids=["folder", "snapshot of a hub"])
+def test_a_folder_of_several_splits_is_refused_and_one_is_chosen(tmp_path, names, below):
+    for n, name in enumerate(names, 1):
+        table_of(tmp_path / below / name, n)
+    (tmp_path / "README.md").write_text("---")
+    with pytest.raises(ValueError, match=r"holds files of several splits: .*(test|validation).*set split to one of them"):
         open_source(SourceConfig(str(tmp_path)))
+    for split, words in {"train": ("train",), "validation": ("val", "dev", "validation"), "test": ("test",)}.items():
+        rows = sum(n for n, name in enumerate(names, 1) if any(word in name for word in words))
+        if rows:
+            assert len(open_source(SourceConfig(str(tmp_path), split=split))) == rows
+        else:
+            with pytest.raises(ValueError, match=f"has no split '{split}'; it holds "):
+                open_source(SourceConfig(str(tmp_path), split=split))
 
 
 def test_a_folder_of_one_split(tmp_path):
     for n in range(2):
         table_of(tmp_path / "train" / f"train-0000{n}-of-00002.parquet")
-    assert len(open_source(SourceConfig(str(tmp_path / "train")))) == 4
-    with pytest.raises(ValueError, match=f"neither .parquet files nor.*give {tmp_path / 'train'}"):
+    for path, split in ((tmp_path / "train", ""), (tmp_path / "train", "train"), (tmp_path, ""), (tmp_path, "train")):
+        assert len(open_source(SourceConfig(str(path), split=split))) == 4
+    table_of(tmp_path / "test" / "0.parquet", 1)
+    with pytest.raises(ValueError, match=r"several splits: test \(test\); train \(train\)"):
         open_source(SourceConfig(str(tmp_path)))
+    assert len(open_source(SourceConfig(str(tmp_path), split="test"))) == 1
+    with pytest.raises(ValueError, match="split is for folders"):
+        open_source(SourceConfig(str(tmp_path / "test/0.parquet"), split="test"))
+    table_of(tmp_path / "x/some/0.parquet")
+    with pytest.raises(ValueError, match=f"neither .parquet files nor.*give {tmp_path / 'x/some'}"):
+        open_source(SourceConfig(str(tmp_path / "x")))
 
 
 def test_copies_follow_the_content_and_are_made_anew(tmp_path):

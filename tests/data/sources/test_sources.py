@@ -341,15 +341,16 @@ def test_folder_of_the_datasets_library(tmp_path):
     ours = datasets.Dataset.from_list(records, features=features)
     ours.save_to_disk(tmp_path / "saved", num_shards=2)
     ours.shuffle(seed=1).save_to_disk(tmp_path / "shuffled")
-    datasets.DatasetDict({"train": ours}).save_to_disk(tmp_path / "splits")
+    datasets.DatasetDict({"train": ours, "test": ours.select(range(7))}).save_to_disk(tmp_path / "splits")
     source = open_source(SourceConfig(str(tmp_path / "saved")))
     assert [source[i].turns[0].content.splitlines()[0] for i in range(30)] == [f"<image><image>Where is it ({i})?" for i in range(30)]
     assert decode(source[29].images[0], "")[0, 0, 0] == 29
     mixed = open_source(SourceConfig(str(tmp_path / "shuffled")))
     wanted = [record["question"] for record in ours.shuffle(seed=1).select_columns("question")]
     assert [mixed[i].turns[0].content.splitlines()[0].removeprefix("<image>" * 2) for i in range(30)] == wanted
-    with pytest.raises(ValueError, match="holds the splits train; give the folder of one"):
+    with pytest.raises(ValueError, match=r"several splits: train \(train\); test \(test\); set split to one of them"):
         open_source(SourceConfig(str(tmp_path / "splits")))
+    assert len(open_source(SourceConfig(str(tmp_path / "splits"), split="test"))) == 7
     assert len(open_source(SourceConfig(str(tmp_path / "splits" / "train")))) == 30
 
 
