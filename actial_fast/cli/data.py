@@ -146,7 +146,7 @@ def _writer(args: argparse.Namespace) -> Iterator[Writer]:
     from actial_fast.rollout.protocol import Draw, Engine, Reader
     from actial_fast.rollout.thoughts import EngineWriter
 
-    template = args.template.read_text() if args.template else TEMPLATE
+    template = args.template.read_text(encoding="utf-8") if args.template else TEMPLATE
     engine: Engine
     reader: Reader
     if args.endpoint:

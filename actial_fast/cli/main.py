@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     The user's mistakes end in one line on stderr and status 2, without a traceback (ACTIAL_TRACEBACK=1 shows it).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads are ruinous where other programs run too
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the locale cannot print is printed by its number
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     # argparse gives an optional list of words up as soon as an option follows the words before it, so it leaves `... -o OUT key=value`

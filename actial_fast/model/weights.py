@@ -45,7 +45,7 @@ def resolve(path: str) -> Path:
         raise ValueError("model.path: a checkpoint folder or hub name is needed")
     folder = Path(path).expanduser()
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         raise ValueError(
             f"model.path: {path} holds PEFT adapters, not a model (its base is {base or 'not told'}); merge them into the base with PEFT's "
             "merge_and_unload and save_pretrained, and give that folder"
@@ -62,7 +62,7 @@ def resolve(path: str) -> Path:
 def open_weights(folder: Path) -> Stored:
     """The checkpoint's tensors, by the names its files have. ValueError where files are missing or broken."""
     if (index := folder / INDEX).exists():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        files = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     else:
         files = [folder / SINGLE]
     if lacking := [path.name for path in files if not path.exists()]:
@@ -201,7 +201,7 @@ def share(rows: int, rank: int, ranks: int) -> tuple[int, int]:
 
 def _check_family(path: str, config: Path) -> None:
     try:
-        said: dict[str, Any] = json.loads(config.read_text())
+        said: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path: {path} is no checkpoint, its config.json cannot be read ({error})") from None
     if (family := said.get("model_type")) != FAMILY:

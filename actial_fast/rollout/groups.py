@@ -297,7 +297,7 @@ class Groups:
                 continue
             self._silent[reward.name] += 1
             times = self._silent[reward.name]
-            text = f"reward {reward.name} scored none of {len(rewards)} replies, and counts nothing; {times} steps of this kind so far"
+            text = f"reward {reward.name} scored none of {len(rewards)} replies and counts nothing; steps of this kind so far: {times}"
             self._tell(step, "unscored", text, loud=times & (times - 1) == 0, reward=reward.name, replies=len(rewards), steps=times)
 
     def _tell(self, step: int, kind: str, text: str, *, loud: bool = True, **more: Any) -> None:

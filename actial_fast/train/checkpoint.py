@@ -121,7 +121,7 @@ class Saver:
                 save_settings(policy, temporary / "model", temporary / "adapter")
                 processor.save(temporary / "model")
                 about = {"step": step, "ranks": self.where.size, "model": facts(policy), "state": state}
-                (temporary / "state.json").write_text(json.dumps(about, indent=1))
+                (temporary / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
             except OSError as problem:
                 error = _said(problem)
         told = self.where.gather([(_not_finite(rows), error)])
@@ -243,7 +243,7 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
             optimizer.state[parameter] = entry
     prefix = f"rng/{where.rank}/"  # a run that goes on with more ranks has no old state for the new ones
     set_rng_states({name.removeprefix(prefix): stored.rows(name) for name in stored.names if name.startswith(prefix)})
-    return json.loads((source / "state.json").read_text())["state"]
+    return json.loads((source / "state.json").read_text(encoding="utf-8"))["state"]
 
 
 def _rows(policy: Policy, optimizer: torch.optim.Optimizer, where: World) -> dict[str, tuple[Tensor, int]]:

@@ -432,3 +432,18 @@ def test_training_from_the_command_line(lab, tmp_path, actial):
         final = tmp_path / "run" / kind / "final" / "model"
         assert out.splitlines()[-1] == f"finished: {final}" and (final / "model.safetensors").exists()
         assert load_recipe(tmp_path / "run" / kind / "recipe.yaml").data.on_bad_row == "skip"
+
+
+def test_in_a_locale_that_has_not_all_letters(tmp_path):
+    """Files are UTF-8 whatever the locale says; what it cannot print or open is told."""
+    text = '{"id": "é", "messages": [{"role": "user", "content": "<image>Où?"}], "images": ["ö.png"], "truth": "à"}\n'
+    (tmp_path / "r.jsonl").write_bytes(text.encode())
+    recipe = "kind: sft\nmodel: {path: m}\ndata:\n  sources: [{path: r.jsonl, system: réponds}]\n"
+    (tmp_path / "r.yaml").write_bytes(recipe.encode())
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    said = {}
+    for words in (["recipe", "show", "r.yaml"], ["data", "check", "r.jsonl"]):
+        done = subprocess.run([sys.executable, "-m", "actial_fast.cli", *words], capture_output=True, cwd=tmp_path, env=plain)
+        said[words[0]] = (done.returncode, done.stdout + done.stderr)
+    assert said["recipe"][0] == 0 and rb"r\xE9ponds" in said["recipe"][1]
+    assert said["data"][0] == 1 and b"ascii, this locale's, cannot spell; set PYTHONUTF8=1" in said["data"][1]

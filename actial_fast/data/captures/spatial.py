@@ -30,6 +30,7 @@ from actial_fast.data.captures.capture import Capture, find_captures, object_id,
 from actial_fast.data.captures.frame import angle_errors
 from actial_fast.data.captures.geometry import horizontal, signed_angle
 from actial_fast.data.captures.photos import BadCapture
+from actial_fast.data.sources.files import writing
 
 KINDS = ("facing_side", "closer", "higher", "turn_size")
 TURN_SIZES = (30, 60, 90)  # degrees
@@ -164,7 +165,7 @@ def cases(capture: Capture, config: SpatialConfig, front: np.ndarray | None = No
 def _front(capture: Capture) -> np.ndarray | None:
     """The object's front that scene.json gives, when there is one and it is not vertical."""
     try:
-        front = json.loads((capture.path / "scene.json").read_text()).get("front")
+        front = json.loads((capture.path / "scene.json").read_text(encoding="utf-8")).get("front")
     except FileNotFoundError:
         return None
     except (ValueError, AttributeError) as error:
@@ -209,7 +210,7 @@ class _Sample:
 def _write(path: Path, chosen: list[Case], draw: random.Random) -> None:
     """SAT's rows as parquet, under its name only when complete."""
     partial = path.with_name(path.name + ".partial")
-    with pq.ParquetWriter(partial, SCHEMA) as writer:
+    with writing(partial), pq.ParquetWriter(partial, SCHEMA) as writer:
         for start in range(0, len(chosen), GROUP):
             some = chosen[start : start + GROUP]
             columns = (
@@ -225,7 +226,7 @@ def _write(path: Path, chosen: list[Case], draw: random.Random) -> None:
 
 def viewpoint_test_objects(test: Path) -> set[str]:
     """The objects of a viewpoint test split: every `meta.object` of its test.jsonl."""
-    with open(test) as lines:
+    with open(test, encoding="utf-8") as lines:
         return {json.loads(line)["meta"]["object"] for line in lines}
 
 

@@ -31,6 +31,7 @@ from actial_fast.data.captures.capture import Capture, find_captures, object_id,
 from actial_fast.data.captures.frame import angle_errors
 from actial_fast.data.captures.geometry import motion, qvec
 from actial_fast.data.captures.photos import BadCapture
+from actial_fast.data.sources.files import writing
 from actial_fast.data.sources.row import IMAGE_TAG, Row, Turn
 
 KINDS = ("ego_translation", "object_translation", "ego_rotation")
@@ -307,7 +308,7 @@ def _read_all(paths: list[Path], root: Path, cache: Path, config: ViewpointConfi
     keys = {object_id(path, root): _key(path, settings) for path in paths}
     parts = {}
     if cache.exists():
-        for line in cache.read_text().splitlines():
+        for line in cache.read_text(encoding="utf-8").splitlines():
             try:
                 part = json.loads(line)
             except json.JSONDecodeError:
@@ -319,7 +320,7 @@ def _read_all(paths: list[Path], root: Path, cache: Path, config: ViewpointConfi
         file.writelines(json.dumps(part) + "\n" for part in parts.values())
     todo = [(path, root, free, keys[name]) for name, path in zip(keys, paths, strict=True) if name not in parts]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with cache.open("a") as file, Progress(*columns, disable=not progress) as bar:
+    with writing(cache), cache.open("a", encoding="utf-8") as file, Progress(*columns, disable=not progress) as bar:
         task = bar.add_task("captures", total=len(paths), completed=reused)
         for part in _map(_read_one, todo, config.workers or min(os.cpu_count() or 1, len(todo) // 100)):
             file.write(json.dumps(part) + "\n")
@@ -367,7 +368,7 @@ def _map(function: Callable[[_Job], _Result], jobs: list[_Job], workers: int) ->
 def _atomic(path: Path) -> Iterator[TextIO]:
     """A text file that appears under its name only when it is complete and on disk."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    with writing(temporary), temporary.open("w", encoding="utf-8") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

@@ -21,6 +21,7 @@ from typing import Protocol
 from PIL import Image
 
 from actial_fast.data.sources.answers import is_right
+from actial_fast.data.sources.files import writing
 from actial_fast.data.sources.jsonl import recover
 from actial_fast.data.sources.picture import decode
 from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Row, Turn
@@ -257,7 +258,7 @@ def write_cot(
     done = {record["id"] for record in recover(out)}
     number = kept = written = failures = 0
     rejected: Counter[str] = Counter()
-    with open(out, "a") as good, open(out.with_suffix(".rejects.jsonl"), "w") as bad:
+    with writing(out), open(out, "a", encoding="utf-8") as good, open(out.with_suffix(".rejects.jsonl"), "w", encoding="utf-8") as bad:
 
         def store(row: Row, text: str | None, reason: str | None) -> None:
             """text and reason are None for a row that was there before."""

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from actial_fast.data.sources.files import writing
 from actial_fast.data.sources.jsonl import recover
 from actial_fast.data.sources.own import KEYS, OURS
 from actial_fast.data.sources.picture import decode
@@ -280,5 +281,5 @@ class Rejects:
         self._known.add(error.where)
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as file:
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"where": error.where, "reason": error.reason}) + "\n")
