@@ -298,14 +298,13 @@ class Groups:
             self._silent[reward.name] += 1
             times = self._silent[reward.name]
             text = f"reward {reward.name} scored none of {len(rewards)} replies and counts nothing; steps of this kind so far: {times}"
-            self._tell(step, "unscored", text, loud=times & (times - 1) == 0, reward=reward.name, replies=len(rewards), steps=times)
+            if times & (times - 1) == 0:  # the first, the second, the fourth, ...
+                self._tell(step, "unscored", text, reward=reward.name, replies=len(rewards), steps=times)
 
-    def _tell(self, step: int, kind: str, text: str, *, loud: bool = True, **more: Any) -> None:
-        """Into the log and, where it is loud, on the terminal."""
+    def _tell(self, step: int, kind: str, text: str, **more: Any) -> None:
         if self._log is not None:
             self._log.event(kind, {**more, "text": text}, step)
-            if loud:
-                self._log.say(f"{self._recipe.name} step {step}: {text}")
+            self._log.say(f"{self._recipe.name} step {step}: {text}")
 
     def _score(self, begun: _Begun) -> None:
         """Wait for the rewards of this rank's groups, and learn those of all ranks. A reward that fails on one ends all with its name."""

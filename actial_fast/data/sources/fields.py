@@ -35,9 +35,10 @@ MEANING: dict[str, tuple[Any, ...]] = {
     ),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "completion"), ()),
     **dict.fromkeys(("weight", "sample_weight", "loss", "loss_weight", "loss_scale", "train", "trainable"), (1, True)),
-    **dict.fromkeys(("mask", "masked", "loss_mask"), (0, False)),
+    **dict.fromkeys(("mask", "masked", "loss_mask", "ignore", "skip", "exclude", "prefix"), (0, False)),
     **dict.fromkeys(("need_tools_kwargs", "tools_kwargs", "interaction_kwargs"), (False,)),
 }
+UNDESIRED = "label"  # as KTO's rows have it: false for an answer that is not to be learned; other values are someone's classes
 MEDIA_KEYS = ("videos", "video", "audios", "audio")
 PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
@@ -113,6 +114,8 @@ def refuse(record: Mapping[str, Any], known: Collection[str], where: str, what: 
         neutral = absent(value) or (isinstance(value, str) and value.strip() in ("[]", "{}", "null", "None"))
         if key in MEDIA_KEYS and not neutral:
             raise BadRow(where, f"{what} has {key}; only images are supported")
+        if key == UNDESIRED and value is False:
+            raise BadRow(where, f"{what} has label false, an answer that is not to be learned, which is not supported; take such rows out")
         if key in MEANING and not (neutral or (isinstance(value, bool | int | float) and value in MEANING[key])):
             raise BadRow(where, f"{what} has {key}, which changes what it means and is not supported; take such rows out, or the key")
         if key not in MEANING and not neutral:

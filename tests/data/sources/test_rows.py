@@ -193,6 +193,8 @@ def test_several_accepted_answers(tmp_path):
         ("kto_tag", True),
         ("objects", {"bbox": [[0, 0, 1, 1]]}),
         ("loss_scale", 2),
+        ("ignore", True),
+        ("label", False),
     ],
 )
 def test_keys_that_change_the_meaning_are_refused(tmp_path, form, key, value):
@@ -202,14 +204,15 @@ def test_keys_that_change_the_meaning_are_refused(tmp_path, form, key, value):
 
 @pytest.mark.parametrize("form", GOOD)
 @pytest.mark.parametrize(
-    "key, value", [("weight", 1), ("loss", True), ("tools", None), ("tools", "[]"), ("videos", []), ("rejected", ""), ("mask", 0)]
+    "key, value",
+    [("weight", 1), ("loss", True), ("tools", None), ("tools", "[]"), ("videos", []), ("rejected", ""), ("mask", 0), ("skip", False)],
 )
 def test_keys_that_say_nothing_are_no_obstacle(tmp_path, form, key, value):
     assert read(tmp_path, form, changed(form, **{key: value})).truth == "B"
 
 
 @pytest.mark.parametrize(
-    "key, value", [("weight", 0), ("loss", False), ("tool_calls", [{}]), ("reasoning_content", "so"), ("train", False), ("audio", "x")]
+    "key, value", [("weight", 0), ("loss", False), ("tool_calls", [{}]), ("reasoning_content", "so"), ("train", False), ("prefix", True)]
 )
 def test_keys_of_messages(tmp_path, key, value):
     for form in ("jsonl", "sharegpt"):

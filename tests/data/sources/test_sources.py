@@ -89,6 +89,16 @@ def test_lines_keep_their_numbers_and_one_bad_line_costs_one_row(tmp_path):
             JsonRecords(tmp_path / "b.jsonl")[i]
 
 
+def test_a_key_that_is_there_twice(tmp_path):
+    line = '{"messages": [{"role": "user", "content": "q"}], "truth": "A", "truth": "B"}\n'
+    (tmp_path / "r.jsonl").write_text(line + '{"messages": [], "K": 1, "K": 2}\n'.replace("K", "x" * 9000))
+    source = open_source(SourceConfig(str(tmp_path / "r.jsonl"), format="jsonl"))
+    for index, key in enumerate(("truth", "xxx")):
+        with pytest.raises(BadRow, match=f"the key '{key}.*is there twice") as raised:
+            source[index]
+        assert len(str(raised.value)) < 400
+
+
 @pytest.mark.parametrize("text", ['[{"a": 1}', '[{"a": 1}, ', '[{"a": 1} {"a": 2}]', '[{"a": 1},]', '[{"a": 1}] 2', '[{"a": 1', "["])
 def test_damaged_array(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
