@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from actial_fast.data.sources.files import reason
+
 if TYPE_CHECKING:
     from actial_fast.cli.parser import Parser
 
@@ -52,10 +54,8 @@ def one_line(error: Exception) -> str:
     """What an error says, without line breaks or a library's paragraphs of advice."""
     if isinstance(error, ModuleNotFoundError):
         return f"this command needs {error.name}, which is not installed: pip install 'actial-fast[train]'"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError):
-        return str(error).strip().split("\n")[0]  # transformers appends paragraphs of advice
+        return reason(error)
     return " ".join(str(error).split())
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actial_fast.data.sources.files import reason
 from actial_fast.model.policy import Policy, save_settings
 from actial_fast.model.processor import Processor
 from actial_fast.model.tensors import sync, write
@@ -321,6 +322,6 @@ def _write_final(folder: Path, step: int, where: World) -> None:
 
 
 def _said(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
+    if isinstance(error, OSError):
+        return reason(error)
+    return str(error) if isinstance(error, ValueError) else repr(error)

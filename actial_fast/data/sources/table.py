@@ -244,9 +244,10 @@ def _converted(path: Path, *, anew: bool = False) -> Path:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     if target.exists() and not anew:
         return target
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
+    temporary = ""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
         with os.fdopen(handle, "wb") as sink:
             with pa.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as source:  # buffered: one group may be the whole file
                 schema = source.schema_arrow.append(pa.field(SUM, pa.uint32()))
@@ -256,9 +257,12 @@ def _converted(path: Path, *, anew: bool = False) -> Path:
                         writer.write_batch(pa.record_batch([*batch.columns, sums], schema=schema))
         os.replace(temporary, target)  # atomic: ranks that convert at the same time each put the same file there
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as parquet or copied to {folder} ({error})") from None
+        raise ValueError(
+            f"{path}: cannot be read as parquet or copied to {folder} ({error}); XDG_CACHE_HOME names another folder"
+        ) from None
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
     return target
 
 
