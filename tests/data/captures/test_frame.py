@@ -113,7 +113,7 @@ def turned(axis, angle):
     return out
 
 
-def errors_of(walk, seeds=8):
+def errors_of(walk, seeds=5):
     """Of all usable pairs of such walks: the larger error of azimuth and yaw, degrees, how large it was said to be, and wrong sides."""
     off, said, wrong = [], [], 0
     first, second = np.triu_indices(24, 1)
@@ -158,13 +158,13 @@ def errors_of(walk, seeds=8):
 def test_angles_of_rolled_and_panned_walks(walk, limit):
     """Before rolls, elevations, aims and points were weighed against each other, these were off by up to 25 degrees."""
     off, _, wrong = errors_of(walk)
-    assert np.percentile(off, 95) < limit and not wrong and len(off) > 400
+    assert np.percentile(off, 95) < limit and not wrong and len(off) > 200
 
 
 @pytest.mark.parametrize("walk", [Walk(arc=90, roll=30), Walk(arc=180, roll=30), Walk(arc=60, roll=20), Walk(arc=90, astray=25)], ids=str)
 def test_what_cannot_be_told_is_told(walk):
     """The pictures of a rolled arc do not tell which way is up: the pairs whose angles are known to 3 degrees are."""
-    off, said, wrong = errors_of(walk, seeds=16)
+    off, said, wrong = errors_of(walk, seeds=9)
     sure = said <= 3
     assert not wrong and not sure.all()
     assert not sure.any() or np.percentile(off[sure], 95) < 4.5
