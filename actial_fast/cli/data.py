@@ -35,7 +35,7 @@ def add(commands: Commands) -> None:
 
     viewpoint = data.add_parser(
         "viewpoint",
-        help="viewpoint questions from captures (per object images/ and sparse/0)",
+        help="viewpoint questions from captures (COLMAP, MVImgNet, nerfstudio, DL3DV, CO3D)",
         fields=f"{captures}.viewpoint:ViewpointConfig",
     )
     viewpoint.add_argument("captures", type=Path, help="folder of captures")

@@ -409,6 +409,15 @@ def test_data_check_names_bad_rows_and_why(lab, actial):
     assert "{" not in out and "BadRow" not in out, "for people"
 
 
+def test_one_split_of_a_folder(lab, actial, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"SAT_{split}.parquet").write_bytes((lab.spatial / f"{split}.parquet").read_bytes())
+    _, error = actial("data", "check", tmp_path, status=2)
+    assert "several splits: test (SAT_test.parquet); train (SAT_train.parquet); set split to one of them" in error
+    out, _ = actial("data", "check", tmp_path, "--split", "test")
+    assert out.startswith(f"{tmp_path}: ") and " 0 bad" in out
+
+
 def test_mistakes_in_data_commands(lab, tmp_path, mistake):
     nowhere = tmp_path / "nowhere"
     assert f"captures folder {nowhere} does not exist" in mistake("data", "viewpoint", nowhere, "-o", tmp_path / "o")
