@@ -32,6 +32,7 @@ MODELS = {
 }
 DISTORTION = {"OPENCV": ("k1", "k2", "p1", "p2"), "OPENCV_FISHEYE": ("k1", "k2", "k3", "k4")}
 OPENGL = np.diag([1.0, -1, -1])
+_Frames = dict[str, tuple[np.ndarray, pycolmap.Camera]]
 
 
 def files(path: Path) -> list[Path]:
@@ -43,16 +44,15 @@ def photos(path: Path) -> Photos | None:
     """The frames of the folder's files; None where it has none. BadCapture for poses that are no rotations."""
     if not (found := files(path)):
         return None
-    frames: dict[str, tuple[np.ndarray, pycolmap.Camera]] = {}
+    frames: _Frames = {}
     cloud = np.empty((0, 3))
     for file in found:
-        about = json.loads(file.read_text(encoding="utf-8"))
-        undo = np.linalg.inv(_square(about.get("applied_transform") or np.eye(4)))
-        for frame in about["frames"]:
-            name = _name(path, str(frame["file_path"]))
-            frames[name] = undo @ _square(frame["transform_matrix"]), _camera(path, path / name, {**about, **frame})
-        if cloud_file := next((path / name for name in (about.get("ply_file_path"), *CLOUDS) if name and (path / name).is_file()), None):
-            cloud = points_of(cloud_file) @ undo[:3, :3].T + undo[:3, 3]
+        try:
+            here, points = _read(path, file)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, np.linalg.LinAlgError) as error:
+            raise BadCapture(path, UNREADABLE, f"{file.name} is not as nerfstudio writes it: {type(error).__name__} {error}") from None
+        frames |= here
+        cloud = points if len(points) else cloud
     names = tuple(sorted(frames))
     world_from_camera = np.array([frames[name][0] for name in names]).reshape(-1, 4, 4)
     axes, centers = _rotations(path, world_from_camera[:, :3, :3]), world_from_camera[:, :3, 3]
@@ -65,6 +65,19 @@ def photos(path: Path) -> Photos | None:
         cameras=tuple(frames[name][1] for name in names),
         cloud=cloud,
     )
+
+
+def _read(path: Path, file: Path) -> tuple[_Frames, np.ndarray]:
+    """Each frame's pose and camera by the picture's name, and the points of the file's cloud, in the world before it was turned."""
+    about = json.loads(file.read_text(encoding="utf-8-sig"))
+    undo = np.linalg.inv(_square(about.get("applied_transform") or np.eye(4)))
+    frames = {}
+    for frame in about["frames"]:
+        name = _name(path, str(frame["file_path"]))
+        frames[name] = undo @ _square(frame["transform_matrix"]), _camera(path, path / name, {**about, **frame})
+    clouds = (path / name for name in (about.get("ply_file_path"), *CLOUDS) if name)
+    cloud = next((points_of(there) for there in clouds if there.is_file()), np.empty((0, 3)))
+    return frames, cloud @ undo[:3, :3].T + undo[:3, 3]
 
 
 def _square(matrix: Any) -> np.ndarray:
@@ -100,6 +113,7 @@ def _facing(rotations: np.ndarray, centers: np.ndarray, cloud: np.ndarray) -> np
 def _name(path: Path, written: str) -> str:
     """Where a frame's picture is, below the folder; as it is written where there is none."""
     name = os.path.normpath(written.replace("\\", "/"))
+    name = os.path.relpath(name, path.absolute()) if os.path.isabs(name) else name
     first, _, rest = name.partition("/")
     for folder in ("", *SMALLER) if first == "images" else ("",):
         for suffix in SUFFIXES:

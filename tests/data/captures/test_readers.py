@@ -153,6 +153,9 @@ def test_nerfs_splits_and_names_without_suffix(tmp_path, rendered, right):
         ({"matrix": np.array([[1, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])}, "right angles"),
         ({"matrix": np.full((4, 4), np.nan)}, "not finite"),
         ("[1, 2", "unreadable model"),
+        ('{"w": 1}', "transforms.json is not as nerfstudio writes it: KeyError 'frames'"),
+        ({"frames": {"a": 1}}, "transforms.json is not as nerfstudio writes it"),
+        ({"applied_transform": np.zeros((3, 4)).tolist()}, "Singular matrix"),
     ],
     ids=str,
 )
@@ -167,6 +170,20 @@ def test_what_is_wrong_with_a_transforms_file_is_said(tmp_path, rendered, change
     with pytest.raises(BadCapture, match="a: ") as raised:
         read_capture(tmp_path / "a", verify="off")
     assert said in str(raised.value)
+
+
+def test_names_and_bytes_as_people_have_them(tmp_path, rendered, right):
+    write_transforms(rendered, tmp_path / "a")
+    file = tmp_path / "a/transforms.json"
+    about = json.loads(file.read_text())
+    for n, frame in enumerate(about["frames"]):
+        name = frame["file_path"]
+        frame["file_path"] = (str(tmp_path / "a" / name), name.replace("/", "\\"), name)[n % 3]
+        frame["transform_matrix"] = (np.diag([2.5, 2.5, 2.5, 1]) @ np.array(frame["transform_matrix"])).tolist()
+    del about["ply_file_path"]
+    (tmp_path / "a/sparse_pc.ply").unlink()
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(about).encode())
+    assert same(answers(tmp_path / "a", verify="off"), right)
 
 
 def test_a_mirroring_applied_transform_is_taken_back(tmp_path, rendered, right):
