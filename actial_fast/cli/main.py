@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from actial_fast.cli import data, doctor, eval, export, plan, recipe, report, train
+from actial_fast.cli import bench, data, doctor, eval, export, plan, recipe, report, train
 from actial_fast.cli.launch import PEER_LOST
 from actial_fast.cli.shared import one_line
 
@@ -18,13 +18,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     The user's mistakes end in one line on stderr and status 2, without a traceback (ACTIAL_TRACEBACK=1 shows it).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads are ruinous where other programs run too
-    parser = make_parser()
-    args, rest = parser.parse_known_args(argv)
+    parser, line = make_parser(), bench.joined(sys.argv[1:] if argv is None else argv)
+    args, rest = parser.parse_known_args(line)
     # argparse gives an optional list of words up as soon as an option follows the words before it, so it leaves `... -o OUT key=value`
+    if rest and hasattr(args, "words") and not any(word.startswith("-") for word in rest):
+        args.words, rest = [*args.words, *rest], []
     if rest and not (hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
+    args.line = line
     try:
         return args.run(args) or 0
     except BrokenPipeError:  # `actial ... | head`
@@ -48,6 +51,6 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command; each group adds its own."""
     parser = argparse.ArgumentParser(prog="actial", description="Two-stage viewpoint training for Qwen2.5-VL: data, SFT, GRPO, evaluation.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (train, eval, export, report, doctor, plan, recipe, data):
+    for group in (train, eval, bench, export, report, doctor, plan, recipe, data):
         group.add(commands)
     return parser

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from actial_fast.data.sources.jsonl import recover
+from actial_fast.data.sources.row import Turn
 from actial_fast.evaluation.items import Item, Verdict
 
 HEADER, ITEMS, REPLIES, JUDGED, RESULT, ERRORS = "run.json", "items.jsonl", "replies.jsonl", "judged.jsonl", "result.json", "errors.html"
@@ -89,7 +90,7 @@ class Folder:
         if file.exists():
             before = self.header()
             changed = [k for k in (*before.settings, *settings) if before.settings.get(k) != settings.get(k)]
-            if changed and (self.replies() or any(self._parts())):
+            if changed and (self.replies() or self.split()):
                 shown = ", ".join(f"{k} ({before.settings.get(k)!r} before, {settings.get(k)!r} now)" for k in dict.fromkeys(changed))
                 raise ValueError(f"{self.path} holds replies made otherwise: {shown}; choose another folder with -o, or delete it")
             same = before.versions and before.versions[-1] == versions
@@ -100,7 +101,7 @@ class Folder:
 
     def items(self) -> list[Item]:
         """The questions, in the set's order, pictures that are files by their paths and others left out."""
-        return [_item(record) for record in _lines(self.path / ITEMS)]
+        return items_of(_lines(self.path / ITEMS))
 
     def places(self) -> dict[str, int]:
         """Item's id -> its place in the set as its owner publishes it."""
@@ -119,6 +120,10 @@ class Folder:
         for part in self._parts():
             part.unlink()
         return kept
+
+    def split(self) -> bool:
+        """Whether replies of several ranks are still to be put together."""
+        return bool(self._parts())
 
     def drawn(self) -> int:
         """How many replies all ranks have written so far, at a look."""
@@ -163,7 +168,8 @@ def picture_name(picture: Picture) -> str:
 def record_of(item: Item, index: int) -> dict[str, Any]:
     """An item as items.jsonl has it. index: its place in the set."""
     fields = {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
-    return {**fields, "images": [picture_name(p) for p in item.images], "index": index}
+    before = [vars(turn) for turn in item.before]
+    return {**fields, "images": [picture_name(p) for p in item.images], "before": before, "index": index}
 
 
 def digest_of(items: Iterable[Item]) -> str:
@@ -171,13 +177,19 @@ def digest_of(items: Iterable[Item]) -> str:
     total = hashlib.blake2b(digest_size=12)
     for item in items:
         pictures = [f"{p.name} {p.stat().st_size if p.exists() else 0}" if isinstance(p, Path) else picture_name(p) for p in item.images]
-        total.update(json.dumps([item.id, item.system, item.prompt, item.options, item.answer, item.accepted, pictures]).encode())
+        total.update(json.dumps([item.id, [vars(t) for t in item.before], item.prompt, item.options, item.answer, item.accepted, pictures]).encode())
     return total.hexdigest()
+
+
+def items_of(records: Iterable[Mapping[str, Any]]) -> list[Item]:
+    """Items as record_of wrote them, pictures that are files by their paths and others left out."""
+    return [_item(record) for record in records]
 
 
 def _item(record: Mapping[str, Any]) -> Item:
     fields = {key: value for key, value in record.items() if key != "index"}
     fields["images"] = tuple(Path(name) for name in record["images"] if not name.startswith("blake2b:"))
+    fields["before"] = tuple(Turn(**turn) for turn in record["before"])
     return Item(**{**fields, "options": tuple(record["options"]), "accepted": tuple(record["accepted"])})
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 from actial_fast.evaluation.intervals import clusters_of_items, compare, intervals
-from actial_fast.evaluation.items import BenchmarkSet, Item
+from actial_fast.evaluation.items import BenchmarkSet, Extract, Item
 from actial_fast.evaluation.judging import Judge, readings
 from actial_fast.evaluation.replies import RESULT, Folder, Kept
 
@@ -20,17 +20,18 @@ def score(
     folder: Folder,
     benchmark: BenchmarkSet,
     *,
+    extract: Extract | None = None,
     extractor: str = "",
     judge: Judge | None = None,
     unanswered: Mapping[str, str] | None = None,
 ) -> Result:
-    """Judge the folder's replies anew by `benchmark`, write their verdicts and result.json, and return that.
+    """Judge the folder's replies anew, write their verdicts and result.json, and return that.
 
-    extractor: what the set's rules were replaced by, for the record. judge: reads what the rules could not, counted apart. unanswered:
-    questions that got no reply, and why. A question without a reply is wrong. ValueError where there is no reply at all.
+    extract: another rule than the set's, and extractor: its name, for the record. judge: reads what the rules could not, counted apart.
+    unanswered: questions that got no reply, and why. A question without a reply is wrong. ValueError where there is no reply at all.
     """
     header, items = folder.header(), {item.id: item for item in folder.items()}
-    kept = folder.settle(items, lambda reply: reply.judged(benchmark.judge(items[reply.id], reply.text)))
+    kept = folder.settle(items, lambda reply: reply.judged(benchmark.judge(items[reply.id], reply.text, extract)))
     if not kept:
         why = next(iter((unanswered or {}).values()), "the run has not begun")
         raise ValueError(f"{folder.path}: no reply to score ({why})")
@@ -82,7 +83,7 @@ def _figures(items: Sequence[Item], scores: Sequence[float], benchmark: Benchmar
             "high": high,
             "n": figure.n,
             "groups": figure.groups,
-            "chance": chance[figure.name] if not figure.groups else None,  # a product of guesses is no sum of them
+            "chance": chance[figure.name],
             "majority": usual[figure.name],
         }
         for figure, low, high in intervals(items, scores, benchmark.figures)
@@ -128,8 +129,3 @@ def comparisons(folders: Sequence[Folder]) -> list[Result]:
 
 def _score_of(name: str, kept: Mapping[str, Kept]) -> float:
     return kept[name].score if name in kept else 0.0
-
-
-def with_extractor(benchmark: BenchmarkSet, extractor: str, load: Callable[[str], Callable[[BenchmarkSet], BenchmarkSet]]) -> BenchmarkSet:
-    """Replaced below once the sets' own way is known."""
-    raise NotImplementedError
