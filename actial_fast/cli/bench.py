@@ -29,7 +29,9 @@ def add(commands: Commands) -> None:
                        "name it is known by; several times for several models; NAME is for the tables")  # fmt: skip
     bench.add_argument("-o", "--out", type=Path, default=Path(OUT), help="folder for OUT/SET/MODEL (default: %(default)s)")
     bench.add_argument("--list", action="store_true", help="the sets by name, and where their owners publish them")
-    bench.add_argument("--table", choices=("paper",), help="no run: the paper's tables, with the runs in these folders and the published rows")
+    bench.add_argument(
+        "--table", choices=("paper",), help="no run: the paper's tables, with the runs in these folders and the published rows"
+    )
     how = bench.add_argument_group("how it is asked, kept with the replies")
     how.add_argument("--engine", choices=("embedded", "vllm"), default="embedded", help="who draws replies (default: %(default)s)")
     how.add_argument("--server", default="", metavar="URL", help="ask what is served at this OpenAI-compatible base URL instead")
@@ -39,7 +41,9 @@ def add(commands: Commands) -> None:
     how.add_argument("--min-pixels", type=int, default=0, help="smaller pictures are scaled up (default: as the checkpoint says)")
     how.add_argument("--max-pixels", type=int, default=0, help="larger pictures are scaled down, also for a server (default: as the checkpoint "
                      "says)")  # fmt: skip
-    how.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="of the weights (default: bfloat16 on CUDA, else float32)")
+    how.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="", help="of the weights (default: bfloat16 on CUDA, else float32)"
+    )
     how.add_argument("--limit", type=int, default=0, help="so many questions, drawn by --seed, groups whole (default: all)")
     how.add_argument("--seed", type=int, default=0, help="of the subset and of sampling (default: 0)")
     how.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="what a question does that cannot be used")
@@ -56,7 +60,9 @@ def add(commands: Commands) -> None:
 
     score = commands.add_parser("score", help="score the replies of benchmark runs again, by the same or other rules; no model is needed")
     score.add_argument("words", nargs="+", metavar="RUN", help="folders of runs, or answers that were downloaded from a quiz's page")
-    score.add_argument("--quiz", type=Path, metavar="FOLDER", help="of answers: what `actial bench quiz` wrote (default: the answers' folder)")
+    score.add_argument(
+        "--quiz", type=Path, metavar="FOLDER", help="of answers: what `actial bench quiz` wrote (default: the answers' folder)"
+    )
     score.add_argument("-o", "--out", type=Path, default=Path(OUT), help="of answers: folder for OUT/SET/human-NAME (default: %(default)s)")
     score.add_argument("--workers", type=int, default=32, help="requests to a judge at a time (default: %(default)s)")
     _add_scoring(score)
@@ -89,7 +95,9 @@ def _add_scoring(parser: argparse.ArgumentParser) -> None:
                        "set's own), or module:function")  # fmt: skip
     group.add_argument("--judge", default="", metavar="URL", help="an OpenAI-compatible base URL whose model reads what rules could not")
     group.add_argument("--judge-model", default="", metavar="NAME", help="the name that it knows the model by")
-    group.add_argument("--errors", type=int, default=200, help="wrong replies on each run's errors.html, 0 = no page (default: %(default)s)")
+    group.add_argument(
+        "--errors", type=int, default=200, help="wrong replies on each run's errors.html, 0 = no page (default: %(default)s)"
+    )
     group.add_argument("--as", dest="form", choices=("text", "markdown", "latex"), default="text", help="of the tables (default: text)")
     group.add_argument("--json", metavar="FILE", help="also write all figures to this file; - prints them instead of the tables")
 

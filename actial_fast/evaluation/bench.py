@@ -10,7 +10,8 @@ from typing import Any
 
 from actial_fast.data.sources.told import told
 from actial_fast.evaluation.identity import identity
-from actial_fast.evaluation.items import Extract, Opened
+from actial_fast.evaluation.extraction import find_extractor
+from actial_fast.evaluation.items import Opened
 from actial_fast.evaluation.judging import Judge
 from actial_fast.evaluation.page import write_errors
 from actial_fast.evaluation.replies import Folder
@@ -28,11 +29,10 @@ PATIENCE = 24 * 60  # minutes that a rank which is done waits for the others' la
 
 @dataclass(frozen=True)
 class Scoring:
-    """How replies become figures. extract: another rule than the sets' own, None for these; extractor: its name. judge: reads what rules
-    leave open. errors: replies on each page of errors, 0 for no page."""
+    """How replies become figures. extractor: what finds the answer in a reply, as extraction names them. judge: reads what that leaves open.
+    errors: replies on each page of errors, 0 for no page."""
 
-    extract: Extract | None = None
-    extractor: str = ""
+    extractor: str = "rules"
     judge: Judge | None = None
     errors: int = 200
 
@@ -46,48 +46,64 @@ def bench(sets: Sequence[Opened], askings: Sequence[Asking], out: Path, scoring:
     results: list[Result] = []
     with world(PATIENCE) as where, contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop(where))
-        models = []
-        for asking in askings:
-            served = asking.engine == "server"
-            known = {"path": asking.model, "content": "", "step": None} if served else agreed(where, lambda a=asking: identity(a.model))
-            models.append((asking if served else replace(asking, dtype=asking.dtype or usual_dtype(where)), known))
-        jobs = [
-            (asking, [(opened, *_begin(opened, asking, known, out, where, stack)) for opened in sets]) for asking, known in models
-        ]
-        for asking, asked in jobs:
-            with contextlib.ExitStack() as held:
-                missing = agreed(where, lambda a=asked: any(len(f.replies()) < len(c.records) or f.split() for _, f, c in a))
-                unanswered: list[dict[str, str]] = [{} for _ in asked]
-                if missing:
-                    longest = max(asking.longest_of(opened.set) for opened in sets)
-                    weights = ModelConfig(path=asking.model, dtype=asking.dtype or "float32", min_pixels=asking.min_pixels, max_pixels=asking.max_pixels)  # type: ignore[arg-type]
-                    engine, reader = open_model(weights, asking.rollout, where, held, max_prompt=asking.max_prompt, longest_reply=longest)
-                    unanswered = [ask(o, asking, chosen, engine, reader, folder, where, stop) for o, folder, chosen in asked]
-                if where.main:
-                    for (opened, folder, _), without in zip(asked, unanswered, strict=True):
-                        results.append(scored(folder, opened, scoring, without))
+        # all that can be refused is looked at before the first model is loaded
+        jobs = [(asking, [_begin(opened, asking, out, where, stack) for opened in sets]) for asking in _settled(askings, where)]
+        for asking, runs in jobs:
+            results += _run(asking, runs, scoring, where, stop)
         where.barrier()
     told.close()
     return results
 
 
-def scored(folder: Folder, opened: Opened, scoring: Scoring, unanswered: dict[str, str] | None = None) -> Result:
-    """The figures of a folder, with its result.json and its page written."""
-    rules = {"extract": scoring.extract, "extractor": scoring.extractor}
-    result = score(folder, opened.set, **rules, judge=scoring.judge, unanswered=unanswered)  # type: ignore[arg-type]
-    if scoring.errors:
-        write_errors(folder, scoring.errors, opened.items)
-    return result
+@dataclass(frozen=True)
+class _Run:
+    """One set put to one model."""
+
+    opened: Opened
+    folder: Folder
+    chosen: Chosen
+
+    def missing(self) -> bool:
+        """Whether replies are still to be drawn, or to be put together."""
+        return len(self.folder.replies()) < len(self.chosen.records) or self.folder.split()
 
 
-def _begin(
-    opened: Opened, asking: Asking, known: dict[str, Any], out: Path, where: World, stack: contextlib.ExitStack
-) -> tuple[Folder, Chosen]:
+def _settled(askings: Sequence[Asking], where: World) -> list[Asking]:
+    """With what was left to the machine; ValueError where a model's path is no checkpoint."""
+    return [a if a.engine == "server" else replace(a, dtype=a.dtype or usual_dtype(where)) for a in askings]
+
+
+def _begin(opened: Opened, asking: Asking, out: Path, where: World, stack: contextlib.ExitStack) -> _Run:
     """The run's folder, locked until `stack` ends, and the questions."""
     folder = folder_of(out, opened.set.name, asking.name)
 
     def begin() -> Chosen:
+        known: dict[str, Any] = {"path": asking.model, "content": "", "step": None}
+        if asking.engine != "server":
+            known = identity(asking.model)
         stack.enter_context(locked(folder.path))
         return prepare(opened, asking, known, versions(where), folder)
 
-    return folder, agreed(where, begin)
+    return _Run(opened, folder, agreed(where, begin))
+
+
+def _run(asking: Asking, runs: Sequence[_Run], scoring: Scoring, where: World, stop: Stop) -> list[Result]:
+    """Draw what is missing with one model, and the results on rank 0."""
+    unanswered: list[dict[str, str]] = [{} for _ in runs]
+    if agreed(where, lambda: any(run.missing() for run in runs)):
+        weights = ModelConfig(path=asking.model, min_pixels=asking.min_pixels, max_pixels=asking.max_pixels)
+        weights = replace(weights, dtype=asking.dtype) if asking.dtype else weights
+        longest = max(asking.longest_of(run.opened.set) for run in runs)
+        with contextlib.ExitStack() as held:
+            engine, reader = open_model(weights, asking.rollout, where, held, max_prompt=asking.max_prompt, longest_reply=longest)
+            unanswered = [ask(run.opened, asking, run.chosen, engine, reader, run.folder, where, stop) for run in runs]
+    return [scored(run.folder, run.opened, scoring, without) for run, without in zip(runs, unanswered, strict=True)] if where.main else []
+
+
+def scored(folder: Folder, opened: Opened, scoring: Scoring, unanswered: dict[str, str] | None = None) -> Result:
+    """The figures of a folder, with its result.json and its page written."""
+    extract = find_extractor(scoring.extractor, opened.set)
+    result = score(folder, opened.set, extract=extract, extractor=scoring.extractor, judge=scoring.judge, unanswered=unanswered)
+    if scoring.errors:
+        write_errors(folder, scoring.errors, opened.items)
+    return result

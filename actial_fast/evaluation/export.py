@@ -19,8 +19,8 @@ LEAD = re.compile(r"(?i)\s*(?:options|choices|choose between the following optio
 def write_tsv(items: Items, out: Path, on_bad_row: str = "error") -> tuple[int, list[BadRow]]:
     """Write the questions of a set; return how many, and the bad rows that were left out (on_bad_row: "skip").
 
-    Columns: index, question, A, B, ..., answer (a letter), category, image (base64; a list where there are several, or the index of an earlier
-    row with the same pictures), image_path (their names), and g_index where questions are grouped. VLMEvalKit puts pictures first and the
+    Columns: index, question, A, B, ..., answer (a letter), category, image (base64; a list where there are several, or the index of an
+    earlier row with the same pictures), image_path (their names), and g_index where questions are grouped. VLMEvalKit puts pictures first and the
     options and its own request for one behind the question, so these leave the prompt; where pictures stand in the middle of a text, their
     places say "image 1". Open questions have no options. Raises ValueError for a set that has both kinds, BadRow for what cannot be read.
     """
@@ -56,7 +56,9 @@ def write_tsv(items: Items, out: Path, on_bad_row: str = "error") -> tuple[int, 
             first.setdefault(texts, index)
         rows.append(row)
     if len(forms) > 1:
-        raise ValueError(f"{items.path}: multiple-choice and open questions in one set; VLMEvalKit scores a file one way, so export them apart")
+        raise ValueError(
+            f"{items.path}: open questions beside others; VLMEvalKit scores a file in one way, so export them apart"
+        )
     if not rows:
         raise ValueError(f"{items.path}: no usable question" + (f"; the first: {bad[0]}" if bad else ""))
     columns = dict.fromkeys(name for row in rows for name in row)

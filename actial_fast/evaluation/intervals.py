@@ -66,8 +66,8 @@ def intervals(items: Sequence[Item], scores: Sequence[float], metric: Metric) ->
 
 @dataclass(frozen=True)
 class Paired:
-    """Two models on the same items. n: items; clusters: of them. difference: the second's mean score minus the first's; low, high: its 95%
-    interval, of a bootstrap over clusters. only_first, only_second: items that one alone has right, and mcnemar: the exact two-sided p-value
+    """Two models on the same items. n: items; clusters: of them. difference: the second's mean score minus the first's; low, high: its
+    95% interval, of a bootstrap over clusters. only_first, only_second: items that one alone has right, and mcnemar: the exact two-sided p-value
     of these two numbers, which takes items for independent; None where scores are not just right or wrong. by_clusters: the p-value of a
     test that swaps the models in whole clusters, which does not."""
 
@@ -83,7 +83,7 @@ class Paired:
 
 
 def compare(first: Sequence[float], second: Sequence[float], clusters: Sequence[int], seed: int = 0) -> Paired:
-    """The paired comparison of two models' scores, item by item. clusters: the number of each item's cluster, as clusters_of_items gives it.
+    """The paired comparison of two models' scores, item by item. clusters: the number of each item's, as clusters_of_items gives it.
 
     ValueError without items, or for scores of different items. Source of the exact test: Q. McNemar, Psychometrika 12 (1947).
     """

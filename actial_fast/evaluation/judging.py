@@ -49,7 +49,9 @@ class Judge:
     workers: int = 32
 
 
-def readings(folder: Folder, judge: Judge, benchmark: BenchmarkSet, items: Mapping[str, Item], kept: Mapping[str, Kept]) -> dict[str, Verdict]:
+def readings(
+    folder: Folder, judge: Judge, benchmark: BenchmarkSet, items: Mapping[str, Item], kept: Mapping[str, Kept]
+) -> dict[str, Verdict]:
     """The verdicts on replies that the rules found no answer in, by item's id, as the judge reads them; an empty reply has none.
 
     ValueError, naming the address, where it refuses; a reply that it does not answer for stays without a verdict.

@@ -34,7 +34,9 @@ def write_quiz(opened: Opened, folder: Path, count: int, seed: int, on_bad_row: 
         "set.seed": seed,
     }
     questions = [_asked(opened.items, record) for record in chosen.records]
-    (folder / PAGE).write_text(quiz_page(f"{opened.set.title}: {len(questions)} questions", opened.set.name, digest, questions), encoding="utf-8")
+    (folder / PAGE).write_text(
+        quiz_page(f"{opened.set.title}: {len(questions)} questions", opened.set.name, digest, questions), encoding="utf-8"
+    )
     (folder / KEY).write_text(json.dumps({"quiz": digest, "settings": settings, "records": chosen.records}, default=str))
     return len(questions)
 

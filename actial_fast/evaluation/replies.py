@@ -84,9 +84,10 @@ class Folder:
         return Header(written["settings"], tuple(written["versions"]))
 
     def begin(self, settings: Mapping[str, Any], versions: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
-        """Make the folder, or go on with it. records: of the items, as record_of makes them. ValueError, naming what differs, where its replies
-        were made with other settings."""
-        file, history = self.path / HEADER, (versions,)
+        """Make the folder, or go on with it. records: of the items, as record_of makes them. ValueError, naming what differs, where its
+        replies were made with other settings."""
+        file = self.path / HEADER
+        history: tuple[Mapping[str, Any], ...] = (versions,)
         if file.exists():
             before = self.header()
             changed = [k for k in (*before.settings, *settings) if before.settings.get(k) != settings.get(k)]
@@ -113,7 +114,9 @@ class Folder:
 
     def settle(self, order: Iterable[str], change: Callable[[Kept], Kept] | None = None) -> dict[str, Kept]:
         """Put the replies of all ranks into replies.jsonl, each once and in this order, and return them by id. change: of each."""
-        found = {record["id"]: Kept(**record) for part in reversed([self.path / REPLIES, *self._parts()]) for record in reversed(recover(part))}
+        found = {
+            record["id"]: Kept(**record) for part in reversed([self.path / REPLIES, *self._parts()]) for record in reversed(recover(part))
+        }
         kept = {i: found[i] if change is None else change(found[i]) for i in order if i in found}
         if kept or (self.path / REPLIES).exists():
             _write(self.path / REPLIES, "".join(f"{json.dumps(asdict(reply))}\n" for reply in kept.values()))
@@ -146,7 +149,9 @@ def append(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
             out.flush()
             os.fsync(out.fileno())
     except OSError as error:
-        raise ValueError(f"{file}: cannot keep replies ({error.strerror}); free space on the disk, and give the same command again") from None
+        raise ValueError(
+            f"{file}: cannot keep replies ({error.strerror}); free space on the disk, and give the same command again"
+        ) from None
 
 
 def runs_below(paths: Iterable[Path]) -> list[Folder]:
@@ -177,7 +182,9 @@ def digest_of(items: Iterable[Item]) -> str:
     total = hashlib.blake2b(digest_size=12)
     for item in items:
         pictures = [f"{p.name} {p.stat().st_size if p.exists() else 0}" if isinstance(p, Path) else picture_name(p) for p in item.images]
-        total.update(json.dumps([item.id, [vars(t) for t in item.before], item.prompt, item.options, item.answer, item.accepted, pictures]).encode())
+        total.update(
+            json.dumps([item.id, [vars(t) for t in item.before], item.prompt, item.options, item.answer, item.accepted, pictures]).encode()
+        )
     return total.hexdigest()
 
 

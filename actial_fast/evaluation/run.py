@@ -37,8 +37,8 @@ REJECTS = "rejects.jsonl"
 
 @dataclass(frozen=True)
 class Asking:
-    """How questions are put. model: a checkpoint folder, a hub name, or the name that a server knows. name: what tables call it. engine, url,
-    workers: as RolloutConfig. temperature: 0 = greedy. max_new_tokens: longest reply, 0 = the set's own. system: system prompt, None = the
+    """How questions are put. model: a checkpoint folder, a hub name, or the name that a server knows. name: what tables call it. engine,
+    url, workers: as RolloutConfig. temperature: 0 = greedy. max_new_tokens: longest reply, 0 = the set's own. system: system prompt, None = the
     set's own. min_pixels, max_pixels: of images, 0 = the checkpoint's. dtype: of the weights, "" = the computation's. limit: so many
     questions, drawn by `seed`, 0 = all. on_bad_row: "error" or "skip". kv_tokens, max_prompt, tensor_parallel, gpu_memory, max_images: what
     the engine may hold."""
@@ -126,8 +126,9 @@ def choose(items: Items, limit: int, seed: int, on_bad_row: str) -> Chosen:
         groups: defaultdict[str, list[int]] = defaultdict(list)
         for place, record in enumerate(records):
             groups[f"group {record['group']}" if record["group"] else f"item {record['id']}"].append(place)
-        names, drawn = sorted(groups), []
+        names = sorted(groups)
         random.Random(seed).shuffle(names)
+        drawn: list[int] = []
         while len(drawn) < limit:
             drawn += groups[names.pop()]
         records = [records[place] for place in sorted(drawn)]
@@ -206,17 +207,8 @@ def ask(
                     rejects.add(bad)
                 unanswered |= {name: bad.reason for name, bad in questions.bad.items()}
 
-                def drawn(replies: dict[int, list[Reply]], asked: _Questions = questions) -> None:
-                    texts = {i: reader.decode(r.ids) if r.text is None else r.text for i, (r,) in replies.items()}
-                    kept = [_kept(asked.names[i], texts[i], asked.items[i], r, opened.set) for i, (r,) in replies.items()]
-                    append(out, map(asdict, kept))
-                    progress.look(sum(reply.tokens for reply in kept))
-
-                def failed(index: int, why: str, asked: _Questions = questions) -> None:
-                    unanswered[asked.names[index]] = why
-
                 keys = [(asking.seed, place) for place in questions.places]
-                engine.generate(questions.prompts, draw, keys, Watch(drawn=drawn, failed=failed, asked=lambda: stop.asked))
+                engine.generate(questions.prompts, draw, keys, _watch(questions, opened.set, reader, out, progress, unanswered, stop))
                 if stop.agreed() if asking.tensor_parallel > 1 else stop.asked:
                     break
     if stop.agreed():
@@ -257,6 +249,31 @@ def _prompts(records: Sequence[Mapping[str, Any]], opened: Opened, asking: Askin
         made.places.append(record["index"])
         made.items.append(replace(item, images=()))
     return made
+
+
+def _watch(
+    questions: _Questions,
+    benchmark: BenchmarkSet,
+    reader: Reader,
+    out: Path,
+    progress: Progress,
+    unanswered: dict[str, str],
+    stop: Stop,
+) -> Watch:
+    """Judges and keeps each reply as soon as it is drawn, and notes the questions that get none."""
+
+    def drawn(replies: dict[int, list[Reply]]) -> None:
+        kept = []
+        for i, (reply,) in replies.items():
+            text = reader.decode(reply.ids) if reply.text is None else reply.text
+            kept.append(_kept(questions.names[i], text, questions.items[i], reply, benchmark))
+        append(out, map(asdict, kept))
+        progress.look(sum(reply.tokens for reply in kept))
+
+    def failed(index: int, why: str) -> None:
+        unanswered[questions.names[index]] = why
+
+    return Watch(drawn=drawn, failed=failed, asked=lambda: stop.asked)
 
 
 def _kept(name: str, text: str, item: Item, reply: Reply, benchmark: BenchmarkSet) -> Kept:

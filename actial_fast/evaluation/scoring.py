@@ -21,7 +21,7 @@ def score(
     benchmark: BenchmarkSet,
     *,
     extract: Extract | None = None,
-    extractor: str = "",
+    extractor: str = "rules",
     judge: Judge | None = None,
     unanswered: Mapping[str, str] | None = None,
 ) -> Result:
@@ -121,8 +121,8 @@ def comparisons(folders: Sequence[Folder]) -> list[Result]:
         common = [name for name in items if name in {item.id for item in second.items()}]
         if not common:
             continue
-        scores = [[_score_of(name, kept) for name in common] for kept in (first.replies(), second.replies())]
-        paired = compare(*scores, clusters_of_items([items[name] for name in common]))
+        one, other = ([_score_of(name, kept) for name in common] for kept in (first.replies(), second.replies()))
+        paired = compare(one, other, clusters_of_items([items[name] for name in common]))
         told.append({"set": first.header().set, "first": first.header().model, "second": second.header().model, **vars(paired)})
     return told
 

@@ -42,10 +42,17 @@ def set_table(results: Sequence[Result]) -> Table:
         own = [figures.get(name) for figures in by_name]
         base = next(figure for figure in own if figure)
         count = f"{base['n']:,}" + (f" in {base['groups']:,} groups" if base["groups"] else "")
-        cells = [cell for f in own for cell in ((percent(f["value"]), f"{percent(f['low'])}-{percent(f['high'])}") if f else (NOTHING,) * 2)]
+        cells = [cell for figure in own for cell in _with_interval(figure)]
         theirs = [_given(published[model].get(name)) for model in published]
-        rows.append((name, count, *cells, percent(base["chance"]), percent(base["majority"]), *theirs, *(percent(j.get(name)) for j in judged)))
+        added = [percent(figures.get(name)) for figures in judged]
+        rows.append((name, count, *cells, percent(base["chance"]), percent(base["majority"]), *theirs, *added))
     return Table(first["title"], tuple(heads), tuple(rows), tuple(note for result in results for note in _notes(result)))
+
+
+def _with_interval(figure: Mapping[str, Any] | None) -> tuple[str, str]:
+    if figure is None:
+        return NOTHING, NOTHING
+    return percent(figure["value"]), f"{percent(figure['low'])}-{percent(figure['high'])}"
 
 
 def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
@@ -71,8 +78,8 @@ def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
         heads,
         rows,
         (
-            "Mean score over the same questions, in points; the interval is a bootstrap over clusters. McNemar's exact test takes questions for "
-            "independent, the test by clusters swaps the two models in whole clusters.",
+            "Mean score over the same questions, in points; the interval is a bootstrap over clusters. McNemar's exact test takes questions "
+            "for independent, the test by clusters swaps the two models in whole clusters.",
         ),
     )
 
@@ -86,7 +93,7 @@ def _notes(result: Result) -> list[str]:
     if result["missing"]:
         why = next(iter(result["why_missing"]), "")
         told += f"; {result['missing']:,} without a reply, counted as wrong{f' ({why})' if why else ''}"
-    if result["extractor"]:
+    if result["extractor"] != "rules":
         told += f"; answers found by {result['extractor']}"
     if "judge" in result:
         judge = result["judge"]

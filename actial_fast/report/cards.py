@@ -62,8 +62,8 @@ def _image(run_dir: Path, source: str) -> str:
 
 
 def picture_html(picture: Path | bytes | str, side: int = IMAGE_SIDE) -> str:
-    """An <img> that holds the picture (a file, encoded bytes or a data URL), at most so many pixels long where it is no small file; a note in
-    its place when the file is gone, for a page must come out of an old run too."""
+    """An <img> that holds the picture (a file, encoded bytes or a data URL), at most `side` pixels long where it is no small file; a note
+    in its place when the file is gone, for a page must come out of an old run too."""
     from PIL import Image
 
     from actial_fast.data.sources.picture import shown

@@ -18,7 +18,8 @@ from actial_fast.report.style import CSS
 VERDICTS = {"wrong": "wrong", "part": "partly right", "unread": "no answer found", "cut": "no answer found, cut by the limit"}
 MORE_CSS = """
 .choices{position:sticky;top:0;background:var(--bg);padding:10px 0;border-bottom:1px solid var(--edge);display:flex;gap:14px;flex-wrap:wrap}
-.choices select,.choices input{font:inherit;color:inherit;background:var(--card);border:1px solid var(--edge);border-radius:6px;padding:3px 8px}
+.choices select,.choices input{font:inherit;color:inherit;background:var(--card);border:1px solid var(--edge);border-radius:6px;
+ padding:3px 8px}
 article[hidden]{display:none}
 """
 SCRIPT = """
@@ -59,7 +60,9 @@ def errors_page(title: str, lead: str, shown: Sequence[Looked]) -> str:
     """The page's HTML. lead: a sentence on top, which says what is shown of how many."""
     categories = Counter(each.category for each in shown)
     verdicts = Counter(each.verdict for each in shown)
-    options = "".join(f'<option value="{escape(name)}">{escape(name or "(none)")} ({n:,})</option>' for name, n in sorted(categories.items()))
+    options = "".join(
+        f'<option value="{escape(name)}">{escape(name or "(none)")} ({n:,})</option>' for name, n in sorted(categories.items())
+    )
     kinds = "".join(f'<option value="{name}">{VERDICTS[name]} ({verdicts[name]:,})</option>' for name in VERDICTS if verdicts[name])
     choices = (
         f'<div class="choices"><select name="verdict" aria-label="verdict"><option value="">all verdicts</option>{kinds}</select>'

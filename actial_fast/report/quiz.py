@@ -90,8 +90,8 @@ def quiz_page(title: str, set_name: str, digest: str, questions: Sequence[Asked]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{CSS}{MORE_CSS}</style></head><body><header><h1>{escape(title)}</h1>"
-        '<p class="muted">Choose with the mouse or with the letter; arrows go on and back. Nothing is sent anywhere: at the end, download your '
-        'answers and pass the file on. You may close the page and go on later in the same browser.</p></header>'
+        '<p class="muted">Choose with the mouse or with the letter; arrows go on and back. Nothing is sent anywhere: at the end, download '
+        "your answers and pass the file on. You may close the page and go on later in the same browser.</p></header>"
         '<nav><label for="who">Your name</label><input type="text" id="who"><button id="back">Back</button><button id="next">Next</button>'
         '<output class="muted"></output><button id="download">Download answers</button></nav>'
         f"<main>{''.join(map(_card, range(len(questions)), questions))}</main>"

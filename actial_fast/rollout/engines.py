@@ -64,8 +64,8 @@ def open_model(
 ) -> tuple[Engine, Reader]:
     """The engine that `rollout` names, asleep, with weights that are not trained, closed with `stack`, and what makes its prompts.
 
-    weights: of embedded and vllm, with pixel limits. max_prompt: tokens of the longest prompt, longest_reply: of the longest reply; a server
-    has its own. vLLM's copy is filled from one on the host, which stays there: as a sleep on CUDA loses it.
+    weights: of embedded and vllm, with pixel limits. max_prompt: tokens of the longest prompt, longest_reply: of the longest reply; a
+    server has its own. vLLM's copy is filled from one on the host, which stays there, because a sleep on CUDA loses vLLM's.
     """
     if rollout.engine == "server":
         from actial_fast.rollout.client import Client

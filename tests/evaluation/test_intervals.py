@@ -13,7 +13,14 @@ def items(count: int, *, size: int = 1, groups: int = 0) -> list[Item]:
     """Of clusters of so many; groups: of so many items each."""
     return [
         Item(
-            str(k), "q", (), "A", ("a", "b"), category="even" if k % 2 == 0 else "odd", cluster=str(k // size), group=str(k // groups) if groups else ""
+            str(k),
+            "q",
+            (),
+            "A",
+            ("a", "b"),
+            category="even" if k % 2 == 0 else "odd",
+            cluster=str(k // size),
+            group=str(k // groups) if groups else "",
         )
         for k in range(count)
     ]
@@ -68,7 +75,11 @@ def test_what_is_compared_is_told_exactly():
     assert told.difference == pytest.approx(0.2) and told.mcnemar == binomtest(1, 4).pvalue == 0.625
     assert told.low < 0.2 < told.high and told == compare(a, b, list(range(10))), "the same numbers every time"
     back = compare(b, a, list(range(10)))
-    assert back.difference == pytest.approx(-0.2) and back.mcnemar == told.mcnemar and back.by_clusters == pytest.approx(told.by_clusters, abs=0.05)
+    assert (
+        back.difference == pytest.approx(-0.2)
+        and back.mcnemar == told.mcnemar
+        and back.by_clusters == pytest.approx(told.by_clusters, abs=0.05)
+    )
 
 
 def test_clusters_take_away_what_mcnemar_makes_too_much_of():

@@ -11,8 +11,8 @@ PLACES, BLOCK = 256, 1 << 16  # looked at in a larger one
 
 def content(path: Path, *, here: bool = True) -> str:
     """A name that a file, or the data files of a folder, have only with this content. Of a file above 64 MB the size, the time, the end and
-    255 other places of 64 KB decide, and where it lies; without `here` neither time nor place, so that a copy has the same name. OSError when
-    one cannot be read."""
+    255 other places of 64 KB decide, and where it lies; without `here` neither time nor place, so that a copy has the same name. OSError
+    when one cannot be read."""
     digest = hashlib.blake2b(digest_size=12)
     if path.is_dir():
         for part in sorted(part for pattern in ("*.parquet", "*.arrow") for part in path.glob(pattern)):
