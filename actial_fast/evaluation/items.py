@@ -1,9 +1,9 @@
 """What a benchmark is made of: items that are asked, verdicts on replies, figures made of scores, and the set that knows how for its own.
 
-    opened = open_set("blink")                             # of catalogue.py; or "blink=/data/BLINK", or a file
-    for item in opened.items: ...                          # item.prompt and item.images are sent, a reply comes back
-    verdict = opened.set.judge(item, reply)                # Verdict("B", 1.0, "bold")
-    opened.set.figures(items, scores)                      # [Figure("Counting", 0.61, 120, 0), ..., Figure("accuracy", 0.54, 1901, 0)]
+opened = open_set("blink")                             # of catalogue.py; or "blink=/data/BLINK", or a file
+for item in opened.items: ...                          # item.prompt and item.images are sent, a reply comes back
+verdict = opened.set.judge(item, reply)                # Verdict("B", 1.0, "bold")
+opened.set.figures(items, scores)                      # [Figure("Counting", 0.61, 120, 0), ..., Figure("accuracy", 0.54, 1901, 0)]
 """
 
 from __future__ import annotations
