@@ -10,7 +10,7 @@ from typing import Any
 
 from actial_fast.data.sources.told import told
 from actial_fast.evaluation.identity import identity
-from actial_fast.evaluation.extraction import find_extractor
+from actial_fast.evaluation.owners import find_extractor
 from actial_fast.evaluation.items import Opened
 from actial_fast.evaluation.judging import Judge
 from actial_fast.evaluation.page import write_errors

@@ -56,9 +56,7 @@ def write_tsv(items: Items, out: Path, on_bad_row: str = "error") -> tuple[int, 
             first.setdefault(texts, index)
         rows.append(row)
     if len(forms) > 1:
-        raise ValueError(
-            f"{items.path}: open questions beside others; VLMEvalKit scores a file in one way, so export them apart"
-        )
+        raise ValueError(f"{items.path}: open questions beside others; VLMEvalKit scores a file in one way, so export them apart")
     if not rows:
         raise ValueError(f"{items.path}: no usable question" + (f"; the first: {bad[0]}" if bad else ""))
     columns = dict.fromkeys(name for row in rows for name in row)
