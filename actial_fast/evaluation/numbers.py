@@ -141,10 +141,10 @@ def extract_number(item: Item, text: str) -> Found:
     return Found(None)
 
 
-def number_worth(item: Item, extracted: str) -> float:
-    """What a number is worth beside the item's answer, by its `measure`; lengths are compared in the same unit, and one without a unit is
-    taken to have the answer's."""
-    ours, truth = quantity(extracted), quantity(item.answer)
+def number_worth(item: Item, extracted: str, answer: str) -> float:
+    """What a number is worth beside the right one, by the item's `measure`; lengths are compared in the same unit, and one without a
+    unit is taken to have the answer's."""
+    ours, truth = quantity(extracted), quantity(answer)
     if ours is None or truth is None:
         return 0.0
     one, other = ours.value, truth.value

@@ -110,7 +110,9 @@ def sat(item: Item, reply: str) -> Found:
 
 def spatialscore(item: Item, reply: str) -> Found:
     """A letter: "answer B", "(B)", a letter by itself, any letter A to F, in this order. yes or no: the first of the two lists of words
-    that has one. A length: with its unit, which it must have. Other numbers: the first of the text. Source: SpatialScore's utils/util.py."""
+    that has one. A length: with its unit, which it must have. Other numbers: the first.
+
+    Source: SpatialScore's version_0/utils/util.py."""
     text = re.sub(r"(?i)</?(?:conclusion|answer|assistant)>", "", reply).strip()
     if item.form == "letter":
         for pattern in (

@@ -1,4 +1,5 @@
-"""From a benchmark's files to its items: what their fields say, which of a set's layouts a file has, and where a set lies on this machine."""
+"""From a benchmark's files to its items: what their fields say, which of a set's layouts a file has, and where on this machine a set
+lies."""
 
 from __future__ import annotations
 
@@ -133,40 +134,43 @@ def opener(
     page: str,
     layouts: Sequence[Layout],
     *,
-    repo: str = "",
+    repos: Sequence[str] = (),
     files: Sequence[str] = (),
     tsv: Sequence[str] = (),
 ) -> Opener:
     """How a set is opened: from a file or folder that is named, else from VLMEvalKit's folder, else from the hub's local copy.
 
-    layouts: tried in this order. repo: the owner's dataset on the Hugging Face Hub. files: patterns of the set's files in that repository's
-    folder, the first that matches any is taken. tsv: VLMEvalKit's files, in $LMUData or ~/LMUData; all of them make the set.
-    """
+    layouts: tried in this order. repos: the owner's datasets on the Hugging Face Hub. files: patterns of the set's files in such a
+    folder; the first that matches any is taken. tsv: VLMEvalKit's files, in $LMUData or ~/LMUData; all of them make the set."""
 
     def open_set(path: Path | None) -> Items:
-        found = _below(path, files, tsv) if path else _on_this_machine(repo, files, tsv)
-        if not found and path:
-            raise ValueError(f"{title}: {path} has none of {', '.join((*files, *tsv))}; its owner publishes it at {page}")
-        if not found:
-            raise ValueError(
-                f"{title} is not on this machine; its owner publishes it at {page}. Download it"
-                + (f" (hf download {repo} --repo-type dataset)" if repo else "")
-                + " and give its folder or file, as NAME=PATH"
-            )
-        snapshot = _snapshot(repo)
-        return _items([_File(file, layouts, title, snapshot) for file in found], path or found[0])
+        found = find_files(title, page, path, repos, files, tsv)
+        snapshots = [snapshot for repo in repos if (snapshot := _snapshot(repo))]
+        return _items([_File(file, layouts, title, snapshots) for file in found], path or found[0])
 
     return open_set
+
+
+def find_files(title: str, page: str, path: Path | None, repos: Sequence[str], files: Sequence[str], tsv: Sequence[str]) -> list[Path]:
+    """The files of a set in a file or folder, or on this machine; ValueError, saying where its owner publishes it, when there are none."""
+    found = _below(path, files, tsv) if path else _on_this_machine(repos, files, tsv)
+    if not found and path:
+        raise ValueError(f"{title}: {path} has none of {', '.join((*files, *tsv))}; its owner publishes it at {page}")
+    if not found:
+        raise ValueError(
+            f"{title} is not on this machine; its owner publishes it at {page}. Download it"
+            + (f" (hf download {repos[0]} --repo-type dataset)" if repos else "")
+            + " and give its folder or file, as NAME=PATH"
+        )
+    return found
 
 
 class _File:
     """The items of one file."""
 
-    def __init__(self, path: Path, layouts: Sequence[Layout], title: str, snapshot: Path | None) -> None:
+    def __init__(self, path: Path, layouts: Sequence[Layout], title: str, snapshots: Sequence[Path]) -> None:
         self.records = open_records(path)
-        self._folders = tuple(
-            dict.fromkeys(folder for folder in (self.records.folder, *self.records.folder.parents[:2], snapshot) if folder)
-        )
+        self._folders = tuple(dict.fromkeys((self.records.folder, *self.records.folder.parents[:2], *snapshots)))
         self._rows: dict[str, int] | None = None
         if not len(self.records):
             raise ValueError(f"{title}: {path} has no rows")
@@ -241,18 +245,16 @@ def _below(path: Path, files: Sequence[str], tsv: Sequence[str]) -> list[Path]:
     return [path] if any((path / name).exists() for name in ("state.json", "dataset_dict.json")) or any(path.glob("*.parquet")) else []
 
 
-def _on_this_machine(repo: str, files: Sequence[str], tsv: Sequence[str]) -> list[Path]:
+def _on_this_machine(repos: Sequence[str], files: Sequence[str], tsv: Sequence[str]) -> list[Path]:
     lmu = Path(os.environ.get("LMUData") or Path.home() / "LMUData")
     if tsv and all((lmu / name).is_file() for name in tsv):
         return [lmu / name for name in tsv]
-    snapshot = _snapshot(repo)
-    return _below(snapshot, files, ()) if snapshot else []
+    found = (_below(snapshot, files, ()) for repo in repos if (snapshot := _snapshot(repo)))
+    return next((each for each in found if each), [])
 
 
 def _snapshot(repo: str) -> Path | None:
     """The folder of the hub's local copy of a dataset, None where there is none; nothing is downloaded."""
-    if not repo:
-        return None
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
