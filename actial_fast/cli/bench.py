@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ from actial_fast.cli.shared import Commands, check_model, settle
 
 if TYPE_CHECKING:
     from actial_fast.evaluation.bench import Scoring
-    from actial_fast.evaluation.items import Opened
     from actial_fast.evaluation.run import Asking
 
 OUT = "runs/bench"
@@ -25,8 +24,8 @@ def add(commands: Commands) -> None:
     """The commands of this group."""
     bench = commands.add_parser("bench", help="benchmarks by their owners' rules: replies kept, figures with intervals, tables")
     bench.add_argument("words", nargs="*", metavar="SET", help=f"{SETS}; with --table, folders of runs")
-    bench.add_argument("--model", action="append", default=[], metavar="[NAME=]M", help="a checkpoint folder or hub name, or with --server the "
-                       "name it is known by; several times for several models; NAME is for the tables")  # fmt: skip
+    bench.add_argument("--model", action="append", default=[], metavar="[NAME=]M", help="a checkpoint folder or hub name, or with --server "
+                       "the name it is known by; several times for several models; NAME is for the tables")  # fmt: skip
     bench.add_argument("-o", "--out", type=Path, default=Path(OUT), help="folder for OUT/SET/MODEL (default: %(default)s)")
     bench.add_argument("--list", action="store_true", help="the sets by name, and where their owners publish them")
     bench.add_argument(
@@ -39,8 +38,8 @@ def add(commands: Commands) -> None:
     how.add_argument("--max-new-tokens", type=int, default=0, help="longest reply (default: the set's own)")
     how.add_argument("--system", help="system prompt, or @FILE with it (default: the set's own; '' for the questions' own)")
     how.add_argument("--min-pixels", type=int, default=0, help="smaller pictures are scaled up (default: as the checkpoint says)")
-    how.add_argument("--max-pixels", type=int, default=0, help="larger pictures are scaled down, also for a server (default: as the checkpoint "
-                     "says)")  # fmt: skip
+    how.add_argument("--max-pixels", type=int, default=0, help="larger pictures are scaled down, also for a server (default: as the "
+                     "checkpoint says)")  # fmt: skip
     how.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="", help="of the weights (default: bfloat16 on CUDA, else float32)"
     )
@@ -116,8 +115,8 @@ def _bench(args: argparse.Namespace) -> int:
     if not args.model:
         raise ValueError("bench: --model M is missing, a checkpoint folder or hub name, or with --server the name it is known by")
     askings, scoring = _askings(args), _scoring(args)
-    sets = [catalogue.open_set(word) for word in args.words]
-    _distinct([each.set.name for each in sets], "sets", "give one of them another name with NAME=PATH")
+    sets = {_given(word): catalogue.open_set(word) for word in args.words}
+    _distinct([each.set.name for each in sets.values()], "sets", "put them into folders of other names, or to other folders with -o")
     if args.gpus not in (None, 1) and "RANK" not in os.environ:
         from actial_fast.cli.launch import launch
 
@@ -131,7 +130,7 @@ def _bench(args: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         from actial_fast.evaluation.run import folder_of
 
-        _show(args, results, [folder_of(args.out, each.set.name, asking.name).path for each in sets for asking in askings])
+        _show(args, results, [folder_of(args.out, each.set.name, asking.name).path for asking in askings for each in sets.values()])
     return 0
 
 
@@ -189,25 +188,20 @@ def _scoring(args: argparse.Namespace) -> Scoring:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from actial_fast.evaluation.bench import scored
+    from actial_fast.evaluation.bench import scored_again
     from actial_fast.evaluation.quiz import answers_to
     from actial_fast.evaluation.replies import runs_below
 
-    scoring = _scoring(args)
-    folders = []
+    scoring, folders = _scoring(args), []
     for word in map(Path, args.words):
-        if word.is_file():
-            folder, _ = answers_to(word, args.quiz or word.parent, args.out, _set_of)
-            folders.append(folder)
-        else:
-            folders += runs_below([word])
-    results = [scored(folder, _opened(folder.header().settings), scoring) for folder in folders]
+        folders += [answers_to(word, args.quiz or word.parent, args.out)] if word.is_file() else runs_below([word])
+    results = [scored_again(folder, scoring) for folder in folders]
     _show(args, results, [folder.path for folder in folders])
     return 0
 
 
 def _paper(args: argparse.Namespace) -> int:
-    from actial_fast.evaluation.paper import paper_tables
+    from actial_fast.evaluation.paper_tables import paper_tables
     from actial_fast.evaluation.replies import RESULT, runs_below
 
     files = [folder.path / RESULT for folder in runs_below(map(Path, args.words))]
@@ -260,18 +254,19 @@ def _quiz(args: argparse.Namespace) -> int:
 
     if args.count < 1:
         raise ValueError(f"--count {args.count}: a quiz has at least one question")
-    count = write_quiz(open_set(args.set), args.out, args.count, args.seed, args.on_bad_row)
+    count = write_quiz(_given(args.set), open_set(args.set), args.out, args.count, args.seed, args.on_bad_row)
     print(f"{args.out / PAGE}: {count:,} questions, without their answers, which are in {KEY}")
     print(f"score what people download from it: actial score answers-NAME.json --quiz {args.out}")
     return 0
 
 
-def _set_of(settings: Mapping[str, Any]) -> Any:
-    return _opened(settings).set
-
-
-def _opened(settings: Mapping[str, Any]) -> Opened:
-    raise NotImplementedError
+def _given(word: str) -> str:
+    """A word that catalogue.open_set takes, with its path whole, so that it opens the same from any folder."""
+    name, equals, path = word.partition("=")
+    if equals and not Path(word).exists():
+        return f"{name}={Path(path).expanduser().resolve()}"
+    file = Path(word).expanduser()
+    return str(file.resolve()) if file.exists() else word
 
 
 def _distinct(names: Sequence[str], what: str, how: str) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from actial_fast.data.sources.told import told
+from actial_fast.evaluation.catalogue import all_sets, file_set, find, open_set
 from actial_fast.evaluation.identity import identity
-from actial_fast.evaluation.owners import find_extractor
-from actial_fast.evaluation.items import Opened
+from actial_fast.evaluation.items import BenchmarkSet, Items, Opened
 from actial_fast.evaluation.judging import Judge
+from actial_fast.evaluation.owners import find_extractor
 from actial_fast.evaluation.page import write_errors
 from actial_fast.evaluation.replies import Folder
 from actial_fast.evaluation.run import Asking, Chosen, agreed, ask, folder_of, prepare
@@ -29,16 +30,17 @@ PATIENCE = 24 * 60  # minutes that a rank which is done waits for the others' la
 
 @dataclass(frozen=True)
 class Scoring:
-    """How replies become figures. extractor: what finds the answer in a reply, as extraction names them. judge: reads what that leaves open.
-    errors: replies on each page of errors, 0 for no page."""
+    """How replies become figures. extractor: what finds the answer in a reply, as owners.find_extractor names it. judge: reads what that
+    leaves open. errors: replies on each page of errors, 0 for no page."""
 
     extractor: str = "rules"
     judge: Judge | None = None
     errors: int = 200
 
 
-def bench(sets: Sequence[Opened], askings: Sequence[Asking], out: Path, scoring: Scoring) -> list[Result]:
-    """Put every set to every model, and return the results on rank 0, an empty list elsewhere; every rank calls.
+def bench(sets: Mapping[str, Opened], askings: Sequence[Asking], out: Path, scoring: Scoring) -> list[Result]:
+    """Put every set to every model, and return the results on rank 0, an empty list elsewhere; every rank calls. sets: by the words that
+    catalogue.open_set opens them by.
 
     Replies that are there already, made with the same settings, are not drawn again; a model is loaded only where some are missing. Raises
     ValueError for what cannot be opened, before any model is loaded, and where a folder holds replies that were made otherwise.
@@ -47,7 +49,10 @@ def bench(sets: Sequence[Opened], askings: Sequence[Asking], out: Path, scoring:
     with world(PATIENCE) as where, contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop(where))
         # all that can be refused is looked at before the first model is loaded
-        jobs = [(asking, [_begin(opened, asking, out, where, stack) for opened in sets]) for asking in _settled(askings, where)]
+        jobs = [
+            (asking, [_begin(given, opened, asking, out, where, stack) for given, opened in sets.items()])
+            for asking in _settled(askings, where)
+        ]
         for asking, runs in jobs:
             results += _run(asking, runs, scoring, where, stop)
         where.barrier()
@@ -73,7 +78,7 @@ def _settled(askings: Sequence[Asking], where: World) -> list[Asking]:
     return [a if a.engine == "server" else replace(a, dtype=a.dtype or usual_dtype(where)) for a in askings]
 
 
-def _begin(opened: Opened, asking: Asking, out: Path, where: World, stack: contextlib.ExitStack) -> _Run:
+def _begin(given: str, opened: Opened, asking: Asking, out: Path, where: World, stack: contextlib.ExitStack) -> _Run:
     """The run's folder, locked until `stack` ends, and the questions."""
     folder = folder_of(out, opened.set.name, asking.name)
 
@@ -82,7 +87,7 @@ def _begin(opened: Opened, asking: Asking, out: Path, where: World, stack: conte
         if asking.engine != "server":
             known = identity(asking.model)
         stack.enter_context(locked(folder.path))
-        return prepare(opened, asking, known, versions(where), folder)
+        return prepare(given, opened, asking, known, versions(where), folder)
 
     return _Run(opened, folder, agreed(where, begin))
 
@@ -91,19 +96,41 @@ def _run(asking: Asking, runs: Sequence[_Run], scoring: Scoring, where: World, s
     """Draw what is missing with one model, and the results on rank 0."""
     unanswered: list[dict[str, str]] = [{} for _ in runs]
     if agreed(where, lambda: any(run.missing() for run in runs)):
-        weights = ModelConfig(path=asking.model, min_pixels=asking.min_pixels, max_pixels=asking.max_pixels)
-        weights = replace(weights, dtype=asking.dtype) if asking.dtype else weights
+        weights = ModelConfig(
+            path=asking.model, dtype=asking.dtype or "float32", min_pixels=asking.min_pixels, max_pixels=asking.max_pixels
+        )
         longest = max(asking.longest_of(run.opened.set) for run in runs)
         with contextlib.ExitStack() as held:
             engine, reader = open_model(weights, asking.rollout, where, held, max_prompt=asking.max_prompt, longest_reply=longest)
             unanswered = [ask(run.opened, asking, run.chosen, engine, reader, run.folder, where, stop) for run in runs]
-    return [scored(run.folder, run.opened, scoring, without) for run, without in zip(runs, unanswered, strict=True)] if where.main else []
+    if not where.main:
+        return []
+    drawn = zip(runs, unanswered, strict=True)
+    return [scored(run.folder, run.opened.set, run.opened.items, scoring, without) for run, without in drawn]
 
 
-def scored(folder: Folder, opened: Opened, scoring: Scoring, unanswered: dict[str, str] | None = None) -> Result:
-    """The figures of a folder, with its result.json and its page written."""
-    extract = find_extractor(scoring.extractor, opened.set)
-    result = score(folder, opened.set, extract=extract, extractor=scoring.extractor, judge=scoring.judge, unanswered=unanswered)
+def scored(
+    folder: Folder, benchmark: BenchmarkSet, pictures: Items | None, scoring: Scoring, unanswered: Mapping[str, str] | None = None
+) -> Result:
+    """The figures of a folder, with its result.json and its page written. pictures: the set as it was opened, where it is at hand."""
+    extract = find_extractor(scoring.extractor, benchmark)
+    result = score(folder, benchmark, extract=extract, extractor=scoring.extractor, judge=scoring.judge, unanswered=unanswered)
     if scoring.errors:
-        write_errors(folder, scoring.errors, opened.items)
+        write_errors(folder, scoring.errors, pictures)
     return result
+
+
+def scored_again(folder: Folder, scoring: Scoring) -> Result:
+    """The same of a folder whose set is found by its settings; its files need not be on this machine any more."""
+    settings = folder.header().settings
+    benchmark, pictures = set_of(settings), None
+    if scoring.errors:
+        with contextlib.suppress(ValueError, OSError):  # then the page has no pictures
+            pictures = open_set(settings["set.given"]).items
+    return scored(folder, benchmark, pictures, scoring)
+
+
+def set_of(settings: Mapping[str, Any]) -> BenchmarkSet:
+    """The set that a run's settings name."""
+    names = [each.name for each in all_sets()]
+    return find(settings["set.name"]) if settings["set.name"] in names else file_set(Path(settings["set.path"]))

@@ -20,9 +20,10 @@ def write_tsv(items: Items, out: Path, on_bad_row: str = "error") -> tuple[int, 
     """Write the questions of a set; return how many, and the bad rows that were left out (on_bad_row: "skip").
 
     Columns: index, question, A, B, ..., answer (a letter), category, image (base64; a list where there are several, or the index of an
-    earlier row with the same pictures), image_path (their names), and g_index where questions are grouped. VLMEvalKit puts pictures first and the
-    options and its own request for one behind the question, so these leave the prompt; where pictures stand in the middle of a text, their
-    places say "image 1". Open questions have no options. Raises ValueError for a set that has both kinds, BadRow for what cannot be read.
+    earlier row with the same pictures), image_path (their names), and g_index where questions are grouped. VLMEvalKit puts pictures first,
+    and the options and its own request for one behind the question, so these leave the prompt; where pictures stand in the middle of a
+    text, their places say "image 1". Open questions have no options. Raises ValueError for a set that has both kinds, BadRow for what
+    cannot be read.
     """
     rows: list[dict[str, str]] = []
     bad: list[BadRow] = []

@@ -67,9 +67,9 @@ def intervals(items: Sequence[Item], scores: Sequence[float], metric: Metric) ->
 @dataclass(frozen=True)
 class Paired:
     """Two models on the same items. n: items; clusters: of them. difference: the second's mean score minus the first's; low, high: its
-    95% interval, of a bootstrap over clusters. only_first, only_second: items that one alone has right, and mcnemar: the exact two-sided p-value
-    of these two numbers, which takes items for independent; None where scores are not just right or wrong. by_clusters: the p-value of a
-    test that swaps the models in whole clusters, which does not."""
+    95% interval, of a bootstrap over clusters. only_first, only_second: items that one alone has right, and mcnemar: the exact two-sided
+    p-value of these two numbers, which takes items for independent; None where scores are not just right or wrong. by_clusters: the p-value
+    of a test that swaps the models in whole clusters, which does not."""
 
     n: int
     clusters: int

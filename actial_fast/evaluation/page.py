@@ -53,6 +53,7 @@ def _pictures(item: Item, places: Mapping[str, int], opened: Items | None) -> tu
     if item.images and len(item.images) == item.prompt.count(IMAGE_TAG):
         return item.images
     try:
-        return opened[places[item.id]].images if opened is not None else ()
-    except (BadRow, IndexError):  # it has changed since
-        return ()
+        found = opened[places[item.id]] if opened is not None else None
+    except (BadRow, IndexError):
+        found = None
+    return found.images if found is not None and found.prompt == item.prompt else ()  # the set may have changed since

@@ -7,28 +7,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
 from actial_fast.data.sources.row import IMAGE_TAG
 from actial_fast.evaluation.export import stem
-from actial_fast.evaluation.items import BenchmarkSet, Item, Items, Opened
-from actial_fast.evaluation.replies import REPLIES, Folder, append, items_of
+from actial_fast.evaluation.items import Items, Opened
+from actial_fast.evaluation.replies import REPLIES, Folder, Kept, append
 from actial_fast.evaluation.run import choose, folder_of
 from actial_fast.report.quiz import Asked, quiz_page
 
 PAGE, KEY = "quiz.html", "quiz.json"
 
 
-def write_quiz(opened: Opened, folder: Path, count: int, seed: int, on_bad_row: str = "error") -> int:
-    """Write the page and the key of `count` questions, drawn by the seed (a few more where whole groups are drawn); return their number."""
+def write_quiz(given: str, opened: Opened, folder: Path, count: int, seed: int, on_bad_row: str = "error") -> int:
+    """Write the page and the key of `count` questions, drawn by the seed (a few more where whole groups are drawn); return their number.
+    given: what opens the set again."""
     chosen = choose(opened.items, count, seed, on_bad_row)
     digest = f"{chosen.digest[:12]}-{seed}-{len(chosen.records)}"
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "set.name": opened.set.name,
-        "set.path": str(opened.items.path),
+        "set.given": given,
+        "set.path": str(opened.items.path.resolve()),
         "set.content": chosen.digest,
         "set.limit": count,
         "set.seed": seed,
@@ -41,8 +44,8 @@ def write_quiz(opened: Opened, folder: Path, count: int, seed: int, on_bad_row: 
     return len(questions)
 
 
-def answers_to(answers: Path, quiz: Path, out: Path, sets: Any) -> tuple[Folder, BenchmarkSet]:
-    """Somebody's answers as a run below `out`, and its set. sets: settings -> the set. quiz: the quiz's folder.
+def answers_to(answers: Path, quiz: Path, out: Path) -> Folder:
+    """Somebody's answers as a run below `out`, to be scored. quiz: the quiz's folder.
 
     ValueError where the file holds no answers, or to another quiz. Answering again under the same name replaces the answers.
     """
@@ -57,18 +60,12 @@ def answers_to(answers: Path, quiz: Path, out: Path, sets: Any) -> tuple[Folder,
     if told.get("quiz") != key["quiz"]:
         raise ValueError(f"{answers}: answers to the quiz {told.get('quiz')}, and {quiz} holds {key['quiz']}")
     settings = {**key["settings"], "model.name": who, "engine": "human"}
-    folder, benchmark = folder_of(out, settings["set.name"], f"human-{who}"), sets(settings)
+    folder = folder_of(out, settings["set.name"], f"human-{who}")
     (folder.path / REPLIES).unlink(missing_ok=True)
     folder.begin(settings, {}, key["records"])
-    items = {item.id: item for item in items_of(key["records"])}
-    append(folder.path / REPLIES, (_record(items[name], str(text), benchmark) for name, text in given.items() if name in items))
-    return folder, benchmark
-
-
-def _record(item: Item, text: str, benchmark: BenchmarkSet) -> Mapping[str, Any]:
-    verdict = benchmark.judge(item, text)
-    read = {"extracted": verdict.extracted, "score": verdict.score, "rule": verdict.rule}
-    return {"id": item.id, "text": text, **read, "tokens": 0, "finish": "stop"}
+    names = [record["id"] for record in key["records"]]
+    append(folder.path / REPLIES, (asdict(Kept(i, str(given[i]), None, 0.0, "", 0, "stop")) for i in names if i in given))
+    return folder
 
 
 def _asked(items: Items, record: Mapping[str, Any]) -> Asked:

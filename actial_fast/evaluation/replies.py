@@ -90,9 +90,9 @@ class Folder:
         history: tuple[Mapping[str, Any], ...] = (versions,)
         if file.exists():
             before = self.header()
-            changed = [k for k in (*before.settings, *settings) if before.settings.get(k) != settings.get(k)]
+            changed = _changed(before.settings, settings)
             if changed and (self.replies() or self.split()):
-                shown = ", ".join(f"{k} ({before.settings.get(k)!r} before, {settings.get(k)!r} now)" for k in dict.fromkeys(changed))
+                shown = ", ".join(f"{k} ({before.settings.get(k)!r} before, {settings.get(k)!r} now)" for k in changed)
                 raise ValueError(f"{self.path} holds replies made otherwise: {shown}; choose another folder with -o, or delete it")
             same = before.versions and before.versions[-1] == versions
             history = before.versions if same else (*before.versions, versions)
@@ -139,6 +139,13 @@ class Folder:
 
     def _parts(self) -> list[Path]:
         return sorted(self.path.glob("replies.rank*.jsonl"))
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that differ in earnest: where a set or a checkpoint lies is nothing to its replies."""
+    known = now.get("model.content") and before.get("model.content") == now.get("model.content")
+    free = ("set.given", "set.path", *(("model.path", "model.step") if known else ()))
+    return [k for k in dict.fromkeys((*before, *now)) if before.get(k) != now.get(k) and k not in free]
 
 
 def append(file: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -38,8 +38,8 @@ REJECTS = "rejects.jsonl"
 @dataclass(frozen=True)
 class Asking:
     """How questions are put. model: a checkpoint folder, a hub name, or the name that a server knows. name: what tables call it. engine,
-    url, workers: as RolloutConfig. temperature: 0 = greedy. max_new_tokens: longest reply, 0 = the set's own. system: system prompt, None = the
-    set's own. min_pixels, max_pixels: of images, 0 = the checkpoint's. dtype: of the weights, "" = the computation's. limit: so many
+    url, workers: as RolloutConfig. temperature: 0 = greedy. max_new_tokens: longest reply, 0 = the set's own. system: system prompt, None =
+    the set's own. min_pixels, max_pixels: of images, 0 = the checkpoint's. dtype: of the weights, "" = the computation's. limit: so many
     questions, drawn by `seed`, 0 = all. on_bad_row: "error" or "skip". kv_tokens, max_prompt, tensor_parallel, gpu_memory, max_images: what
     the engine may hold."""
 
@@ -53,7 +53,7 @@ class Asking:
     system: str | None = None
     min_pixels: int = 0
     max_pixels: int = 0
-    dtype: str = ""
+    dtype: Literal["", "float32", "bfloat16"] = ""
     limit: int = 0
     seed: int = 0
     on_bad_row: str = "error"
@@ -135,14 +135,15 @@ def choose(items: Items, limit: int, seed: int, on_bad_row: str) -> Chosen:
     return Chosen(records, digest, bad)
 
 
-def prepare(opened: Opened, asking: Asking, model: Mapping[str, Any], versions: Mapping[str, Any], folder: Folder) -> Chosen:
+def prepare(given: str, opened: Opened, asking: Asking, model: Mapping[str, Any], versions: Mapping[str, Any], folder: Folder) -> Chosen:
     """Choose the questions and make the run's folder, or go on with it; ValueError as Folder.begin and choose raise it. One rank calls.
 
-    model: the checkpoint as identity gives it, or what a server is."""
+    given: what opens the set again. model: the checkpoint as identity gives it, or what a server is."""
     chosen, benchmark = choose(opened.items, asking.limit, asking.seed, asking.on_bad_row), opened.set
     settings = {
         "set.name": benchmark.name,
-        "set.path": str(opened.items.path),
+        "set.given": given,
+        "set.path": str(opened.items.path.resolve()),
         "set.content": chosen.digest,
         "set.limit": asking.limit,
         "set.seed": asking.seed,

@@ -78,8 +78,8 @@ def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
         heads,
         rows,
         (
-            "Mean score over the same questions, in points; the interval is a bootstrap over clusters. McNemar's exact test takes questions "
-            "for independent, the test by clusters swaps the two models in whole clusters.",
+            "Mean score over the same questions, in points; the interval is a bootstrap over clusters. McNemar's exact test takes "
+            "questions for independent, the test by clusters swaps the two models in whole clusters.",
         ),
     )
 

@@ -22,7 +22,7 @@ def main() -> None:
         append(file, records)
 
     run.append = counted
-    results = bench([pairs(lab)], [asking(lab)], out, Scoring(errors=0))
+    results = bench({"pairs": pairs(lab)}, [asking(lab)], out, Scoring(errors=0))
     (out / f"drawn{os.environ['RANK']}").write_text(str(len(drawn)))
     if os.environ["RANK"] == "0":
         print(json.dumps({"results": len(results), "drawn": [int((out / f"drawn{r}").read_text()) for r in (0, 1)]}))

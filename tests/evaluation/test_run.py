@@ -35,7 +35,7 @@ def replies_in(folder: Path) -> list[dict]:
 def whole(lab, tmp_path_factory) -> Path:
     """A run that nothing disturbed."""
     out = tmp_path_factory.mktemp("whole")
-    bench([pairs(lab)], [asking(lab)], out, Scoring())
+    bench({"pairs": pairs(lab)}, [asking(lab)], out, Scoring())
     return out / "pairs" / "tiny"
 
 
@@ -60,7 +60,7 @@ def test_every_reply_is_kept_with_what_was_made_of_it(lab, whole):
 
 def test_a_run_that_is_there_loads_no_model(lab, whole, monkeypatch):
     monkeypatch.setattr(bench_module, "open_model", lambda *a, **k: pytest.fail("loaded"))
-    (result,) = bench([pairs(lab)], [asking(lab)], whole.parents[1], QUIET)
+    (result,) = bench({"pairs": pairs(lab)}, [asking(lab)], whole.parents[1], QUIET)
     assert result["n"] == 12
 
 
@@ -74,7 +74,7 @@ def test_a_killed_run_goes_on_to_the_same_replies_once_each(lab, whole, tmp_path
         "def dying(file, records):\n    records = list(records); append(file, records); seen.extend(records)\n"
         "    if len(seen) >= 5: os.kill(os.getpid(), signal.SIGKILL)\n"
         "run.append = dying\nlab = SimpleNamespace(model=Path(sys.argv[1]), questions=Path(sys.argv[2]))\n"
-        "bench([pairs(lab)], [asking(lab)], Path(sys.argv[3]), Scoring(errors=0))\n"
+        "bench({'pairs': pairs(lab)}, [asking(lab)], Path(sys.argv[3]), Scoring(errors=0))\n"
     )
     command = [sys.executable, "-c", code, str(lab.model), str(lab.questions), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
@@ -82,7 +82,7 @@ def test_a_killed_run_goes_on_to_the_same_replies_once_each(lab, whole, tmp_path
     file = tmp_path / "pairs" / "tiny" / "replies.jsonl"
     assert 5 <= file.read_text().count("\n") < 12
     file.write_bytes(file.read_bytes()[:-5])
-    bench([pairs(lab)], [asking(lab)], tmp_path, QUIET)
+    bench({"pairs": pairs(lab)}, [asking(lab)], tmp_path, QUIET)
     assert replies_in(file.parent) == replies_in(whole)
 
 
@@ -90,7 +90,7 @@ def test_a_killed_run_goes_on_to_the_same_replies_once_each(lab, whole, tmp_path
 def test_ranks_share_the_work_and_end_with_one_file(lab, whole, tmp_path):
     """A second rank's file from a run that was killed is put in too."""
     folder = tmp_path / "pairs" / "tiny"
-    bench([pairs(lab)], [asking(lab)], tmp_path, QUIET)
+    bench({"pairs": pairs(lab)}, [asking(lab)], tmp_path, QUIET)
     lines = (folder / "replies.jsonl").read_text().splitlines(keepends=True)
     (folder / "replies.jsonl").write_text("".join(lines[:3]))
     (folder / "replies.rank1.jsonl").write_text("".join(lines[2:5]) + lines[5][:20])
@@ -111,15 +111,15 @@ def test_ranks_share_the_work_and_end_with_one_file(lab, whole, tmp_path):
 )
 def test_other_settings_do_not_go_on_with_it(lab, whole, changes, match):
     with pytest.raises(ValueError, match=match):
-        bench([pairs(lab)], [asking(lab, **changes)], whole.parents[1], QUIET)
+        bench({"pairs": pairs(lab)}, [asking(lab, **changes)], whole.parents[1], QUIET)
     assert len(replies_in(whole)) == 12
 
 
 def test_a_changed_set_or_model_does_not_either(lab, whole, tiny):
     with pytest.raises(ValueError, match=r"model.path .* model.content "):
-        bench([pairs(lab)], [asking(lab, model=str(tiny))], whole.parents[1], QUIET)
+        bench({"pairs": pairs(lab)}, [asking(lab, model=str(tiny))], whole.parents[1], QUIET)
     with pytest.raises(ValueError, match=r"set.content "):
-        bench([pairs(lab, 9)], [asking(lab)], whole.parents[1], QUIET)
+        bench({"pairs": pairs(lab, 9)}, [asking(lab)], whole.parents[1], QUIET)
 
 
 def test_a_subset_is_drawn_by_the_seed_groups_whole(lab):
@@ -134,7 +134,7 @@ def test_a_subset_is_drawn_by_the_seed_groups_whole(lab):
 
 
 def test_replies_of_a_subset_are_those_of_the_whole(lab, whole, tmp_path):
-    bench([pairs(lab)], [asking(lab, limit=4, seed=0, temperature=0.0)], tmp_path, QUIET)
+    bench({"pairs": pairs(lab)}, [asking(lab, limit=4, seed=0, temperature=0.0)], tmp_path, QUIET)
     kept = {r["id"]: r for r in replies_in(whole)}
     mine = replies_in(tmp_path / "pairs" / "tiny")
     assert len(mine) == 4 and all(kept[r["id"]] == r for r in mine)
@@ -164,16 +164,16 @@ def test_bad_questions_end_it_before_a_model_loads_or_are_left_out(lab, tmp_path
         return replace(item, images=(tmp_path / "gone.png", *item.images[1:])) if index == 4 else item
 
     broken = Opened(opened.set, Items(opened.items.path, 6, get))
-    (result,) = bench([broken], [asking(lab, on_bad_row="skip")], tmp_path, QUIET)
+    (result,) = bench({"pairs": broken}, [asking(lab, on_bad_row="skip")], tmp_path, QUIET)
     assert result["n"] == 5 and result["missing"] == 1 and "gone.png does not exist" in next(iter(result["why_missing"]))
     rejected = [json.loads(line)["reason"] for line in (tmp_path / "pairs" / "tiny" / "rejects.jsonl").read_text().splitlines()]
     assert len(rejected) == 2 and rejected[0] == "no answer"
     lost = Opened(opened.set, Items(opened.items.path, 6, lambda index: get(index if index != 2 else 1)))
     with pytest.raises(BadRow, match=r"gone.png"):
-        bench([lost], [asking(lab)], tmp_path / "lost", QUIET)
+        bench({"pairs": lost}, [asking(lab)], tmp_path / "lost", QUIET)
     monkeypatch.setattr(bench_module, "open_model", lambda *a, **k: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="rows:3: no answer"):
-        bench([broken], [asking(lab)], tmp_path / "broken", QUIET)
+        bench({"pairs": broken}, [asking(lab)], tmp_path / "broken", QUIET)
 
 
 def test_the_same_id_twice_is_two_questions(lab):
@@ -197,11 +197,11 @@ def test_a_server_answers_is_asked_again_and_its_refusals_count_as_wrong(lab, tm
 
     with server(answer) as (url, requests):
         served = asking(lab, model="m", name="served", engine="server", url=url, workers=1)
-        (result,) = bench([pairs(lab, 4)], [served], tmp_path, QUIET)
+        (result,) = bench({"pairs": pairs(lab, 4)}, [served], tmp_path, QUIET)
         assert 1 <= result["missing"] <= 4 and result["rules"] == {"answer": 4 - result["missing"]}
         before = len(requests)
         refused[:] = ["not asked"]
-        (result,) = bench([pairs(lab, 4)], [served], tmp_path, QUIET)
+        (result,) = bench({"pairs": pairs(lab, 4)}, [served], tmp_path, QUIET)
         assert result["missing"] == 0 and len(requests) - before < 4, "only what had no reply"
     assert {r["text"] for r in replies_in(tmp_path / "pairs" / "served")} == {"The answer is B."}
 
