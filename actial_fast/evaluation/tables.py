@@ -113,11 +113,12 @@ def as_text(table: Table) -> str:
 
     drawn = Drawn(box=box.SIMPLE_HEAD, pad_edge=False)
     for k, head in enumerate(table.heads):
-        drawn.add_column(head, justify="right" if k else "left", no_wrap=bool(k))
+        drawn.add_column(head, justify="right" if k else "left", no_wrap=True)
     for row in table.rows:
         drawn.add_row(*row)
     out = StringIO()
-    Console(file=out, width=max(120, 14 * len(table.heads)), color_system=None, markup=False).print(drawn)
+    wide = sum(max(map(len, column)) + 3 for column in zip(table.heads, *table.rows, strict=True)) + 2
+    Console(file=out, width=wide, color_system=None, markup=False).print(drawn)
     lines = [line[1:].rstrip() for line in out.getvalue().splitlines()]  # the box has an empty left edge
     return "\n".join([table.title, *(line for line in lines if line), *table.notes])
 
