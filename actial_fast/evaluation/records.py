@@ -13,7 +13,6 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from actial_fast.data.sources.answers import lettered_options
 from actial_fast.data.sources.fields import absent, kind_of, one_image, parsed, text
 from actial_fast.data.sources.reader import Records, open_records
 from actial_fast.data.sources.row import IMAGE_TAG, BadRow, shortened
@@ -114,11 +113,6 @@ def unlettered(options: Sequence[str]) -> tuple[str, ...]:
     if all(label and label.group(1) == letter for label, letter in zip(labels, ascii_uppercase, strict=False)):
         return tuple(option[label.end() :].strip() if label else option for option, label in zip(options, labels, strict=True))
     return tuple(options)
-
-
-def options_in(question: str) -> tuple[str, ...]:
-    """The options that a question offers as A. ..., B: ... or (C) ..., in lines or in one line."""
-    return tuple(option.strip().rstrip(",;") for option in lettered_options(question))
 
 
 @dataclass(frozen=True)

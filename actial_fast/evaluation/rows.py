@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from string import ascii_uppercase
 
+from actial_fast.data.sources.asked import lettered
 from actial_fast.data.sources.row import BadRow, Row
 from actial_fast.data.sources.source import SourceConfig, View, open_source
 from actial_fast.evaluation.items import Form, Item, Items, Opener
-from actial_fast.evaluation.records import find_files, options_in
+from actial_fast.evaluation.records import find_files
 from actial_fast.evaluation.specs import open_answer
 
 
@@ -25,7 +26,7 @@ def item_of(row: Row, number: int) -> Item:
         raise BadRow(row.where, f"the prompt ends with the {last.role}'s turn, not with a question")
     if not row.truth:
         raise BadRow(row.where, "no truth to compare a reply with")
-    shown = options_in(last.content)
+    shown = lettered(last.content)
     options, form, answer = row.choices or shown, FORM_TEXT, row.truth
     letters = ascii_uppercase[: len(options)]
     if options and len(answer) == 1 and answer.upper() in letters and answer not in options:

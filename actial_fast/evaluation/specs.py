@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from string import ascii_uppercase
 
 from actial_fast.data.sources.answers import matches
+from actial_fast.data.sources.asked import lettered
 from actial_fast.evaluation.extraction import rules
 from actial_fast.evaluation.items import BenchmarkSet, Extract, Form, Item, Metric, Opener
 from actial_fast.evaluation.numbers import number_worth, quantity
 from actial_fast.evaluation.owners import paper
-from actial_fast.evaluation.records import Layout, Record, letter_of, options_in, placed, unlettered
+from actial_fast.evaluation.records import Layout, Record, letter_of, placed, unlettered
 
 PLEASE = "Please select the correct answer from the options above. \n"  # VLMEvalKit's
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -84,7 +85,7 @@ def vlmevalkit(
     list or as lines."""
 
     def item(record: Record) -> Item:
-        options = letters_of_columns(record) or unlettered(record.texts("candidates")) or options_in(record.text("question"))
+        options = letters_of_columns(record) or unlettered(record.texts("candidates")) or lettered(record.text("question"))
         images = record.images("image") if record.has("image") else record.images("image_path")
         given = record.needed("answer")
         answer, form = (letter_of(given, options, record.where), LETTER_FORM) if options else open_answer(given)

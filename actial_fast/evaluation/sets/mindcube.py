@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from actial_fast.data.sources.asked import lettered
 from actial_fast.data.sources.row import IMAGE_TAG
 from actial_fast.evaluation.figures import each, micro, together
 from actial_fast.evaluation.items import BenchmarkSet, Item
 from actial_fast.evaluation.owners import mindcube
-from actial_fast.evaluation.records import Layout, Record, opener, options_in
+from actial_fast.evaluation.records import Layout, Record, opener
 from actial_fast.evaluation.specs import LETTER, benchmark, choices_item, vlmevalkit
 
 PAGE = "https://huggingface.co/datasets/MLL-Lab/MindCube"
@@ -42,7 +43,7 @@ def item(record: Record) -> Item:
         id=record.needed("id"),
         prompt=ask(record, ()),
         images=["images"],
-        options=options_in(question.replace(IMAGE_TAG, " ")),
+        options=lettered(question.replace(IMAGE_TAG, " ")),
         answer=record.needed("gt_answer", "grounded_output"),
         category=setting(record.text("id")),
     )

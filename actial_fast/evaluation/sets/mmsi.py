@@ -9,10 +9,11 @@ import re
 from collections.abc import Sequence
 from string import ascii_uppercase
 
+from actial_fast.data.sources.asked import lettered
 from actial_fast.evaluation.figures import each, micro, products, together
 from actial_fast.evaluation.items import Item
 from actial_fast.evaluation.owners import mmsi
-from actial_fast.evaluation.records import Layout, Record, opener, options_in
+from actial_fast.evaluation.records import Layout, Record, opener
 from actial_fast.evaluation.sets.paper import BASE, BOTH, ONE_STAGE, table
 from actial_fast.evaluation.specs import LETTER, benchmark, choices_item, vlmevalkit
 
@@ -50,7 +51,7 @@ def item(record: Record) -> Item:
         id=record.needed("id"),
         prompt=f"{record.needed('question')}\n{ENCLOSE}",
         images=["images"],
-        options=options_in(record.text("question")),
+        options=lettered(record.text("question")),
         answer=record.needed("answer"),
         category=short(record.text("question_type")),
     )

@@ -7,12 +7,13 @@ haoningwu3639/SpatialScore, version_0/test_qwen.py and utils/util.py.
 
 from __future__ import annotations
 
+from actial_fast.data.sources.asked import lettered
 from actial_fast.data.sources.row import IMAGE_TAG
 from actial_fast.evaluation.figures import each, meta, micro, together
 from actial_fast.evaluation.items import Item, Measure
 from actial_fast.evaluation.numbers import quantity
 from actial_fast.evaluation.owners import spatialscore
-from actial_fast.evaluation.records import Layout, Record, letter_of, opener, options_in
+from actial_fast.evaluation.records import Layout, Record, letter_of, opener
 from actial_fast.evaluation.specs import LETTER_FORM, benchmark, open_answer
 
 PAGE = "https://huggingface.co/datasets/haoningwu/SpatialScore"
@@ -35,7 +36,7 @@ ASK_LENGTH = (
 def item(record: Record) -> Item:
     """Of the owner's JSON."""
     question, source, kind = record.needed("question"), record.text("source"), record.text("question_type").lower()
-    answer, options = record.needed("answer"), options_in(record.text("question"))
+    answer, options = record.needed("answer"), lettered(record.text("question"))
     form, measure = LETTER_FORM, EQUAL
     if kind == "multi-choice":
         answer = letter_of(answer, options, record.where)
