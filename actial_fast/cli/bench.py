@@ -216,10 +216,11 @@ def _show(args: argparse.Namespace, results: Sequence[Mapping[str, Any]], folder
     """A table a set with all of its models, and below what two models differ by."""
     from actial_fast.evaluation.replies import ERRORS, Folder
     from actial_fast.evaluation.scoring import comparisons
-    from actial_fast.evaluation.tables import comparison_table, set_table
+    from actial_fast.evaluation.tables import comparison_table, set_table, summary_table
 
     names = list(dict.fromkeys(result["set"] for result in results))
     tables = [set_table([result for result in results if result["set"] == name]) for name in names]
+    tables += [summary_table(results)] if len(names) > 1 else []
     pairs = comparisons([Folder(path) for path in folders])
     _print(args, [*tables, *([comparison_table(pairs)] if pairs else [])], {"results": list(results), "comparisons": pairs})
     if args.form == "text" and args.json != "-" and args.errors:

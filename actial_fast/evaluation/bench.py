@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from actial_fast.evaluation.replies import Folder
 from actial_fast.evaluation.run import Asking, Chosen, agreed, ask, folder_of, prepare
 from actial_fast.evaluation.scoring import Result, score
 from actial_fast.rollout.engines import open_model, usual_dtype
+from actial_fast.rollout.protocol import nobody
 from actial_fast.settings.model import ModelConfig
 from actial_fast.train.dist import World, world
 from actial_fast.train.lock import locked
@@ -55,7 +56,8 @@ def bench(sets: Mapping[str, Opened], askings: Sequence[Asking], out: Path, scor
         ]
         for asking, runs in jobs:
             results += _run(asking, runs, scoring, where, stop)
-        where.barrier()
+            if stop.agreed():  # while a judge was asked
+                raise stop.stopped(f"stopped behind {asking.name}; the same command goes on")
     told.close()
     return results
 
@@ -106,15 +108,28 @@ def _run(asking: Asking, runs: Sequence[_Run], scoring: Scoring, where: World, s
     if not where.main:
         return []
     drawn = zip(runs, unanswered, strict=True)
-    return [scored(run.folder, run.opened.set, run.opened.items, scoring, without) for run, without in drawn]
+    return [scored(run.folder, run.opened.set, run.opened.items, scoring, without, lambda: stop.asked) for run, without in drawn]
 
 
 def scored(
-    folder: Folder, benchmark: BenchmarkSet, pictures: Items | None, scoring: Scoring, unanswered: Mapping[str, str] | None = None
+    folder: Folder,
+    benchmark: BenchmarkSet,
+    pictures: Items | None,
+    scoring: Scoring,
+    unanswered: Mapping[str, str] | None = None,
+    asked_to_stop: Callable[[], bool] = nobody,
 ) -> Result:
     """The figures of a folder, with its result.json and its page written. pictures: the set as it was opened, where it is at hand."""
     extract = find_extractor(scoring.extractor, benchmark)
-    result = score(folder, benchmark, extract=extract, extractor=scoring.extractor, judge=scoring.judge, unanswered=unanswered)
+    result = score(
+        folder,
+        benchmark,
+        extract=extract,
+        extractor=scoring.extractor,
+        judge=scoring.judge,
+        unanswered=unanswered,
+        asked_to_stop=asked_to_stop,
+    )
     if scoring.errors:
         write_errors(folder, scoring.errors, pictures)
     return result

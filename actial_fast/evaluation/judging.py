@@ -6,7 +6,7 @@ What it says is kept beside the replies, one line each, so that it is asked once
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from actial_fast.data.sources.stream import Example
 from actial_fast.evaluation.items import BenchmarkSet, Item, Verdict
 from actial_fast.evaluation.replies import JUDGED, Folder, Kept, append
 from actial_fast.rollout.client import Client
-from actial_fast.rollout.protocol import Draw, Reply, Watch
+from actial_fast.rollout.protocol import Draw, Reply, Watch, nobody
 from actial_fast.rollout.server import Rows, Server
 
 RULE = "judge"  # of a verdict that a judging model's reading led to
@@ -50,7 +50,12 @@ class Judge:
 
 
 def readings(
-    folder: Folder, judge: Judge, benchmark: BenchmarkSet, items: Mapping[str, Item], kept: Mapping[str, Kept]
+    folder: Folder,
+    judge: Judge,
+    benchmark: BenchmarkSet,
+    items: Mapping[str, Item],
+    kept: Mapping[str, Kept],
+    asked_to_stop: Callable[[], bool] = nobody,
 ) -> dict[str, Verdict]:
     """The verdicts on replies that the rules found no answer in, by item's id, as the judge reads them; an empty reply has none.
 
@@ -73,7 +78,7 @@ def readings(
 
     server = Server(Client(judge.url, judge.model), judge.workers)
     keys = [(int(np.frombuffer(_hash(open_ones[name]).encode()[:4], np.uint32)[0]),) for name in asked]
-    server.generate(prompts, Draw(1, 0.0, TOKENS), keys, Watch(drawn=drawn, failed=lambda k, why: None))
+    server.generate(prompts, Draw(1, 0.0, TOKENS), keys, Watch(drawn=drawn, failed=lambda k, why: None, asked=asked_to_stop))
     found = {}
     for name, reply in open_ones.items():
         if (text := said.get((name, _hash(reply)))) is not None:

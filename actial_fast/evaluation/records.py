@@ -72,7 +72,10 @@ class Record:
         """The images of these fields, each one or a list: paths, bytes, {"bytes", "path"} or base64 text; BadRow when there is none."""
         found: list[Path | bytes] = []
         for key in keys:
-            value = parsed(self.values.get(key), f"`{key}`", self.where)
+            value = self.values.get(key)
+            if isinstance(value, str) and len(value) <= 64 and (other := self.row_of(value.strip())):
+                value = other.get(key)  # all of another row's
+            value = parsed(value, f"`{key}`", self.where)
             for each in [] if absent(value) else value if isinstance(value, list | tuple) else [value]:
                 found.append(self._image(each, key, len(found) + 1))
         if not found:

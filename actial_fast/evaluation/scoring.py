@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -12,6 +12,7 @@ from actial_fast.evaluation.intervals import clusters_of_items, compare, interva
 from actial_fast.evaluation.items import BenchmarkSet, Extract, Item
 from actial_fast.evaluation.judging import Judge, readings
 from actial_fast.evaluation.replies import RESULT, Folder, Kept
+from actial_fast.rollout.protocol import nobody
 
 Result = dict[str, Any]
 
@@ -24,11 +25,13 @@ def score(
     extractor: str = "rules",
     judge: Judge | None = None,
     unanswered: Mapping[str, str] | None = None,
+    asked_to_stop: Callable[[], bool] = nobody,
 ) -> Result:
     """Judge the folder's replies anew, write their verdicts and result.json, and return that.
 
-    extract: another rule than the set's, and extractor: its name, for the record. judge: reads what the rules could not, counted apart.
-    unanswered: questions that got no reply, and why. A question without a reply is wrong. ValueError where there is no reply at all.
+    extract: another rule than the set's, and extractor: its name, for the record. judge: reads what the rules could not, counted apart;
+    asked_to_stop: looked at meanwhile. unanswered: questions that got no reply, and why. A question without a reply is wrong. ValueError
+    where there is no reply at all.
     """
     header, items = folder.header(), {item.id: item for item in folder.items()}
     kept = folder.settle(items, lambda reply: reply.judged(benchmark.judge(items[reply.id], reply.text, extract)))
@@ -57,7 +60,7 @@ def score(
         "published": {model: dict(rows) for model, rows in benchmark.published.items()},
     }
     if judge:
-        read = readings(folder, judge, benchmark, items, kept)
+        read = readings(folder, judge, benchmark, items, kept, asked_to_stop)
         judged = [read[item.id].score if item.id in read else mine for item, mine in zip(questions, scores, strict=True)]
         result["judge"] = {
             "url": judge.url,

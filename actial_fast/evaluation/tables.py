@@ -49,6 +49,20 @@ def set_table(results: Sequence[Result]) -> Table:
     return Table(first["title"], tuple(heads), tuple(rows), tuple(note for result in results for note in _notes(result)))
 
 
+def summary_table(results: Sequence[Result]) -> Table:
+    """A row a model, a column a set: the figure that stands for it, with its 95% interval."""
+    heads = {result["set"]: f"{result['title']}: {result['headline']}" for result in results}
+    rows = []
+    for model in dict.fromkeys(result["model"] for result in results):
+        row = [model]
+        for name in heads:
+            own = next((r for r in results if (r["set"], r["model"]) == (name, model)), None)
+            found = next((f for f in own["figures"] if f["name"] == own["headline"]), None) if own else None
+            row.append("{} ({})".format(*_with_interval(found)) if found else NOTHING)
+        rows.append(tuple(row))
+    return Table("All sets", ("model", *heads.values()), tuple(rows))
+
+
 def _with_interval(figure: Mapping[str, Any] | None) -> tuple[str, str]:
     if figure is None:
         return NOTHING, NOTHING

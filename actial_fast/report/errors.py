@@ -16,6 +16,7 @@ from actial_fast.report.cards import picture_html
 from actial_fast.report.style import CSS
 
 VERDICTS = {"wrong": "wrong", "part": "partly right", "unread": "no answer found", "cut": "no answer found, cut by the limit"}
+PICTURES = 8  # on a card at most: a video's frames would fill the page
 MORE_CSS = """
 .choices{position:sticky;top:0;background:var(--bg);padding:10px 0;border-bottom:1px solid var(--edge);display:flex;gap:14px;flex-wrap:wrap}
 .choices select,.choices input{font:inherit;color:inherit;background:var(--card);border:1px solid var(--edge);border-radius:6px;
@@ -79,7 +80,10 @@ def errors_page(title: str, lead: str, shown: Sequence[Looked]) -> str:
 
 def _card(each: Looked) -> str:
     mark = f'<span class="bad">&#10007; {VERDICTS[each.verdict]}</span>'
-    pictures = "".join(map(picture_html, each.pictures))
+    step = max(1, -(-len(each.pictures) // PICTURES))
+    pictures = "".join(map(picture_html, each.pictures[::step]))
+    if step > 1:
+        pictures += f'<p class="muted">every {step}th of {len(each.pictures)} pictures</p>'
     found = f"read <b>{escape(each.read)}</b> ({escape(each.rule)})" if each.rule else "nothing read"
     return (
         f'<article data-category="{escape(each.category)}" data-verdict="{each.verdict}"><div class="images">{pictures}</div>'

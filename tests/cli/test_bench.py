@@ -42,7 +42,6 @@ def served(rows, tmp_path_factory):
     def answer(body, number):
         asked.append(body)
         if body["model"] == "judge":
-            assert "Move" not in body["messages"][0]["content"] or "truth" not in body["messages"][0]["content"]
             return 200, {}, "<think>it says so</think> A"
         return 200, {}, {"b": "The answer is B.", "mumbles": "hard to tell, really"}[body["model"]]
 
@@ -53,7 +52,7 @@ def served(rows, tmp_path_factory):
 
 
 def test_a_table_with_both_models_and_how_they_differ(served, rows, capsys):
-    out, url, asked = served
+    out, _, asked = served
     figures = json.loads((out / "all.json").read_text())
     first, second = figures["results"]
     assert (first["model"], second["model"]) == ("b", "second") and second["unread"] == 6 and first["rules"] == {"answer": 6}
@@ -72,7 +71,7 @@ def test_a_judge_reads_what_rules_could_not_once_and_is_counted_apart(served, ro
     out, url, asked = served
     before = len(asked)
     for _ in range(2):
-        text = told(capsys, "score", out / "lab0-some" if False else out, "--judge", url, "--judge-model", "judge")
+        text = told(capsys, "score", out, "--judge", url, "--judge-model", "judge")
     assert "judge was asked about 6, read 6, of which" in text and "second, with the judge" in text
     assert len(asked) - before == 6
     result = json.loads(next(out.rglob("second/result.json")).read_text())
