@@ -36,15 +36,15 @@ def options_line(choices: Sequence[str]) -> str:
 class SatSource(Reader):
     """Random access to the rows of a SAT table; `letters` offers the options by letter instead of by text."""
 
-    name, columns = "SAT", ("question",)
+    name = "SAT"
     image_keys = ("image_bytes", *IMAGE_KEYS)
     kind_keys = ("question_type",)
 
     def __init__(self, path: Path, *, letters: bool = False):
         super().__init__(path)
         names = self.records.column_names
-        if names and not set(names) & set(TRUTHS):
-            raise ValueError(f"{path}: SAT needs the column {' or '.join(TRUTHS)}; it has {sorted(names)}")
+        if names and not ("question" in names and set(names) & set(TRUTHS)):
+            raise ValueError(f"{path}: SAT needs the columns question and correct_answer (or correct_answer_idx); it has {sorted(names)}")
         self._letters = letters
 
     def row(self, record: Mapping[str, Any], where: str, index: int) -> Row:
