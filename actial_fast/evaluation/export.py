@@ -81,8 +81,11 @@ def stem(item: Item) -> str:
             if found := re.search(r"[\s,;]*(?:or\s+)?".join(options), text):
                 text = LEAD.sub("", text[: found.start()])
                 break
-    text = re.sub(rf"^(?:\s*{IMAGE_TAG})+|(?:{IMAGE_TAG}\s*)+$", "", text).strip()
-    for number in range(item.prompt.count(IMAGE_TAG)):
+    text = re.sub(rf"^(?:\s*{IMAGE_TAG})+", "", text).strip()
+    before = item.prompt.count(IMAGE_TAG) - text.count(IMAGE_TAG)
+    if not before:
+        text = re.sub(rf"^([^<]*)(?:{IMAGE_TAG}\s*)+$", r"\1", text).strip()
+    for number in range(before, item.prompt.count(IMAGE_TAG)):
         text = text.replace(IMAGE_TAG, f"image {number + 1}", 1)
     return re.sub(r"^Question:\s*", "", text)
 

@@ -21,7 +21,7 @@ MORE_CSS = """
 .choices{position:sticky;top:0;background:var(--bg);padding:10px 0;border-bottom:1px solid var(--edge);display:flex;gap:14px;flex-wrap:wrap}
 .choices select,.choices input{font:inherit;color:inherit;background:var(--card);border:1px solid var(--edge);border-radius:6px;
  padding:3px 8px}
-article[hidden]{display:none}
+article[hidden]{display:none}.cards{margin-top:18px}.marks span:first-child{white-space:nowrap}
 """
 SCRIPT = """
 const selects = [...document.querySelectorAll(".choices select")], search = document.querySelector(".choices input");

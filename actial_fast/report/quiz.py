@@ -16,7 +16,8 @@ from actial_fast.report.style import CSS
 
 SIDE = 640  # pixels of a picture's longer side
 MORE_CSS = """
-main article{max-width:1000px}main .images img{height:auto;max-height:420px}main .question{font-size:17px;white-space:pre-wrap}
+main article{max-width:1000px}main .images img{height:auto;max-height:420px}main .images img.pixels{height:240px}
+main .question{font-size:17px;white-space:pre-wrap}
 main label{display:block;padding:7px 12px;margin:6px 0;border:1px solid var(--edge);border-radius:8px;cursor:pointer}
 main label:has(:checked){border-color:var(--c0);font-weight:600}article[hidden]{display:none}
 nav{display:flex;gap:12px;align-items:center;margin:16px 0}
@@ -63,8 +64,10 @@ document.getElementById("download").onclick = () => {
 };
 document.addEventListener("keydown", event => {
   if (event.target.type === "text") return;
-  if (event.key === "ArrowRight" || event.key === "Enter") show(state.at + 1);
-  else if (event.key === "ArrowLeft") show(state.at - 1);
+  if (["ArrowRight", "ArrowLeft", "Enter"].includes(event.key)) {
+    event.preventDefault();  // in a group of choices arrows would choose
+    show(state.at + (event.key === "ArrowLeft" ? -1 : 1));
+  }
   else if (event.key.length === 1) {
     const field = cards[state.at].querySelector(`input[type=radio][data-key="${CSS.escape(event.key.toUpperCase())}"]`);
     if (field) field.click();
