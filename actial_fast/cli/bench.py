@@ -141,11 +141,13 @@ def _askings(args: argparse.Namespace) -> list[Asking]:
     system = args.system
     if system and system.startswith("@"):
         system = Path(system[1:]).read_text(encoding="utf-8").strip()
+    if args.server and args.engine != "embedded":
+        raise ValueError(f"--server {args.server} and --engine {args.engine}: one of them draws the replies; leave the other out")
     askings = []
     for word in args.model:
         name, named, model = word.partition("=")
-        if not named:
-            name, model = ("", word)
+        if not named or Path(word).exists():  # a path may hold one too
+            name, model = "", word
         if not args.server:
             check_model(model)
         askings.append(

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,16 @@ from actial_fast.train.stopping import Stop
 CHUNK = 512  # prompts given to an engine at a time; the next ones are made meanwhile
 EVERY = 10.0  # seconds between lines of progress
 REJECTS = "rejects.jsonl"
+GONE = 32  # questions in a row without a reply: the server is gone, not the question
+ONLY = {  # what an engine alone knows
+    "min_pixels": ("embedded", "vllm"),
+    "dtype": ("embedded", "vllm"),
+    "max_prompt": ("embedded", "vllm"),
+    "kv_tokens": ("embedded",),
+    "tensor_parallel": ("vllm",),
+    "gpu_memory": ("vllm",),
+    "max_images": ("vllm",),
+}
 
 
 @dataclass(frozen=True)
@@ -66,9 +76,10 @@ class Asking:
     def __post_init__(self) -> None:
         at_least(self, 0, "temperature", "max_new_tokens", "min_pixels", "max_pixels", "limit", "seed", "kv_tokens")
         at_least(self, 1, "workers", "max_prompt")
-        for name in ("min_pixels", "dtype", "kv_tokens"):
-            if self.engine == "server" and getattr(self, name):
-                raise ValueError(f"{name}: a server decides this itself; leave it out")
+        for field in fields(self):
+            engines = ONLY.get(field.name, (self.engine,))
+            if self.engine not in engines and getattr(self, field.name) != field.default:
+                raise ValueError(f"{field.name}: is for the engine {' or '.join(engines)}, and this is {self.engine}; leave it out")
 
     @property
     def rollout(self) -> RolloutConfig:
@@ -261,7 +272,8 @@ def _watch(
     unanswered: dict[str, str],
     stop: Stop,
 ) -> Watch:
-    """Judges and keeps each reply as soon as it is drawn, and notes the questions that get none."""
+    """Judges and keeps each reply as soon as it is drawn, and notes the questions that get none; ValueError after GONE in a row."""
+    in_a_row: list[str] = []
 
     def drawn(replies: dict[int, list[Reply]]) -> None:
         kept = []
@@ -269,10 +281,14 @@ def _watch(
             text = reader.decode(reply.ids) if reply.text is None else reply.text
             kept.append(_kept(questions.names[i], text, questions.items[i], reply, benchmark))
         append(out, map(asdict, kept))
+        in_a_row.clear()
         progress.look(sum(reply.tokens for reply in kept))
 
     def failed(index: int, why: str) -> None:
         unanswered[questions.names[index]] = why
+        in_a_row.append(why)
+        if len(in_a_row) >= GONE:
+            raise ValueError(f"the last {GONE} questions got no reply ({why}); replies so far are kept, and the same command goes on")
 
     return Watch(drawn=drawn, failed=failed, asked=lambda: stop.asked)
 

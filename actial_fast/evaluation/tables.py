@@ -32,7 +32,8 @@ def set_table(results: Sequence[Result]) -> Table:
     first = results[0]
     models = [result["model"] for result in results]
     published: Mapping[str, Mapping[str, float]] = first["published"]
-    heads = ["figure", "n", *(head for model in models for head in (model, "95%")), "chance", "majority", *published]
+    heads = ["figure", "n", *(head for model in models for head in (model, "95%")), "chance", "majority"]
+    heads += [f"{model} (published)" for model in published]
     if any("judge" in result for result in results):
         heads += [f"{result['model']}, with the judge" for result in results if "judge" in result]
     by_name = [{figure["name"]: figure for figure in result["figures"]} for result in results]
@@ -100,6 +101,8 @@ def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
 
 def _notes(result: Result) -> list[str]:
     told = f"{result['model']}: {result['n']:,} questions in {result['clusters']:,} clusters, {result['mean_tokens']:.0f} tokens a reply"
+    if result["settings"].get("set.limit"):
+        told += f", drawn with seed {result['settings']['set.seed']}"
     if result["unread"]:
         told += f"; no answer found in {result['unread']:,}"
     if result["cut"]:

@@ -12,6 +12,7 @@ import pytest
 
 from actial_fast.data.sources.row import BadRow
 from actial_fast.evaluation import bench as bench_module
+from actial_fast.evaluation import run
 from actial_fast.evaluation.bench import Scoring, bench
 from actial_fast.evaluation.items import Items, Opened
 from actial_fast.evaluation.replies import Folder, runs_below
@@ -208,11 +209,45 @@ def test_a_server_answers_is_asked_again_and_its_refusals_count_as_wrong(lab, tm
 
 @pytest.mark.parametrize(
     ("changes", "match"),
-    [({"dtype": "float32"}, "dtype: a server"), ({"min_pixels": 3}, "min_pixels: a server"), ({"limit": -1}, "limit: must be at least 0")],
+    [
+        ({"engine": "server", "dtype": "float32"}, "dtype: is for the engine embedded or vllm, and this is server"),
+        ({"engine": "server", "min_pixels": 3}, "min_pixels: is for the engine"),
+        ({"engine": "vllm", "kv_tokens": 3}, "kv_tokens: is for the engine embedded"),
+        ({"engine": "embedded", "tensor_parallel": 2}, "tensor_parallel: is for the engine vllm"),
+        ({"engine": "embedded", "limit": -1}, "limit: must be at least 0"),
+    ],
 )
 def test_what_an_engine_cannot_do_is_refused(changes, match):
     with pytest.raises(ValueError, match=match):
-        Asking(model="m", name="m", engine="server", url="http://localhost:1/v1", **changes)
+        Asking(model="m", name="m", url="http://localhost:1/v1", **changes)
+
+
+def test_a_server_that_is_gone_ends_the_run_and_keeps_its_replies(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "GONE", 3)
+    with server(lambda body, number: (200, {}, "A") if number <= 4 else (400, None, "no")) as (url, requests):
+        served = asking(lab, model="m", name="served", engine="server", url=url, workers=1)
+        with pytest.raises(ValueError, match=r"the last 3 questions got no reply .* the same command goes on"):
+            bench({"pairs": pairs(lab)}, [served], tmp_path, QUIET)
+    assert len(replies_in(tmp_path / "pairs" / "served")) == 4 and len(requests) < 12
+
+
+def test_asked_to_stop_it_ends_with_what_it_has_and_goes_on(lab, whole, tmp_path, monkeypatch):
+    append, seen = run.append, []
+
+    def asked(file, records):
+        records = list(records)
+        append(file, records)
+        seen.extend(records)
+        if len(seen) == len(records):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run, "append", asked)
+    monkeypatch.setattr(run, "CHUNK", 3)
+    with pytest.raises(SystemExit, match="of 12 replies to pairs; the same command goes on"):
+        bench({"pairs": pairs(lab)}, [asking(lab)], tmp_path, QUIET)
+    assert 0 < len(replies_in(tmp_path / "pairs" / "tiny")) < 12
+    bench({"pairs": pairs(lab)}, [asking(lab)], tmp_path, QUIET)
+    assert replies_in(tmp_path / "pairs" / "tiny") == replies_in(whole)
 
 
 def test_runs_are_found_wherever_they_lie(whole, tmp_path):
