@@ -136,13 +136,14 @@ def scored(
 
 
 def scored_again(folder: Folder, scoring: Scoring) -> Result:
-    """The same of a folder whose set is found by its settings; its files need not be on this machine any more."""
+    """The same of a folder whose set is found by its settings; the set's files need not be there any more. ValueError while a run has it."""
     settings = folder.header().settings
     benchmark, pictures = set_of(settings), None
     if scoring.errors:
         with contextlib.suppress(ValueError, OSError):  # then the page has no pictures
             pictures = open_set(settings["set.given"]).items
-    return scored(folder, benchmark, pictures, scoring)
+    with locked(folder.path):
+        return scored(folder, benchmark, pictures, scoring)
 
 
 def set_of(settings: Mapping[str, Any]) -> BenchmarkSet:

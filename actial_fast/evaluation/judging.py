@@ -96,9 +96,8 @@ def _verdict(benchmark: BenchmarkSet, item: Item, said: str) -> Verdict:
 
 def _row(item: Item, reply: Kept) -> Row:
     question = item.prompt.replace(IMAGE_TAG, "").strip()
-    text = INSTRUCTION.format(
-        how=LETTER if item.form == "letter" else OPEN, none=NONE, question=question, reply=reply.text[-LONGEST:].replace(IMAGE_TAG, "image")
-    )
+    said = reply.text[-LONGEST:].encode("utf-8", "replace").decode()  # half a surrogate pair cannot be sent
+    text = INSTRUCTION.format(how=LETTER if item.form == "letter" else OPEN, none=NONE, question=question, reply=said)
     return Row(turns=(Turn("user", text.replace(IMAGE_TAG, "image")),), where=f"the judge's question about {item.id}")
 
 

@@ -11,6 +11,8 @@ from actial_fast.evaluation.items import Item, Items
 from actial_fast.evaluation.replies import ERRORS, Folder, Kept
 from actial_fast.report.errors import Looked, errors_page
 
+LONGEST = 8000  # characters of a reply's end that are shown
+
 
 def write_errors(folder: Folder, count: int, pictures: Items | None) -> Path:
     """Write the folder's errors.html, with at most `count` of its wrong replies, drawn evenly; return its path.
@@ -24,7 +26,7 @@ def write_errors(folder: Folder, count: int, pictures: Items | None) -> Path:
     shown = [_looked(wrong[k], kept[wrong[k].id], _pictures(wrong[k], places, pictures)) for k in drawn]
     lead = f"{len(shown):,} of {len(wrong):,} replies that are not right, of {len(kept):,} in all."
     path = folder.path / ERRORS
-    path.write_text(errors_page(f"{header.set}: {header.model}", lead, shown), encoding="utf-8")
+    path.write_text(errors_page(f"{header.set}: {header.model}", lead, shown), encoding="utf-8", errors="replace")
     return path
 
 
@@ -39,7 +41,7 @@ def _looked(item: Item, reply: Kept, pictures: tuple[Path | bytes, ...]) -> Look
         truth=truth_of(item),
         read=reply.extracted or "",
         rule=reply.rule,
-        reply=reply.text,
+        reply=reply.text if len(reply.text) <= LONGEST else f"[...] {reply.text[-LONGEST:]}",
     )
 
 

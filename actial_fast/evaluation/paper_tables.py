@@ -64,7 +64,7 @@ def _table(title: str, columns: Sequence[Column], ours: Mapping[str, Mapping[str
         f"{model}: {result['title']} by {result['n']:,} questions drawn with seed {result['settings']['set.seed']}"
         for model, runs in ours.items()
         for result in runs.values()
-        if result["settings"].get("set.limit") and result["set"] in {name for _, name, _ in columns}
+        if 0 < result["settings"].get("set.limit", 0) <= result["n"] and result["set"] in {name for _, name, _ in columns}
     }
     return Table(title, ("model", *(head for head, _, _ in columns)), tuple(rows), tuple(sorted(parts)))
 

@@ -110,13 +110,11 @@ class Folder:
 
     def replies(self) -> dict[str, Kept]:
         """Those in replies.jsonl by their items' ids; a last line that a kill cut off is removed."""
-        return {record["id"]: Kept(**record) for record in reversed(recover(self.path / REPLIES))}
+        return {reply.id: reply for reply in reversed(_replies(self.path / REPLIES))}
 
     def settle(self, order: Iterable[str], change: Callable[[Kept], Kept] | None = None) -> dict[str, Kept]:
         """Put the replies of all ranks into replies.jsonl, each once and in this order, and return them by id. change: of each."""
-        found = {
-            record["id"]: Kept(**record) for part in reversed([self.path / REPLIES, *self._parts()]) for record in reversed(recover(part))
-        }
+        found = {reply.id: reply for part in reversed([self.path / REPLIES, *self._parts()]) for reply in reversed(_replies(part))}
         kept = {i: found[i] if change is None else change(found[i]) for i in order if i in found}
         if kept or (self.path / REPLIES).exists():
             _write(self.path / REPLIES, "".join(f"{json.dumps(asdict(reply))}\n" for reply in kept.values()))
@@ -139,6 +137,14 @@ class Folder:
 
     def _parts(self) -> list[Path]:
         return sorted(self.path.glob("replies.rank*.jsonl"))
+
+
+def _replies(file: Path) -> list[Kept]:
+    """Those of a file, its cut last line removed; ValueError where it holds something else."""
+    try:
+        return [Kept(**record) for record in recover(file)]
+    except TypeError as error:
+        raise ValueError(f"{file}: a line of it is no reply ({error}); move it away") from None
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -101,7 +101,7 @@ def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
 
 def _notes(result: Result) -> list[str]:
     told = f"{result['model']}: {result['n']:,} questions in {result['clusters']:,} clusters, {result['mean_tokens']:.0f} tokens a reply"
-    if result["settings"].get("set.limit"):
+    if 0 < result["settings"].get("set.limit", 0) <= result["n"]:
         told += f", drawn with seed {result['settings']['set.seed']}"
     if result["unread"]:
         told += f"; no answer found in {result['unread']:,}"

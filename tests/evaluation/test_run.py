@@ -13,10 +13,11 @@ import pytest
 from actial_fast.data.sources.row import BadRow
 from actial_fast.evaluation import bench as bench_module
 from actial_fast.evaluation import run
-from actial_fast.evaluation.bench import Scoring, bench
+from actial_fast.evaluation.bench import Scoring, bench, scored_again
 from actial_fast.evaluation.items import Items, Opened
 from actial_fast.evaluation.replies import Folder, runs_below
 from actial_fast.evaluation.run import Asking, choose
+from actial_fast.train.lock import locked
 from tests.endpoint import server
 from tests.evaluation.kit import pairs
 from tests.ranks import ROOT, on_ranks
@@ -254,3 +255,14 @@ def test_runs_are_found_wherever_they_lie(whole, tmp_path):
     assert [folder.path for folder in runs_below([whole.parents[1], whole])] == [whole]
     with pytest.raises(ValueError, match="no benchmark run in it"):
         runs_below([tmp_path])
+
+
+def test_a_run_that_draws_cannot_be_scored_meanwhile(lab, whole, tmp_path):
+    with locked(whole), pytest.raises(ValueError, match="is in use by process"):
+        scored_again(Folder(whole), QUIET)
+
+
+def test_a_file_that_holds_no_replies_is_named(tmp_path):
+    (tmp_path / "replies.jsonl").write_text('{"id": "1", "answer": "A"}\n')
+    with pytest.raises(ValueError, match=r"replies.jsonl: a line of it is no reply"):
+        Folder(tmp_path).replies()
