@@ -55,7 +55,7 @@ MARKS = (  # name, beginning and end of what a letter is wrapped in
     ("brackets", "{", "}"),
     ("brackets", "\uff08", "\uff09"),
 )
-POINTS = ".,:;!)]\u3002\uff1a"
+POINTS = ".,:;!)]\u3002\uff0e\uff1a"
 BE = r"(?:is|would\s+be|must\s+be|should\s+be|has\s+to\s+be)"
 CLAIM = re.compile(
     rf"(?i)(?<![a-z])(?:answer(?:\s+{BE})?|(?:option|choice)(?:\s+{BE}|(?=[*_]*\s*[:=]))|choose|chose|pick|select|go\s+with|going\s+with)"

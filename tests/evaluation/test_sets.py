@@ -4,6 +4,8 @@ import base64
 import csv
 import io
 import json
+import re
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -535,3 +537,19 @@ def test_a_copy_on_this_machine_is_found(tmp_path):
     (hub / "refs").mkdir()
     (hub / "refs" / "main").write_text("abc")
     assert len(open_set("cv-bench").items) == 1
+
+
+def test_the_example_in_the_docs_is_a_set(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert names["last_letter"]("So b", None) == "B" and names["last_letter"](" ", None) is None
+    (tmp_path / "a.png").write_bytes(PNG)
+    rooms = ["kitchen", "bath", "hall"]
+    row = {"id": 1, "question": "Where?", "options": ["left", "right"], "answer": "right", "views": ["a.png"], "house": "h"}
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({**row, "id": n, "room": room}) + "\n" for n, room in enumerate(rooms)))
+    items = list(names["ROOMS"].open(tmp_path))
+    assert items[0].prompt == "<image>Where?\nAnswer with a letter." and items[0].answer == "B" and items[0].cluster == "h"
+    assert {figure.name: figure.value for figure in names["ROOMS"].figures(items, [1, 0, 1])}["indoors"] == 0.75
+    assert names["ROOMS"].judge(items[0], "It is on the right.").score == 1
