@@ -136,7 +136,7 @@ def scored(
 
 
 def scored_again(folder: Folder, scoring: Scoring) -> Result:
-    """The same of a folder whose set is found by its settings; the set's files need not be there any more. ValueError while a run has it."""
+    """The same of a folder whose set is found by its settings; the set's files need not be there. ValueError while a run has the folder."""
     settings = folder.header().settings
     benchmark, pictures = set_of(settings), None
     if scoring.errors:

@@ -1,7 +1,7 @@
 """What a reply answers, by rules that are tried one after the other; the first that finds just one answer is believed.
 
 Where in the reply (`said`): inside the only pair of <answer> tags, else behind the last </think>, else all of it; a reply that was cut off
-while thinking says nothing. For a letter then, in this order:
+while thinking says nothing. Of a long one the first line and the last 4,000 characters are looked at. For a letter then, in this order:
 
     letter, letter and point, brackets, bold, backticks, quotes, boxed, math   the whole text is a letter, so marked: B, "B.", (B), **B**
     letter and text    the whole text is a letter and words that are not another option's: "B. Move to the right"
@@ -31,6 +31,7 @@ from actial_fast.data.sources.tags import tagged_answer
 from actial_fast.evaluation.items import Extract, Found, Item
 from actial_fast.evaluation.numbers import extract_number
 
+MOST = 4000  # characters at the end of an answer that are looked at, besides its first line: what is before is reasoning
 LONGEST = 300  # characters of a line in which an option's words are looked for
 FEW_WORDS = 8  # of a line in which the word that an option has alone stands for it
 MARKS = (  # name, beginning and end of what a letter is wrapped in
@@ -54,7 +55,7 @@ MARKS = (  # name, beginning and end of what a letter is wrapped in
     ("brackets", "{", "}"),
     ("brackets", "\uff08", "\uff09"),
 )
-POINTS = ".,:;!)]\u3002\uff1a"
+POINTS = ".,:;!)]\u3002\uff0e\uff1a"
 BE = r"(?:is|would\s+be|must\s+be|should\s+be|has\s+to\s+be)"
 CLAIM = re.compile(
     rf"(?i)(?<![a-z])(?:answer(?:\s+{BE})?|(?:option|choice)(?:\s+{BE}|(?=[*_]*\s*[:=]))|choose|chose|pick|select|go\s+with|going\s+with)"
@@ -87,6 +88,8 @@ CONTRADICTION = Found(None, "contradiction")
 def rules(item: Item, reply: str) -> Found:
     """What a reply answers by this project's rules (see above), in the form of the item's answers."""
     place, text = said(reply)
+    if len(text) > MOST:
+        text = f"{text[:LONGEST].lstrip().splitlines()[0] if text[:LONGEST].strip() else ''}\n{text[-MOST:]}"
     found = BY_FORM[item.form](item, text) if text.strip() else Found(None)
     if found.text is None:
         return Found(None)
@@ -166,7 +169,7 @@ def _option(item: Item, text: str) -> str:
 
 
 def _boxed(item: Item, text: str) -> str:
-    found = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)
+    found = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*+)\}", text)
     return (whole(item, found[-1]).text or "") if found else ""
 
 

@@ -86,8 +86,8 @@ def _joined(found: list[Quantity], text: str) -> list[Quantity]:
             last
             and last.metres
             and each.metres
-            and METRES[each.unit] < METRES[last.unit]
-            and re.fullmatch(r"\s*(?:and|,)?\s*", text[last.end : each.at])
+            and each.metres < METRES[last.unit]
+            and re.fullmatch(r"\s*(?:and)?\s*", text[last.end : each.at])
         ):
             joined[-1] = Quantity(last.value + each.metres / METRES[last.unit], last.unit, last.at, each.end)
         else:
@@ -123,7 +123,7 @@ def extract_number(item: Item, text: str) -> Found:
     inner = text.strip("*_`$\"'() ").rstrip(".,;! ")
     if len(all_of := quantities(inner)) == 1 and not re.search(r"\w", inner[: all_of[0].at] + inner[all_of[0].end :]):
         return Found(str(all_of[0]), "number")
-    if boxed := re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text):
+    if boxed := re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*+)\}", text):
         if found := quantity(re.sub(r"\\(?:text|mathrm)\{|[{}]", " ", boxed[-1])):
             return Found(str(found), "boxed")
     for claim in [*CLAIM.finditer(text)][::-1]:

@@ -85,8 +85,11 @@ class Record:
     def _image(self, value: Any, key: str, number: int) -> Path | bytes:
         if isinstance(value, str) and len(value) <= 64 and (other := self.row_of(value.strip())):
             return one_image(other.get(key), self.folders[0], self.where, number)
-        images = [one_image(value, folder, self.where, number) for folder in self.folders]
-        return next((image for image in images if isinstance(image, bytes) or image.exists()), images[0])
+        first = one_image(value, self.folders[0], self.where, number)
+        if isinstance(first, bytes) or first.exists():
+            return first
+        others = (one_image(value, folder, self.where, number) for folder in self.folders[1:])
+        return next((image for image in others if isinstance(image, Path) and image.exists()), first)
 
 
 def placed(prompt: str, images: Sequence[Any], where: str) -> str:

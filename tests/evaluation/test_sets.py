@@ -4,6 +4,8 @@ import base64
 import csv
 import io
 import json
+import re
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -263,8 +265,8 @@ def test_viewspatial(tmp_path):
     )
     opened = open_set(f"viewspatial={tmp_path}")
     assert (
-        opened.items[0].prompt
-        == "<image>Question: Where is the counter?\nChoices: A. up\nB. front-up\nC. back-left\nD. front\nReply only to the corresponding option.\nAnswer:"
+        opened.items[0].prompt == "<image>Question: Where is the counter?\nChoices: A. up\nB. front-up\nC. back-left\nD. front\n"
+        "Reply only to the corresponding option.\nAnswer:"
     )
     assert opened.items[0].images[0].exists(), "the paths begin above the file's folder"
     assert opened.items[1].options == ("left", "right") and right(opened) == [1, 1]
@@ -478,15 +480,16 @@ def test_our_viewpoint_test_clusters_by_object(tmp_path):
 
 
 def test_any_vlmevalkit_table_is_a_set(tmp_path):
+    plain = {"hint": "", "A": "x", "B": "y", "category": "d", "split": "val"}
     rows = [
-        {"index": 1, "question": "Two lines,\n\"quoted\"\tand a tab", "hint": "look", "A": "x", "B": "y", "answer": "B", "category": "c", "split": "val", "image": B64},
-        {"index": 2, "question": "The image stands in row 1", "hint": "", "A": "x", "B": "y", "answer": "A", "category": "d", "split": "val", "image": "1"},
-        {"index": 3, "question": "Is it?", "hint": "", "A": "", "B": "", "answer": "Yes", "category": "d", "split": "val", "image": f"['{B64}', '{B64}']"},
-    ]  # fmt: skip
+        {"index": 1, "question": 'Two lines,\n"quoted"\tand a tab', **plain, "hint": "look", "answer": "B", "category": "c", "image": B64},
+        {"index": 2, "question": "The image stands in row 1", **plain, "answer": "A", "image": "1"},
+        {"index": 3, "question": "Is it?", **plain, "A": "", "B": "", "answer": "Yes", "image": f"['{B64}', '{B64}']"},
+    ]
     opened = open_set(str(tsv(tmp_path / "mine.tsv", rows)))
     assert (
-        opened.items[0].prompt
-        == '<image>Hint: look\nQuestion: Two lines,\n"quoted"\tand a tab\nOptions:\nA. x\nB. y\nPlease select the correct answer from the options above. \n'
+        opened.items[0].prompt == '<image>Hint: look\nQuestion: Two lines,\n"quoted"\tand a tab\nOptions:\nA. x\nB. y\n'
+        "Please select the correct answer from the options above. \n"
     )
     assert opened.items[1].images == (PNG,) and len(opened.items[2].images) == 2 and opened.items[2].form == "yes-no"
     assert right(opened) == [1, 1, 1]
@@ -510,11 +513,11 @@ def test_a_set_that_is_not_here_says_where_its_owner_publishes_it(tmp_path):
         with pytest.raises(ValueError, match="its owner publishes it at https://"):
             of.open(None)
     with pytest.raises(
-        ValueError, match="blink.*has none of.*its owner publishes it at https://huggingface.co/datasets/BLINK-Benchmark/BLINK"
+        ValueError, match=r"blink.*has none of.*its owner publishes it at https://huggingface.co/datasets/BLINK-Benchmark/BLINK"
     ):
         (tmp_path / "blink").mkdir()
         open_set(f"blink={tmp_path / 'blink'}")
-    with pytest.raises(ValueError, match="no benchmark 'blonk'; there are viewpoint, .*blink.* any file is one; blonk is none either"):
+    with pytest.raises(ValueError, match=r"no benchmark 'blonk'; there are viewpoint, .*blink.* any file is one; blonk is none either"):
         open_set("blonk")
     with pytest.raises(ValueError, match="does not exist"):
         open_set(f"blink={tmp_path / 'nowhere'}")
@@ -534,3 +537,19 @@ def test_a_copy_on_this_machine_is_found(tmp_path):
     (hub / "refs").mkdir()
     (hub / "refs" / "main").write_text("abc")
     assert len(open_set("cv-bench").items) == 1
+
+
+def test_the_example_in_the_docs_is_a_set(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert names["last_letter"]("So b", None) == "B" and names["last_letter"](" ", None) is None
+    (tmp_path / "a.png").write_bytes(PNG)
+    rooms = ["kitchen", "bath", "hall"]
+    row = {"id": 1, "question": "Where?", "options": ["left", "right"], "answer": "right", "views": ["a.png"], "house": "h"}
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({**row, "id": n, "room": room}) + "\n" for n, room in enumerate(rooms)))
+    items = list(names["ROOMS"].open(tmp_path))
+    assert items[0].prompt == "<image>Where?\nAnswer with a letter." and items[0].answer == "B" and items[0].cluster == "h"
+    assert {figure.name: figure.value for figure in names["ROOMS"].figures(items, [1, 0, 1])}["indoors"] == 0.75
+    assert names["ROOMS"].judge(items[0], "It is on the right.").score == 1

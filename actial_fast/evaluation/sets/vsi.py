@@ -30,7 +30,7 @@ def frames(record: Record) -> tuple[Path | bytes, ...]:
     for key in ("frames", "images"):
         if record.has(key):
             return record.images(key)
-    place = Path(record.needed("dataset"), record.needed("scene_name", "video"))
+    place = Path(record.text("dataset"), record.needed("scene_name", "video"))
     for folder in (folder / below / place.with_suffix("") for folder in record.folders for below in ("frames", "")):
         if found := sorted(file for file in folder.glob("*") if file.suffix.lower() in PICTURES):
             chosen = np.linspace(0, len(found) - 1, min(FRAMES, len(found)), dtype=int)
