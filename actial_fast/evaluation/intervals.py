@@ -7,6 +7,7 @@ clusters of questions out, not from a formula for each. Two models that answered
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,14 +42,15 @@ def intervals(items: Sequence[Item], scores: Sequence[float], metric: Metric) ->
     random.Random(0).shuffle(names)  # neighbours in a file are alike
     block = {cluster: k % BLOCKS for k, cluster in enumerate(names)}
     blocks = min(BLOCKS, len(names))
-    without: list[dict[str, float]] = []
+    sizes = Counter(block.values())  # clusters of each block
+    without: list[dict[str, Figure]] = []
     for left_out in range(blocks if blocks > 1 else 0):
         kept = [k for k, cluster in enumerate(clusters) if block[cluster] != left_out]
-        without.append({f.name: f.value for f in metric([items[k] for k in kept], [scores[k] for k in kept])})
+        without.append({f.name: f for f in metric([items[k] for k in kept], [scores[k] for k in kept])})
     told = []
     for figure in figures:
         # a figure that a block has all items of says nothing without them
-        values = np.array([w[figure.name] for w in without if figure.name in w])
+        values = np.array([left[figure.name].value for left in without if figure.name in left])
         moved = int((np.abs(values - figure.value) > 1e-12).sum())
         variance = (len(values) - 1) / len(values) * float(((values - values.mean()) ** 2).sum()) if len(values) else 0.0
         most = float(min(figure.groups or figure.n, figure.n))
@@ -56,8 +58,9 @@ def intervals(items: Sequence[Item], scores: Sequence[float], metric: Metric) ->
         if variance > 1e-18 and moved > 1:
             worth = min(most, max(1.0, share * (1 - share) / variance))
             z = float(t.ppf(0.975, moved - 1))
-        else:  # nothing moves it: all right or all wrong, or one cluster alone
-            worth = min(most, float(len(names)))
+        else:  # nothing moves it: all right or all wrong, or one cluster alone; then it is worth as many trials as it has clusters
+            gone = [figure.n - left[figure.name].n if figure.name in left else figure.n for left in without]
+            worth = max(1.0, min(most, float(sum(min(n, sizes[k]) for k, n in enumerate(gone)))))
             z = 1.96
         low, high = wilson(share * worth, worth, z)
         told.append((figure, low, high))

@@ -24,7 +24,6 @@ from actial_fast.data.sources.row import Turn
 from actial_fast.evaluation.items import Item, Verdict
 
 HEADER, ITEMS, REPLIES, JUDGED, RESULT, ERRORS = "run.json", "items.jsonl", "replies.jsonl", "judged.jsonl", "result.json", "errors.html"
-Picture = Path | bytes
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,6 @@ class Kept:
     rule: str
     tokens: int
     finish: str
-
-    @property
-    def verdict(self) -> Verdict:
-        """The verdict by rules."""
-        return Verdict(self.extracted, self.score, self.rule)
 
     def judged(self, verdict: Verdict) -> Kept:
         """The same reply under another verdict."""
@@ -178,7 +172,7 @@ def runs_below(paths: Iterable[Path]) -> list[Folder]:
     return list(found.values())
 
 
-def picture_name(picture: Picture) -> str:
+def picture_name(picture: Path | bytes) -> str:
     """What tells a picture from others: its file's path, or a digest of its bytes."""
     return str(picture) if isinstance(picture, Path) else f"blake2b:{hashlib.blake2b(picture, digest_size=16).hexdigest()}"
 

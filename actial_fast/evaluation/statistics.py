@@ -55,8 +55,8 @@ def wilson(correct: float, n: float, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, min(low, p)), min(1.0, max(high, p))
 
 
-def clustered(outcomes: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """The 95% interval (low, high), in [0, 1], of the mean of outcomes in [0, 1], outcomes of one cluster being alike as they may.
+def clustered(outcomes: Sequence[Sequence[bool]]) -> tuple[float, float]:
+    """The 95% interval (low, high), in [0, 1], of the share of outcomes that are true, outcomes of one cluster being alike as they may.
 
     outcomes: those of each cluster. The Wilson interval for as many independent trials as the outcomes are worth: their number over the
     design effect, by the spread of the clusters' sums, never more than they are and never fewer than if every cluster were of one mind;

@@ -5,7 +5,7 @@ from pathlib import Path
 from actial_fast.data.sources.own import JsonlSource
 from actial_fast.evaluation import figures
 from actial_fast.evaluation.extraction import rules
-from actial_fast.evaluation.items import BenchmarkSet, Found, Item, Items, Opened
+from actial_fast.evaluation.items import BenchmarkSet, Item, Items, Opened
 
 
 def items_from(path: Path, count: int) -> Items:
@@ -48,11 +48,6 @@ def pairs(lab, count: int = 12, **changes: object) -> Opened:
     """The lab's test questions as a set."""
     path = lab.questions / "test.jsonl"
     return Opened(benchmark(**changes), items_from(path, count))
-
-
-def first_letter(item: Item, reply: str) -> Found:
-    """A rule of the tests' own."""
-    return Found("A", "always A")
 
 
 def always_a(reply: str, item: Item) -> str:

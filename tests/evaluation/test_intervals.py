@@ -63,6 +63,22 @@ def test_all_right_is_as_sure_as_there_are_clusters():
     assert (low, high) == wilson(0.5, 1), "one cluster says as much as one trial"
 
 
+def test_a_figure_of_some_clusters_is_as_sure_as_these():
+    """Half of the clusters are of each category: an all-right one has 5 of 10, or 100 of 200."""
+
+    def even(items, scores):
+        kept = [s for i, s in zip(items, scores, strict=True) if i.category == "even"]
+        return [Figure("even", float(np.mean(kept)), len(kept))] if kept else []
+
+    for clusters in (10, 200):
+        asked = [
+            Item(f"{k}{j}", "q", (), "A", category="odd" if k % 2 else "even", cluster=str(k)) for k in range(clusters) for j in (0, 1)
+        ]
+        ((figure, low, high),) = intervals(asked, [1.0] * len(asked), even)
+        assert figure.n == clusters and high == 1
+        assert low == pytest.approx(wilson(clusters / 2, clusters / 2)[0], abs=0 if clusters == 10 else 0.02)
+
+
 def test_a_group_is_a_cluster_whatever_its_items_say():
     assert len(set(clusters_of_items(items(12, size=3, groups=4)))) == 1, "chained: 0-3, 3-5, 4-7, ..."
     assert len(set(clusters_of_items(items(12, size=3)))) == 4 and len(set(clusters_of_items(items(12, groups=4)))) == 3
