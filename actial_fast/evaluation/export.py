@@ -13,7 +13,9 @@ from actial_fast.data.sources.picture import encoded
 from actial_fast.data.sources.row import IMAGE_TAG, BadRow
 from actial_fast.evaluation.items import Item, Items
 
-LEAD = re.compile(r"(?i)\s*(?:options|choices|choose between the following options)\s*:\s*$")  # before the options
+LEAD = re.compile(  # what says that options come
+    r"(?i)\s*(?:options|choices|(?:please )?(?:choose|select) (?:between|from|among) the following (?:options|choices))\s*[:.]\s*$"
+)
 
 
 def write_tsv(items: Items, out: Path, on_bad_row: str = "error") -> tuple[int, list[BadRow]]:

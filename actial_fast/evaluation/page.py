@@ -25,6 +25,8 @@ def write_errors(folder: Folder, count: int, pictures: Items | None) -> Path:
     header = folder.header()
     shown = [_looked(wrong[k], kept[wrong[k].id], _pictures(wrong[k], places, pictures)) for k in drawn]
     lead = f"{len(shown):,} of {len(wrong):,} replies that are not right, of {len(kept):,} in all."
+    if pictures is None and any(IMAGE_TAG in item.prompt and not item.images for item in wrong):
+        lead += f" Pictures are not shown: {header.settings['set.given']} is not here."
     path = folder.path / ERRORS
     path.write_text(errors_page(f"{header.set}: {header.model}", lead, shown), encoding="utf-8", errors="replace")
     return path

@@ -141,6 +141,18 @@ def test_an_export_opens_again_as_the_same_questions(rows, tmp_path, capsys):
     assert base64.b64decode(eval(lines[1].split("\t")[-2])[0])[:4] == b"\x89PNG" and eval(cells[-1]) == ["1_0.png", "1_1.png"]
 
 
+def test_pictures_of_a_table_are_on_the_page_as_long_as_it_is_there(rows, tmp_path, capsys):
+    file = tmp_path / "viewpoint.tsv"
+    told(capsys, "bench", "export", rows, "-o", file)
+    with server(lambda body, number: (200, {}, "no idea")) as (url, _):
+        told(capsys, "bench", file, "--server", url, "--model", "m", "-o", tmp_path / "out")
+    page = next((tmp_path / "out").glob("*viewpoint/m/errors.html"))
+    assert page.read_text().count("<img") == 12
+    file.unlink()
+    assert "no answer found in 6" in told(capsys, "score", page.parent)
+    assert page.read_text().count("<img") == 0 and "Pictures are not shown" in page.read_text() and "no idea" in page.read_text()
+
+
 def test_what_vlmevalkit_cannot_score_in_one_file_is_refused(rows, tmp_path, capsys):
     both = rows.parent / "both.jsonl"
     row = json.loads(rows.read_text().splitlines()[0])

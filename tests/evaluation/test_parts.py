@@ -31,6 +31,7 @@ def item(prompt: str, options: tuple[str, ...] = ("left", "right"), **changes: o
         ("Where? (A) left (B) right Answer with the letter.", "Where?"),
         ("Where? A: left B: right Select the correct option!", "Where?"),
         ("Where?\nOptions: A: left, B: right", "Where?"),
+        ("Where? Select from the following choices.\n(A) left\n(B) right", "Where?"),
         ("Where? Choose between the following options: left or right.", "Where?"),
         ("Is it A. or B.? <image> or <image>\n(A) left\n(B) right", "Is it A. or B.? image 1 or image 2"),
         ("<image>\nCompare with <image>.\nA. left\nB. right", "Compare with image 2."),
