@@ -76,7 +76,7 @@ class _Run:
 
 
 def _settled(askings: Sequence[Asking], where: World) -> list[Asking]:
-    """With what was left to the machine; ValueError where a model's path is no checkpoint."""
+    """With the dtype of weights that nobody chose."""
     return [a if a.engine == "server" else replace(a, dtype=a.dtype or usual_dtype(where)) for a in askings]
 
 

@@ -1,7 +1,7 @@
 """Putting a benchmark to a model: every reply is on the disk, with its verdict, before the next one is drawn.
 
 A run that is stopped or killed goes on where it was when it is started again, on any number of ranks: a reply depends on its question's
-place in the set and the seed alone. Bad questions are found before the model is loaded, but for pictures that cannot be decoded.
+place in the set and the seed alone. Bad questions are found before the model is loaded, but for damage in the middle of a picture.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from actial_fast.data.sources.picture import within
+from actial_fast.data.sources.picture import glance, within
 from actial_fast.data.sources.row import BadRow
 from actial_fast.data.sources.source import Rejects
 from actial_fast.data.sources.stream import Example
@@ -119,6 +119,8 @@ def choose(items: Items, limit: int, seed: int, on_bad_row: str) -> Chosen:
         for index in range(len(items)):
             try:
                 item = items[index]
+                for image in item.images:
+                    glance(image, item.where)
             except BadRow as error:
                 if on_bad_row != "skip":
                     raise
@@ -199,8 +201,8 @@ def ask(
     unless on_bad_row is "skip", and Stopped once `stop` was asked.
     """
     order = [record["id"] for record in chosen.records]
-    had = agreed(where, lambda: sorted(folder.settle(order)))
-    left = [record for record in chosen.records if record["id"] not in set(had)]
+    had = set(agreed(where, lambda: list(folder.settle(order))))
+    left = [record for record in chosen.records if record["id"] not in had]
     mine = left[where.rank :: where.size]
     out, rejects = folder.file_of(where.rank, where.size), Rejects(folder.path / REJECTS, where.rank, where.size)
     draw = Draw(1, asking.temperature, asking.longest_of(opened.set), asking.kv_tokens)
@@ -218,7 +220,6 @@ def ask(
                 for bad in questions.bad.values():
                     rejects.add(bad)
                 unanswered |= {name: bad.reason for name, bad in questions.bad.items()}
-
                 keys = [(asking.seed, place) for place in questions.places]
                 engine.generate(questions.prompts, draw, keys, _watch(questions, opened.set, reader, out, progress, unanswered, stop))
                 if stop.agreed() if asking.tensor_parallel > 1 else stop.asked:

@@ -158,24 +158,28 @@ def test_files_of_ranks_are_put_together_once_each(whole, tmp_path):
 
 def test_bad_questions_end_it_before_a_model_loads_or_are_left_out(lab, tmp_path, monkeypatch):
     opened = pairs(lab, 6)
+    damaged = opened.items[5].images[0].read_bytes()[:-40]  # its beginning is a picture's
 
     def get(index):
         if index == 2:
             raise BadRow("rows:3", "no answer")
         item = opened.items[index]
-        return replace(item, images=(tmp_path / "gone.png", *item.images[1:])) if index == 4 else item
+        first = {4: tmp_path / "gone.png", 5: damaged}.get(index, item.images[0])
+        return replace(item, images=(first, *item.images[1:]))
 
-    broken = Opened(opened.set, Items(opened.items.path, 6, get))
-    (result,) = bench({"pairs": broken}, [asking(lab, on_bad_row="skip")], tmp_path, QUIET)
-    assert result["n"] == 5 and result["missing"] == 1 and "gone.png does not exist" in next(iter(result["why_missing"]))
+    def some(*places):
+        return {"pairs": Opened(opened.set, Items(opened.items.path, len(places), lambda k: get(places[k])))}
+
+    (result,) = bench(some(*range(6)), [asking(lab, on_bad_row="skip")], tmp_path, QUIET)
+    assert result["n"] == 4 and result["missing"] == 1 and "cannot be decoded" in next(iter(result["why_missing"]))
     rejected = [json.loads(line)["reason"] for line in (tmp_path / "pairs" / "tiny" / "rejects.jsonl").read_text().splitlines()]
-    assert len(rejected) == 2 and rejected[0] == "no answer"
-    lost = Opened(opened.set, Items(opened.items.path, 6, lambda index: get(index if index != 2 else 1)))
-    with pytest.raises(BadRow, match=r"gone.png"):
-        bench({"pairs": lost}, [asking(lab)], tmp_path / "lost", QUIET)
+    assert [reason.split()[-1] for reason in rejected[:2]] == ["answer", "exist"] and len(rejected) == 3
+    with pytest.raises(BadRow, match="cannot be decoded"):
+        bench(some(0, 1, 5), [asking(lab)], tmp_path / "damaged", QUIET)
     monkeypatch.setattr(bench_module, "open_model", lambda *a, **k: pytest.fail("loaded"))
-    with pytest.raises(ValueError, match="rows:3: no answer"):
-        bench({"pairs": broken}, [asking(lab)], tmp_path / "broken", QUIET)
+    for place, match in ((2, "rows:3: no answer"), (4, r"gone.png does not exist")):
+        with pytest.raises(ValueError, match=match):
+            bench(some(0, place), [asking(lab)], tmp_path / f"bad{place}", QUIET)
 
 
 def test_the_same_id_twice_is_two_questions(lab):
