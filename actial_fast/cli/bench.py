@@ -91,7 +91,7 @@ def joined(words: Sequence[str]) -> list[str]:
 def _add_scoring(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how replies are scored and shown")
     group.add_argument("--extractor", default="rules", help="what finds the answer in a reply: rules (this project's, default), owner (the "
-                       "set's own), or module:function")  # fmt: skip
+                       "set's own), paper (VLMEvalKit's behind the paper's tags), or module:function")  # fmt: skip
     group.add_argument("--judge", default="", metavar="URL", help="an OpenAI-compatible base URL whose model reads what rules could not")
     group.add_argument("--judge-model", default="", metavar="NAME", help="the name that it knows the model by")
     group.add_argument(

@@ -13,7 +13,8 @@ from actial_fast.data.sources.picture import within
 from actial_fast.evaluation.export import stem
 from actial_fast.evaluation.identity import identity, label
 from actial_fast.evaluation.items import Item
-from actial_fast.evaluation.run import duration, slug
+from actial_fast.evaluation.replies import Folder, append
+from actial_fast.evaluation.run import Progress, duration, slug
 from actial_fast.evaluation.scoring import guess, majority
 from actial_fast.evaluation.tables import Table, as_latex, as_markdown, as_text
 from tests.conftest import png
@@ -102,3 +103,20 @@ def test_a_picture_for_a_server_keeps_its_shape_below_the_cap():
 @pytest.mark.parametrize(("seconds", "text"), [(40, "40 s"), (720, "12 min"), (12600, "3.5 h")])
 def test_time_left(seconds, text):
     assert duration(seconds) == text
+
+
+def test_progress_tells_what_is_done_how_fast_and_how_long_it_takes(tmp_path, monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr("actial_fast.evaluation.run.time.monotonic", lambda: clock[0])
+    folder = Folder(tmp_path)
+    append(tmp_path / "replies.jsonl", [{"id": str(k)} for k in range(10)])
+    progress = Progress("Set, model", 100, folder, enabled=True)
+    progress.look(50)
+    assert capsys.readouterr().err == "", "not before ten seconds"
+    append(tmp_path / "replies.rank1.jsonl", [{"id": str(k)} for k in range(10, 30)])
+    clock[0] += 10
+    progress.look(150)
+    told = "Set, model: 30 of 100 replies, 2.0 a second, 20 tokens a second on this rank, 35 s left\n"
+    assert capsys.readouterr().err == told
+    Progress("Set, model", 100, folder, enabled=False).look(1)
+    assert capsys.readouterr().err == ""
