@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actial_fast.cli.shared import Commands, check_model, settle
+from actial_fast.cli.parser import Parser
+from actial_fast.cli.shared import Commands, add_json, check_model, settle, write_json
 
 if TYPE_CHECKING:
     from actial_fast.evaluation.bench import Scoring
@@ -22,7 +22,9 @@ SETS = "a set's name (`actial bench --list`), NAME=PATH where its files lie, or 
 
 def add(commands: Commands) -> None:
     """The commands of this group."""
-    bench = commands.add_parser("bench", help="benchmarks by their owners' rules: replies kept, figures with intervals, tables")
+    more = "`actial bench export SET -o FILE.tsv` writes a set for VLMEvalKit, `actial bench quiz SET -o FOLDER` a page for people."
+    about = "benchmarks by their owners' rules: replies kept, figures with intervals, tables"
+    bench = commands.add_parser("bench", help=about, epilog=more)
     bench.add_argument("words", nargs="*", metavar="SET", help=f"{SETS}; with --table, folders of runs")
     bench.add_argument("--model", action="append", default=[], metavar="[NAME=]M", help="a checkpoint folder or hub name, or with --server "
                        "the name it is known by; several times for several models; NAME is for the tables")  # fmt: skip
@@ -67,25 +69,26 @@ def add(commands: Commands) -> None:
     _add_scoring(score)
     score.set_defaults(run=_score)
 
-    export = commands.add_parser("bench export", help="a set as a TSV file for VLMEvalKit")
-    export.add_argument("set", metavar="SET", help=SETS)
-    export.add_argument("-o", "--out", type=Path, required=True, help="the .tsv file")
-    export.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="what a question does that cannot be used")
-    export.set_defaults(run=_export)
 
-    quiz = commands.add_parser("bench quiz", help="questions of a set as a page for people, whose answers `actial score` takes")
-    quiz.add_argument("set", metavar="SET", help=SETS)
-    quiz.add_argument("-o", "--out", type=Path, required=True, help="folder for quiz.html and its key")
-    quiz.add_argument("--count", type=int, default=100, help="questions (default: %(default)s)")
-    quiz.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
-    quiz.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="what a question does that cannot be used")
-    quiz.set_defaults(run=_quiz)
-
-
-def joined(words: Sequence[str]) -> list[str]:
-    """A command line in which `bench export` and `bench quiz` are one word, as the parser has them."""
-    two = " ".join(words[:2])
-    return [two, *words[2:]] if two in ("bench export", "bench quiz") else list(words)
+def below(line: Sequence[str]) -> tuple[Parser, list[str]] | None:
+    """The parser of `bench export` or `bench quiz`, where a command line begins so, and the words behind; None for other lines."""
+    if line[:2] == ["bench", "export"]:
+        parser = Parser(prog="actial bench export", description="A set as a TSV file for VLMEvalKit.")
+        parser.add_argument("set", metavar="SET", help=SETS)
+        parser.add_argument("-o", "--out", type=Path, required=True, help="the .tsv file")
+        parser.set_defaults(run=_export)
+    elif line[:2] == ["bench", "quiz"]:
+        about = "Questions of a set as a page for people, whose answers `actial score` takes."
+        parser = Parser(prog="actial bench quiz", description=about)
+        parser.add_argument("set", metavar="SET", help=SETS)
+        parser.add_argument("-o", "--out", type=Path, required=True, help="folder for quiz.html and its key")
+        parser.add_argument("--count", type=int, default=100, help="questions (default: %(default)s)")
+        parser.add_argument("--seed", type=int, default=0, help="of the choice (default: 0)")
+        parser.set_defaults(run=_quiz)
+    else:
+        return None
+    parser.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="what a question does that cannot be used")
+    return parser, list(line[2:])
 
 
 def _add_scoring(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +101,7 @@ def _add_scoring(parser: argparse.ArgumentParser) -> None:
         "--errors", type=int, default=200, help="wrong replies on each run's errors.html, 0 = no page (default: %(default)s)"
     )
     group.add_argument("--as", dest="form", choices=("text", "markdown", "latex"), default="text", help="of the tables (default: text)")
-    group.add_argument("--json", metavar="FILE", help="also write all figures to this file; - prints them instead of the tables")
+    add_json(parser)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -232,14 +235,10 @@ def _show(args: argparse.Namespace, results: Sequence[Mapping[str, Any]], folder
 def _print(args: argparse.Namespace, tables: Sequence[Any], figures: Mapping[str, Any]) -> None:
     from actial_fast.evaluation.tables import FORMS
 
-    if args.json == "-":
-        json.dump(figures, sys.stdout, indent=1)
-        print()
-        return
-    print("\n\n".join(FORMS[args.form](table) for table in tables))
+    if args.json != "-":
+        print("\n\n".join(FORMS[args.form](table) for table in tables))
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(figures, indent=1))
+        write_json(figures, args.json)
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -7,19 +7,22 @@ import os
 import sys
 from collections.abc import Sequence
 
-from actial_fast.cli import bench, data, doctor, eval, export, plan, recipe, report, train
+from actial_fast.cli import bench, cache, data, doctor, eval, export, plan, recipe, report, train
 from actial_fast.cli.launch import PEER_LOST
+from actial_fast.cli.parser import Completion, Parser, Version
 from actial_fast.cli.shared import one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
-    The user's mistakes end in one line on stderr and status 2, without a traceback (ACTIAL_TRACEBACK=1 shows it).
+    The user's mistakes end in one line on stderr and status 2, without a traceback (-v, or ACTIAL_TRACEBACK=1, shows it). A run that was
+    asked to stop and has saved ends with 130 (Ctrl-C) or 143 (SIGTERM), as schedulers that would start it again expect.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads are ruinous where other programs run too
-    parser, line = make_parser(), bench.joined(sys.argv[1:] if argv is None else argv)
-    args, rest = parser.parse_known_args(line)
+    line = list(sys.argv[1:] if argv is None else argv)
+    parser, words = bench.below(line) or (make_parser(), line)
+    args, rest = parser.parse_known_args(words)
     # argparse gives an optional list of words up as soon as an option follows the words before it, so it leaves `... -o OUT key=value`
     if rest and hasattr(args, "words") and not any(word.startswith("-") for word in rest):
         args.words, rest = [*args.words, *rest], []
@@ -28,8 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         args.overrides = [*args.overrides, *rest]
     args.line = line
+    if getattr(args, "quiet", False):
+        os.environ["ACTIAL_QUIET"] = "1"  # for the ranks that are started too
+    if getattr(args, "verbose", False):
+        os.environ["ACTIAL_TRACEBACK"] = "1"
     try:
         return args.run(args) or 0
+    except SystemExit as error:
+        if (number := getattr(error, "signal", None)) is None:
+            raise
+        if error.code:
+            print(error.code, file=sys.stderr)
+        return 128 + int(number)
     except BrokenPipeError:  # `actial ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -49,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command; each group adds its own."""
-    parser = argparse.ArgumentParser(prog="actial", description="Two-stage viewpoint training for Qwen2.5-VL: data, SFT, GRPO, evaluation.")
+    parser = Parser(prog="actial", bare=True, description="Viewpoint training of vision-language models: data, SFT, GRPO, evaluation.")
+    parser.add_argument("--version", action=Version, help="print versions and end")
+    parser.add_argument("--print-completion", action=Completion, help="print a script that completes the command in this shell, and end")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (train, eval, bench, export, report, doctor, plan, recipe, data):
+    for group in (train, eval, bench, export, report, doctor, plan, recipe, data, cache):
         group.add(commands)
     return parser

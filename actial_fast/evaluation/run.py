@@ -6,6 +6,7 @@ place in the set and the seed alone. Bad questions are found before the model is
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import sys
@@ -207,7 +208,7 @@ def ask(
     out, rejects = folder.file_of(where.rank, where.size), Rejects(folder.path / REJECTS, where.rank, where.size)
     draw = Draw(1, asking.temperature, asking.longest_of(opened.set), asking.kv_tokens)
     unanswered: dict[str, str] = {}
-    progress = Progress(f"{opened.set.title}, {asking.name}", len(order), folder, enabled=where.main)
+    progress = Progress(f"{opened.set.title}, {asking.name}", len(order), folder, enabled=where.main and not os.environ.get("ACTIAL_QUIET"))
     if left:
         with awake(engine, 0), ThreadPoolExecutor(1, "prompts") as pool:
             # as many on every rank: those that share an engine draw in lock-step
