@@ -7,12 +7,14 @@ benchmark. All take the item's form into account; extraction.rules are this proj
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 from actial_fast.data.sources.tags import tagged_answer
 from actial_fast.evaluation.extraction import custom, rules
 from actial_fast.evaluation.items import BenchmarkSet, Extract, Found, Item
-from actial_fast.evaluation.numbers import quantities
+from actial_fast.evaluation.numbers import METRES, quantities
+
+AMOUNT, ANY = r"\d+\.?\d*", "[a-zA-Z]+"  # of SpatialScore's lengths, and what may stand around them
+LEADS = ((r"\*\*", r"\*\*"), (r"(?i:approximately|about|roughly)\s*\**", ""), ("", ""))
 
 
 def find_extractor(name: str, of: BenchmarkSet) -> Extract:
@@ -110,10 +112,11 @@ def sat(item: Item, reply: str) -> Found:
 
 def spatialscore(item: Item, reply: str) -> Found:
     """A letter: "answer B", "(B)", a letter by itself, any letter A to F, in this order. yes or no: the first of the two lists of words
-    that has one. A length: with its unit, which it must have. Other numbers: the first.
+    that has one. A length: the first number with a word behind it, which is its unit (an unknown one is read as cm). Other numbers: the
+    first.
 
     Source: SpatialScore's version_0/utils/util.py."""
-    text = re.sub(r"(?i)</?(?:conclusion|answer|assistant)>", "", reply).strip()
+    text = re.sub(r"</?(?:CONCLUSION|conclusion|ANSWER|answer|ASSISTANT|assistant)>", "", reply).strip()
     if item.form == "letter":
         for pattern in (
             r"(?i)^([A-F])\.?$",
@@ -122,7 +125,7 @@ def spatialscore(item: Item, reply: str) -> Found:
             r"(?i)(?:^|\s)([A-F])\.?(?:$|\s|\.|,)",
             r"(?i)([A-F])",
         ):
-            if (found := _first(pattern, text, "spatialscore")).text:
+            if (found := _first(pattern, reply.strip(), "spatialscore")).text:
                 return found
         return Found(None)
     if item.form == "yes-no":
@@ -130,10 +133,18 @@ def spatialscore(item: Item, reply: str) -> Found:
             if re.search(rf"(?i)\b(?:{pattern})\b", text):
                 return Found(word, "spatialscore")
         return Found(None)
+    if item.form == "number" and item.measure == "length":
+        value, unit = (
+            next((match.group(1) for pattern in patterns if (match := re.search(pattern, text))), "")
+            for patterns in (
+                (r"\\scalar\{([^}]+)\}", *(f"{lead}({AMOUNT})\\s*{ANY}{end}" for lead, end in LEADS)),
+                (r"\\distance_unit\{([^}]+)\}", *(f"{lead}{AMOUNT}\\s*({ANY}){end}" for lead, end in LEADS)),
+            )
+        )
+        number = re.search(AMOUNT, value)
+        unit = unit.lower().strip()
+        return Found(f"{number.group()} {unit if unit in METRES else 'cm'}", "spatialscore") if number and unit else Found(None)
     if item.form == "number":
-        if item.measure == "length":
-            found = rules(replace(item, form="number"), reply)
-            return found if found.text and re.search(r"[^\d.eE+-]", found.text) else Found(None)
         numbers = quantities(text)
         return Found(str(numbers[0]), "spatialscore") if numbers else Found(None)
     return rules(item, reply)
