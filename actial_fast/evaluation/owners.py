@@ -11,7 +11,7 @@ import re
 from actial_fast.data.sources.tags import tagged_answer
 from actial_fast.evaluation.extraction import custom, rules
 from actial_fast.evaluation.items import BenchmarkSet, Extract, Found, Item
-from actial_fast.evaluation.numbers import METRES, quantities
+from actial_fast.evaluation.numbers import METRES, WORD, quantities, spelled
 
 AMOUNT, ANY = r"\d+\.?\d*", "[a-zA-Z]+"  # of SpatialScore's lengths, and what may stand around them
 LEADS = ((r"\*\*", r"\*\*"), (r"(?i:approximately|about|roughly)\s*\**", ""), ("", ""))
@@ -90,24 +90,25 @@ def vsi(item: Item, reply: str) -> Found:
 
     Source: lmms-eval's tasks/vsibench/utils.py."""
     if item.form == "number":
-        found = quantities(reply)
-        return Found(f"{found[0].value:.12g}", "vsi") if found else Found(None)
-    word = reply.split(" ")[0].rstrip(".").strip().upper()
-    return Found(word, "vsi") if word else Found(None)
+        digits, words = re.search(r"-?\d+(?:\.\d+)?", reply), WORD.search(reply)
+        if words and (not digits or words.start() < digits.start()):
+            return Found(f"{spelled(words.group()):.12g}", "vsi")
+        return Found(digits.group(), "vsi") if digits else Found(None)
+    return _word(reply.split(" ")[0].rstrip("."), "vsi")
 
 
 def start(item: Item, reply: str) -> Found:
-    """The letter that the reply begins with, in brackets or not. Source: lmms-eval's tasks/cv_bench and tasks/blink."""
-    return _first(r"^[(\s]*([A-Za-z])(?![A-Za-z])", reply, "start")
+    """The letter that the reply begins with, be it a word's. Source: lmms-eval's tasks/cv_bench/utils.py."""
+    return _first(r"^[(\s]*([A-Za-z])", reply, "start")
 
 
 def sat(item: Item, reply: str) -> Found:
-    """The reply without its marks: an option's words anywhere in it, else its first word. Source: lmms-eval's tasks/sat."""
-    bare = re.sub(r"[^\w\s]", "", reply).strip()
-    for letter, option in zip(item.letters, item.options, strict=False):
-        if option and option in bare:
-            return Found(letter, "sat")
-    return Found(bare.split(" ")[0].upper(), "sat") if bare else Found(None)
+    """The first word, without marks. Source: lmms-eval's tasks/sat/utils.py."""
+    return _word(re.sub(r"[^\w\s]", "", reply).strip().split(" ")[0], "sat")
+
+
+def _word(word: str, rule: str) -> Found:
+    return Found(word.strip().upper(), rule) if word.strip() else Found(None)
 
 
 def spatialscore(item: Item, reply: str) -> Found:

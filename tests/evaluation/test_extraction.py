@@ -221,8 +221,10 @@ def test_options_without_letters_are_named_in_words():
         (vsi, MOVE, "b. Move", "B"),
         (vsi, COUNT, "one apple, room 2", "1"),
         (start, MOVE, "(b) since", "B"),
-        (start, MOVE, "Because", None),
-        (sat, MOVE, "It did: Move to the right!", "B"),
+        (start, MOVE, "Because it moved", "B"),  # its weakness
+        (start, MOVE, "1. B", None),
+        (vsi, COUNT, "2 to 3", "2"),
+        (sat, MOVE, "B! It did move", "B"),
         (sat, MOVE, "b", "B"),
         (spatialscore, MOVE, "The answer (C)", "C"),
         (spatialscore, TRUE, "That is not right", "yes"),  # its weakness
