@@ -66,6 +66,9 @@ LETTERS = [
     ("The answer is A because it moved", "A", "answer"),
     ("I choose B", "B", "answer"),
     ("B is correct", "B", "answer"),
+    ("Answer: option (b)", "B", "answer"),
+    ("Hence (b) is correct.", "B", "answer"),
+    ("A: Move to the left\nB: Move to the right\nC: No movement\n\nAnswer: A", "A", "answer"),
     ("Option (B) is the right one, and A is wrong.", "B", "answer"),
     ("Answer: B\n\nOption A is wrong because the book moved.", "B", "answer"),
     ("The answer is B. Option A says left. Option C says none.", "B", "answer"),
@@ -78,6 +81,7 @@ LETTERS = [
     ("I would say B, not A.", "B", "only letter"),
     ("Not A, so B", "B", "only letter"),
     ("the camera moved to the right", "B", "option words"),
+    ("The camera has not moved to the left, it moved to the right.", "B", "option words"),
     # no answer
     ("", None, ""),
     ("I am not sure.", None, ""),
