@@ -33,7 +33,7 @@ from actial_fast.evaluation.numbers import extract_number
 
 MOST = 4000  # characters at the end of an answer that are looked at, besides its first line: what is before is reasoning
 LONGEST = 300  # characters of a line in which an option's words are looked for
-FEW_WORDS = 8  # of a line in which the word that an option has alone stands for it
+FEW_WORDS = 15  # of a line in which the word that an option has alone stands for it
 MARKS = (  # name, beginning and end of what a letter is wrapped in
     ("bold", "**", "**"),
     ("bold", "__", "__"),
@@ -59,13 +59,16 @@ POINTS = ".,:;!)]\u3002\uff0e\uff1a"
 BE = r"(?:is|would\s+be|must\s+be|should\s+be|has\s+to\s+be)"
 CLAIM = re.compile(
     rf"(?i)(?<![a-z])(?:answer(?:\s+{BE})?|(?:option|choice)(?:\s+{BE}|(?=[*_]*\s*[:=]))|choose|chose|pick|select|go\s+with|going\s+with)"
-    r"(?:\s+(?:option|choice|answer|letter))?[*_]{0,2}\s*(?:[:=]|\u2192|->)?\s*"
+    r"(?:\s+(?:option|choice|answer|letter))?[*_]{0,2}\s*(?:[:=]|\u2192|->)?\s*(?:(?:option|choice|letter)\s+)?"
 )
 NAMED = re.compile(r"(?i)(?<![a-z])(?:option|choice|letter)\s*")
 WRONG = re.compile(
     r"[)\]}.*_`\"']*\s+(?:is|was|seems|can be|cannot be)\s+(?:wrong|incorrect|false|not|excluded|eliminated|ruled out|correct\?)"
 )
-CONFIRMED = re.compile(r"(?<![A-Za-z0-9])([A-Z])[)\]}.*_`\"']*\s+(?:is|was|must be)\s+(?:the\s+)?(?:correct|right|true|best|answer)\b")
+CONFIRMED = re.compile(
+    r"(?:(?<![A-Za-z0-9])[A-Z]|(?<=\()[a-z](?=\))|(?<=option )[a-z])[)\]}.*_`\"']*\s+(?:is|was|must be)\s+(?:the\s+)?"
+    r"(?:correct|right|true|best|answer)\b"
+)
 AT = re.compile(r"(?:\\boxed\{|\\text\{|\\mathrm\{|[*_`\"'(\[{$\\<\u201c\uff08 ])*([A-Za-z])(?![A-Za-z0-9'\u2019])")
 MORE = re.compile(
     r"[)\]}*_`\"']*\s*(?:,|/|&|\band\b|\bor\b)\s*(?:option\s+)?[(\[*`\"']*(?:[A-Z](?![A-Za-z0-9'\u2019])|[a-z](?![A-Za-z0-9'\u2019]|\s+[a-z]))"
@@ -74,9 +77,10 @@ ALONE = re.compile(r"(?<![A-Za-z0-9'\u2019.\\-])([A-Z])(?![A-Za-z0-9'\u2019-]|\.
 ARTICLE = re.compile(r"\s+(?!(?:because|since|as|is|was|for|given|due|based|which|where|with|from|according|and|or|that|but)\b)[a-z]")
 LABELLED = re.compile(r"[(\[*_]*([A-Za-z])[*_]*\s*(?:[).:\]\u3002\uff1a]|,|\s[-\u2013\u2014])[*_]*\s*(\S.*)")
 ONE_LINE = re.compile(r"(?m)^\s*[-*\s]*[(\[*_]*([A-Z])[*_]*[).:\]]")
+FILLER = r"to|be|the|a|an|at|in|on|option|choice|answer|it|it's|is|towards?|move[sd]?|movement|necessarily|simply"  # behind "not"
 DENIED = re.compile(
     r"(?i)(?:\b(?:not|no|never|neither|nor|no longer|cannot be|rather than|instead of|without|exclud\w+|eliminat\w+|rul\w+ out)|n't)"
-    r"(?:\s+(?:to|be|the|a|an|at|in|on|option|choice|answer|it|it's|is|towards?|move[sd]?|movement|necessarily|simply))*\s*[(\[*_`\"']*$"
+    rf"(?:[ \t]+(?:{FILLER}))*[ \t]*[(\[*_`\"']*$"
 )
 YES = {"yes": "yes", "yeah": "yes", "yep": "yes", "true": "yes", "no": "no", "nope": "no", "false": "no"}
 YES_WORD = re.compile(r"(?i)(?<![a-z'\u2019-])(yes|yeah|yep|true|no|nope|false)(?![a-z'\u2019-])")
@@ -187,7 +191,7 @@ def _claimed(item: Item, text: str) -> str:
             last, letter = claim.end(), words
     for claim in CONFIRMED.finditer(text):
         if claim.start() > last and not _denied(text, claim.start()):
-            last, letter = claim.start(), claim.group(1)
+            last, letter = claim.start(), claim.group()[0].upper()
     return letter if letter and letter in item.letters else ""
 
 

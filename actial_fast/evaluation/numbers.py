@@ -73,7 +73,7 @@ def quantities(text: str) -> list[Quantity]:
     for match in WORD.finditer(text):
         unit = re.match(rf"\s*({UNIT})(?![A-Za-z])", text[match.end() :])
         end = match.end() + (unit.end() if unit else 0)
-        found.append(Quantity(_spelled(match.group()), unit.group(1).lower() if unit else "", match.start(), end))
+        found.append(Quantity(spelled(match.group()), unit.group(1).lower() if unit else "", match.start(), end))
     return _joined(sorted(found, key=lambda quantity: quantity.at), text)
 
 
@@ -95,7 +95,8 @@ def _joined(found: list[Quantity], text: str) -> list[Quantity]:
     return joined
 
 
-def _spelled(words: str) -> float:
+def spelled(words: str) -> float:
+    """The number that English words say: "three hundred and twenty-one"."""
     total, current = 0, 0
     for word in re.findall(r"[a-z]+", words.lower()):
         if word in WORDS:

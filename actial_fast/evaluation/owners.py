@@ -7,12 +7,14 @@ benchmark. All take the item's form into account; extraction.rules are this proj
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 from actial_fast.data.sources.tags import tagged_answer
 from actial_fast.evaluation.extraction import custom, rules
 from actial_fast.evaluation.items import BenchmarkSet, Extract, Found, Item
-from actial_fast.evaluation.numbers import quantities
+from actial_fast.evaluation.numbers import METRES, WORD, quantities, spelled
+
+AMOUNT, ANY = r"\d+\.?\d*", "[a-zA-Z]+"  # of SpatialScore's lengths, and what may stand around them
+LEADS = ((r"\*\*", r"\*\*"), (r"(?i:approximately|about|roughly)\s*\**", ""), ("", ""))
 
 
 def find_extractor(name: str, of: BenchmarkSet) -> Extract:
@@ -88,32 +90,34 @@ def vsi(item: Item, reply: str) -> Found:
 
     Source: lmms-eval's tasks/vsibench/utils.py."""
     if item.form == "number":
-        found = quantities(reply)
-        return Found(f"{found[0].value:.12g}", "vsi") if found else Found(None)
-    word = reply.split(" ")[0].rstrip(".").strip().upper()
-    return Found(word, "vsi") if word else Found(None)
+        digits, words = re.search(r"-?\d+(?:\.\d+)?", reply), WORD.search(reply)
+        if words and (not digits or words.start() < digits.start()):
+            return Found(f"{spelled(words.group()):.12g}", "vsi")
+        return Found(digits.group(), "vsi") if digits else Found(None)
+    return _word(reply.split(" ")[0].rstrip("."), "vsi")
 
 
 def start(item: Item, reply: str) -> Found:
-    """The letter that the reply begins with, in brackets or not. Source: lmms-eval's tasks/cv_bench and tasks/blink."""
-    return _first(r"^[(\s]*([A-Za-z])(?![A-Za-z])", reply, "start")
+    """The letter that the reply begins with, be it a word's. Source: lmms-eval's tasks/cv_bench/utils.py."""
+    return _first(r"^[(\s]*([A-Za-z])", reply, "start")
 
 
 def sat(item: Item, reply: str) -> Found:
-    """The reply without its marks: an option's words anywhere in it, else its first word. Source: lmms-eval's tasks/sat."""
-    bare = re.sub(r"[^\w\s]", "", reply).strip()
-    for letter, option in zip(item.letters, item.options, strict=False):
-        if option and option in bare:
-            return Found(letter, "sat")
-    return Found(bare.split(" ")[0].upper(), "sat") if bare else Found(None)
+    """The first word, without marks. Source: lmms-eval's tasks/sat/utils.py."""
+    return _word(re.sub(r"[^\w\s]", "", reply).strip().split(" ")[0], "sat")
+
+
+def _word(word: str, rule: str) -> Found:
+    return Found(word.strip().upper(), rule) if word.strip() else Found(None)
 
 
 def spatialscore(item: Item, reply: str) -> Found:
     """A letter: "answer B", "(B)", a letter by itself, any letter A to F, in this order. yes or no: the first of the two lists of words
-    that has one. A length: with its unit, which it must have. Other numbers: the first.
+    that has one. A length: the first number with a word behind it, which is its unit (an unknown one is read as cm). Other numbers: the
+    first.
 
     Source: SpatialScore's version_0/utils/util.py."""
-    text = re.sub(r"(?i)</?(?:conclusion|answer|assistant)>", "", reply).strip()
+    text = re.sub(r"</?(?:CONCLUSION|conclusion|ANSWER|answer|ASSISTANT|assistant)>", "", reply).strip()
     if item.form == "letter":
         for pattern in (
             r"(?i)^([A-F])\.?$",
@@ -122,7 +126,7 @@ def spatialscore(item: Item, reply: str) -> Found:
             r"(?i)(?:^|\s)([A-F])\.?(?:$|\s|\.|,)",
             r"(?i)([A-F])",
         ):
-            if (found := _first(pattern, text, "spatialscore")).text:
+            if (found := _first(pattern, reply.strip(), "spatialscore")).text:
                 return found
         return Found(None)
     if item.form == "yes-no":
@@ -130,10 +134,18 @@ def spatialscore(item: Item, reply: str) -> Found:
             if re.search(rf"(?i)\b(?:{pattern})\b", text):
                 return Found(word, "spatialscore")
         return Found(None)
+    if item.form == "number" and item.measure == "length":
+        value, unit = (
+            next((match.group(1) for pattern in patterns if (match := re.search(pattern, text))), "")
+            for patterns in (
+                (r"\\scalar\{([^}]+)\}", *(f"{lead}({AMOUNT})\\s*{ANY}{end}" for lead, end in LEADS)),
+                (r"\\distance_unit\{([^}]+)\}", *(f"{lead}{AMOUNT}\\s*({ANY}){end}" for lead, end in LEADS)),
+            )
+        )
+        number = re.search(AMOUNT, value)
+        unit = unit.lower().strip()
+        return Found(f"{number.group()} {unit if unit in METRES else 'cm'}", "spatialscore") if number and unit else Found(None)
     if item.form == "number":
-        if item.measure == "length":
-            found = rules(replace(item, form="number"), reply)
-            return found if found.text and re.search(r"[^\d.eE+-]", found.text) else Found(None)
         numbers = quantities(text)
         return Found(str(numbers[0]), "spatialscore") if numbers else Found(None)
     return rules(item, reply)

@@ -101,24 +101,24 @@ def placed(prompt: str, images: Sequence[Any], where: str) -> str:
 
 
 def letter_of(answer: str, options: Sequence[str], where: str) -> str:
-    """The letter of an answer that is written as "B", "(B)", "B. text", the option's text, or its number from 0; BadRow for none."""
+    """The letter of an answer that is written as "B", "b", "(B)", "B. text" or the option's text; BadRow for none."""
     answer = answer.strip()
     letters = ascii_uppercase[: len(options) or None]
-    if answer in options and options.count(answer) == 1:
-        return letters[list(options).index(answer)]
-    if (label := LABEL.match(answer)) and label.group(1) in letters:
+    label = LABEL.match(answer.upper() if len(answer) == 1 else answer)
+    if label and label.group(1) in letters:
         return label.group(1)
-    if answer.isdecimal() and int(answer) < len(options):
-        return letters[int(answer)]
+    texts = [option.strip().casefold() for option in options]
+    if texts.count(answer.casefold()) == 1:
+        return letters[texts.index(answer.casefold())]
     raise BadRow(where, f"the answer {shortened(answer, 60)!r} is none of the options {shortened(list(options), 120)}")
 
 
 def unlettered(options: Sequence[str]) -> tuple[str, ...]:
-    """The options without their letters, where all have the letters A, B, ... in this order."""
+    """The options without their letters, where all have the letters A, B, ... in this order and a text behind it."""
     labels = [LABEL.match(option) for option in options]
-    if all(label and label.group(1) == letter for label, letter in zip(labels, ascii_uppercase, strict=False)):
-        return tuple(option[label.end() :].strip() if label else option for option, label in zip(options, labels, strict=True))
-    return tuple(options)
+    texts = tuple(option[label.end() :].strip() if label else "" for option, label in zip(options, labels, strict=True))
+    inorder = all(label and label.group(1) == letter for label, letter in zip(labels, ascii_uppercase, strict=False))
+    return texts if inorder and all(texts) else tuple(options)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ def own_prompt(record: Record, options: Sequence[str]) -> str:
 def vlmevalkit(
     ask: Ask = vlmevalkit_prompt,
     *,
+    id: Callable[[Record], str] = lambda record: record.needed("index"),
     category: Callable[[Record], str] = lambda record: record.text("category", "question_type", "task", "l2-category"),
     group: Callable[[Record], str] = lambda record: circular_group(record),
     cluster: Callable[[Record], str] = lambda record: "",
@@ -90,7 +91,7 @@ def vlmevalkit(
         given = record.needed("answer")
         answer, form = (letter_of(given, options, record.where), LETTER_FORM) if options else open_answer(given)
         return Item(
-            id=record.needed("index"),
+            id=id(record),
             prompt=placed(ask(record, options), images, record.where),
             images=images,
             answer=answer,

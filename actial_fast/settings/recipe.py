@@ -23,6 +23,8 @@ class EvalConfig:
     """What to evaluate on; empty = no evaluation."""
     every: int = 0
     """Steps between evaluations; 0 = only after the last step."""
+    before: bool = False
+    """SFT: also before the first step, for the figures of the model that it begins with; GRPO always does."""
     limit: int = 0
     """Rows per evaluation, taken in order; 0 = all."""
     temperature: float = 0.0

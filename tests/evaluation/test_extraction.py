@@ -66,6 +66,9 @@ LETTERS = [
     ("The answer is A because it moved", "A", "answer"),
     ("I choose B", "B", "answer"),
     ("B is correct", "B", "answer"),
+    ("Answer: option (b)", "B", "answer"),
+    ("Hence (b) is correct.", "B", "answer"),
+    ("A: Move to the left\nB: Move to the right\nC: No movement\n\nAnswer: A", "A", "answer"),
     ("Option (B) is the right one, and A is wrong.", "B", "answer"),
     ("Answer: B\n\nOption A is wrong because the book moved.", "B", "answer"),
     ("The answer is B. Option A says left. Option C says none.", "B", "answer"),
@@ -78,6 +81,7 @@ LETTERS = [
     ("I would say B, not A.", "B", "only letter"),
     ("Not A, so B", "B", "only letter"),
     ("the camera moved to the right", "B", "option words"),
+    ("The camera has not moved to the left, it moved to the right.", "B", "option words"),
     # no answer
     ("", None, ""),
     ("I am not sure.", None, ""),
@@ -221,8 +225,10 @@ def test_options_without_letters_are_named_in_words():
         (vsi, MOVE, "b. Move", "B"),
         (vsi, COUNT, "one apple, room 2", "1"),
         (start, MOVE, "(b) since", "B"),
-        (start, MOVE, "Because", None),
-        (sat, MOVE, "It did: Move to the right!", "B"),
+        (start, MOVE, "Because it moved", "B"),  # its weakness
+        (start, MOVE, "1. B", None),
+        (vsi, COUNT, "2 to 3", "2"),
+        (sat, MOVE, "B! It did move", "B"),
         (sat, MOVE, "b", "B"),
         (spatialscore, MOVE, "The answer (C)", "C"),
         (spatialscore, TRUE, "That is not right", "yes"),  # its weakness

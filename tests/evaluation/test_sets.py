@@ -14,6 +14,7 @@ from PIL import Image
 
 from actial_fast.data.sources.row import BadRow
 from actial_fast.evaluation.catalogue import all_sets, find, open_set
+from actial_fast.evaluation.records import letter_of, unlettered
 
 PIXELS = [(n, 40, 90) for n in range(8)]
 
@@ -126,6 +127,11 @@ def test_cv_bench_of_two_files_and_both_averages(tmp_path):
     assert found["CV-Bench avg (four tasks)"].value == pytest.approx((0.5 + 0 + 1 + 1) / 4)
     assert found["Cambrian's average"].value == pytest.approx(((1 + 0) / 2 + 1) / 2)
     assert found["accuracy"].value == pytest.approx(3 / 5)
+    row = {"index": 0, "question": "Q", "prompt": "How many? (A) 1 (B) 2", "A": "1", "B": "2", "answer": "B", "task": "Count", "image": B64}
+    for split in ("2D", "3D"):
+        tsv(tmp_path / "lmu" / f"CV-Bench-{split}.tsv", [{**row, "split": split}])
+    items = open_set("cv-bench").items
+    assert [(each.id, each.prompt) for each in items] == [(f"{split}/0", "<image>How many? (A) 1 (B) 2") for split in ("2D", "3D")]
 
 
 def test_the_papers_averages_from_their_parts():
@@ -553,3 +559,16 @@ def test_the_example_in_the_docs_is_a_set(tmp_path):
     assert items[0].prompt == "<image>Where?\nAnswer with a letter." and items[0].answer == "B" and items[0].cluster == "h"
     assert {figure.name: figure.value for figure in names["ROOMS"].figures(items, [1, 0, 1])}["indoors"] == 0.75
     assert names["ROOMS"].judge(items[0], "It is on the right.").score == 1
+
+
+def test_letters_and_texts_of_answers():
+    assert (
+        unlettered(["(A) left", "(B) right"]) == unlettered(["A. left", "B. right"]) == unlettered(["left", "right"]) == ("left", "right")
+    )
+    assert unlettered(["A", "B"]) == ("A", "B") and unlettered(["B. x", "A. y"]) == ("B. x", "A. y")
+    for answer in ("B", "b", "(B)", "B. right", "B: whatever", "Right", " right "):
+        assert letter_of(answer, ("left", "right"), "") == "B"
+    assert letter_of("B", ("B", "A"), "") == "B", "a letter comes first"
+    for answer in ("C", "1", "A, B", "left or right"):
+        with pytest.raises(BadRow, match="is none of the options"):
+            letter_of(answer, ("left", "right"), "f:1")

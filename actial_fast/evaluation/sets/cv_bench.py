@@ -40,7 +40,11 @@ CV_BENCH = benchmark(
         PAGE,
         [
             Layout(("idx", "task", "question", "choices", "answer", "prompt", "image"), item),
-            vlmevalkit(own_prompt, category=lambda record: record.text("task", "category")),
+            vlmevalkit(
+                own_prompt,
+                id=lambda record: f"{record.text('split')}/{record.needed('index')}".lstrip("/"),  # two files, each from 0
+                category=lambda record: record.text("task", "category"),
+            ),
         ],
         repos=["nyu-visionx/CV-Bench"],
         files=["test_[23]d.parquet", "test*.parquet", "data/test*.parquet"],

@@ -53,7 +53,7 @@ THREEDSR = benchmark(
     ),
     together(
         each(),
-        each(main_class, "class {}", [f"class {name}" for name in CLASSES]),
+        each(main_class, "class {}", CLASSES),
         micro(),
         products("flip", lambda item: "".join((parts(item)[0], parts(item)[2]))),
         products("circular", lambda item: "".join(parts(item)[:2]), main_class),
