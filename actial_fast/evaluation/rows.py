@@ -20,7 +20,8 @@ def item_of(row: Row, number: int) -> Item:
     """The item of a row; BadRow when it has no truth or its prompt does not end with a question. number: from 1, for rows without an id.
 
     With options it asks for the letter where the truth is one or the question shows them, else for the option's text. Without, for yes
-    or no, a number or a text, as the truth is."""
+    or no, a number or a text, as the truth is. meta.group says what rows that are right only together share, meta.cluster (else
+    meta.object, else the pictures) what an interval counts as one draw."""
     *before, last = row.prompt
     if last.role != "user":
         raise BadRow(row.where, f"the prompt ends with the {last.role}'s turn, not with a question")
@@ -44,7 +45,8 @@ def item_of(row: Row, number: int) -> Item:
         answer=answer,
         options=options,
         category=row.kind,
-        cluster=str(row.meta.get("object") or "") or _pictures(row),
+        group=str(row.meta.get("group") or ""),
+        cluster=str(row.meta.get("cluster") or row.meta.get("object") or "") or _pictures(row),
         meta=row.meta,
         form=form,
         accepted=row.accepted,

@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import random
 import re
 from pathlib import Path
 
@@ -572,3 +573,61 @@ def test_letters_and_texts_of_answers():
     for answer in ("C", "1", "A, B", "left or right"):
         with pytest.raises(BadRow, match="is none of the options"):
             letter_of(answer, ("left", "right"), "f:1")
+
+
+JUNK = [
+    None,
+    float("nan"),
+    "",
+    0,
+    -5,
+    3.5,
+    True,
+    [],
+    {},
+    [None],
+    ["x"],
+    [1, 2],
+    {"bytes": None},
+    {"path": 3},
+    "A",
+    "[",
+    "['a'",
+    "<image>",
+    "\0",
+]
+JUNK += ["\ud800", [[]], "<|im_end|>", "9" * 5000, ["A", "A"], "nan", "2 m", "(Z)", 10**30]
+
+
+def test_whatever_stands_in_a_row_it_is_an_item_or_a_bad_row(tmp_path):
+    url, draw = f"data:image/png;base64,{B64}", random.Random(0)
+    (tmp_path / "a.png").write_bytes(PNG)
+    goods = {
+        "blink": {**blink_row("Counting", 1), "image_1": url, "image_2": url},
+        "cv-bench": {**cv_row("Count", "COCO", "2D"), "image": url},
+        "3dsrbench": dsr("VIN6MS3J-flip-1"),
+        "mmsi": mmsi_row(images=[url, url]),
+        "spatialscore": score_row("open-ended", "QSpatialBench-Plus", "How wide?", "2 m"),
+        "vsi-bench": {**vsi_row("route_planning", "B", ["A. x", "B. y"]), "frames": [url]},
+        "mindcube": cube_row("among_1", images=[url]),
+        "sat": {"image_bytes": [url], "question": "Which?", "answers": ["l", "r"], "question_type": "t", "correct_answer_idx": 1},
+    }
+    usable = 0
+    for name, good in goods.items():
+        rows = [good]
+        for _ in range(25):
+            rows.append({**good, **{key: draw.choice(JUNK) for key in draw.sample(list(good), 2)}})
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        opened = open_set(f"{name}={tmp_path / 'x.jsonl'}")
+        assert opened.set.judge(opened.items[0], opened.items[0].answer).score == 1
+        for n in range(1, len(rows)):
+            try:
+                found = opened.items[n]
+            except BadRow:
+                continue
+            usable += 1
+            for reply in (found.answer, "A", "three", ""):
+                opened.set.judge(found, reply)
+                opened.set.judge(found, reply, opened.set.owner)
+            opened.set.figures([found], [0.5])
+    assert 10 < usable < 190

@@ -75,7 +75,7 @@ VSI = benchmark(
             Layout(("question_type", "question", "answer", "candidates"), item),
         ],
         repos=["nyu-visionx/VSI-Bench"],
-        files=["test.jsonl", "test*.parquet", "data/test*.parquet", "full/test*.parquet"],
+        files=["test.jsonl", "full/test-*.parquet", "test-*.parquet", "data/test-*.parquet", "test.parquet"],
         tsv=["VSI-Bench.tsv"],
     ),
     together(
