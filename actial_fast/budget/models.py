@@ -17,7 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 from actial_fast.model.families.known import FAMILIES, family_of
 from actial_fast.model.nf4 import LAYER
 from actial_fast.model.policy import Policy, assembled
-from actial_fast.model.weights import EMBEDDING, HEAD, base_name, check_family, kind_of, parameters_on_meta
+from actial_fast.model.weights import EMBEDDING, HEAD, base_name, check_family, config_at, parameters_on_meta
 from actial_fast.rollout.memory import kv_shape
 from actial_fast.settings.model import ModelConfig
 
@@ -53,7 +53,7 @@ def _published(size: str) -> Any:
 
 def _told(path: str, folder: Path) -> Any:
     check_family(path, folder)
-    return FAMILIES[kind_of(folder)].config.from_pretrained(folder)
+    return config_at(folder)
 
 
 def config_from(text: str) -> Any:

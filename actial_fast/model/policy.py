@@ -22,7 +22,7 @@ from actial_fast.model.adapters import add_adapters, draw_adapters
 from actial_fast.model.attention import is_packed, use_flash, use_packed_attention
 from actial_fast.model.families.known import family_of
 from actial_fast.model.nf4 import fill_nf4, hold_in_nf4, nf4_problem
-from actial_fast.model.vision import VisionArguments, encode_images, vision_arguments
+from actial_fast.model.vision import VisionArguments, check_patches, encode_images, vision_arguments
 from actial_fast.model.weights import fill, misfits, open_weights, resolve, skeleton
 from actial_fast.ops.ranges import named
 from actial_fast.packing.batch import Batch, PackedBatch
@@ -48,7 +48,8 @@ class ImageBatch:
 
     @staticmethod
     def of(pixels: PixelBatch, config: PreTrainedConfig) -> ImageBatch:
-        """config: the tower's."""
+        """config: the tower's. ValueError where it takes other patches."""
+        check_patches(pixels.settings, config)
         return ImageBatch(pixels, vision_arguments(pixels.grids, config, pin=pixels.pixels.is_pinned()))
 
     def to(self, device: torch.device) -> ImageBatch:

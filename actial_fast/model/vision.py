@@ -23,6 +23,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from actial_fast.model.attention import remember
 from actial_fast.model.families.known import family_of_tower
 from actial_fast.packing.batch import Segments
+from actial_fast.packing.images import ImageSettings
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,17 @@ def vision_arguments(grids: Sequence[tuple[int, int, int]], config: PreTrainedCo
     order = _joined([frame.order for frame in frames], pin)
     order += torch.from_numpy(np.repeat(starts[:-1], np.diff(starts)))
     return replace(arguments, window_index=order, windows=_segments(np.concatenate([frame.windows for frame in frames]), pin))
+
+
+def check_patches(settings: ImageSettings, config: PreTrainedConfig) -> None:
+    """ValueError where an image processor cuts other patches than a tower of this configuration takes."""
+    cut = settings.patch, settings.merge, settings.frames
+    taken = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
+    if cut != taken:
+        raise ValueError(
+            f"model.path: its image processor cuts for {cut}, its vision tower takes {taken}: pixels along a patch, patches along a merged "
+            "token, frames; put the preprocessor_config.json of the same checkpoint there"
+        )
 
 
 @dataclass(frozen=True)

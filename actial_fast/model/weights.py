@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 from transformers.utils import cached_file
 
-from actial_fast.model.families.known import FAMILIES, NAMES
+from actial_fast.model.families.known import FAMILIES, NAMES, family_of
 from actial_fast.model.tensors import Stored
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
@@ -76,11 +76,10 @@ def open_weights(folder: Path) -> Stored:
 
 def skeleton(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> Any:
     """The checkpoint's model as from_pretrained makes it, buffers included, but its parameters on the meta device."""
-    family = FAMILIES[kind_of(folder)]
-    config = family.config.from_pretrained(folder)
+    config = config_at(folder)
     config.name_or_path = str(folder)
     with parameters_on_meta():
-        model = family.model._from_config(config, dtype=dtype, attn_implementation=attention)
+        model = family_of(config).model._from_config(config, dtype=dtype, attn_implementation=attention)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
@@ -201,6 +200,11 @@ def kind_of(folder: Path) -> str:
     if not isinstance(said, dict):
         raise ValueError("it holds no object")
     return str(said.get("model_type"))
+
+
+def config_at(folder: Path) -> Any:
+    """The configuration of a checkpoint of a known family."""
+    return FAMILIES[kind_of(folder)].config.from_pretrained(folder)
 
 
 def check_family(path: str, folder: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
+from actial_fast.model.weights import resolve
 from actial_fast.rollout.embedded import Embedded
 from actial_fast.rollout.protocol import Engine
 from actial_fast.settings.model import ModelConfig
@@ -50,8 +51,9 @@ def open_checkpoint(model: Path | str, where: World, seed: int = 0) -> tuple[Emb
     """The engine that replies with a checkpoint folder or hub name as it is, and what makes its prompts."""
     # the dtype of the computation, so that nothing is cast again for every token
     weights = ModelConfig(path=str(model), dtype="bfloat16" if where.device.type == "cuda" else "float32")
-    policy, processor = load_policy(weights, where.device, seed).eval(), Processor.load(str(model))
-    return Embedded(policy, processor), processor
+    resolve(weights.path)  # of another family its files say nothing that could be understood
+    processor = Processor.load(weights.path)
+    return Embedded(load_policy(weights, where.device, seed).eval(), processor), processor
 
 
 def longest_of(recipe: SFTRecipe | GRPORecipe) -> int:

@@ -1,5 +1,7 @@
 """Every family against transformers: loading and saving, positions, packed passes, sampling, adapters, FLOPs. A new one joins by itself."""
 
+import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,15 +22,16 @@ from actial_fast.model.weights import check_checkpoint, module_name
 from actial_fast.ops.reference import linear_logprob
 from actial_fast.ops.spec import GRPOSpec
 from actial_fast.packing.batch import collate
+from actial_fast.rollout.engines import open_checkpoint
 from actial_fast.settings.model import LoRAConfig, ModelConfig
-from actial_fast.settings.recipe import GRPORecipe
+from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.settings.running import OptimConfig
 from actial_fast.train import checkpoint
+from actial_fast.train.preflight import problems_of
 from actial_fast.train.stage import build_optimizer
 from bench.step.ledger import Count
 from bench.step.minimum import work_of
 from tests.loops import ALONE, accumulate, generate, log_probs
-from tests.ranks import on_ranks
 from tests.train.test_rounds import assert_same, run, samples_of
 
 CPU = torch.device("cpu")
@@ -244,10 +247,73 @@ def test_the_plan_knows_its_shapes(case):
     assert told.tower.kept(4096, vision.depth) <= bound.tower.kept(4096, vision.depth) and told.looking(4096) <= bound.looking(4096)
 
 
-def test_two_ranks_have_the_gradients_of_one(case):
-    names = ["model:whole:packed:block:pass:1"]
-    found = on_ranks("tests.train.sharded", "ways", case.model.parent, *names)
-    assert found[names[0]]["far"] < 1e-5 < 1e-2 < found[names[0]]["largest"]
+@pytest.mark.parametrize("case", ["qwen3_vl"], indirect=True)
+def test_pictures_cut_for_another_family_are_refused(case, tmp_path):
+    """Before the model is loaded, and by whoever hands patches to a tower."""
+    shutil.copytree(case.model, tmp_path / "mixed")
+    Processor.load(str(case.model)).image_processor.__class__().save_pretrained(tmp_path / "mixed")
+    recipe = SFTRecipe(model=ModelConfig(path=str(tmp_path / "mixed")))
+    told = problems_of(recipe, Processor.encode, lambda *_: (), tmp_path, ALONE)
+    (problem,) = (line for line in told if line.startswith("model.path"))
+    assert "image processor cuts for (14, 2, 2), its vision tower takes (16, 2, 2)" in problem and "preprocessor_config.json" in problem
+    mixed = Processor.load(str(tmp_path / "mixed"))
+    with pytest.raises(ValueError, match="cuts for"):
+        run(case, mixed, samples_of(mixed, [(1, 1)]), True)
+
+
+@pytest.mark.parametrize("case", ["qwen2_vl"], indirect=True)
+def test_a_chat_template_may_be_where_processors_keep_it(case, prompts, tmp_path, example):
+    shutil.copytree(case.model, tmp_path / "old")
+    template = (tmp_path / "old" / "chat_template.jinja").read_text()
+    (tmp_path / "old" / "chat_template.jinja").unlink()
+    (tmp_path / "old" / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    found = Processor.load(str(tmp_path / "old")).encode_prompt(example("no image", seed=2))
+    assert found.ids.tolist() == prompts[1].ids.tolist()
+
+
+OTHERS = ["qwen3_vl_moe", "qwen3_5", "qwen2_5_omni", "llava_onevision", "qwen2", None]
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_families_are_refused_in_a_line_before_anything_is_read(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({} if kind is None else {"model_type": kind}))
+    names = "Qwen2-VL, Qwen2.5-VL, Qwen3-VL (model_type qwen2_vl, qwen2_5_vl, qwen3_vl)"
+    said = f"model.path: {tmp_path} is a {kind}; trained here are {names}"
+    assert check_checkpoint(str(tmp_path)) == [said]
+    for way in (lambda: load_policy(ModelConfig(path=str(tmp_path)), CPU, 0), lambda: config_of(str(tmp_path)), lambda: opened(tmp_path)):
+        with pytest.raises(ValueError) as error:
+            way()
+        assert str(error.value) == said
+
+
+def opened(folder):
+    return open_checkpoint(folder, ALONE)
+
+
+def test_configurations_as_the_hub_has_them_are_read(tmp_path):
+    """Qwen2-VL's is flat, and older ones name a tower after the whole model and tell of M-RoPE as rope_scaling."""
+    flat = {"hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 2, "num_hidden_layers": 28, "intermediate_size": 8960}
+    flat |= {"model_type": "qwen2_vl", "vocab_size": 151936, "tie_word_embeddings": True, "rope_theta": 1e6}
+    flat |= {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    flat["vision_config"] = {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "hidden_size": 1536}
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    found, published = config_of(str(tmp_path)), config_of("", "qwen2-vl-2b")
+    assert found.text_config.rope_parameters == published.text_config.rope_parameters | {"type": "mrope"}
+    assert shapes_of(found, ModelConfig()).weights == shapes_of(published, ModelConfig()).weights
+    published = config_of("", "qwen3-vl-4b")
+    text, vision = published.text_config.to_dict(), published.vision_config.to_dict()
+    text |= {"rope_theta": 5e6, "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"}}
+    del text["rope_parameters"]
+    about = {
+        "model_type": "qwen3_vl",
+        "text_config": text,
+        "vision_config": vision | {"model_type": "qwen3_vl"},
+        "tie_word_embeddings": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    found = config_of(str(tmp_path))
+    assert found.text_config.rope_parameters == published.text_config.rope_parameters
+    assert shapes_of(found, ModelConfig()).weights == shapes_of(published, ModelConfig()).weights
 
 
 def test_published_sizes_have_their_parameters():
