@@ -46,9 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command; each group adds its own."""
-    parser = argparse.ArgumentParser(
-        prog="actial", description="Two-stage viewpoint training for Qwen2-VL, 2.5-VL and 3-VL: data, SFT, GRPO, evaluation."
-    )
+    about = "Two-stage viewpoint training for Qwen2-VL, Qwen2.5-VL and Qwen3-VL: data, SFT, GRPO, evaluation."
+    parser = argparse.ArgumentParser(prog="actial", description=about)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for group in (train, eval, export, report, doctor, plan, recipe, data):
         group.add(commands)
