@@ -6,14 +6,18 @@ import pytest
 
 from actial_fast.rollout.embedded import Embedded
 from actial_fast.rollout.protocol import Draw, awake
+from actial_fast.settings.model import LoRAConfig
 from tests.vllm.shared import SHAPE, create_model, furthest, opened, policy_of, processor_of, prompts_of, replied, same, train
 
+CASES = {"Qwen2-VL": ("qwen2_vl", {}), "Qwen3-VL": ("qwen3_vl", {}), "adapters": ("qwen3_vl", {"lora": LoRAConfig(rank=4, alpha=24)})}
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
-def test_a_family_is_drawn_from_as_it_is_trained(family, tmp_path):
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_family_is_drawn_from_as_it_is_trained(name, tmp_path):
     """With the weights it was opened with, and with newer ones."""
+    family, options = CASES[name]
     model = create_model(tmp_path / "model", replace(SHAPE, family=family, layers=3))
-    processor, policy = processor_of(model), policy_of(model)
+    processor, policy = processor_of(model), policy_of(model, **options)
     prompts = prompts_of(processor)
     keys = [(1, k) for k in range(len(prompts))]
     with opened(policy, processor) as engine:
