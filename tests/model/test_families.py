@@ -31,6 +31,7 @@ from actial_fast.train.preflight import problems_of
 from actial_fast.train.stage import build_optimizer
 from bench.step.ledger import Count
 from bench.step.minimum import work_of
+from tests.budget.sizes import saved_bytes
 from tests.loops import ALONE, accumulate, generate, log_probs
 from tests.train.test_rounds import assert_same, run, samples_of
 
@@ -229,7 +230,7 @@ def test_the_least_flops_are_those_of_a_packed_step(case, name):
 
 
 def test_the_plan_knows_its_shapes(case):
-    """Parameters are those that are loaded; what a training pass keeps of the tower is what autograd saves."""
+    """Parameters are those that are loaded; what a training pass keeps, of the language model and of the tower, is what autograd saves."""
     model = ModelConfig(path=str(case.model))
     shapes = shapes_of(config_of(model.path), model)
     policy = load_policy(model, CPU, 0, packed=True)
@@ -237,6 +238,8 @@ def test_the_plan_knows_its_shapes(case):
     assert shapes.levels == case.family.levels(case.theirs.config.vision_config)
     config = shapes.config
     told, bound = traced(config, ModelConfig(), packed=True, low=False, sharded=False), roughly(config)
+    kept = told.language.kept(700, config.text_config.num_hidden_layers)
+    assert kept == pytest.approx(saved_bytes(config, ModelConfig(), 700), rel=0.03)
     arguments = vision_arguments([(1, 24, 32)], config.vision_config)
     vision = config.vision_config
     with Live([*policy.parameters(), *policy.buffers()]) as live:
