@@ -74,6 +74,7 @@ def open_model(
         from actial_fast.rollout.server import Rows, Server
 
         return Server(Client(rollout.url, rollout.model), rollout.workers), Rows()
+    resolve(weights.path)  # as above
     processor = Processor.load(weights.path, min_pixels=weights.min_pixels, max_pixels=weights.max_pixels, max_prompt=max_prompt)
     engine: Engine
     if rollout.engine == "vllm":

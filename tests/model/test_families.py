@@ -1,5 +1,6 @@
 """Every family against transformers: loading and saving, positions, packed passes, sampling, adapters, FLOPs. A new one joins by itself."""
 
+import contextlib
 import json
 import shutil
 from dataclasses import replace
@@ -22,9 +23,9 @@ from actial_fast.model.weights import check_checkpoint, module_name
 from actial_fast.ops.reference import linear_logprob
 from actial_fast.ops.spec import GRPOSpec
 from actial_fast.packing.batch import collate
-from actial_fast.rollout.engines import open_checkpoint
+from actial_fast.rollout.engines import open_checkpoint, open_model
 from actial_fast.settings.model import LoRAConfig, ModelConfig
-from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
+from actial_fast.settings.recipe import GRPORecipe, RolloutConfig, SFTRecipe
 from actial_fast.settings.running import OptimConfig
 from actial_fast.train import checkpoint
 from actial_fast.train.preflight import problems_of
@@ -283,14 +284,23 @@ def test_other_families_are_refused_in_a_line_before_anything_is_read(kind, tmp_
     names = "Qwen2-VL, Qwen2.5-VL, Qwen3-VL (model_type qwen2_vl, qwen2_5_vl, qwen3_vl)"
     said = f"model.path: {tmp_path} is a {kind}; trained here are {names}"
     assert check_checkpoint(str(tmp_path)) == [said]
-    for way in (lambda: load_policy(ModelConfig(path=str(tmp_path)), CPU, 0), lambda: config_of(str(tmp_path)), lambda: opened(tmp_path)):
+    for way in (loaded, opened, benched, lambda folder: config_of(str(folder))):
         with pytest.raises(ValueError) as error:
-            way()
+            way(tmp_path)
         assert str(error.value) == said
+
+
+def loaded(folder):
+    return load_policy(ModelConfig(path=str(folder)), CPU, 0)
 
 
 def opened(folder):
     return open_checkpoint(folder, ALONE)
+
+
+def benched(folder):
+    with contextlib.ExitStack() as stack:
+        open_model(ModelConfig(path=str(folder)), RolloutConfig(), ALONE, stack, max_prompt=64, longest_reply=8)
 
 
 def test_configurations_as_the_hub_has_them_are_read(tmp_path):
