@@ -105,7 +105,7 @@ def test_endpoint_retries(captures, first, times, asked):
         (lambda body, n: (429, SOON, "slow"), "RateLimitError", 2),
         (lambda body, n: 1.0, "APITimeoutError", 2),
         (lambda body, n: (400, SOON, "image too large"), "image too large", 1),
-        (lambda body, n: (200, None, "not a completion"), "TypeError", 1),
+        (lambda body, n: (200, None, "not a completion"), "no chat completion", 2),
     ],
     ids=["500", "429", "hang", "400", "nonsense"],
 )

@@ -68,6 +68,17 @@ def encoded(image: Path | bytes, where: str) -> tuple[bytes, str]:
     return buffer.getvalue(), "PNG"
 
 
+def smaller(image: Path | bytes, where: str, pixels: int) -> tuple[bytes, str] | None:
+    """The image scaled down to at most `pixels` as JPEG, and that name; None where it has no more. Raises BadRow as decode does."""
+    picture, _ = _opened(image, where, MAX_PIXELS, None)
+    if picture.width * picture.height <= pixels:
+        return None
+    scale = (pixels / (picture.width * picture.height)) ** 0.5
+    size = max(1, int(picture.width * scale)), max(1, int(picture.height * scale))
+    picture.resize(size, Image.Resampling.LANCZOS).save(buffer := io.BytesIO(), "JPEG", quality=92)
+    return buffer.getvalue(), "JPEG"
+
+
 def read(file: Path, where: str) -> bytes:
     """The bytes of an image's file; BadRow, naming `where`, when it cannot be read."""
     try:
