@@ -14,7 +14,8 @@ pytest.importorskip("openai")
 from actial_fast.cli.main import main
 from actial_fast.data.cot import writer as cot
 from actial_fast.data.cot.asking import TEMPLATE
-from actial_fast.data.cot.writer import check_cot, write_cot
+from actial_fast.data.cot.checking import check_cot
+from actial_fast.data.cot.writer import write_cot
 from actial_fast.data.sources.row import Row
 from actial_fast.rollout import client
 from actial_fast.rollout.client import Client

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from actial_fast.data.cot import writer as cot
-from actial_fast.data.cot.writer import WriterError, check_cot, geometric_cot, one_by_one, write_cot
+from actial_fast.data.cot import poses as cot
+from actial_fast.data.cot.checking import check_cot
+from actial_fast.data.cot.poses import geometric_cot
+from actial_fast.data.cot.writer import WriterError, one_by_one, write_cot
 from actial_fast.data.sources.row import BadRow, Row, Turn
 from actial_fast.data.sources.source import SourceConfig, open_source
 from actial_fast.tasks.rewards import score
@@ -174,7 +176,7 @@ TEXT = Row((Turn("user", "?"),), truth="right", choices=("left", "right"))
     ],
 )
 def test_check(text, row, reason):
-    assert check_cot(text, row) == reason
+    assert (check_cot(text, row) or "").partition(":")[0] == (reason or "")
 
 
 def test_check_is_fast_on_long_text():

@@ -1,0 +1,328 @@
+"""What a chain of thought about two viewpoints says of left, right and degrees, statement by statement, in English.
+
+The rules, in the order in which they are applied to a sentence:
+
+1. A question, an option that is quoted, and what is only considered (would, might, at first glance, one might expect) say nothing. A
+   condition (if, suppose, when a camera ..., moving to the right uncovers ...) is the reader's to meet: what follows from it counts when it
+   holds (Statement.given).
+2. A side belongs to a move, a turn or neither by the words around it in its clause, else before it: "the right flank" and "on the right" say
+   where something is, not where the camera went. A side alone ("So: right") belongs to what was talked about last.
+3. A move is told from the camera's place or the object's. The clause's own words decide ("for the mug", "the camera's right", "sees it
+   go"); else those of the sentence; else a heading or the sentence before, which is taken for less than certain (Statement.loose).
+4. "not", "never", "rather than", "can be excluded" deny: the statement is then that it was not that side. Two of these in a clause cannot be
+   resolved (Statement.unclear).
+5. No move and no turn are statements too ("the position is unchanged", "no rotation"), unless another axis is meant (up, forward, pitch, roll)
+   or something else than the camera stands still.
+6. What is taken back later was said nevertheless.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import zip_longest
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from actial_fast.data.cot import vocabulary as v
+from actial_fast.data.cot.wording import DENIES, Clause, Sentence, sentences
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One statement.
+
+    about: ego_translation, object_translation, ego_rotation, orbit (the sense round the object, from above), gain or loss (the flank that
+    is seen more or less), frames (whether the two frames' sides swap), angle, picture (an argument from positions in the picture).
+    value: left, right, none; counterclockwise or clockwise; swapped or same; "" for an angle. denied: it is said not to be that.
+    loose: whose left it is was taken from another sentence. unclear: that it is said cannot be resolved. given: what has to be true of
+    the camera for this to count, as a statement. low, high: degrees. of: turn, orbit or either, what an angle is of. said: the sentence.
+    """
+
+    about: str
+    value: str
+    said: str
+    denied: bool = False
+    loose: bool = False
+    unclear: bool = False
+    given: Statement | None = None
+    low: float = 0.0
+    high: float = 0.0
+    of: str = ""
+
+
+def read(text: str) -> list[Statement]:
+    """Everything that a chain of thought states of the camera's move and turn, in order."""
+    return list(_Reader().read(text))
+
+
+@dataclass
+class _Reader:
+    """What is carried from sentence to sentence. kind: what was talked about last (move, turn or other); frame: from where, and head: the
+    same by a heading; supposing: whether the sentence before supposed something."""
+
+    kind: str = ""
+    frame: str = ""
+    head: str = ""
+    line: int = -1
+    supposing: bool = False
+
+    def read(self, text: str) -> Iterator[Statement]:
+        before: Sentence | None = None
+        for sentence in sentences(text):
+            if sentence.line != self.line:
+                self.line, self.frame = sentence.line, ""
+            if sentence.asks or v.LISTS.search(sentence.plain):
+                self._note(sentence)
+            elif self.supposing and v.CONSEQUENCE.match(sentence.plain):
+                pass
+            else:
+                yield from self._sentence(sentence)
+            if before is not None:
+                yield from _picture(before, sentence)
+            before = sentence
+        if before is not None:
+            yield from _picture(before, None)
+
+    def _note(self, sentence: Sentence) -> None:
+        """What a sentence that states nothing is about."""
+        self.frame = _frame(sentence.plain) or self.frame
+        self.kind = _kind(sentence.plain, 0) or self.kind
+
+    def _sentence(self, sentence: Sentence) -> Iterator[Statement]:
+        text = sentence.plain
+        self.supposing = bool(v.SUPPOSES.match(text))
+        for found in v.SWAP.finditer(text):
+            one, other = [side for side in found.groups() if side]
+            yield Statement("frames", "swapped" if one != other else "same", sentence.said, denied=bool(v.NOT.search(found.group())))
+        text = v.SWAP.sub(" ", text)
+        text = re.sub(r'"[^"]{1,40}"', "that", text) if v.QUOTES.search(text) else text.replace('"', "")
+        if sentence.heads:
+            self.head = _frame(text)
+            self.kind = _kind(text, 0) or self.kind
+        if three := v.THREE.search(text):
+            for about, said in zip(("ego_translation", "object_translation", "ego_rotation"), three.groups(), strict=True):
+                yield Statement(about, said if said in ("left", "right") else "none", sentence.said)
+            text = text[: three.start()]
+        sentence = replace(sentence, plain=text)
+        yield from self._flanks(sentence)
+        yield from self._clauses(sentence)
+
+    def _clauses(self, sentence: Sentence) -> Iterator[Statement]:
+        frame, maybe, carried_not, told_object, before = "", False, False, False, ""
+        none: list[Statement] = []
+        condition: Statement | None = None
+        conditional = False
+        clauses = sentence.clauses()
+        for clause, following in zip_longest(clauses, clauses[1:]):
+            whole = f"{clause.joined} {clause.text}" if clause.joined in ("if", "when") else clause.text
+            if clause.joined in v.TURNS_BACK:
+                conditional, condition, maybe = False, None, False
+            start = v.CONDITION.search(clause.rest if whole == clause.text else f"{clause.joined} {clause.rest}")
+            if start and start.start() < len(whole):
+                conditional, condition = True, None
+            told = v.TOLD.search(clause.text) and not v.NOT.search(clause.text)
+            maybe = maybe or bool(v.MAYBE.search(clause.text) and not told)
+            own = _frame(clause.text)
+            frame = own or frame
+            if asked := v.QUESTION.search(clause.text):
+                number = next(i for i, found_here in enumerate(asked.groups()) if found_here) % 3
+                self.kind, frame = ("move", "camera") if number == 0 else ("move", "object") if number == 1 else ("turn", frame)
+            if not own and following and _only_frame(following) and clauses[-1] in (clause, following):
+                frame = _frame(following.text)  # "it moved to the left, from the object's perspective"
+            found = list(self._statements(clause, sentence, frame, carried_not, before))
+            if found:
+                none = [each for each in found if each.value == "none" and each.about != "ego_rotation"]
+            elif _only_frame(clause):  # "no movement, neither from the camera's nor from the object's perspective"
+                found = [replace(each, about=about) for each in none for about in _told(clause.text)]
+            before = clause.text
+            if clause.label and not _kind(clause.text, 0):
+                self.kind = "other" if v.OTHER.search(clause.text) else "move" if own else self.kind
+            carried_not = bool(v.NOT.search(clause.text) and v.THINKS.search(clause.text)) or bool(v.OUT.search(clause.text))
+            yield from self._angles(clause, sentence, maybe or conditional)
+            if maybe:
+                continue
+            for statement in found:
+                if conditional and condition is None:
+                    condition = statement
+                else:
+                    yield replace(statement, given=condition)
+            told_object = told_object or any(each.about == "object_translation" for each in found)
+        self.frame = frame if frame == "object" and not told_object else "faced" if frame == "faced" else ""
+
+    def _statements(self, clause: Clause, sentence: Sentence, frame: str, carried_not: bool, before: str) -> Iterator[Statement]:
+        """What a clause states of sides and of none, and what it is about."""
+        text = _placed(clause.text)
+        before = before if clause.joined in v.SAME_SUBJECT else ""
+        loose = not frame and not self.head and self.frame in ("object", "faced")
+        frame = frame or self.head or self.frame or "camera"
+        if frame == "faced":
+            loose, frame = (
+                True,
+                "object" if re.search(r"\b(?:its|my|your|our) (?:own )?(?:left|right)\b", text) or "camera" not in text else "camera",
+            )
+        denials = len(v.NOT.findall(text)) + (clause.joined in DENIES) + bool(v.OUT.search(text)) + carried_not
+        sides = list(re.finditer(rf"\b{v.SIDES}\b", text))
+        for side in sides:
+            kind = _kind(text, side.start(), _bare(text) or bool(_frame(text)))
+            if kind == "inherit":
+                kind = self.kind or "move"
+            if kind not in ("move", "turn") or not _by_camera(text, side.start(), before):
+                continue
+            self.kind = kind
+            about, value = _about(kind, frame, side.group(), bool(v.BELOW.search(sentence.plain)))
+            yield Statement(about, value, sentence.said, bool(denials % 2), loose and about == "object_translation", denials > 1)
+        if not sides:
+            yield from self._none(text, before, sentence, frame, loose, denials)
+        kind = _kind(text, len(text))
+        self.kind = "other" if clause.label and v.OTHER.search(text) and not sides else kind or self.kind
+
+    def _none(self, text: str, before: str, sentence: Sentence, frame: str, loose: bool, denials: int) -> Iterator[Statement]:
+        """That the camera did not move or turn."""
+        still, ahead = v.STILL.search(text), v.AHEAD.search(text)
+        about = "object_translation" if frame == "object" else "ego_translation"
+        if still and _by_camera(text, still.start(), before):
+            yield Statement(about, "none", sentence.said, bool(denials - ("not change" in text)), loose)
+        elif ahead and _by_camera(text, ahead.start(), before):
+            yield Statement("ego_rotation", "none", sentence.said, bool(denials - ("not change" in text or "without" in text)))
+        elif denials and not v.OTHER.search(text) and not v.MERELY.search(text):
+            kind = _kind(text, len(text)) or (self.kind if v.BARE_NONE.search(text) else "")
+            cues = [m for m in (v.TURN if kind == "turn" else v.MOVE).finditer(text) if not v.PLACES.match(m.group())]
+            if kind not in ("move", "turn") or v.NOT_MOVING.search(text) or not (cues or v.BARE_NONE.search(text)):
+                return
+            if cues and not (_by_camera(text, cues[0].start(), before) and _it_is_the_camera(text, cues[0].start(), sentence)):
+                return
+            yield Statement(about if kind == "move" else "ego_rotation", "none", sentence.said, denials > 1, loose)
+
+    def _angles(self, clause: Clause, sentence: Sentence, considered: bool) -> Iterator[Statement]:
+        """Degrees, and what they are of."""
+        found = [(m.start(), _number(m[1]), _number(m[2] or m[1])) for m in v.DEGREES.finditer(clause.text)]
+        for turn, pattern in ((90.0, v.QUARTER), (180.0, v.HALF)):
+            found += [(m.start(), turn, turn) for m in pattern.finditer(clause.text)]
+        for start, low, high in [] if considered else found:
+            cues = [("turn", v.TURN), ("orbit", v.MOVE), ("orbit", v.ORBITS), ("", v.NO_ANGLE)]
+            before = [(m.start(), of) for of, pattern in cues for m in pattern.finditer(clause.text) if m.start() <= start]
+            after = [(-m.start(), of) for of, pattern in cues for m in pattern.finditer(clause.text) if m.start() > start]
+            of = max(before or after)[1] if before or after else {"turn": "turn", "move": "orbit"}.get(self.kind, "")
+            bound = v.BOUND.search(clause.text[:start])
+            if of and not v.NOT.search(clause.text[:start]):
+                if bound:
+                    low, high = (low, 360.0) if bound["least"] else (0.0, high)
+                yield Statement("angle", "", sentence.said, low=min(low, high), high=max(low, high), of=of)
+
+    def _flanks(self, sentence: Sentence) -> Iterator[Statement]:
+        """Which flank is said to have come into view, or gone."""
+        for piece in v.SEPARATE.split(v.ASIDE.sub(" ", sentence.plain)):
+            if v.MAYBE.search(piece) or v.NOT.search(piece) or v.CONDITION.search(piece) or self.supposing:
+                continue
+            gain, loss = v.GAIN.search(piece), v.LOSS.search(piece)
+            own = {m[1] for m in re.finditer(r"\b\w+'s own (left|right)\b", piece)}
+            placed = {next(filter(None, m.groups())) for pattern in (v.PLACED, v.ADJECTIVE) for m in re.finditer(pattern, piece)}
+            if bool(gain) == bool(loss) or v.OWN_OBJECT.search(piece) and not own or re.search(r"\bits (?:own )?(?:left|right)\b", piece):
+                continue
+            sides, frame = (own, "object") if own else (placed, "camera")
+            if len(sides) == 1:
+                yield Statement("gain" if gain else "loss", sides.pop(), sentence.said, of=frame)
+
+
+def _frame(text: str) -> str:
+    """Whose left and right a clause tells of by its own words: camera, object, faced (an object that looks at the camera is
+    named) or ""; the last word on it counts."""
+    found = [(m.end(), "camera") for pattern in (v.OWN_CAMERA, v.FRAME_CAMERA) for m in pattern.finditer(text)]
+    found += [(m.end(), "object") for pattern in (v.OWN_OBJECT, v.FRAME_OBJECT, v.SEES) for m in pattern.finditer(text)]
+    return max(found)[1] if found else "faced" if v.FACES.search(text) else ""
+
+
+def _kind(text: str, place: int, bare: bool = False) -> str:
+    """What is talked about at a place of a clause: move or turn by the nearest word before it, else after it; "inherit" for a bare side."""
+    found = [(m.start(), kind) for kind, pattern in (("turn", v.TURN), ("move", v.MOVE)) for m in pattern.finditer(text)]
+    if before := [each for each in found if each[0] < place]:
+        start, kind = max(before)
+        return "turn" if v.WEAK.match(text, start) and v.TURNING.match(text) else kind
+    if found:
+        return min(found)[1]
+    if v.SECOND.search(text):
+        return "move"
+    return "inherit" if bare else ""
+
+
+def _about(kind: str, frame: str, side: str, below: bool) -> tuple[str, str]:
+    if side.endswith("clockwise"):
+        if kind == "move":
+            return "orbit", v.OTHER_SENSE[side] if below else side
+        side = "left" if (side == "counterclockwise") != below else "right"
+    if kind == "turn":
+        return "ego_rotation", side
+    return ("object_translation" if frame == "object" else "ego_translation"), side
+
+
+def _placed(text: str) -> str:
+    """A clause without the sides that only say where something is."""
+    text = re.sub(rf"({v.MOVE.pattern}.{{0,15}}\bto(?:wards?)? (?:the |its |my |the \w+'s )?(?:own )?(?:left|right)) side\b", r"\1", text)
+    text = re.sub(v.ADJECTIVE, " ", text)
+    text = re.sub(rf"\b(left|right) (?!(?:{v.FOLLOWS})\b)(?=[a-z])", " ", text)
+    if not v.SECOND.search(text) and not v.SEES.search(text):
+        text = re.sub(r"\b(?:on|at|near|in) (?:the |its |my |our |your )?(?:far |very |own )?(?:left|right)\b", " ", text)
+    if not (v.MOVE.search(text) or v.TURN.search(text) or v.SECOND.search(text)):
+        text = re.sub(
+            r"\b(?:was|were|lay|lies|are|lying|sits?|far)\b.{0,12}\b(?:left|right)\b|\bto(?:wards?)? the (?:left|right) of\b", " ", text
+        )
+    return re.sub(
+        r"\b(?:to|on) the (?:left|right) of (?!camera|where|its (?:old|first|former))(?=(?:the|a|it)\b)",
+        lambda m: " " if not v.MOVE.search(text[: m.start()]) else m.group(),
+        text,
+    )
+
+
+def _bare(text: str) -> bool:
+    """Whether a clause is a side and words that say nothing."""
+    return not re.sub(rf"\b(?:{v.SIDES[1:-1]}|{v.FILLS})\b|[^a-z]", "", text)
+
+
+def _by_camera(text: str, place: int, before: str) -> bool:
+    """Whether what moves or turns at a place of a clause is the camera: nothing else is named ahead of it. before: the clause before, whose
+    subject this one shares if it has none."""
+    subject = _subject(text, place)
+    if before and not v.CAMERAS.search(subject) and not v.DETERMINED.match(subject) and not v.SEES.search(text):
+        subject = _subject(before, len(before))
+    return not v.NOUN.search(subject) or bool(v.CAMERAS.search(subject) or v.FROM.search(text) or v.SAYS.search(subject))
+
+
+def _it_is_the_camera(text: str, place: int, sentence: Sentence) -> bool:
+    """Whether "it", where that is all that is named ahead of a place, can be the camera: nothing else is in its sentence."""
+    subject = _subject(text, place)
+    if not v.PRONOUN.search(subject) or v.NAMED.search(subject):
+        return True
+    ahead = sentence.plain[: max(0, sentence.plain.find(text))]
+    return bool(v.NAMED.search(ahead)) or not v.NOUN.search(ahead)
+
+
+def _subject(text: str, place: int) -> str:
+    """What stands before the last word of moving or turning that is not behind `place`."""
+    cues = [m.start() for pattern in (v.TURN, v.MOVE) for m in pattern.finditer(text) if m.start() <= place]
+    return text[: max(cues, default=place)]
+
+
+def _told(text: str) -> list[str]:
+    """The translations that a clause speaks of by its frames."""
+    both = v.FRAME_OBJECT.search(text), v.FRAME_CAMERA.search(text) or re.search(rf"\b{v.OWNERS}'s (?:or|and|nor)\b", text)
+    return [about for about, said in zip(("object_translation", "ego_translation"), both, strict=True) if said]
+
+
+def _only_frame(clause: Clause) -> bool:
+    """Whether a clause only says whose left and right were told of."""
+    none = v.MOVE.search(clause.text) or v.TURN.search(clause.text) or re.search(rf"\b{v.SIDES}\b", clause.text)
+    return not none and not clause.label and _frame(clause.text) in ("camera", "object")
+
+
+def _picture(one: Sentence, following: Sentence | None) -> Iterator[Statement]:
+    """An argument from where things stand in the picture: something else than the camera went to a side of it, and so the camera did."""
+    found = v.SHIFTED.search(one.plain)
+    if not found or not v.FRAMED.search(one.plain) or v.GIVES_UP.search(one.plain):
+        return
+    concluded = [each.plain for each in (one, following) if each is not None and v.SO.search(each.plain) and "camera" in each.plain]
+    if concluded:
+        yield Statement("picture", "", one.said)
+
+
+def _number(text: str) -> float:
+    return float(text) if text[0].isdigit() else float(v.NUMBERS[text.replace(" ", "-")])
