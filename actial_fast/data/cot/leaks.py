@@ -58,6 +58,7 @@ RULES = (
     rf"\bthe (?:{ASKED}) (?:says?|states?|tells?|told|indicates?|mentions?|specif\w+|gives?|gave|confirms?|requires?|wants?)\b",
     r"\bas (?:stated|given|told|provided|specified|indicated|mentioned) (?:in|by) the (?:prompt|instructions?|question|task|answers?|solution|template|user|hint|reference)",
     r"\b(?:i|we) (?:was|were|am|are|have been|had been|'ve been) (?:told|given|informed|provided with|shown) (?:that |in advance |beforehand |the (?:\w+ )?(?:answer|move|solution|truth|result|rotation|direction|template)|a template|how|about|which|what)",
+    r"\b(?:given|provided|supplied|known) (?:information|facts?|data|truths?|movement|motion|directions?|rotation|angle)\b",
     r"\b(?:told|informed|instructed) (?:me|us|that)\b",
     r"\btemplate i was\b|\bthe (?:example|template) (?:i|we|you) (?:was|were|am|are|have|gave|showed|got)\b",
     rf"\b(?:since|because|given that|knowing that|as) (?:the |these |my )?{ANSWERS} (?:is|are|must|should|has to|have to|says?)\b",

@@ -58,19 +58,20 @@ def read(text: str) -> list[Statement]:
 @dataclass
 class _Reader:
     """What is carried from sentence to sentence. kind: what was talked about last (move, turn or other); frame: from where, and head: the
-    same by a heading; supposing: whether the sentence before supposed something."""
+    same by a heading; supposing: whether the sentence before supposed something; asked: kind and frame of the question that a line answers."""
 
     kind: str = ""
     frame: str = ""
     head: str = ""
     line: int = -1
     supposing: bool = False
+    asked: tuple[str, str] = ("", "")
 
     def read(self, text: str) -> Iterator[Statement]:
         before: Sentence | None = None
         for sentence in sentences(text):
             if sentence.line != self.line:
-                self.line, self.frame = sentence.line, ""
+                self.line, self.frame, self.asked = sentence.line, "", ("", "")
             if sentence.asks or v.LISTS.search(sentence.plain):
                 self._note(sentence)
             elif self.supposing and v.CONSEQUENCE.match(sentence.plain):
@@ -118,7 +119,9 @@ class _Reader:
             if clause.joined in v.TURNS_BACK:
                 conditional, condition, maybe = False, None, False
             start = v.CONDITION.search(clause.rest if whole == clause.text else f"{clause.joined} {clause.rest}")
-            if start and start.start() < len(whole):
+            if v.HEARD.search(whole):
+                frame = "object"
+            elif start and start.start() < len(whole):
                 conditional, condition = True, None
             told = v.TOLD.search(clause.text) and not v.NOT.search(clause.text)
             maybe = maybe or bool(v.MAYBE.search(clause.text) and not told)
@@ -127,6 +130,9 @@ class _Reader:
             if asked := v.QUESTION.search(clause.text):
                 number = next(i for i, found_here in enumerate(asked.groups()) if found_here) % 3
                 self.kind, frame = ("move", "camera") if number == 0 else ("move", "object") if number == 1 else ("turn", frame)
+                self.asked = self.kind, frame
+            elif v.ANSWERS.search(clause.text) and clause.label and self.asked[0]:
+                self.kind, frame = self.asked
             if not own and following and _only_frame(following) and clauses[-1] in (clause, following):
                 frame = _frame(following.text)  # "it moved to the left, from the object's perspective"
             found = list(self._statements(clause, sentence, frame, carried_not, before))
@@ -165,7 +171,7 @@ class _Reader:
         for side in sides:
             kind = _kind(text, side.start(), _bare(text) or bool(_frame(text)))
             if kind == "inherit":
-                kind = self.kind or "move"
+                kind = "turn" if v.TURNING.match(before) else self.kind or "move"
             if kind not in ("move", "turn") or not _by_camera(text, side.start(), before):
                 continue
             self.kind = kind
@@ -189,9 +195,11 @@ class _Reader:
             cues = [m for m in (v.TURN if kind == "turn" else v.MOVE).finditer(text) if not v.PLACES.match(m.group())]
             if kind not in ("move", "turn") or v.NOT_MOVING.search(text) or not (cues or v.BARE_NONE.search(text)):
                 return
-            if cues and not (_by_camera(text, cues[0].start(), before) and _it_is_the_camera(text, cues[0].start(), sentence)):
-                return
-            yield Statement(about if kind == "move" else "ego_rotation", "none", sentence.said, denials > 1, loose)
+            place = cues[0].start() if cues else 0
+            there_is = bool(v.NONE_OF.search(text[:place]) or "nowhere" in text) or not cues or denials > len(v.NOT.findall(text))
+            done = v.NOT_DONE.search(text[:place]) and _by_camera(text, place, before) and _it_is_the_camera(text, place, sentence)
+            if there_is or done:
+                yield Statement(about if kind == "move" else "ego_rotation", "none", sentence.said, denials > 1, loose)
 
     def _angles(self, clause: Clause, sentence: Sentence, considered: bool) -> Iterator[Statement]:
         """Degrees, and what they are of."""
@@ -237,7 +245,8 @@ def _kind(text: str, place: int, bare: bool = False) -> str:
     found = [(m.start(), kind) for kind, pattern in (("turn", v.TURN), ("move", v.MOVE)) for m in pattern.finditer(text)]
     if before := [each for each in found if each[0] < place]:
         start, kind = max(before)
-        return "turn" if v.WEAK.match(text, start) and v.TURNING.match(text) else kind
+        turned = v.TURNING.match(text) if v.WEAK.match(text, start) else v.FURTHER.match(text, start) and v.TURN.search(text[:start])
+        return "turn" if turned else kind
     if found:
         return min(found)[1]
     if v.SECOND.search(text):
@@ -299,7 +308,7 @@ def _it_is_the_camera(text: str, place: int, sentence: Sentence) -> bool:
 def _subject(text: str, place: int) -> str:
     """What stands before the last word of moving or turning that is not behind `place`."""
     cues = [m.start() for pattern in (v.TURN, v.MOVE) for m in pattern.finditer(text) if m.start() <= place]
-    return text[: max(cues, default=place)]
+    return v.FRAME_OBJECT.sub(" ", v.FRAME_CAMERA.sub(" camera ", text[: max(cues, default=place)]))
 
 
 def _told(text: str) -> list[str]:

@@ -10,7 +10,7 @@ MOVE = re.compile(
     r"|translat(?:e|es|ed|ing|ion|ions)|travel(?:s|led|ling|ed|ing)?|relocat(?:e|es|ed|ing|ion)|displac(?:e|es|ed|ement)|drift(?:s|ed|ing)?"
     r"|carried|pass(?:es|ed|ing)?|position(?:s|ed)?|stands?|stood|place|spot|vantage|viewpoint|taken from|circl(?:e|es|ed|ing)|orbit(?:s|ed|ing)?"
     r"|arc|strafe[sd]?|seen from (?:further|farther|the left|the right|its|a place)|(?:look|looking) at (?:it|the \w+) from|sits?|located|swept|sw(?:ings?|ung|inging) a?round|advanced|headed|proceed(?:s|ed)?|ran"
-    r"|standpoint|trajectory)\b"
+    r"|standpoint|trajectory|wander(?:s|ed|ing)?|glid(?:e|es|ed|ing)|reposition(?:s|ed|ing)?|sidle[sd]?|com(?:e|es|ing)(?= (?:from|to))|came(?= (?:from|to))|progress(?:es|ed)?|migrat\w+|veer(?:s|ed)? off|transition(?:s|ed)?|motion|(?:further|farther)(?= (?:to the )?(?:left|right)))\b"
 )  # fmt: skip
 TURN = re.compile(
     r"\b(?:rotat(?:e|es|ed|ing|ion|ions|ional)|turn(?:s|ed|ing)?(?! (?:away|out|into))|pan(?:s|ned|ning)?|yaw(?:s|ed|ing)?|swivel(?:s|led|ling|ed|ing)?"
@@ -31,21 +31,26 @@ CAMERA = (
 CAMERAS = re.compile(rf"\b(?:{CAMERA})\b")
 OWNERS = r"(?:camera(?:-first|-second)?|photographer|viewer|observer|lens|image|picture|photo|frame|cameraman|photograph)"
 PART = r"(?:flank|side|edge|face|surface|part|half|panel|facet|wall|plane|portion|rim|end|profile|corner|one|pocket|door|ear cup|side panel|side wall)"
+FOLLOWS = (
+    "displacement|relocation|drift|orbit|arc|path|motion|pivot|component|horizontal|lateral|translational|rotational|can|will|must|may|does|did|do|were|are|be|been|had|could|should|makes?|shows?|explains?|means|gives?|keeps?|takes?|requires?|seems?|appears?|however|direction|and|or|to|in|by|of|from|around|about|while|as|so|because|since|between|relative|along|rather|instead|not|without|with|through|for|but|after|again|too|then|on|at|when"
+    "|until|than|which|was|is|has|have|before|during|translation|movement|move|rotation|turn|shift|step|pan|yaw|slide|swing|approximately|roughly|some|slightly|also|just"
+    "|still|this|it|that|toward|towards|over|under|almost|nearly|more|less|further|only|would|if|the|would|a|compared|till|where|i|we|around|camera|across|camera-first|camera-second|whereas|against|within|throughout"
+)
 # whose left and right
 OWN_OBJECT = re.compile(
-    rf"\b(?:the |a |its )?(?!{OWNERS}'s)\w+(?:'s|s') (?:own )?(?:{SIDES[1:-1]})\b|\b(?:object|subject)'s (?:own )?(?:{SIDES[1:-1]})\b"
+    rf"\b(?:the |a |its )?(?!{OWNERS}'s)\w+(?:'s|s') (?:own )?(?:left|right)\b(?! (?!(?:side|hand|{FOLLOWS})\b)[a-z])|\b(?:object|subject)'s (?:own )?(?:{SIDES[1:-1]})\b"
 )
 OWN_CAMERA = re.compile(rf"\b{OWNERS}'s (?:own )?(?:{SIDES[1:-1]})\b|\bits own (?:{SIDES[1:-1]})\b")
 TELLS = r"(?:perspective|point of view|viewpoint|view|frame(?: of reference)?|reference frame|coordinates|coordinate system|eyes|standpoint|side|account|sense)"
 FRAME_CAMERA = re.compile(
     rf"\b{OWNERS}(?:'s)? (?:own )?(?:{TELLS}|itself)\b|\b(?:seen|told|judged|viewed) (?:by|from) the {OWNERS}\b|\bas the {OWNERS} sees\b"
-    rf"|\bfor (?:the {OWNERS}|oneself|me|us|yourself)\b|\bego\w*|\bits own {TELLS}|\bfrom the {OWNERS}'s(?! \w)|^(?:the )?{OWNERS}$|\b(?:in|by) (?:the )?{OWNERS} (?:frame|coordinates)\b|\b{OWNERS}-cent\w+"
+    rf"|\bfor (?:the {OWNERS}|oneself|me|us|yourself)\b|\bego\w*|\bits own {TELLS}|\b{TELLS} of the {OWNERS}|\bfrom the {OWNERS}'s(?! \w)|^(?:the )?{OWNERS}$|\b(?:in|by) (?:the )?{OWNERS} (?:frame|coordinates)\b|\b{OWNERS}-cent\w+"
 )
 FRAME_OBJECT = re.compile(
     rf"\b(?!{OWNERS}\b)(?:\w+'s|\w+s'|its(?! own)|object|subject) (?:own |horizontal )*{TELLS}\b|\b(?:told|seen|viewed|judged|described) (?:by|from) (?:the|this|that) (?!{OWNERS}\b)"
     rf"(?!(?:same|very|second|first|other|left|right|side|front|back|above|below|place|further|farther|new)\b)\w+"
     rf"|\bfor (?:the|this|that|a|any|an) (?!{OWNERS}\b)(?!(?:first|second|third|rotation|turn|orientation|question|other|same|last|move|translation|angle|yaw|final|answer|two|three|position|reason|horizontal|viewing|direction)\b)\w+"
-    rf"|\b(?:from|in) (?:the|its) (?!{OWNERS}'s)\w+'s(?! \w)|^(?:the )?(?:object|subject)$|\bfor (?:them|him|her|it)\b|(?<!\bi )(?<!\bwe )(?<!you )(?<!camera )(?<!photographer )\bwould (?:say|see|notice|describe|report|observe)\b|\bwith respect to the (?!{OWNERS}\b)\w+|\b(?:in|into) the (?!{OWNERS}\b)\w+(?:'s)? (?:place|shoes)\b|\bobject frame\b|\bobject-cent\w+"
+    rf"|\b(?:from|in) (?:the|its) (?!{OWNERS}'s)\w+'s(?! \w)|^(?:the )?(?:object|subject)$|\bfor (?:them|him|her|it)\b|(?<!\bi )(?<!\bwe )(?<!you )(?<!camera )(?<!photographer )\bwould (?:say|see|notice|describe|report|observe|tell)\b|\bhas camera-second on its\b|\b(?:point of view|viewpoint|perspective|view|frame|standpoint|eyes|position) of the (?!{OWNERS}\b)\w+|^to (?:the|this|that) (?!{OWNERS}\b|left|right)\w+(?:$| (?:it|this|that|the camera)\b)|(?:or|and|nor) the (?!{OWNERS})\w+'s$|\bwith respect to the (?!{OWNERS}\b)\w+|\b(?:in|into) the (?!{OWNERS}\b)\w+(?:'s)? (?:place|shoes)\b|\bobject frame\b|\bobject-cent\w+"
     rf"|\bstanding (?:in|where|on)\b|\bthe (?!{OWNERS}\b)\w+(?: \w+)? (?:would |will |might )?(?:says?|sees?|saw|notices?|finds?|describes?|calls?|reports?|experiences?|observes?)\b"
     rf"|\b(?:object|subject|thing) (?:would )?(?:says?|sees?|saw|notices?|finds?|describes?)\b"
 )
@@ -53,12 +58,13 @@ FACES = re.compile(
     rf"\b(?!(?:{PART}|{OWNERS}|which|that|and)\b)\w+ (?:that |which )?(?:looks? (?:straight )?(?:back )?at|faces?|facing|looking (?:straight )?(?:back )?at|stares? (?:back )?at) "
     r"(?:the |at )?(?:camera(?:-first)?|lens|photographer)\b(?! more)|\babout the (?:object|subject)\b"
 )
-SEES = re.compile(r"^(?:would )?(?:sees?|saw|finds?|notices?|says?|observes?|watches)\b")
+SEES = re.compile(r"^(?:and )?(?:it |he |she |they )?(?:would )?(?:sees?|saw|finds?|notices?|says?|observes?|watches)\b")
 # what is only considered
 MAYBE = re.compile(
     r"\b(?:would|could|might|may (?:look|seem|appear|think|be tempted)|should (?:have|then)|at first (?:glance|sight)|one (?:may|can) think|tempt\w+|normally|usually"
     r"|typically|as a rule|expect\w*|it seems as|looks as if|appears as if|intuitively)\b"
 )
+HEARD = re.compile(r"\b(?:if (?:you|one|we|i) (?:asked?|could ask)|(?:could|able to) (?:see|look|speak|talk|tell)|had eyes|asked the)\b")
 TOLD = re.compile(r"\bwould (?:say|see|describe|notice|report|call|tell|find|observe)\b")
 CONDITION = re.compile(
     r"^(?:if|had the|were the|suppose|supposing|assume|assuming|let us (?:suppose|assume)|imagine (?:that )?(?:the|a) camera)\b"
@@ -95,6 +101,7 @@ SEPARATE = re.compile(r"[,;()]\s*(?:and|while|whereas|but|so)?|\bwhile\b|\bwhere
 PLACED = rf"(?:\bon|\bat|\bnear|\btowards?|\bto|\bin) (?:the )?(?:far |very |extreme )?(left|right)(?: (?:{PART}))?\b"
 ADJECTIVE = re.compile(rf"\b(left|right)(?: \w+)? {PART}\b|\b(left|right) {PART}\b")
 SWAP = re.compile(
+    rf"\bhas its (left|right) where (?:the )?{OWNERS} has its (left|right)\b|"
     rf"\b{OWNERS}(?:'s| calls) (left|right)(?: side)? (?:is|becomes|corresponds to|means|equals) (?:therefore |also |then |thus )?(?:at |on )?(?:the )?(?!{OWNERS})\w+(?:'s)? (?:own )?(left|right)\b"
     rf"|\b(?:\w+'s|its) (?:own )?(left|right)(?: side| hand)? (?:is|corresponds to|becomes|lies) (?:therefore |also |then |thus )?(?:at |on )?(?:the )?(?:{OWNERS}'s|our) (left|right)\b"
 )
@@ -124,11 +131,13 @@ GIVES_UP = re.compile(
 QUESTION = re.compile(
     r"\b(?:question|q|answer)(?: number| no)? ?\(?(?:(1|one)|(2|two)|(3|three))\b|\b(?:(first)|(second)|(third)) (?:question|answer)\b"
 )
+ANSWERS = re.compile(r"\b(?:answers?|result|conclusion|so)\b")
 FROM = re.compile(r"\b(?:taken|shot|seen|viewed|photographed|look(?:s|ing)? at (?:it|the \w+)) from\b")
 SAYS = re.compile(r"\b(?:say|says|see|sees|saw|notices?|describes?|reports?|calls?|finds?)\b")
 TURNING = re.compile(
     r"^(?:(?:and|so|then|now) )?(?:the|its|this|that|a|my) (?:\w+ ){0,2}?(?:turn|rotation|yaw|pan|orientation|viewing direction|axis|heading|gaze|swing)\b"
 )
+FURTHER = re.compile(r"\b(?:further|farther)\b")
 WEAK = re.compile(r"\b(?:go|goes|going|gone|went|place|position|pass(?:es|ed)?)\b")
 ASIDE = re.compile(r",? (?:as )?(?:seen|viewed) (?:in|from) [^,;]*,")
 PLACES = re.compile(r"\b(?:positions?|place|spot|vantage|viewpoint|standpoint|stands?|stood|sits?|located|taken from|trajectory|arc|axis|point(?:s|ing|ed)?)\b")
@@ -142,7 +151,7 @@ QUOTES = re.compile(r"\b(?:options?|choices?|answers?|would|candidates?)\b")
 SUPPOSES = re.compile(r"^(?:now )?(?:suppose|supposing|assume|assuming|let us (?:suppose|assume)|imagine (?:that )?(?:the|a) camera)\b")
 THINKS = re.compile(r"\b(?:reason|case|think|say|evidence|sign|believe|true|mean|claim|follow|indication)\b")
 ANSWER = r"(?:to the |to its |a )?(left|right|no (?:horizontal )?(?:movement|translation|rotation|turn|move|change)|none)"
-THREE = re.compile(rf"(?:^|[:.;,] ?|\b(?:short|is|are) ){ANSWER}, (?:and )?{ANSWER},? (?:and )?{ANSWER}(?=[.!;]|$)")
+THREE = re.compile(rf"(?:^|[:.;,] ?|\b(?:short|is|are) ){ANSWER}, (?:and )?{ANSWER},? (?:and )?{ANSWER}(?=[.!;,]|$)")
 BARE_NONE = re.compile(r"^(?:and |with )?(?:none|no|nothing)\b")
 NOT_MOVING = re.compile(
     r"\b(?:object|scene|subject|thing|things) (?:itself )?(?:has|did|does|is|do|have)? ?not\b|\bno(?:ne|thing)? (?:else|other)\b|\bnot (?:asked|need|matter)"
@@ -152,16 +161,13 @@ BOUND = re.compile(
 )
 OTHER_SENSE = {"clockwise": "counterclockwise", "counterclockwise": "clockwise"}
 SECOND = re.compile(r"\bcamera-second\b")
-FOLLOWS = (
-    "can|will|must|may|does|did|do|were|are|be|been|had|could|should|makes?|shows?|explains?|means|gives?|keeps?|takes?|requires?|seems?|appears?|however|direction|and|or|to|in|by|of|from|around|about|while|as|so|because|since|between|relative|along|rather|instead|not|without|with|through|for|but|after|again|too|then|on|at|when"
-    "|until|than|which|was|is|has|have|before|during|translation|movement|move|rotation|turn|shift|step|pan|yaw|slide|swing|approximately|roughly|some|slightly|also|just"
-    "|still|this|it|that|toward|towards|over|under|almost|nearly|more|less|further|only|would|if|the|would|a|compared|till|where|i|we|around|camera|across|camera-first|camera-second|whereas|against|within|throughout"
-)
 FILLS = (
     "back|question|changed|changes?|to|the|its|my|our|your|own|a|an|is|was|it|this|that|so|hence|thus|therefore|then|also|clearly|from|above|seen|about|degrees|deg|by|and|of|again|viewed|when|for|camera|side|"
     "direction|in|no|not|answer|horizontally|slightly|far|further|more|yes|here|same|way|simply|approximately|roughly|around|some|be|must|which|means|i|e|looking|move"
 )
 SHIFTED = re.compile(
-    rf"\b(?!(?:{CAMERA})\b)\w+ (?:(?:has|have|had|is|are|appears?|seems?|looks?|now|also|to have|be) )*(?:shift|mov|drift|slid|displac|appear|jump|migrat|slip)\w*\b"
-    r"[^.]{0,40}\b(?:left|right)\b"
+    rf"\b(?!(?:{CAMERA}|no|not|an?|the|any|of|to|is|was)\b)\w+ (?:(?:has|have|had|is|are|appears?|seems?|looks?|now|also|to have|be) )*"
+    r"(?:shift(?:s|ed|ing)?|mov(?:es?|ed|ing)|drift(?:s|ed|ing)?|slid(?:es?|ing)?|displaced|appears?|appeared|jump(?:s|ed)|slip(?:s|ped))\b[^.]{0,40}\b(?:left|right)\b"
 )
+NONE_OF = re.compile(r"\b(?:no (?:evidence|signs?|trace|indication|hint) of(?: any| an?)?|no|without(?: any)?|without a|zero|not any|neither|nor) (?:[a-z-]+ ){0,2}$")
+NOT_DONE = re.compile(r"\b(?:not|never|nor|neither|without) (?:(?!for|of|from|with|by)[a-z-]+ ){0,2}$")
