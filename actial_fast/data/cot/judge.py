@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from actial_fast.data.cot.reading import Statement, read
+from actial_fast.data.cot.reading import Statement, read, speaks_of
 
 ANGLE = 15.0  # degrees that an angle may be off
 KINDS = ("ego_translation", "object_translation", "ego_rotation")
@@ -47,7 +47,8 @@ class Truths:
 
 @dataclass(frozen=True)
 class Verdict:
-    """false, undecided: why, with the sentence; stated: of which of KINDS something true is said."""
+    """false, undecided: why, with the sentence; stated: which of KINDS something true is said of, or something that was not read as a
+    statement."""
 
     false: tuple[str, ...]
     undecided: tuple[str, ...]
@@ -72,7 +73,7 @@ def judge(thought: str, truths: Truths) -> Verdict:
             stated.add(statement.about)
     if both := [i for i, about in enumerate(wrong) if about in stated]:
         false[both[0]] = f"contradicts itself; {false[both[0]]}"
-    return Verdict(tuple(dict.fromkeys(false)), tuple(dict.fromkeys(undecided)), frozenset(stated))
+    return Verdict(tuple(dict.fromkeys(false)), tuple(dict.fromkeys(undecided)), frozenset(stated | speaks_of(thought)))
 
 
 def weighed(thought: str, truths: Truths) -> list[tuple[Statement, bool | None]]:

@@ -60,6 +60,7 @@ RULES = (
     r"\b(?:i|we) (?:was|were|am|are|have been|had been|'ve been) (?:told|given|informed|provided with|shown) (?:that |in advance |beforehand |the (?:\w+ )?(?:answer|move|solution|truth|result|rotation|direction|template)|a template|how|about|which|what)",
     r"\b(?:given|provided|supplied|known) (?:information|facts?|data|truths?|movement|motion|directions?|rotation|angle)\b",
     r"\b(?:told|informed|instructed) (?:me|us|that)\b",
+    rf"\b{ANSWERS} (?:that |which )?(?:i|we) (?:have|had|was|were|am|are|got|did)\b",
     r"\btemplate i was\b|\bthe (?:example|template) (?:i|we|you) (?:was|were|am|are|have|gave|showed|got)\b",
     rf"\b(?:since|because|given that|knowing that|as) (?:the |these |my )?{ANSWERS} (?:is|are|must|should|has to|have to|says?)\b",
     rf"\b(?:reasoning|analysis|explanation|chain)\b.{{0,20}}\b(?:has|have|needs?|must|should) (?:to )?(?:agree|match|lead|arrive|fit|be consistent|support|end)\b",

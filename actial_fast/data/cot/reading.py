@@ -123,6 +123,8 @@ class _Reader:
                 frame = "object"
             elif start and start.start() < len(whole):
                 conditional, condition = True, None
+            if clause.label and v.CASE.match(clause.text):
+                maybe = True
             told = v.TOLD.search(clause.text) and not v.NOT.search(clause.text)
             maybe = maybe or bool(v.MAYBE.search(clause.text) and not told)
             own = _frame(clause.text)
@@ -335,3 +337,19 @@ def _picture(one: Sentence, following: Sentence | None) -> Iterator[Statement]:
 
 def _number(text: str) -> float:
     return float(text) if text[0].isdigit() else float(v.NUMBERS[text.replace(" ", "-")])
+
+
+def speaks_of(text: str) -> set[str]:
+    """Which of the translations and the rotation a chain of thought speaks of at all: in a sentence with a side or a denial in it, or with a
+    word of theirs."""
+    found = set()
+    for sentence in sentences(text):
+        if not re.search(rf"\b{v.SIDES}\b", sentence.plain) and not v.NOT.search(sentence.plain) and not v.STILL.search(sentence.plain):
+            continue
+        if v.TURN.search(sentence.plain):
+            found.add("ego_rotation")
+        if _told(sentence.plain)[:1] == ["object_translation"] or any(v.THING.match(clause.text) for clause in sentence.clauses()):
+            found.add("object_translation")
+        if v.MOVE.search(sentence.plain):
+            found.add("ego_translation")
+    return found

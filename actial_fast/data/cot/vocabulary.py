@@ -26,13 +26,13 @@ LOOSE_AXIS = re.compile(r"\b(?:vertical axis|up ?/ ?down and)\b")
 CAMERA = (
     r"camera(?:-first|-second)?|photographer|viewpoint|vantage point|viewer|observer|lens|cameraman|shot|photo|view|position|place|spot|standpoint|"
     r"orientation|axis|direction|heading|gaze|rotation|translation|movement|move|motion|turn|step|shift|pan|yaw|slide|trajectory|drift|walk|it|we|i|"
-    r"you|one|this|that|which|who|he|she|they|answer|aim"
+    r"you|one|displacement|relocation|orbit|arc|path|pivot|swing|change|difference|motion|viewing|this|that|which|who|he|she|they|answer|aim"
 )
 CAMERAS = re.compile(rf"\b(?:{CAMERA})\b")
 OWNERS = r"(?:camera(?:-first|-second)?|photographer|viewer|observer|lens|image|picture|photo|frame|cameraman|photograph)"
 PART = r"(?:flank|side|edge|face|surface|part|half|panel|facet|wall|plane|portion|rim|end|profile|corner|one|pocket|door|ear cup|side panel|side wall)"
 FOLLOWS = (
-    "displacement|relocation|drift|orbit|arc|path|motion|pivot|component|horizontal|lateral|translational|rotational|can|will|must|may|does|did|do|were|are|be|been|had|could|should|makes?|shows?|explains?|means|gives?|keeps?|takes?|requires?|seems?|appears?|however|direction|and|or|to|in|by|of|from|around|about|while|as|so|because|since|between|relative|along|rather|instead|not|without|with|through|for|but|after|again|too|then|on|at|when"
+    "ones?|displacement|relocation|drift|orbit|arc|path|motion|pivot|component|horizontal|lateral|translational|rotational|can|will|must|may|does|did|do|were|are|be|been|had|could|should|makes?|shows?|explains?|means|gives?|keeps?|takes?|requires?|seems?|appears?|however|direction|and|or|to|in|by|of|from|around|about|while|as|so|because|since|between|relative|along|rather|instead|not|without|with|through|for|but|after|again|too|then|on|at|when"
     "|until|than|which|was|is|has|have|before|during|translation|movement|move|rotation|turn|shift|step|pan|yaw|slide|swing|approximately|roughly|some|slightly|also|just"
     "|still|this|it|that|toward|towards|over|under|almost|nearly|more|less|further|only|would|if|the|would|a|compared|till|where|i|we|around|camera|across|camera-first|camera-second|whereas|against|within|throughout"
 )
@@ -41,24 +41,24 @@ OWN_OBJECT = re.compile(
     rf"\b(?:the |a |its )?(?!{OWNERS}'s)\w+(?:'s|s') (?:own )?(?:left|right)\b(?! (?!(?:side|hand|{FOLLOWS})\b)[a-z])|\b(?:object|subject)'s (?:own )?(?:{SIDES[1:-1]})\b"
 )
 OWN_CAMERA = re.compile(rf"\b{OWNERS}'s (?:own )?(?:{SIDES[1:-1]})\b|\bits own (?:{SIDES[1:-1]})\b")
-TELLS = r"(?:perspective|point of view|viewpoint|view|frame(?: of reference)?|reference frame|coordinates|coordinate system|eyes|standpoint|side|account|sense)"
+TELLS = r"(?:perspective|point of view|viewpoint|view|frame(?: of reference)?|reference frame|coordinates|coordinate system|eyes|standpoint|side|account|sense|terms|words)"
 FRAME_CAMERA = re.compile(
     rf"\b{OWNERS}(?:'s)? (?:own )?(?:{TELLS}|itself)\b|\b(?:seen|told|judged|viewed) (?:by|from) the {OWNERS}\b|\bas the {OWNERS} sees\b"
     rf"|\bfor (?:the {OWNERS}|oneself|me|us|yourself)\b|\bego\w*|\bits own {TELLS}|\b{TELLS} of the {OWNERS}|\bfrom the {OWNERS}'s(?! \w)|^(?:the )?{OWNERS}$|\b(?:in|by) (?:the )?{OWNERS} (?:frame|coordinates)\b|\b{OWNERS}-cent\w+"
 )
 FRAME_OBJECT = re.compile(
-    rf"\b(?!{OWNERS}\b)(?:\w+'s|\w+s'|its(?! own)|object|subject) (?:own |horizontal )*{TELLS}\b|\b(?:told|seen|viewed|judged|described) (?:by|from) (?:the|this|that) (?!{OWNERS}\b)"
+    rf"\b(?!{OWNERS}\b)(?:\w+'s|\w+s'|its(?! own)|object|subject) (?:own |horizontal )*{TELLS}\b|\b(?:told|seen|viewed|judged|described|watched|observed|faced|perceived) (?:by|from) (?:the|this|that) (?!{OWNERS}\b)"
     rf"(?!(?:same|very|second|first|other|left|right|side|front|back|above|below|place|further|farther|new)\b)\w+"
     rf"|\bfor (?:the|this|that|a|any|an) (?!{OWNERS}\b)(?!(?:first|second|third|rotation|turn|orientation|question|other|same|last|move|translation|angle|yaw|final|answer|two|three|position|reason|horizontal|viewing|direction)\b)\w+"
-    rf"|\b(?:from|in) (?:the|its) (?!{OWNERS}'s)\w+'s(?! \w)|^(?:the )?(?:object|subject)$|\bfor (?:them|him|her|it)\b|(?<!\bi )(?<!\bwe )(?<!you )(?<!camera )(?<!photographer )\bwould (?:say|see|notice|describe|report|observe|tell)\b|\bhas camera-second on its\b|\b(?:point of view|viewpoint|perspective|view|frame|standpoint|eyes|position) of the (?!{OWNERS}\b)\w+|^to (?:the|this|that) (?!{OWNERS}\b|left|right)\w+(?:$| (?:it|this|that|the camera)\b)|(?:or|and|nor) the (?!{OWNERS})\w+'s$|\bwith respect to the (?!{OWNERS}\b)\w+|\b(?:in|into) the (?!{OWNERS}\b)\w+(?:'s)? (?:place|shoes)\b|\bobject frame\b|\bobject-cent\w+"
-    rf"|\bstanding (?:in|where|on)\b|\bthe (?!{OWNERS}\b)\w+(?: \w+)? (?:would |will |might )?(?:says?|sees?|saw|notices?|finds?|describes?|calls?|reports?|experiences?|observes?)\b"
+    rf"|\b(?:from|in) (?:the|its) (?!{OWNERS}'s)\w+'s(?! \w)|^(?:the )?(?:object|subject)$|\bfor (?:them|him|her|it)\b|(?<!\bi )(?<!\bwe )(?<!you )(?<!camera )(?<!photographer )\bwould (?:say|see|notice|describe|report|observe|tell)\b|\bhas camera-second on its\b|\b(?:point of view|viewpoint|perspective|frame|standpoint|eyes) of the (?!{OWNERS}\b)\w+|^to (?:the|this|that) (?!{OWNERS}\b|left|right)\w+(?:$| (?:it|this|that|the camera)\b)|(?:or|and|nor) the (?!{OWNERS})\w+'s$|\bwith respect to the (?!{OWNERS}\b)\w+|\b(?:in|into) the (?!{OWNERS}\b)\w+(?:'s)? (?:place|shoes)\b|\bobject frame\b|\bobject-cent\w+"
+    rf"|\bstanding (?:in|where|on)\b|\bthe (?!{OWNERS}\b)\w+(?: \w+)? (?:would |will |might )?(?:says?|sees?|saw|notices?|notes|finds?|describes?|calls?|reports?|experiences?|observes?|perceives?|registers?|watches)\b"
     rf"|\b(?:object|subject|thing) (?:would )?(?:says?|sees?|saw|notices?|finds?|describes?)\b"
 )
 FACES = re.compile(
     rf"\b(?!(?:{PART}|{OWNERS}|which|that|and)\b)\w+ (?:that |which )?(?:looks? (?:straight )?(?:back )?at|faces?|facing|looking (?:straight )?(?:back )?at|stares? (?:back )?at) "
     r"(?:the |at )?(?:camera(?:-first)?|lens|photographer)\b(?! more)|\babout the (?:object|subject)\b"
 )
-SEES = re.compile(r"^(?:and )?(?:it |he |she |they )?(?:would )?(?:sees?|saw|finds?|notices?|says?|observes?|watches)\b")
+SEES = re.compile(r"^(?:and )?(?:it |he |she |they )?(?:would |will |does not |did not |does )?(?:sees?|saw|finds?|notices?|notes|says?|observes?|watch(?:es|ed)|perceives?|registers?|experiences?|reports?|calls|describes?|witness(?:es|ed))\b")
 # what is only considered
 MAYBE = re.compile(
     r"\b(?:would|could|might|may (?:look|seem|appear|think|be tempted)|should (?:have|then)|at first (?:glance|sight)|one (?:may|can) think|tempt\w+|normally|usually"
@@ -78,7 +78,7 @@ NOT = re.compile(r"\b(?:not|never|no|none|without|can not|neither|nor|nowhere|un
 OUT = re.compile(
     r"\b(?:excluded?|rules? out|ruled? (?:it )?out|eliminated?|impossible|inconsistent|incorrect|wrong|contradict(?:s|ed)?|does not fit|discarded?|rejected?)\b"
 )
-MERELY = re.compile(r"\b(?:simply|merely|just|only|pure(?:ly)?|alone|in place|enough|necessarily|any (?:more|longer)|what counts)\b")
+MERELY = re.compile(r"\b(?:simply|merely|just|only|pure(?:ly)?|alone|in place|enough|necessarily|of (?:more|less|about|around|over|at)|any (?:more|longer)|what counts)\b")
 STILL = re.compile(
     r"\b(?:position|place|spot|viewpoint|location)\b.{0,25}\b(?:unchanged|same|not change[d]?|fixed|constant)\b"
     r"|\b(?:same|unchanged|identical) (?:\w+ )?(?:position|place|spot|viewpoint|location)\b|\b(?:stay(?:s|ed)?|remain(?:s|ed)?) (?:in place|put)\b"
@@ -132,6 +132,8 @@ QUESTION = re.compile(
     r"\b(?:question|q|answer)(?: number| no)? ?\(?(?:(1|one)|(2|two)|(3|three))\b|\b(?:(first)|(second)|(third)) (?:question|answer)\b"
 )
 ANSWERS = re.compile(r"\b(?:answers?|result|conclusion|so)\b")
+CASE = re.compile(r"^(?:option|hypothesis|case|possibility|scenario|candidate|alternative) (?:\d|[a-z]|one|two|three|first|second|third)$")
+THING = re.compile(rf"^(?:the|this|that|and the|as for the) (?!(?:{CAMERA}|{OWNERS}|object)$)(?!.*\b(?:translation|rotation|answer|question|movement|images?|result|angle|amount|conclusion|steps?)\b)\w+$|^(?:the )?object$")
 FROM = re.compile(r"\b(?:taken|shot|seen|viewed|photographed|look(?:s|ing)? at (?:it|the \w+)) from\b")
 SAYS = re.compile(r"\b(?:say|says|see|sees|saw|notices?|describes?|reports?|calls?|finds?)\b")
 TURNING = re.compile(

@@ -40,7 +40,7 @@ PLAIN = (
     # spelled like a side, and none
     (r"\b(?:has|have|had|having|be|been|what is|nothing|nobody|nowhere) left\b(?! (?:in|of|side|to|by))", "gone"),
     (r"\bleft (?=(?:the|our|my|its|this) (?:frame|picture|view|image|photo|field|sight|scene)\b|unchanged|behind|over\b|out\b)", "gone "),
-    (r"\bright (?:angles?|away|now|there|here|answers?|in front|next|after|before|behind|above|below|on top)\b", "straight"),
+    (r"\bright (?:angles?|answers?)\b|(?<!the )(?<!its )\bright (?:away|now|there|here|in front|next|after|before|behind|above|below|on top)\b", "straight"),
     (r"\b(?:that is|that's|all|is that|quite|exactly|am i) right\b(?=[,.!?]|$)", "so"),
     # both sides at once
     (r"\bneither (?:to |on )?(?:the |its )?left nor (?:to |on )?(?:the |its )?right\b", "nowhere"),
