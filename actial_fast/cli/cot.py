@@ -32,18 +32,21 @@ def add(data: Commands) -> None:
         default=0,
         help="chains to write, of rows or pairs drawn from the source (default: all; the paper uses about 1000)",
     )
-    cot.add_argument("--per", choices=("pair", "question"), help="one chain about each pair of viewpoint rows, as in the paper, or one for each "
-                     "question (default: pair where a model writes about viewpoint rows)")  # fmt: skip
-    cot.add_argument("--questions", choices=("one", "all"), default="one", help="with --per pair: the questions that get a pair's chain, one drawn at "
-                     "random or all of them (default: %(default)s)")  # fmt: skip
+    cot.add_argument("--per", choices=("pair", "question"),
+                     help="one chain about each pair of viewpoint rows, as in the paper, or for each question (default: pair, if "
+                     "a model writes about viewpoint rows)")  # fmt: skip
+    cot.add_argument("--questions", choices=("one", "all"), default="one",
+                     help="which of a pair's questions get its chain: one drawn at random, or "
+                     "all (default: %(default)s)")  # fmt: skip
     cot.add_argument("--style", choices=("full", "short"), default="full", help="how much is written from poses, without a model")
     cot.add_argument("--template", type=Path, help="a file with an example that a person has corrected (see actial data template)")
     _add_writer(cot)
     cot.add_argument("--reasks", type=int, default=2, help="how often a rejected reply is sent back with the reason (default: %(default)s)")
     cot.add_argument("--min-words", type=int, help="shortest reasoning by a model (default: 40 about a pair, 15 about a question)")
     cot.add_argument("--max-words", type=int, help="longest reasoning by a model; 0: any (default: 2000)")
-    cot.add_argument("--undecided", choices=("reject", "keep"), default="reject", help="chains with a statement that the check cannot decide "
-                     "(default: %(default)s)")  # fmt: skip
+    cot.add_argument("--undecided", choices=("reject", "keep"), default="reject",
+                     help="chains with a statement that cannot be decided (default: "
+                     "%(default)s)")  # fmt: skip
     cot.add_argument(
         "--batch-out", type=Path, metavar="FILE", help="write the requests that are still wanted in OpenAI's batch format, and stop"
     )
@@ -64,15 +67,17 @@ def add(data: Commands) -> None:
 
 def _add_writer(parser: argparse.ArgumentParser) -> None:
     add_format(parser)
-    parser.add_argument("--model", default="", help="a checkpoint folder or hub name that writes, or with --endpoint or --batch-out the name that it "
-                        "is known by; without a model chains are written from the rows' poses")  # fmt: skip
+    parser.add_argument("--model", default="",
+                        help="a checkpoint folder or hub name that writes them, or with --endpoint or --batch-out the name "
+                        "that it is known by; without a model they are written from the rows' poses")  # fmt: skip
     parser.add_argument("--endpoint", default="", help="an OpenAI-compatible base URL, for example http://localhost:8000/v1")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the model's replies (default: %(default)s)")
     parser.add_argument(
         "--max-new-tokens", type=int, help="the model's longest reply (default: the endpoint's own limit; 2048 without one)"
     )
-    parser.add_argument("--image-pixels", type=int, default=PIXELS, help="larger images are scaled down to so many pixels before they are sent; 0 sends "
-                        "them as they are (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--image-pixels", type=int, default=PIXELS,
+                        help="larger images are scaled down to so many pixels before they are "
+                        "sent; 0 sends them as they are (default: %(default)s)")  # fmt: skip
     parser.add_argument(
         "--timeout", type=float, default=120.0, help="with --endpoint: seconds to wait for a server to send anything (default: %(default)s)"
     )
@@ -80,8 +85,9 @@ def _add_writer(parser: argparse.ArgumentParser) -> None:
         "--retries", type=int, default=5, help="with --endpoint: times that a failed request is repeated (default: %(default)s)"
     )
     parser.add_argument("--workers", type=int, default=8, help="with --endpoint: requests at a time (default: %(default)s)")
-    parser.add_argument("--price", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="what a million tokens cost, read and written: the sum is told "
-                        "at the end")  # fmt: skip
+    parser.add_argument(
+        "--price", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="what a million tokens cost; the sum is told at the end"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of which rows are drawn, of wordings and of replies")
 
 
@@ -156,7 +162,8 @@ def _requests(args: argparse.Namespace, source: Any, template: str) -> int:
     print(f"{', '.join(map(str, paths)) or args.batch_out}: {count} requests" + ("" if count else "; every chain is there already"))
     if count:
         print(
-            f"have them run, then give their results to: actial data cot {args.source} -o {args.out} --batch-in RESULTS, and the same options"
+            f"have them run, then give their results to: actial data cot {args.source} -o {args.out} --batch-in RESULTS, and the same "
+            "options"
         )
     return 0
 

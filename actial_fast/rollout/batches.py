@@ -1,7 +1,7 @@
 """Chains of thought by files: the requests of a batch in OpenAI's format, for whoever runs it cheaper and later, and its results.
 
-A request is a line {"custom_id", "method", "url", "body"}, a result a line {"custom_id", "response": {"status_code", "body"}, "error"}, in any
-order and in any number of files.
+A request is a line {"custom_id", "method", "url", "body"}, a result a line {"custom_id", "response": {"status_code", "body"}, "error"}, in
+any order and in any number of files.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def write_requests(
     """Write a request for every row of `source` that has no chain in `out` yet to `path`, and path-2, path-3, ... where a file is full.
 
     A row that was rejected, with its text in `out`.rejects.jsonl, is asked again and told why. draw: temperature and, unless 0,
-    max_new_tokens; pixels: as server.messages_of. Rows that cannot be read or shown get no request: with the results they are rejected as bad.
+    max_new_tokens; pixels: as server.messages_of. Rows that cannot be read or shown get no request: with the results they are rejected.
     Returns the number of requests, and the files.
     """
     again = rejected_before(out)

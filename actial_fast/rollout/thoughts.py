@@ -16,7 +16,7 @@ CUT = "cut off: the reply reached the limit of tokens before its end"
 
 
 class EngineWriter:
-    """A writer for writer.write_cot: every row is asked about once, and up to `reasks` times more after rejected replies; the last one stands.
+    """A writer for writer.write_cot: every row is asked about once, and up to `reasks` times more after rejected replies; the last stands.
 
     Args:
         engine: who replies, with the weights it has.
@@ -26,8 +26,8 @@ class EngineWriter:
         reasks: how often a rejected reply is sent back with the reason.
         check: says why a text cannot be used, as write_cot's.
 
-    ValueError for a template that is malformed itself. A row without a reply is a WriterError, one whose reply is no text a NoText; what the
-    engine raises ends the run.
+    ValueError for a template that is malformed itself. A row without a reply is a WriterError, one whose reply is no text a NoText; what
+    the engine raises ends the run.
     """
 
     def __init__(self, engine: Engine, reader: Reader, draw: Draw, *, template: str = "", reasks: int = 2, check: Check = check_cot):

@@ -30,34 +30,34 @@ The question asks for the move from the camera's own perspective, which is to th
 
 PAIR_TEMPLATE = """\
 <think>1. Identify the images
-Image 1 shows a leather handbag with a chain strap on a striped cloth. Image 2 shows the same bag from another viewpoint. The bag and the cloth
-have not moved, so every difference comes from the camera.
+Image 1 shows a leather handbag with a chain strap on a striped cloth. Image 2 shows the same bag from another viewpoint. The bag and
+the cloth have not moved, so every difference comes from the camera.
 2. Compare the images
 From the camera's perspective
 - Framing: the whole bag is in both images, with a bit more of the cloth in image 2.
-- Angle: in image 1 the front of the bag is nearly square to the camera. In image 2 more of the flank that was on the right in image 1 faces the
-camera, and the flank on the left has turned away.
+- Angle: in image 1 the front of the bag is nearly square to the camera. In image 2 more of the flank that was on the right in image 1
+faces the camera, and the flank on the left has turned away.
 - Scale: the bag is about as large in both images.
 - Background: other parts of the wall are behind the bag, as a new viewpoint brings with it.
 From the object's perspective
-- Camera position: in image 1 the camera stands in front of the bag. The bag faces it, so the camera's right is the bag's left. In image 2 the
-camera stands further to the bag's left.
+- Camera position: in image 1 the camera stands in front of the bag. The bag faces it, so the camera's right is the bag's left. In image
+2 the camera stands further to the bag's left.
 - Visible surfaces: the front is still seen, now at a slant, together with the flank on that side.
 3. Analyze the movements
-- Left/right: a flank comes into view only when the camera's place changes. To see more of the flank on the right, the camera moved to the
-right.
+- Left/right: a flank comes into view only when the camera's place changes. To see more of the flank on the right, the camera moved to
+the right.
 - Up/down: the top of the bag is seen under the same slant, so there is no clear change.
 - Forward/backward: the scale is the same, so there is none.
-- Yaw: having moved to the right, the camera had to rotate to the left to keep the bag in view, counterclockwise as seen from above. How far the
-front has turned away tells the angle: about 50 degrees.
+- Yaw: having moved to the right, the camera had to rotate to the left to keep the bag in view, counterclockwise as seen from above. How
+far the front has turned away tells the angle: about 50 degrees.
 - Pitch: no clear change.
 - Roll: the cloth's stripes and the wall are level in both images, so none.
 4. Put the trajectory together
-The camera went around the bag counterclockwise as seen from above: its position moved to the right while its viewing direction rotated to
-the left.
+The camera went around the bag counterclockwise as seen from above: its position moved to the right while its viewing direction rotated
+to the left.
 5. Answer the questions
-From the camera's own perspective the camera moved to the right. From the bag's perspective it moved to the left. About its own vertical axis
-the camera rotated to the left, by about 50 degrees.</think>
+From the camera's own perspective the camera moved to the right. From the bag's perspective it moved to the left. About its own vertical
+axis the camera rotated to the left, by about 50 degrees.</think>
 <answer>right, left, left</answer>"""
 
 INSTRUCTION = """\
@@ -74,20 +74,20 @@ answer exactly as it was given to you.
 An example of the form (for another question):
 """
 PAIR_INSTRUCTION = """\
-You write worked solutions that teach how to reason about the viewpoints of photographs. You get two images of an object that stands still, and
-what is known of the camera's motion between them. Three questions will be asked about such a pair: which way the camera's position moved from
-the camera's own perspective, which way from the perspective of the object, which faces the first camera, and which way the camera rotated
-about its own vertical axis.
-Write the reasoning that leads from what can be seen in these images to the three answers, in the steps of the example: identify the images;
-compare them from the camera's perspective (framing, angle, scale, background) and from the object's (camera position, visible surfaces); go
-through the six movements (left/right, up/down, forward/backward, yaw, pitch, roll); put the trajectory together; answer the three questions,
-with the angle of the rotation.
-Reason in three-dimensional space, from which surfaces of the object face the camera. Do not reason from where the object or the background
-appears in the picture: a shift in the picture says nothing of the motion.
-Every statement must agree with what is known. Say left and right in words, with whose left and right it is; name no options or letters. Write as
-someone who works it out: never mention that anything was told to you, nor these instructions or the example.
-Reply with exactly one <think>...</think> followed by exactly one <answer>...</answer>, and nothing else; inside <answer> stand the three
-answers, as in <answer>right, left, left</answer>; "no movement" and "no rotation" are answers too.
+You write worked solutions that teach how to reason about the viewpoints of photographs. You get two images of an object that stands
+still, and what is known of the camera's motion between them. Three questions will be asked about such a pair: which way the camera's
+position moved from the camera's own perspective, which way from the perspective of the object, which faces the first camera, and which
+way the camera rotated about its own vertical axis.
+Write the reasoning that leads from what can be seen in these images to the three answers, in the steps of the example: identify the
+images; compare them from the camera's perspective (framing, angle, scale, background) and from the object's (camera position, visible
+surfaces); go through the six movements (left/right, up/down, forward/backward, yaw, pitch, roll); put the trajectory together; answer
+the three questions, with the angle of the rotation.
+Reason in three-dimensional space, from which surfaces of the object face the camera. Do not reason from where the object or the
+background appears in the picture: a shift in the picture says nothing of the motion.
+Every statement must agree with what is known. Say left and right in words, with whose left and right it is; name no options or letters.
+Write as someone who works it out: never mention that anything was told to you, nor these instructions or the example.
+Reply with exactly one <think>...</think> followed by exactly one <answer>...</answer>, and nothing else; inside <answer> stand the
+three answers, as in <answer>right, left, left</answer>; "no movement" and "no rotation" are answers too.
 
 An example of the form (for another pair):
 """
@@ -130,8 +130,8 @@ def check_template(template: str, about: Row | None = None) -> None:
 
 
 def asking(row: Row, template: str = "") -> Row:
-    """The row whose reply is a chain of thought for `row`: its images, and its question without its system prompt, or what a pair's poses say,
-    and its true answer."""
+    """The row whose reply is a chain of thought for `row`: its images, and its question without its system prompt and its true answer, or
+    what a pair's poses say."""
     if row.kind == PAIR:
         system = PAIR_INSTRUCTION + template_of(row, template)
         text = f"{IMAGE_TAG * len(row.images)}What is known of this pair: {told(row.meta)}"

@@ -50,10 +50,10 @@ MODELS = {PAIR: Rules(40, 2000, states=True), "": Rules(15, 2000, states=True)} 
 def check_cot(text: str, row: Row, rules: Rules = ANY) -> str | None:
     """Why `text` may not train a model to answer `row`, or None when it may: "what is wrong", or "what is wrong: where".
 
-    Tags must be well formed (as the format reward wants them), the reasoning as long as the rules say, without an image tag and without talk
-    of an answer, a prompt or a template that was given (leaks.py), and the answer right: answers.is_right, or for a pair (pairs.py) its three
-    answers in order. Where the row has a pair's poses, every statement is held against them (judge.py). Else, and for a question's own
-    options, neither the last "answer is X" / "option X" nor the last sentence may name another choice.
+    Tags must be well formed (as the format reward wants them), the reasoning as long as the rules say, without an image tag and without
+    talk of an answer, a prompt or a template that was given (leaks.py), and the answer right: answers.is_right, or for a pair (pairs.py)
+    its three answers in order. Where the row has a pair's poses, every statement is held against them (judge.py). Of a question's
+    own options, neither the last "answer is X" / "option X" nor the last sentence may name another choice.
     """
     if not row.truth:
         return "row has no truth"

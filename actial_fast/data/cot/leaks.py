@@ -48,22 +48,32 @@ PHRASES = (
 )
 GIVEN = r"(?:given|provided|supplied|reference|stated|specified|official|known|expected|intended|required|target|desired|true and known)"
 ANSWERS = r"(?:(?:correct |right |true |final )?(?:answers?|solutions?|labels?|responses?|truths?))"
-ASKED = r"(?:prompt|instructions?|template|hint|example (?:above|provided|given|shown)|task description|guidelines?|user|answers?|solutions?|reference|labels?|key)"
+ASKED = (
+    r"(?:prompt|instructions?|template|hint|example (?:above|provided|given|shown)|task description|"
+    r"guidelines?|user|answers?|solutions?|reference|labels?|key)"
+)
 RULES = (
     rf"\b{GIVEN} {ANSWERS}\b",
-    rf"\b{ANSWERS} (?:is |are |was |were |has been |have been |that (?:is|are|was|were) )?(?:already )?(?:given|provided|supplied|told|known|specified|stated|fixed)\b",
+    rf"\b{ANSWERS} (?:is |are |was |were |has been |have been |that (?:is|are|was|were) )?(?:already )?(?:given|"
+    r"provided|supplied|told|known|specified|stated|fixed)\b",
     rf"\b{ANSWERS} (?:to be|i was|we were|you) (?:given|gave|told|provided)\b",
-    rf"\b(?:according to|based on|as per|per|following|consistent with|in line with|in accordance with|agrees? with|match(?:es|ing)?|follow) (?:the |this |that |your |my |these |those )*{GIVEN}? ?{ASKED}\b(?! options)",
-    rf"\bas (?:the |your |this )?(?:{ASKED}|question)(?:'s \w+)? (?:says?|states?|said|stated|tells?|told|indicates?|notes?|mentions?|specif\w+|suggests?|requires?)\b",
+    r"\b(?:according to|based on|as per|per|following|consistent with|in line with|in accordance with|"
+    rf"agrees? with|match(?:es|ing)?|follow) (?:the |this |that |your |my |these |those )*{GIVEN}? ?{ASKED}\b(?! options)",
+    rf"\bas (?:the |your |this )?(?:{ASKED}|question)(?:'s \w+)? (?:says?|states?|said|stated|tells?|"
+    r"told|indicates?|notes?|mentions?|specif\w+|suggests?|requires?)\b",
     rf"\bthe (?:{ASKED}) (?:says?|states?|tells?|told|indicates?|mentions?|specif\w+|gives?|gave|confirms?|requires?|wants?)\b",
-    r"\bas (?:stated|given|told|provided|specified|indicated|mentioned) (?:in|by) the (?:prompt|instructions?|question|task|answers?|solution|template|user|hint|reference)",
-    r"\b(?:i|we) (?:was|were|am|are|have been|had been|'ve been) (?:told|given|informed|provided with|shown) (?:that |in advance |beforehand |the (?:\w+ )?(?:answer|move|solution|truth|result|rotation|direction|template)|a template|how|about|which|what)",
+    r"\bas (?:stated|given|told|provided|specified|indicated|mentioned) (?:in|by) the (?:prompt|instructions?|"
+    r"question|task|answers?|solution|template|user|hint|reference)",
+    r"\b(?:i|we) (?:was|were|am|are|have been|had been|'ve been) (?:told|given|informed|provided with|"
+    r"shown) (?:that |in advance |beforehand |the (?:\w+ )?(?:answer|move|solution|truth|result|rotation|"
+    r"direction|template)|a template|how|about|which|what)",
     r"\b(?:given|provided|supplied|known) (?:information|facts?|data|truths?|movement|motion|directions?|rotation|angle)\b",
     r"\b(?:told|informed|instructed) (?:me|us|that)\b",
     rf"\b{ANSWERS} (?:that |which )?(?:i|we) (?:have|had|was|were|am|are|got|did)\b",
     r"\btemplate i was\b|\bthe (?:example|template) (?:i|we|you) (?:was|were|am|are|have|gave|showed|got)\b",
     rf"\b(?:since|because|given that|knowing that|as) (?:the |these |my )?{ANSWERS} (?:is|are|must|should|has to|have to|says?)\b",
-    rf"\b(?:reasoning|analysis|explanation|chain)\b.{{0,20}}\b(?:has|have|needs?|must|should) (?:to )?(?:agree|match|lead|arrive|fit|be consistent|support|end)\b",
+    r"\b(?:reasoning|analysis|explanation|chain)\b.{0,20}\b(?:has|have|needs?|must|should) (?:to )?(?:agree|"
+    r"match|lead|arrive|fit|be consistent|support|end)\b",
     r"\b(?:the |this |that )(?:correct|right|true) (?:answers?|solutions?) (?:provided|given|above|in the prompt)\b",
     r"\bwe (?:already )?know (?:from|that the (?:correct|right) answer)\b",
     r"\bto (?:arrive at|reach|get to|justify|support) the (?:correct|right|given|known|true|desired) (?:answers?|result|conclusion)\b",

@@ -1,7 +1,8 @@
 """The pairs behind viewpoint questions: one chain of thought is written about a pair, as in the paper, and stored under its questions.
 
-A pair is a row too, of kind PAIR: its images, its truth "right, left, left" (the camera's move from its own and from the object's perspective,
-the camera's turn) and the poses of its questions' meta. A chain about it speaks in words, since its questions do not share their letters.
+A pair is a row too, of kind PAIR: its images, its truth "right, left, left" (the camera's move from its own and from the object's
+perspective, the camera's turn) and the poses of its questions' meta. A chain about it speaks in words, since its questions do not share
+their letters.
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ def told(meta: Mapping[str, Any]) -> str:
     around = f" It went about {abs(meta['azimuth_change_deg']):.0f} degrees around the object, " if ego else ""
     sense = ("counterclockwise" if meta["azimuth_change_deg"] > 0 else "clockwise") + " as seen from above." if ego else ""
     return (
-        f"From the camera's own perspective, the camera {moves[0]} between the two images; from the perspective of the object, which faces the first "
-        f"camera, it {moves[1]}; about its own vertical axis it {turned}.{around}{sense}"
+        f"From the camera's own perspective, the camera {moves[0]} between the two images; from the perspective of the object, which faces "
+        f"the first camera, it {moves[1]}; about its own vertical axis it {turned}.{around}{sense}"
     )
 
 

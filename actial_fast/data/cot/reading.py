@@ -3,25 +3,27 @@
 The rules, in the order in which they are applied to a sentence:
 
 1. A question, an option that is quoted, and what is only considered (would, might, at first glance, one might expect) say nothing. A
-   condition (if, suppose, when a camera ..., moving to the right uncovers ...) is the reader's to meet: what follows from it counts when it
-   holds (Statement.given).
-2. A side belongs to a move, a turn or neither by the words around it in its clause, else before it: "the right flank" and "on the right" say
-   where something is, not where the camera went. A side alone ("So: right") belongs to what was talked about last.
+   condition (if, suppose, when a camera ..., moving to the right uncovers ...) is to be met: what follows from it counts when it holds
+   (Statement.given).
+2. A side belongs to a move, a turn or neither by the words around it in its clause, else before it: "the right flank" and "on the right"
+   say where something is, not where the camera went. A side alone ("So: right") belongs to what was talked about last.
 3. A move is told from the camera's place or the object's. The clause's own words decide ("for the mug", "the camera's right", "sees it
-   go"); else those of the sentence; else a heading or the sentence before, which is taken for less than certain (Statement.loose).
-4. "not", "never", "rather than", "can be excluded" deny: the statement is then that it was not that side. Two of these in a clause cannot be
-   resolved (Statement.unclear).
-5. No move and no turn are statements too ("the position is unchanged", "no rotation"), unless another axis is meant (up, forward, pitch, roll)
-   or something else than the camera stands still.
+   go"); else those of the sentence; else a heading, a question or the sentence before. What only the sentence before says is less than
+   certain (Statement.loose).
+4. "not", "never", "rather than", "can be excluded" deny: the statement is then that it was not that side. Two of these in a clause cannot
+   be resolved (Statement.unclear).
+5. No move and no turn are statements too ("the position is unchanged", "no rotation"), unless another axis is meant (up, forward, pitch,
+   roll) or something else than the camera stands still.
 6. What is taken back later was said nevertheless.
+7. A description of what one image shows, and of movements along other axes, is not looked at.
 """
 
 from __future__ import annotations
 
 import re
-from itertools import zip_longest
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from actial_fast.data.cot import vocabulary as v
 from actial_fast.data.cot.wording import DENIES, Clause, Sentence, sentences
@@ -58,7 +60,7 @@ def read(text: str) -> list[Statement]:
 @dataclass
 class _Reader:
     """What is carried from sentence to sentence. kind: what was talked about last (move, turn or other); frame: from where, and head: the
-    same by a heading; supposing: whether the sentence before supposed something; asked: kind and frame of the question that a line answers."""
+    same by a heading; supposing: whether the sentence before supposed something; asked: kind and frame of the question a line answers."""
 
     kind: str = ""
     frame: str = ""
@@ -145,6 +147,7 @@ class _Reader:
             before = clause.text
             if clause.label and not _kind(clause.text, 0):
                 self.kind = "other" if v.OTHER.search(clause.text) else "move" if own else self.kind
+            told_object = told_object or any(each.about == "object_translation" for each in found)
             carried_not = bool(v.NOT.search(clause.text) and v.THINKS.search(clause.text)) or bool(v.OUT.search(clause.text))
             yield from self._angles(clause, sentence, maybe or conditional)
             if maybe:
@@ -154,7 +157,6 @@ class _Reader:
                     condition = statement
                 else:
                     yield replace(statement, given=condition)
-            told_object = told_object or any(each.about == "object_translation" for each in found)
         self.frame = frame if frame == "object" and not told_object else "faced" if frame == "faced" else ""
 
     def _statements(self, clause: Clause, sentence: Sentence, frame: str, carried_not: bool, before: str) -> Iterator[Statement]:
@@ -221,13 +223,15 @@ class _Reader:
 
     def _flanks(self, sentence: Sentence) -> Iterator[Statement]:
         """Which flank is said to have come into view, or gone."""
-        for piece in v.SEPARATE.split(v.ASIDE.sub(" ", sentence.plain)):
-            if v.MAYBE.search(piece) or v.NOT.search(piece) or v.CONDITION.search(piece) or self.supposing:
+        text, maybe = v.ASIDE.sub(" ", sentence.plain), False
+        for piece in v.SEPARATE.split(text):
+            maybe = bool(v.MAYBE.search(piece)) or (maybe and not v.BACK.search(text[: text.find(piece)]))
+            if maybe or v.NOT.search(piece) or v.CONDITION.search(piece) or self.supposing or not v.PARTS.search(piece):
                 continue
             gain, loss = v.GAIN.search(piece), v.LOSS.search(piece)
             own = {m[1] for m in re.finditer(r"\b\w+'s own (left|right)\b", piece)}
             placed = {next(filter(None, m.groups())) for pattern in (v.PLACED, v.ADJECTIVE) for m in re.finditer(pattern, piece)}
-            if bool(gain) == bool(loss) or v.OWN_OBJECT.search(piece) and not own or re.search(r"\bits (?:own )?(?:left|right)\b", piece):
+            if bool(gain) == bool(loss) or (v.OWN_OBJECT.search(piece) and not own) or re.search(r"\bits (?:own )?(?:left|right)\b", piece):
                 continue
             sides, frame = (own, "object") if own else (placed, "camera")
             if len(sides) == 1:
@@ -340,8 +344,8 @@ def _number(text: str) -> float:
 
 
 def speaks_of(text: str) -> set[str]:
-    """Which of the translations and the rotation a chain of thought speaks of at all: in a sentence with a side or a denial in it, or with a
-    word of theirs."""
+    """Which of the translations and the rotation a chain of thought speaks of at all: in a sentence with a word of theirs, and a side or a
+    denial."""
     found = set()
     for sentence in sentences(text):
         if not re.search(rf"\b{v.SIDES}\b", sentence.plain) and not v.NOT.search(sentence.plain) and not v.STILL.search(sentence.plain):

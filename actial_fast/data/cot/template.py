@@ -1,4 +1,4 @@
-"""The template that a writer is shown: drafted by a model about one pair, corrected by a person beside its images, checked against its poses.
+"""The template that a writer is shown: drafted by a model about one pair, corrected by a person beside its images, checked by its poses.
 
 `draft` writes the file to correct, `page` the images, the truths and what the check makes of every statement, to look at while correcting.
 """
@@ -21,11 +21,14 @@ from actial_fast.data.sources.tags import is_well_formed
 
 PIXELS = 400_000  # of an image on the page
 HEAD = """\
-# A template for `actial data cot --template`. Correct what is wrong below (the page beside this file shows the images and what was checked), then
-# give the same command again to have it checked. Lines that begin with # here are no part of it; leave the next one as it is.
+# A template for `actial data cot --template`. Correct what is wrong below (the page beside this file shows the images and what was read),
+# then give the same command again to have it checked. Lines that begin with # here are no part of it; leave the next one as it is.
 """
-STYLE = """body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#1f2430}img{max-width:48%;margin-right:1%;border-radius:4px}
-pre{white-space:pre-wrap;background:#f6f7f9;padding:1em;border-radius:4px}td,th{text-align:left;padding:.3em .8em .3em 0;vertical-align:top}
+STYLE = """\
+body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#1f2430}
+img{max-width:48%;margin-right:1%;border-radius:4px}
+pre{white-space:pre-wrap;background:#f6f7f9;padding:1em;border-radius:4px}
+td,th{text-align:left;padding:.3em .8em .3em 0;vertical-align:top}
 .true{color:#1a8a4c}.false{color:#c0262d;font-weight:bold}.undecided{color:#b06a00}"""
 WORDS = {
     "ego_translation": "the camera's move, its own perspective",
@@ -50,8 +53,10 @@ def draft(path: Path, row: Row, text: str) -> None:
 
 
 def page(path: Path, row: Row) -> tuple[Path, str | None]:
-    """Write the page beside a template's file: images of `row`, its truths, the text, and what was read from it. Returns the page and why the
-    template cannot be used yet, None where it can. ValueError where the file is about another pair; BadRow for an image that cannot be read."""
+    """Write the page beside a template's file: images of `row`, its truths, the text, and what was read from it.
+
+    Returns the page and why the template cannot be used yet, None where it can. ValueError where the file is about another pair; BadRow for
+    an image that cannot be read."""
     text, about = read_template(path)
     if about is None or about.meta.get("id") != row.id:
         raise ValueError(f"{path} is not about {row.id}; the line {TRUTHS!r} says what it is about")

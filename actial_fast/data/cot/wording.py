@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+STANDS = r"(is|was|lies|stands) (?:placed |located |further )?"
 SPELLINGS = (
     (r"(?m)^[ \t]*(?:[-*+\u2022#>][ \t]+|\(?\d{1,2}[.)][ \t]+)+", ""),
     (r"[\u2018\u2019\u02bc]", "'"),
@@ -27,26 +28,31 @@ PLAIN = (
     (r"\b(?:anti|counter)[ -]?clock-?wise\b|\bccw\b", "counterclockwise"),
     (r"\bclock-wise\b|\bcw\b", "clockwise"),
     (r"\b(left|right)[ -]?(?:wards?|handed|hand|most)\b", r"\1"),
-    (r"\b(?:the )?(second|first) (?:one|camera|photographer|viewpoint|vantage point|camera position|position of the camera)\b", r"camera-\1"),
+    (r"\b(?:the )?(second|first) (?:one|camera|photographer|viewpoint|vantage point|camera position)\b", r"camera-\1"),
     (r"\bcamera (?:position )?(1|one)\b", "camera-first"),
     (r"\bcamera (?:position )?(2|two)\b", "camera-second"),
-    (r"\bc(?:am(?:era)?)?[ -]?[1a]\b(?=[ ,.;:'])", "camera-first"),
-    (r"\bc(?:am(?:era)?)?[ -]?[2b]\b(?=[ ,.;:'])", "camera-second"),
+    (r"\bc(?:am(?:era)?)?[ -]?1\b(?=[ ,.;:'])", "camera-first"),
+    (r"\bc(?:am(?:era)?)?[ -]?2\b(?=[ ,.;:'])", "camera-second"),
+    (rf"\bcamera-first {STANDS}to the left of camera-second\b", r"camera-second \1 to the right of camera-first"),
+    (rf"\bcamera-first {STANDS}to the right of camera-second\b", r"camera-second \1 to the left of camera-first"),
+    (r"\b(i|we|you|he|she|they|it)'d\b", r"\1 would"),
+    (r"\bif (?:we|you|one|i) (?:now )?(?:compare|look|consider|think|go by|take|put|place)\b", "comparing"),
     (r"\bon its (left|right) side\b", r"on its \1"),
     (r"\bcan(?:no|')t\b|\bcan not\b", "can not"),
     (r"\b(\w+)n't\b", r"\1 not"),
     (r"\b(it|that|there|what|here|which|who|where)'s\b", r"\1 is"),
     (r"\bfrom (?:the |its )?(?:left|right)(?: side)?(?: of \w+ \w+)? (?:over )?to (?:the |its )?(left|right)(?: side)?\b", r"to the \1"),
-    # spelled like a side, and none
-    (r"\b(?:has|have|had|having|be|been|what is|nothing|nobody|nowhere) left\b(?! (?:in|of|side|to|by))", "gone"),
-    (r"\bleft (?=(?:the|our|my|its|this) (?:frame|picture|view|image|photo|field|sight|scene)\b|unchanged|behind|over\b|out\b)", "gone "),
-    (r"\bright (?:angles?|answers?)\b|(?<!the )(?<!its )\bright (?:away|now|there|here|in front|next|after|before|behind|above|below|on top)\b", "straight"),
-    (r"\b(?:that is|that's|all|is that|quite|exactly|am i) right\b(?=[,.!?]|$)", "so"),
     # both sides at once
     (r"\bneither (?:to |on )?(?:the |its )?left nor (?:to |on )?(?:the |its )?right\b", "nowhere"),
     (r"\bneither (?:to |on )?(?:the |its )?right nor (?:to |on )?(?:the |its )?left\b", "nowhere"),
     (r"\b(?:to |on |at )?(?:the |its |my |your )?(?:left|right) ?(?:/|or|nor|and|vs|versus) ?(?:to |on |at )?(?:the |its |my |your )?"
      r"(?:left|right)\b", "sideways"),
+    # spelled like a side, and none
+    (r"\b(?:has|have|had|having|be|been|what is|nothing|nobody|nowhere) left\b(?! (?:in|of|side|to|by))", "gone"),
+    (r"\bleft (?=(?:the|our|my|its|this) (?:frame|picture|view|image|photo|field|sight|scene)\b|unchanged|behind|over\b|out\b)", "gone "),
+    (r"\bright (?:angles?|answers?)\b|(?<!the )(?<!its )\bright (?:away|now|there|here|in front|next|"
+    r"after|before|behind|above|below|on top)\b", "straight"),
+    (r"\b(?:that is|that's|all|is that|quite|exactly|am i) right\b(?=[,.!?]|$)", "so"),
     (r"\b(?:neither|nor|not|no) (?:doubt|question)\b|\bwithout (?:any )?doubt\b|\bdoubtless\b", "surely"),
     (r"\bnot (?:only|just|merely|simply)\b", "both"),
     (r"\bcould not have\b", "can not have"),

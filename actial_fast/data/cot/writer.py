@@ -82,7 +82,7 @@ def one_by_one(write: Callable[[Row, random.Random], str]) -> Writer:
 
 @dataclass(frozen=True)
 class CotSummary:
-    """What `write_cot` did, in rows, or in pairs of a source of pairs. written: added; kept: there before; rejected: left out, by reason."""
+    """What `write_cot` did, in rows, or in pairs where the source has these. written: added; kept: there before; rejected: by reason."""
 
     written: int
     kept: int
