@@ -36,6 +36,7 @@ COMMANDS = [
     ["data", "viewpoint"],
     ["data", "spatial"],
     ["data", "cot"],
+    ["data", "template"],
     ["data", "inspect"],
     ["data", "check"],
 ]

@@ -17,7 +17,7 @@ from actial_fast.data.sources.answers import is_right
 from actial_fast.data.sources.row import IMAGE_TAG, Row
 from actial_fast.data.sources.tags import TAG, is_well_formed, tagged_answer
 
-LETTER = re.compile(r"\b(?:[Oo]ptions?|[Aa]nswers?|[Cc]hoices?)(?: is| are|:)? [\"'(*]*[A-D]\b(?![\w'])")
+LETTER = re.compile(r"\b(?:[Oo]ptions?|[Aa]nswers?|[Cc]hoices?)(?: is| are)?:? [\"'(*]*[A-D]\b(?![\w'])")
 RUN = 5  # words that make two chains alike where both have them in a row
 ALIKE = 0.8  # share of a chain's runs in another one, above which it is a copy; of the template: LIKE_TEMPLATE
 LIKE_TEMPLATE = 0.7
@@ -76,9 +76,10 @@ def check_cot(text: str, row: Row, rules: Rules = ANY) -> str | None:
         return f"talks of a given answer: {found!r}"
     if pair and (letter := LETTER.search(thought)):
         return f"names an option by its letter, which the three questions do not share: {letter.group()!r}"
-    if not pair and _contradicts(thought, row):
+    reason = _judged(thought, row, rules)
+    if reason is None and not pair and _contradicts(thought, row):
         return "reasoning contradicts the answer"
-    return _judged(thought, row, rules)
+    return reason
 
 
 def reasoning(text: str) -> str:

@@ -15,7 +15,6 @@ PHRASES = (
     "gold answer",
     "gold label",
     "gold standard",
-    "the hint",
     "your hint",
     "as a hint",
     "as hinted",
@@ -53,6 +52,7 @@ ASKED = (
     r"guidelines?|user|answers?|solutions?|reference|labels?|key)"
 )
 RULES = (
+    r"\bthe hint\b(?! of)",
     rf"\b{GIVEN} {ANSWERS}\b",
     rf"\b{ANSWERS} (?:is |are |was |were |has been |have been |that (?:is|are|was|were) )?(?:already )?(?:given|"
     r"provided|supplied|told|known|specified|stated|fixed)\b",

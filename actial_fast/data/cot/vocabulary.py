@@ -1,4 +1,4 @@
-"""The words that reading.py knows: of moves, turns, frames, denials and angles, to be read beside its rules. What they miss is added here."""
+"""The words that reading.py knows: of moves, turns, frames, denials, angles; to be read beside its rules. What they miss is added here."""
 
 from __future__ import annotations
 

@@ -65,6 +65,7 @@ CUTS = re.compile(
     )\s*""",
     re.VERBOSE,
 )
+LONGEST = 1000  # characters of a sentence: what is longer is none, and is cut, so that reading takes a time in proportion to the text
 DENIES = ("rather than", "instead of", "as opposed to", "nor")
 
 
@@ -114,8 +115,10 @@ def sentences(text: str) -> Iterator[Sentence]:
         text = re.sub(pattern, spelling, text, flags=re.IGNORECASE)
     for line, content in enumerate(text.split("\n")):
         parts = [part for part in re.split(r"(?<=[.!?;])[\"')\]]*\s+", content.strip()) if part.strip(" .")]
-        for part in parts:
+        for part in (whole[start : start + LONGEST] for whole in parts for start in range(0, len(whole), LONGEST)):
             said = " ".join(part.split())
+            if not said:
+                continue
             heads = len(parts) == 1 and (said.endswith(":") or (said[-1] not in ".!?;" and len(said.split()) <= 8))
             yield Sentence(said, plain(said), line, said.endswith("?"), heads)
 
