@@ -58,13 +58,61 @@ def read(text: str) -> list[Statement]:
 
 
 @dataclass
+class _Said:
+    """What is carried from clause to clause of a sentence. maybe: it is only considered; conditional: it follows from condition, the first
+    statement after an if (None until that is met); denies: the clause before denied what this one says ("I can exclude that ..."); frame:
+    whose left and right; before and main: the clause before, and the last one that is no relative clause, for their subjects."""
+
+    maybe: bool = False
+    conditional: bool = False
+    condition: Statement | None = None
+    denies: bool = False
+    frame: str = ""
+    before: str = ""
+    main: str = ""
+
+    def enter(self, clause: Clause) -> None:
+        """Whether a clause is considered, or begins or ends a condition."""
+        if clause.joined in v.TURNS_BACK:
+            self.conditional, self.condition, self.maybe = False, None, False
+        lead = f"{clause.joined} " if clause.joined in ("if", "when") else ""
+        start = v.CONDITION.search(lead + clause.rest) or v.GENERALLY.match(lead + clause.rest)
+        if start and start.start() < len(lead + clause.text) and not v.HEARD.search(lead + clause.text):
+            self.conditional, self.condition = True, None
+        told = v.TOLD.search(clause.text) and not v.NOT.search(clause.text)
+        self.maybe = self.maybe or bool((v.MAYBE.search(clause.text) and not told) or (clause.label and v.CASE.match(clause.text)))
+
+    def passed(self, found: list[Statement]) -> Iterator[Statement]:
+        """The statements under their condition; the first one after an if is the condition."""
+        for statement in found:
+            if self.conditional and self.condition is None:
+                self.condition = statement
+            else:
+                yield replace(statement, given=self.condition)
+
+    def subject(self, clause: Clause) -> str:
+        """The clause whose subject this one shares where it has none of its own."""
+        if clause.joined in v.SAME_SUBJECT:
+            return self.before
+        return self.main if clause.joined in (",", ")") and v.PREDICATE.match(clause.text) else ""
+
+    def leave(self, clause: Clause) -> None:
+        """What the next clause has to know of this one."""
+        self.denies = bool((v.NOT.search(clause.text) and v.THINKS.search(clause.text)) or v.OUT.search(clause.text))
+        self.before, self.main = clause.text, self.main if clause.joined in ("which", "who") else clause.text
+
+
+@dataclass
 class _Reader:
-    """What is carried from sentence to sentence. kind: what was talked about last (move, turn or other); frame: from where, and head: the
-    same by a heading; supposing: whether the sentence before supposed something; asked: kind and frame of the question a line answers."""
+    """What is carried from sentence to sentence. kind: what was talked about last (move, turn or other); frame: from where; head and lined:
+    the same by a heading, and by how a line begins (begins: now); asked: kind and frame of the question that a line answers; supposing: whether the
+    sentence before supposed something."""
 
     kind: str = ""
     frame: str = ""
     head: str = ""
+    begins: bool = False
+    lined: str = ""
     line: int = -1
     supposing: bool = False
     asked: tuple[str, str] = ("", "")
@@ -72,8 +120,9 @@ class _Reader:
     def read(self, text: str) -> Iterator[Statement]:
         before: Sentence | None = None
         for sentence in sentences(text):
-            if sentence.line != self.line:
-                self.line, self.frame, self.asked = sentence.line, "", ("", "")
+            self.begins = sentence.line != self.line
+            if self.begins:
+                self.line, self.frame, self.lined, self.asked = sentence.line, "", "", ("", "")
             if sentence.asks or v.LISTS.search(sentence.plain):
                 self._note(sentence)
             elif self.supposing and v.CONSEQUENCE.match(sentence.plain):
@@ -111,78 +160,67 @@ class _Reader:
         yield from self._clauses(sentence)
 
     def _clauses(self, sentence: Sentence) -> Iterator[Statement]:
-        frame, maybe, carried_not, told_object, before = "", False, False, False, ""
+        said, told_object = _Said(), False
         none: list[Statement] = []
-        condition: Statement | None = None
-        conditional = False
         clauses = sentence.clauses()
         for clause, following in zip_longest(clauses, clauses[1:]):
-            whole = f"{clause.joined} {clause.text}" if clause.joined in ("if", "when") else clause.text
-            if clause.joined in v.TURNS_BACK:
-                conditional, condition, maybe = False, None, False
-            start = v.CONDITION.search(clause.rest if whole == clause.text else f"{clause.joined} {clause.rest}")
-            if v.HEARD.search(whole):
-                frame = "object"
-            elif start and start.start() < len(whole):
-                conditional, condition = True, None
-            if clause.label and v.CASE.match(clause.text):
-                maybe = True
-            told = v.TOLD.search(clause.text) and not v.NOT.search(clause.text)
-            maybe = maybe or bool(v.MAYBE.search(clause.text) and not told)
-            own = _frame(clause.text)
-            frame = own or frame
-            if asked := v.QUESTION.search(clause.text):
-                number = next(i for i, found_here in enumerate(asked.groups()) if found_here) % 3
-                self.kind, frame = ("move", "camera") if number == 0 else ("move", "object") if number == 1 else ("turn", frame)
-                self.asked = self.kind, frame
-            elif v.ANSWERS.search(clause.text) and clause.label and self.asked[0]:
-                self.kind, frame = self.asked
-            if not own and following and _only_frame(following) and clauses[-1] in (clause, following):
-                frame = _frame(following.text)  # "it moved to the left, from the object's perspective"
-            found = list(self._statements(clause, sentence, frame, carried_not, before))
+            said.enter(clause)
+            frame = self._framed(clause, following, said, last=clauses[-1] in (clause, following))
+            found = list(self._statements(clause, sentence, frame, said))
             if found:
                 none = [each for each in found if each.value == "none" and each.about != "ego_rotation"]
             elif _only_frame(clause):  # "no movement, neither from the camera's nor from the object's perspective"
                 found = [replace(each, about=about) for each in none for about in _told(clause.text)]
-            before = clause.text
-            if clause.label and not _kind(clause.text, 0):
-                self.kind = "other" if v.OTHER.search(clause.text) else "move" if own else self.kind
             told_object = told_object or any(each.about == "object_translation" for each in found)
-            carried_not = bool(v.NOT.search(clause.text) and v.THINKS.search(clause.text)) or bool(v.OUT.search(clause.text))
-            yield from self._angles(clause, sentence, maybe or conditional)
-            if maybe:
-                continue
-            for statement in found:
-                if conditional and condition is None:
-                    condition = statement
-                else:
-                    yield replace(statement, given=condition)
-        self.frame = frame if frame == "object" and not told_object else "faced" if frame == "faced" else ""
+            yield from self._angles(clause, sentence, said.maybe or said.conditional)
+            yield from said.passed([] if said.maybe else found)
+            said.leave(clause)
+        self.frame = said.frame if said.frame == "faced" or (said.frame == "object" and not told_object) else ""
 
-    def _statements(self, clause: Clause, sentence: Sentence, frame: str, carried_not: bool, before: str) -> Iterator[Statement]:
+    def _framed(self, clause: Clause, following: Clause | None, said: _Said, *, last: bool) -> str:
+        """Whose left and right a clause tells of, as far as its sentence says; what it is about, where it is a label."""
+        own = _frame(clause.text) or ("object" if clause.label and v.THING.match(clause.text) else "")
+        if own == "faced" and said.frame in ("camera", "object"):
+            own = ""  # what was said before is more certain
+        if v.HEARD.search(clause.text):
+            own = "object"
+        said.frame = own or said.frame
+        if asked := v.QUESTION.search(clause.text):
+            number = next(i for i, each in enumerate(asked.groups()) if each) % 3
+            self.kind = "turn" if number == 2 else "move"
+            said.frame = ("camera", "object", said.frame)[number]
+            self.asked = self.kind, said.frame
+        elif v.ANSWERS.search(clause.text) and clause.label and self.asked[0]:
+            self.kind, said.frame = self.asked
+        elif clause.label and not _kind(clause.text, 0):
+            self.kind = "other" if v.OTHER.search(clause.text) else "move" if own else self.kind
+        if clause.label and not said.before and self.begins and own in ("camera", "object"):
+            self.lined = own
+        if not own and following and last and _only_frame(following):
+            return _frame(following.text)  # "it moved to the left, from the object's perspective"
+        return said.frame
+
+    def _statements(self, clause: Clause, sentence: Sentence, frame: str, said: _Said) -> Iterator[Statement]:
         """What a clause states of sides and of none, and what it is about."""
-        text = _placed(clause.text)
-        before = before if clause.joined in v.SAME_SUBJECT else ""
-        loose = not frame and not self.head and self.frame in ("object", "faced")
-        frame = frame or self.head or self.frame or "camera"
+        text, subject = _placed(clause.text), said.subject(clause)
+        loose = not frame and not self.lined and not self.head and self.frame in ("object", "faced")
+        frame = (frame if frame != "faced" else "") or self.lined or frame or self.head or self.frame or "camera"
         if frame == "faced":
-            loose, frame = (
-                True,
-                "object" if re.search(r"\b(?:its|my|your|our) (?:own )?(?:left|right)\b", text) or "camera" not in text else "camera",
-            )
-        denials = len(v.NOT.findall(text)) + (clause.joined in DENIES) + bool(v.OUT.search(text)) + carried_not
+            theirs = re.search(r"\b(?:its|my|your|our) (?:own )?(?:left|right)\b", text) or "camera" not in text
+            loose, frame = True, "object" if theirs else "camera"
+        denials = len(v.NOT.findall(text)) + (clause.joined in DENIES) + bool(v.OUT.search(text)) + said.denies
         sides = list(re.finditer(rf"\b{v.SIDES}\b", text))
         for side in sides:
             kind = _kind(text, side.start(), _bare(text) or bool(_frame(text)))
             if kind == "inherit":
-                kind = "turn" if v.TURNING.match(before) else self.kind or "move"
-            if kind not in ("move", "turn") or not _by_camera(text, side.start(), before):
+                kind = "turn" if v.TURNING.match(subject) else self.kind or "move"
+            if kind not in ("move", "turn") or not _by_camera(text, side.start(), subject):
                 continue
             self.kind = kind
             about, value = _about(kind, frame, side.group(), bool(v.BELOW.search(sentence.plain)))
             yield Statement(about, value, sentence.said, bool(denials % 2), loose and about == "object_translation", denials > 1)
         if not sides:
-            yield from self._none(text, before, sentence, frame, loose, denials)
+            yield from self._none(text, subject, sentence, frame, loose, denials)
         kind = _kind(text, len(text))
         self.kind = "other" if clause.label and v.OTHER.search(text) and not sides else kind or self.kind
 

@@ -67,7 +67,7 @@ OWN_OBJECT = re.compile(
 OWN_CAMERA = re.compile(rf"\b{OWNERS}'s (?:own )?(?:{SIDES[1:-1]})\b|\bits own (?:{SIDES[1:-1]})\b")
 TELLS = (
     r"(?:perspective|point of view|viewpoint|view|frame(?: of reference)?|reference frame|coordinates|"
-    r"coordinate system|eyes|standpoint|side|account|sense|terms|words)"
+    r"coordinate system|eyes|standpoint|side of things|account|sense|terms|words)"
 )
 FRAME_CAMERA = re.compile(
     rf"\b{OWNERS}(?:'s)? (?:own )?(?:{TELLS}|itself)\b|\b(?:seen|told|judged|viewed) (?:by|from) the {OWNERS}\b|\bas the {OWNERS} sees\b"
@@ -79,7 +79,7 @@ FRAME_OBJECT = re.compile(
     rf"\b(?!{OWNERS}\b)(?:\w+'s|\w+s'|its(?! own)|object|subject) (?:own |horizontal )*{TELLS}\b|\b(?:told|"
     rf"seen|viewed|judged|described|watched|observed|faced|perceived) (?:by|from) (?:the|this|that) (?!{OWNERS}\b)"
     rf"(?!(?:same|very|second|first|other|left|right|side|front|back|above|below|place|further|farther|new)\b)\w+"
-    rf"|\bfor (?:the|this|that|a|any|an) (?!{OWNERS}\b)(?!(?:first|second|third|rotation|turn|orientation|"
+    rf"|\bfor (?:the|this|that|a|any|an) (?!to\b|{OWNERS}\b)(?!(?:first|second|third|rotation|turn|orientation|"
     r"question|other|same|last|move|translation|angle|yaw|final|answer|two|three|position|reason|horizontal|"
     r"viewing|direction)\b)\w+"
     rf"|\b(?:from|in) (?:the|its) (?!{OWNERS}'s)\w+'s(?! \w)|^(?:the )?(?:object|subject)$|\bfor (?:them|"
@@ -90,7 +90,8 @@ FRAME_OBJECT = re.compile(
     rf"viewpoint|perspective|frame|standpoint|eyes) of the (?!{OWNERS}\b)\w+|^to (?:the|this|that) (?!{OWNERS}\b|"
     rf"left|right)\w+(?:$| (?:it|this|that|the camera)\b)|(?:or|and|nor) the (?!{OWNERS})\w+'s$|\bwith respect to the (?!{OWNERS}\b)\w+|"
     rf"\b(?:in|into) the (?!{OWNERS}\b)\w+(?:'s)? (?:place|shoes)\b|\bobject frame\b|\bobject-cent\w+"
-    rf"|\bstanding (?:in|where|on)\b|\bthe (?!{OWNERS}\b)\w+(?: \w+)? (?:would |will |might )?(?:says?|"
+    r"|\bstanding (?:in|where|on)\b|\b(?:imagin\w+|comparing) (?:being|to be|that (?:we|you|i) (?:are|"
+    rf"were|am)) (?:the|that|this|in)\b|\bthe (?!{OWNERS}\b)\w+(?: \w+)? (?:would |will |might )?(?:says?|"
     r"sees?|saw|notices?|notes|finds?|describes?|calls?|reports?|experiences?|observes?|perceives?|registers?|"
     r"watches)\b"
     rf"|\b(?:object|subject|thing) (?:would )?(?:says?|sees?|saw|notices?|finds?|describes?)\b"
@@ -223,6 +224,8 @@ DETERMINED = re.compile(r"\w+'s\b|(?:the|an?|its|both|my|his|her|their)\b")
 NOUN = re.compile(r"\b(?:the|an?|its|both|my|his|her|their) [a-z]|\b\w+'s [a-z]")
 LISTS = re.compile(r"\b(?:options|choices|candidates?|possibilities|alternatives)\b")
 QUOTES = re.compile(r"\b(?:options?|choices?|answers?|would|candidates?)\b")
+GENERALLY = re.compile(r"^when (?:the (?:camera|photographer|viewer)|it|he|she) \w+s\b")
+PREDICATE = re.compile(r"^(?:has|have|is|are|was|were|now|will|does|did)\b")
 SUPPOSES = re.compile(r"^(?:now )?(?:suppose|supposing|assume|assuming|let us (?:suppose|assume)|imagine (?:that )?(?:the|a) camera)\b")
 THINKS = re.compile(r"\b(?:reason|case|think|say|evidence|sign|believe|true|mean|claim|follow|indication)\b")
 ANSWER = r"(?:to the |to its |a )?(left|right|no (?:horizontal )?(?:movement|translation|rotation|turn|move|change)|none)"
@@ -245,7 +248,8 @@ FILLS = (
     "roughly|around|some|be|must|which|means|i|e|looking|move"
 )
 SHIFTED = re.compile(
-    rf"\b(?!(?:{CAMERA}|no|not|an?|the|any|of|to|is|was)\b)\w+ (?:(?:has|have|had|is|are|appears?|seems?|looks?|now|also|to have|be) )*"
+    rf"\b(?!(?:{CAMERA}|no|not|an?|the|any|of|to|is|was|were|has|have|had|are|be|been|also|then|must|"
+    r"now|not)\b)\w+ (?:(?:has|have|had|is|are|appears?|seems?|looks?|now|also|to have|be) )*"
     r"(?:shift(?:s|ed|ing)?|mov(?:es?|ed|ing)|drift(?:s|ed|ing)?|slid(?:es?|ing)?|displaced|appears?|"
     r"appeared|jump(?:s|ed)|slip(?:s|ped))\b[^.]{0,40}\b(?:left|right)\b"
 )

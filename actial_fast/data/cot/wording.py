@@ -36,7 +36,7 @@ PLAIN = (
     (rf"\bcamera-first {STANDS}to the left of camera-second\b", r"camera-second \1 to the right of camera-first"),
     (rf"\bcamera-first {STANDS}to the right of camera-second\b", r"camera-second \1 to the left of camera-first"),
     (r"\b(i|we|you|he|she|they|it)'d\b", r"\1 would"),
-    (r"\bif (?:we|you|one|i) (?:now )?(?:compare|look|consider|think|go by|take|put|place)\b", "comparing"),
+    (r"\bif (?:we|you|one|i) (?:now )?(?:compare|imagine|picture|look|consider|think|go by|take|put|place)\b", "comparing"),
     (r"\bon its (left|right) side\b", r"on its \1"),
     (r"\bcan(?:no|')t\b|\bcan not\b", "can not"),
     (r"\b(\w+)n't\b", r"\1 not"),
@@ -102,7 +102,7 @@ class Sentence:
             elif cut["mark"] == ":" and found:  # "Rotation (yaw):"
                 found[-1] = replace(found[-1], label=True)
             word = cut["word"] or cut["after"] or cut["mark"]
-            joined = word if not joined or joined in ',;:()"' else joined
+            joined = word if not joined or joined in ',;:()"' or word in ("if", "when") else joined
             start = cut.end()
         if text := self.plain[start:].strip(" .!?"):
             found.append(Clause(text, text, joined, self.plain.endswith(":")))

@@ -103,7 +103,8 @@ def chain(thing: str, side: str = "right") -> str:
     other = {"right": "left", "left": "right"}[side]
     return reply(
         f"Image 1 shows {thing} in front of a wall, image 2 shows it again from another place. More of the {side} flank faces the camera, "
-        f"so the camera moved to the {side}. For {thing}, which faces it, that is the {other}. It rotated to the {other} by about 40 degrees."
+        f"so the camera moved to the {side}. For {thing}, which faces it, that is the {other}. It rotated to the {other} by about 40 "
+        f"degrees."
     )
 
 
