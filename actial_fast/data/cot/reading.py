@@ -105,8 +105,8 @@ class _Said:
 @dataclass
 class _Reader:
     """What is carried from sentence to sentence. kind: what was talked about last (move, turn or other); frame: from where; head and lined:
-    the same by a heading, and by how a line begins (begins: now); asked: kind and frame of the question that a line answers; supposing: whether the
-    sentence before supposed something."""
+    the same by a heading, and by how a line begins (begins: now); asked: kind and frame of the question that a line answers; supposing:
+    whether the sentence before supposed something."""
 
     kind: str = ""
     frame: str = ""
