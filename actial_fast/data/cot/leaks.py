@@ -75,6 +75,7 @@ RULES = (
     r"\b(?:reasoning|analysis|explanation|chain)\b.{0,20}\b(?:has|have|needs?|must|should) (?:to )?(?:agree|"
     r"match|lead|arrive|fit|be consistent|support|end)\b",
     r"\b(?:the |this |that )(?:correct|right|true) (?:answers?|solutions?) (?:provided|given|above|in the prompt)\b",
+    r"\b(?:i|we) (?:already )?(?:know|have) the (?:\w+ )?(?:answers?|solution)\b",
     r"\bwe (?:already )?know (?:from|that the (?:correct|right) answer)\b",
     r"\bto (?:arrive at|reach|get to|justify|support) the (?:correct|right|given|known|true|desired) (?:answers?|result|conclusion)\b",
 )

@@ -26,6 +26,19 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from actial_fast.data.cot import vocabulary as v
+from actial_fast.data.cot.clauses import (
+    by_camera,
+    frame_of,
+    is_bare,
+    it_is_the_camera,
+    kind_at,
+    number_of,
+    of_the_first,
+    only_frame,
+    stated,
+    told_of,
+    without_places,
+)
 from actial_fast.data.cot.wording import DENIES, Clause, Sentence, sentences
 
 
@@ -60,8 +73,9 @@ def read(text: str) -> list[Statement]:
 @dataclass
 class _Said:
     """What is carried from clause to clause of a sentence. maybe: it is only considered; conditional: it follows from condition, the first
-    statement after an if (None until that is met); denies: the clause before denied what this one says ("I can exclude that ..."); frame:
-    whose left and right; before and main: the clause before, and the last one that is no relative clause, for their subjects."""
+    statement after an if (None until that is met); denies: the clause before denied what this one says ("I can exclude that ..."); other: a
+    label named another axis; frame: whose left and right; before and main: the clause before, and the last one that is no relative clause,
+    for their subjects."""
 
     maybe: bool = False
     conditional: bool = False
@@ -70,6 +84,7 @@ class _Said:
     frame: str = ""
     before: str = ""
     main: str = ""
+    other: bool = False
 
     def enter(self, clause: Clause) -> None:
         """Whether a clause is considered, or begins or ends a condition."""
@@ -98,6 +113,7 @@ class _Said:
 
     def leave(self, clause: Clause) -> None:
         """What the next clause has to know of this one."""
+        self.other = self.other or bool(clause.label and v.OTHER.search(clause.text))
         self.denies = bool((v.NOT.search(clause.text) and v.THINKS.search(clause.text)) or v.OUT.search(clause.text))
         self.before, self.main = clause.text, self.main if clause.joined in ("which", "who") else clause.text
 
@@ -137,8 +153,8 @@ class _Reader:
 
     def _note(self, sentence: Sentence) -> None:
         """What a sentence that states nothing is about."""
-        self.frame = _frame(sentence.plain) or self.frame
-        self.kind = _kind(sentence.plain, 0) or self.kind
+        self.frame = frame_of(sentence.plain) or self.frame
+        self.kind = kind_at(sentence.plain, 0) or self.kind
 
     def _sentence(self, sentence: Sentence) -> Iterator[Statement]:
         text = sentence.plain
@@ -149,8 +165,8 @@ class _Reader:
         text = v.SWAP.sub(" ", text)
         text = re.sub(r'"[^"]{1,40}"', "that", text) if v.QUOTES.search(text) else text.replace('"', "")
         if sentence.heads:
-            self.head = _frame(text)
-            self.kind = _kind(text, 0) or self.kind
+            self.head = frame_of(text)
+            self.kind = kind_at(text, 0) or self.kind
         if three := v.THREE.search(text):
             for about, said in zip(("ego_translation", "object_translation", "ego_rotation"), three.groups(), strict=True):
                 yield Statement(about, said if said in ("left", "right") else "none", sentence.said)
@@ -169,8 +185,8 @@ class _Reader:
             found = list(self._statements(clause, sentence, frame, said))
             if found:
                 none = [each for each in found if each.value == "none" and each.about != "ego_rotation"]
-            elif _only_frame(clause):  # "no movement, neither from the camera's nor from the object's perspective"
-                found = [replace(each, about=about) for each in none for about in _told(clause.text)]
+            elif only_frame(clause):  # "no movement, neither from the camera's nor from the object's perspective"
+                found = [replace(each, about=about) for each in none for about in told_of(clause.text)]
             told_object = told_object or any(each.about == "object_translation" for each in found)
             yield from self._angles(clause, sentence, said.maybe or said.conditional)
             yield from said.passed([] if said.maybe else found)
@@ -179,7 +195,7 @@ class _Reader:
 
     def _framed(self, clause: Clause, following: Clause | None, said: _Said, *, last: bool) -> str:
         """Whose left and right a clause tells of, as far as its sentence says; what it is about, where it is a label."""
-        own = _frame(clause.text) or ("object" if clause.label and v.THING.match(clause.text) else "")
+        own = frame_of(clause.text) or ("object" if clause.label and v.THING.match(clause.text) else "")
         if own == "faced" and said.frame in ("camera", "object"):
             own = ""  # what was said before is more certain
         if v.HEARD.search(clause.text):
@@ -192,17 +208,17 @@ class _Reader:
             self.asked = self.kind, said.frame
         elif v.ANSWERS.search(clause.text) and clause.label and self.asked[0]:
             self.kind, said.frame = self.asked
-        elif clause.label and not _kind(clause.text, 0):
+        elif clause.label and not kind_at(clause.text, 0):
             self.kind = "other" if v.OTHER.search(clause.text) else "move" if own else self.kind
         if clause.label and not said.before and self.begins and own in ("camera", "object"):
             self.lined = own
-        if not own and following and last and _only_frame(following):
-            return _frame(following.text)  # "it moved to the left, from the object's perspective"
+        if not own and following and last and only_frame(following):
+            return frame_of(following.text)  # "it moved to the left, from the object's perspective"
         return said.frame
 
     def _statements(self, clause: Clause, sentence: Sentence, frame: str, said: _Said) -> Iterator[Statement]:
         """What a clause states of sides and of none, and what it is about."""
-        text, subject = _placed(clause.text), said.subject(clause)
+        text, subject = without_places(clause.text), said.subject(clause)
         loose = not frame and not self.lined and not self.head and self.frame in ("object", "faced")
         frame = (frame if frame != "faced" else "") or self.lined or frame or self.head or self.frame or "camera"
         if frame == "faced":
@@ -211,41 +227,41 @@ class _Reader:
         denials = len(v.NOT.findall(text)) + (clause.joined in DENIES) + bool(v.OUT.search(text)) + said.denies
         sides = list(re.finditer(rf"\b{v.SIDES}\b", text))
         for side in sides:
-            kind = _kind(text, side.start(), _bare(text) or bool(_frame(text)))
+            kind = kind_at(text, side.start(), is_bare(text) or bool(frame_of(text)))
             if kind == "inherit":
                 kind = "turn" if v.TURNING.match(subject) else self.kind or "move"
-            if kind not in ("move", "turn") or not _by_camera(text, side.start(), subject):
+            if kind not in ("move", "turn") or not by_camera(text, side.start(), subject) or of_the_first(sentence, text):
                 continue
             self.kind = kind
-            about, value = _about(kind, frame, side.group(), bool(v.BELOW.search(sentence.plain)))
+            about, value = stated(kind, frame, side.group(), bool(v.BELOW.search(sentence.plain)))
             yield Statement(about, value, sentence.said, bool(denials % 2), loose and about == "object_translation", denials > 1)
         if not sides:
-            yield from self._none(text, subject, sentence, frame, loose, denials)
-        kind = _kind(text, len(text))
+            yield from self._none(text, subject, sentence, frame, loose, denials, said.other)
+        kind = kind_at(text, len(text))
         self.kind = "other" if clause.label and v.OTHER.search(text) and not sides else kind or self.kind
 
-    def _none(self, text: str, before: str, sentence: Sentence, frame: str, loose: bool, denials: int) -> Iterator[Statement]:
+    def _none(self, text: str, before: str, sentence: Sentence, frame: str, loose: bool, denials: int, other: bool) -> Iterator[Statement]:
         """That the camera did not move or turn."""
         still, ahead = v.STILL.search(text), v.AHEAD.search(text)
         about = "object_translation" if frame == "object" else "ego_translation"
-        if still and _by_camera(text, still.start(), before):
+        if still and by_camera(text, still.start(), before):
             yield Statement(about, "none", sentence.said, bool(denials - ("not change" in text)), loose)
-        elif ahead and _by_camera(text, ahead.start(), before):
+        elif ahead and by_camera(text, ahead.start(), before):
             yield Statement("ego_rotation", "none", sentence.said, bool(denials - ("not change" in text or "without" in text)))
-        elif denials and not v.OTHER.search(text) and not v.MERELY.search(text):
-            kind = _kind(text, len(text)) or (self.kind if v.BARE_NONE.search(text) else "")
+        elif denials and not other and not v.OTHER.search(text) and not v.MERELY.search(text):
+            kind = kind_at(text, len(text)) or (self.kind if v.BARE_NONE.search(text) else "")
             cues = [m for m in (v.TURN if kind == "turn" else v.MOVE).finditer(text) if not v.PLACES.match(m.group())]
             if kind not in ("move", "turn") or v.NOT_MOVING.search(text) or not (cues or v.BARE_NONE.search(text)):
                 return
             place = cues[0].start() if cues else 0
             there_is = bool(v.NONE_OF.search(text[:place]) or "nowhere" in text) or not cues or denials > len(v.NOT.findall(text))
-            done = v.NOT_DONE.search(text[:place]) and _by_camera(text, place, before) and _it_is_the_camera(text, place, sentence)
+            done = v.NOT_DONE.search(text[:place]) and by_camera(text, place, before) and it_is_the_camera(text, place, sentence)
             if there_is or done:
                 yield Statement(about if kind == "move" else "ego_rotation", "none", sentence.said, denials > 1, loose)
 
     def _angles(self, clause: Clause, sentence: Sentence, considered: bool) -> Iterator[Statement]:
         """Degrees, and what they are of."""
-        found = [(m.start(), _number(m[1]), _number(m[2] or m[1])) for m in v.DEGREES.finditer(clause.text)]
+        found = [(m.start(), number_of(m[1]), number_of(m[2] or m[1])) for m in v.DEGREES.finditer(clause.text)]
         for turn, pattern in ((90.0, v.QUARTER), (180.0, v.HALF)):
             found += [(m.start(), turn, turn) for m in pattern.finditer(clause.text)]
         for start, low, high in [] if considered else found:
@@ -276,97 +292,6 @@ class _Reader:
                 yield Statement("gain" if gain else "loss", sides.pop(), sentence.said, of=frame)
 
 
-def _frame(text: str) -> str:
-    """Whose left and right a clause tells of by its own words: camera, object, faced (an object that looks at the camera is
-    named) or ""; the last word on it counts."""
-    found = [(m.end(), "camera") for pattern in (v.OWN_CAMERA, v.FRAME_CAMERA) for m in pattern.finditer(text)]
-    found += [(m.end(), "object") for pattern in (v.OWN_OBJECT, v.FRAME_OBJECT, v.SEES) for m in pattern.finditer(text)]
-    return max(found)[1] if found else "faced" if v.FACES.search(text) else ""
-
-
-def _kind(text: str, place: int, bare: bool = False) -> str:
-    """What is talked about at a place of a clause: move or turn by the nearest word before it, else after it; "inherit" for a bare side."""
-    found = [(m.start(), kind) for kind, pattern in (("turn", v.TURN), ("move", v.MOVE)) for m in pattern.finditer(text)]
-    if before := [each for each in found if each[0] < place]:
-        start, kind = max(before)
-        turned = v.TURNING.match(text) if v.WEAK.match(text, start) else v.FURTHER.match(text, start) and v.TURN.search(text[:start])
-        return "turn" if turned else kind
-    if found:
-        return min(found)[1]
-    if v.SECOND.search(text):
-        return "move"
-    return "inherit" if bare else ""
-
-
-def _about(kind: str, frame: str, side: str, below: bool) -> tuple[str, str]:
-    if side.endswith("clockwise"):
-        if kind == "move":
-            return "orbit", v.OTHER_SENSE[side] if below else side
-        side = "left" if (side == "counterclockwise") != below else "right"
-    if kind == "turn":
-        return "ego_rotation", side
-    return ("object_translation" if frame == "object" else "ego_translation"), side
-
-
-def _placed(text: str) -> str:
-    """A clause without the sides that only say where something is."""
-    text = re.sub(rf"({v.MOVE.pattern}.{{0,15}}\bto(?:wards?)? (?:the |its |my |the \w+'s )?(?:own )?(?:left|right)) side\b", r"\1", text)
-    text = re.sub(v.ADJECTIVE, " ", text)
-    text = re.sub(rf"\b(left|right) (?!(?:{v.FOLLOWS})\b)(?=[a-z])", " ", text)
-    if not v.SECOND.search(text) and not v.SEES.search(text):
-        text = re.sub(r"\b(?:on|at|near|in) (?:the |its |my |our |your )?(?:far |very |own )?(?:left|right)\b", " ", text)
-    if not (v.MOVE.search(text) or v.TURN.search(text) or v.SECOND.search(text)):
-        text = re.sub(
-            r"\b(?:was|were|lay|lies|are|lying|sits?|far)\b.{0,12}\b(?:left|right)\b|\bto(?:wards?)? the (?:left|right) of\b", " ", text
-        )
-    return re.sub(
-        r"\b(?:to|on) the (?:left|right) of (?!camera|where|its (?:old|first|former))(?=(?:the|a|it)\b)",
-        lambda m: " " if not v.MOVE.search(text[: m.start()]) else m.group(),
-        text,
-    )
-
-
-def _bare(text: str) -> bool:
-    """Whether a clause is a side and words that say nothing."""
-    return not re.sub(rf"\b(?:{v.SIDES[1:-1]}|{v.FILLS})\b|[^a-z]", "", text)
-
-
-def _by_camera(text: str, place: int, before: str) -> bool:
-    """Whether what moves or turns at a place of a clause is the camera: nothing else is named ahead of it. before: the clause before, whose
-    subject this one shares if it has none."""
-    subject = _subject(text, place)
-    if before and not v.CAMERAS.search(subject) and not v.DETERMINED.match(subject) and not v.SEES.search(text):
-        subject = _subject(before, len(before))
-    return not v.NOUN.search(subject) or bool(v.CAMERAS.search(subject) or v.FROM.search(text) or v.SAYS.search(subject))
-
-
-def _it_is_the_camera(text: str, place: int, sentence: Sentence) -> bool:
-    """Whether "it", where that is all that is named ahead of a place, can be the camera: nothing else is in its sentence."""
-    subject = _subject(text, place)
-    if not v.PRONOUN.search(subject) or v.NAMED.search(subject):
-        return True
-    ahead = sentence.plain[: max(0, sentence.plain.find(text))]
-    return bool(v.NAMED.search(ahead)) or not v.NOUN.search(ahead)
-
-
-def _subject(text: str, place: int) -> str:
-    """What stands before the last word of moving or turning that is not behind `place`."""
-    cues = [m.start() for pattern in (v.TURN, v.MOVE) for m in pattern.finditer(text) if m.start() <= place]
-    return v.FRAME_OBJECT.sub(" ", v.FRAME_CAMERA.sub(" camera ", text[: max(cues, default=place)]))
-
-
-def _told(text: str) -> list[str]:
-    """The translations that a clause speaks of by its frames."""
-    both = v.FRAME_OBJECT.search(text), v.FRAME_CAMERA.search(text) or re.search(rf"\b{v.OWNERS}'s (?:or|and|nor)\b", text)
-    return [about for about, said in zip(("object_translation", "ego_translation"), both, strict=True) if said]
-
-
-def _only_frame(clause: Clause) -> bool:
-    """Whether a clause only says whose left and right were told of."""
-    none = v.MOVE.search(clause.text) or v.TURN.search(clause.text) or re.search(rf"\b{v.SIDES}\b", clause.text)
-    return not none and not clause.label and _frame(clause.text) in ("camera", "object")
-
-
 def _picture(one: Sentence, following: Sentence | None) -> Iterator[Statement]:
     """An argument from where things stand in the picture: something else than the camera went to a side of it, and so the camera did."""
     found = v.SHIFTED.search(one.plain)
@@ -375,10 +300,6 @@ def _picture(one: Sentence, following: Sentence | None) -> Iterator[Statement]:
     concluded = [each.plain for each in (one, following) if each is not None and v.SO.search(each.plain) and "camera" in each.plain]
     if concluded:
         yield Statement("picture", "", one.said)
-
-
-def _number(text: str) -> float:
-    return float(text) if text[0].isdigit() else float(v.NUMBERS[text.replace(" ", "-")])
 
 
 def speaks_of(text: str) -> set[str]:
@@ -390,7 +311,7 @@ def speaks_of(text: str) -> set[str]:
             continue
         if v.TURN.search(sentence.plain):
             found.add("ego_rotation")
-        if _told(sentence.plain)[:1] == ["object_translation"] or any(v.THING.match(clause.text) for clause in sentence.clauses()):
+        if told_of(sentence.plain)[:1] == ["object_translation"] or any(v.THING.match(clause.text) for clause in sentence.clauses()):
             found.add("object_translation")
         if v.MOVE.search(sentence.plain):
             found.add("ego_translation")

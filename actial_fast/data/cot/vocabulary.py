@@ -91,7 +91,7 @@ FRAME_OBJECT = re.compile(
     rf"left|right)\w+(?:$| (?:it|this|that|the camera)\b)|(?:or|and|nor) the (?!{OWNERS})\w+'s$|\bwith respect to the (?!{OWNERS}\b)\w+|"
     rf"\b(?:in|into) the (?!{OWNERS}\b)\w+(?:'s)? (?:place|shoes)\b|\bobject frame\b|\bobject-cent\w+"
     r"|\bstanding (?:in|where|on)\b|\b(?:imagin\w+|comparing) (?:being|to be|that (?:we|you|i) (?:are|"
-    rf"were|am)) (?:the|that|this|in)\b|\bthe (?!{OWNERS}\b)\w+(?: \w+)? (?:would |will |might )?(?:says?|"
+    rf"were|am)) (?:the|that|this|in)\b|\bthe (?!left|right|{OWNERS}\b)\w+(?: (?!to\b)\w+)? (?:would |will |might )?(?:says?|"
     r"sees?|saw|notices?|notes|finds?|describes?|calls?|reports?|experiences?|observes?|perceives?|registers?|"
     r"watches)\b"
     rf"|\b(?:object|subject|thing) (?:would )?(?:says?|sees?|saw|notices?|finds?|describes?)\b"
@@ -117,7 +117,8 @@ TOLD = re.compile(
     r"\bwould (?:have )?(?:seen|said|noticed|watched|put it|speak of|call it|say|see|describe|notice|report|call|tell|find|observe)\b"
 )
 CONDITION = re.compile(
-    r"^(?:if|had the|were the|suppose|supposing|assume|assuming|let us (?:suppose|assume)|imagine (?:that )?(?:the|a) camera)\b"
+    r"^(?:if|(?:had|were) (?:the|it|he|she|they|a)|suppose|supposing|assume|assuming|let us (?:suppose|assume)|imagine (?:that )?"
+    r"(?:the|a) camera)\b"
     r"|\b(?:when|whenever) (?:an?|any|you|one|we|someone|anyone)\b|\ba (?:camera|photographer|viewer|person) (?:that|who|which)\b"
     r"|\b(?:you|one) (?:uncovers?|sees?|gets?|needs?|has|have|do(?:es)? not)\b"
     r"|^(?:moving|going|stepping|walking|turning|rotating|panning) (?:to )?(?:the )?(?:left|right)\b.*\b(?:uncover|"
@@ -224,6 +225,10 @@ DETERMINED = re.compile(r"\w+'s\b|(?:the|an?|its|both|my|his|her|their)\b")
 NOUN = re.compile(r"\b(?:the|an?|its|both|my|his|her|their) [a-z]|\b\w+'s [a-z]")
 LISTS = re.compile(r"\b(?:options|choices|candidates?|possibilities|alternatives)\b")
 QUOTES = re.compile(r"\b(?:options?|choices?|answers?|would|candidates?)\b")
+THEIR_SIDE = re.compile(r"\b\w+'s (?:own )?(?:left|right) (?:side|hand)\b")
+ONE = r"(?:image|picture|photo|photograph|pic|view|shot|frame)"
+FIRST = re.compile(rf"\b(?:first {ONE}|{ONE} (?:1|one)|camera-first)\b")
+OTHERS = re.compile(rf"\b(?:second|{ONE} (?:2|two)|camera-second|both|between|now|then)\b")
 GENERALLY = re.compile(r"^when (?:the (?:camera|photographer|viewer)|it|he|she) \w+s\b")
 PREDICATE = re.compile(r"^(?:has|have|is|are|was|were|now|will|does|did)\b")
 SUPPOSES = re.compile(r"^(?:now )?(?:suppose|supposing|assume|assuming|let us (?:suppose|assume)|imagine (?:that )?(?:the|a) camera)\b")
