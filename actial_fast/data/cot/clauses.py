@@ -52,7 +52,10 @@ def without_places(text: str) -> str:
         text = re.sub(r"\b(?:on|at|near|in) (?:the |its |my |our |your )?(?:far |very |own )?(?:left|right)\b", " ", text)
     if not (v.MOVE.search(text) or v.TURN.search(text) or v.SECOND.search(text)):
         text = re.sub(
-            r"\b(?:was|were|lay|lies|are|lying|sits?|far)\b.{0,12}\b(?:left|right)\b|\bto(?:wards?)? the (?:left|right) of\b", " ", text
+            r"\b(?:was|were|lay|lies|are|lying|sits?|far)\b.{0,12}\b(?:left|right)\b"
+            r"|\bto(?:wards?)? the (?:left|right) of (?!where|its |the (?:first|old|previous|original))",
+            " ",
+            text,
         )
     return re.sub(
         r"\b(?:to|on) the (?:left|right) of (?!camera|where|its (?:old|first|former))(?=(?:the|a|it)\b)",

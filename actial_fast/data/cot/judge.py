@@ -35,7 +35,8 @@ class Truths:
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> Truths | None:
         """Those in a viewpoint row's meta; None where it is none."""
-        if not {"azimuth_change_deg", "yaw_deg", *KINDS} <= set(meta):
+        degrees = [meta.get("azimuth_change_deg"), meta.get("yaw_deg")]
+        if not set(KINDS) <= set(meta) or not all(isinstance(each, int | float) for each in degrees):
             return None
         sides = [meta[kind] if meta[kind] in ("left", "right") else "none" for kind in KINDS]
         return cls(sides[0], sides[1], sides[2], float(meta["azimuth_change_deg"]), float(meta["yaw_deg"]))

@@ -76,6 +76,7 @@ RULES = (
     r"match|lead|arrive|fit|be consistent|support|end)\b",
     r"\b(?:the |this |that )(?:correct|right|true) (?:answers?|solutions?) (?:provided|given|above|in the prompt)\b",
     r"\b(?:i|we) (?:already )?(?:know|have) the (?:\w+ )?(?:answers?|solution)\b",
+    r"\b(?:information|details|facts|statements?|description) (?:in|from|of) (?:the|this|your) (?:prompt|task|instructions?|user)\b",
     r"\bwe (?:already )?know (?:from|that the (?:correct|right) answer)\b",
     r"\bto (?:arrive at|reach|get to|justify|support) the (?:correct|right|given|known|true|desired) (?:answers?|result|conclusion)\b",
 )

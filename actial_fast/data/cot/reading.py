@@ -206,6 +206,7 @@ class _Reader:
             self.kind = "turn" if number == 2 else "move"
             said.frame = ("camera", "object", said.frame)[number]
             self.asked = self.kind, said.frame
+            self.lined = said.frame if self.begins and clause.label else self.lined
         elif v.ANSWERS.search(clause.text) and clause.label and self.asked[0]:
             self.kind, said.frame = self.asked
         elif clause.label and not kind_at(clause.text, 0):

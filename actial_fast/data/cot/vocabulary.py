@@ -84,13 +84,14 @@ FRAME_OBJECT = re.compile(
     r"viewing|direction)\b)\w+"
     rf"|\b(?:from|in) (?:the|its) (?!{OWNERS}'s)\w+'s(?! \w)|^(?:the )?(?:object|subject)$|\bfor (?:them|"
     r"him|her|it)\b|(?<!\bi )(?<!\bwe )(?<!you )(?<!camera )(?<!photographer )\bwould (?:have )?(?:say|"
-    r"said|see|seen|notice|noticed|describe|report|observe|tell|watched)\b|\b(?:myself|ourselves|yourself|"
+    r"said|see|seen|notice|noticed|describe|report|observe|tell|watched|agree|confirm)\b|\b(?:myself|ourselves|yourself|"
     rf"oneself) (?:as|in|into|where|being) the (?!{OWNERS}\b)\w+|\bfrom the (?!{OWNERS}'s)\w+'s (?:position|"
     rf"place|spot)\b|\bhas camera-second on its\b|\bits own {TELLS},? (?:the )?camera\b|\b(?:point of view|"
     rf"viewpoint|perspective|frame|standpoint|eyes) of the (?!{OWNERS}\b)\w+|^to (?:the|this|that) (?!{OWNERS}\b|"
     rf"left|right)\w+(?:$| (?:it|this|that|the camera)\b)|(?:or|and|nor) the (?!{OWNERS})\w+'s$|\bwith respect to the (?!{OWNERS}\b)\w+|"
     rf"\b(?:in|into) the (?!{OWNERS}\b)\w+(?:'s)? (?:place|shoes)\b|\bobject frame\b|\bobject-cent\w+"
-    r"|\bstanding (?:in|where|on)\b|\b(?:imagin\w+|comparing) (?:being|to be|that (?:we|you|i) (?:are|"
+    r"|\bin terms of the (?!rotation|orientation|position|translation|scene|{OWNERS})\w+|\bstanding (?:in|"
+    r"where|on)\b|\b(?:imagin\w+|comparing) (?:being|to be|that (?:we|you|i) (?:are|"
     rf"were|am)) (?:the|that|this|in)\b|\bthe (?!left|right|{OWNERS}\b)\w+(?: (?!to\b)\w+)? (?:would |will |might )?(?:says?|"
     r"sees?|saw|notices?|notes|finds?|describes?|calls?|reports?|experiences?|observes?|perceives?|registers?|"
     r"watches)\b"
@@ -114,7 +115,8 @@ MAYBE = re.compile(
 )
 HEARD = re.compile(r"\b(?:if (?:you|one|we|i) (?:asked?|could ask)|(?:could|able to) (?:see|look|speak|talk|tell)|had eyes|asked the)\b")
 TOLD = re.compile(
-    r"\bwould (?:have )?(?:seen|said|noticed|watched|put it|speak of|call it|say|see|describe|notice|report|call|tell|find|observe)\b"
+    r"\bwould (?:have )?(?:seen|said|noticed|watched|agree|confirm|put it|speak of|call it|say|see|describe|"
+    r"notice|report|call|tell|find|observe)\b"
 )
 CONDITION = re.compile(
     r"^(?:if|(?:had|were) (?:the|it|he|she|they|a)|suppose|supposing|assume|assuming|let us (?:suppose|assume)|imagine (?:that )?"
@@ -246,7 +248,7 @@ BOUND = re.compile(
 OTHER_SENSE = {"clockwise": "counterclockwise", "counterclockwise": "clockwise"}
 SECOND = re.compile(r"\bcamera-second\b")
 FILLS = (
-    "back|question|has|have|had|changed|changes?|to|the|its|my|our|your|own|a|an|is|was|it|this|that|"
+    "back|question|where|now|has|have|had|changed|changes?|to|the|its|my|our|your|own|a|an|is|was|it|this|that|"
     "so|hence|thus|therefore|then|also|clearly|from|above|seen|about|degrees|deg|by|and|of|again|viewed|"
     "when|for|camera|side|"
     "direction|in|no|not|answer|horizontally|slightly|far|further|more|yes|here|same|way|simply|approximately|"

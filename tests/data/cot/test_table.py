@@ -37,37 +37,49 @@ def chains(name: str) -> dict[bool, list[tuple[dict, str | None]]]:
     return out
 
 
-def wrong(name: str) -> dict[bool, list[str]]:
-    """The chains of a file that are judged wrongly, true and false."""
+def wrong(found: dict[bool, list[tuple[dict, str | None]]]) -> dict[bool, list[str]]:
+    """Those that are judged wrongly, true and false."""
     return {
-        truth: [f"{chain['text'][:60]}: {reason}" for chain, reason in found if (reason is None) != truth]
-        for truth, found in chains(name).items()
+        truth: [f"{chain['text'][:60]}: {reason}" for chain, reason in each if (reason is None) != truth] for truth, each in found.items()
     }
 
 
-@pytest.mark.parametrize(("name", "share"), [("tuned", 0.95), ("held", 0.6)])
-def test_chains_are_judged_right(name, share):
-    found, bad = chains(name), wrong(name)
-    assert len(found[True]) >= 20 and len(found[False]) >= 20
+@pytest.fixture(scope="module")
+def judged():
+    """Both files, judged once."""
+    return {name: chains(name) for name in ("tuned", "held")}
+
+
+@pytest.mark.parametrize(("name", "share"), [("tuned", 0.95), ("held", 0.9)])
+def test_chains_are_judged_right(judged, name, share):
+    found, bad = judged[name], wrong(judged[name])
+    assert len(found[True]) >= 14 and len(found[False]) >= 14
     for truth in (True, False):
         assert len(bad[truth]) <= (1 - share) * len(found[truth]), "\n".join(bad[truth])
 
 
-def test_what_is_wrong_is_named_with_its_sentence():
-    """The reason that a false chain gets is of the fault's kind, and its sentence stands in the chain."""
-    for chain, reason in chains("tuned")[False]:
-        if reason is None:
-            continue
+def test_the_whole_table(judged):
+    """At least forty true and sixty false chains, and of each nineteen in twenty judged right."""
+    for truth, least in ((True, 40), (False, 60)):
+        number = sum(len(found[truth]) for found in judged.values())
+        assert number >= least and sum(len(wrong(found)[truth]) for found in judged.values()) <= 0.05 * number
+
+
+def test_the_reason_is_of_the_faults_kind(judged):
+    for chain, reason in judged["tuned"][False]:
         if chain["fault"] == "leak":
             assert reason.startswith(("talks of a given answer", "false statement", "undecided")), (chain, reason)
-        if chain["fault"].startswith("argues"):
-            assert "argues from positions in the picture" in reason or "false statement" in reason, (chain, reason)
-        if chain["fault"] == "the answer":
+        elif chain["fault"].startswith(("argues", "angle", "the angle")):
+            assert reason.startswith("false statement"), (chain, reason)
+        elif chain["fault"] == "the answer":
             assert reason == "wrong answer"
+        elif chain["fault"].startswith("too short"):
+            assert reason.startswith("too short")
 
 
 if __name__ == "__main__":
     for name in ("tuned", "held"):
-        for truth, found in chains(name).items():
-            bad = wrong(name)[truth]
+        judged_now = chains(name)
+        for truth, found in judged_now.items():
+            bad = wrong(judged_now)[truth]
             print(f"{name}: {len(found) - len(bad)} of {len(found)} {'true' if truth else 'false'} chains judged right", *bad, sep="\n  ")
