@@ -164,7 +164,8 @@ def parts(text: str, images: Sequence[Path | bytes], where: str, pixels: int = 0
 def data_url(image: Path | bytes, where: str, pixels: int = 0) -> str:
     """The image as a data URL: its own bytes where every server shows them as we do and `pixels` (0: any number) allows them, else PNG, or
     JPEG where it was scaled down. BadRow when it cannot be decoded."""
-    data, kind = (smaller(image, where, pixels) if pixels else None) or encoded(image, where)
+    small = smaller(image, where, pixels) if pixels else None
+    data, kind = (small, "JPEG") if small else encoded(image, where)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
 
 

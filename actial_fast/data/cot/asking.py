@@ -14,6 +14,7 @@ from pathlib import Path
 from actial_fast.data.cot.checking import check_cot
 from actial_fast.data.cot.judge import KINDS
 from actial_fast.data.cot.pairs import PAIR, answers_in, told
+from actial_fast.data.sources.asked import REQUEST
 from actial_fast.data.sources.row import IMAGE_TAG, Row, Turn
 from actial_fast.data.sources.tags import tagged_answer
 
@@ -137,6 +138,7 @@ def asking(row: Row, template: str = "") -> Row:
         text = f"{IMAGE_TAG * len(row.images)}What is known of this pair: {told(row.meta)}"
         return replace(row, turns=(Turn("system", system), Turn("user", text), REPLY))
     text = "\n".join(turn.content for turn in row.prompt if turn.role != "system")
+    text = REQUEST.sub("", text)  # "Answer with the letter only", which is not what is wanted here
     system = INSTRUCTION + template_of(row, template)
     user = Turn("user", f"{text}\nThe right answer is: {row.truth}")
     return replace(row, turns=(Turn("system", system), user, REPLY), images=row.images[: text.count(IMAGE_TAG)])

@@ -87,5 +87,6 @@ def _line(statement: Statement, holds: bool | None) -> str:
 
 
 def _data_url(image: Path | bytes, where: str) -> str:
-    data, kind = smaller(image, where, PIXELS) or encoded(image, where)
+    small = smaller(image, where, PIXELS)
+    data, kind = (small, "JPEG") if small else encoded(image, where)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"

@@ -68,15 +68,41 @@ def encoded(image: Path | bytes, where: str) -> tuple[bytes, str]:
     return buffer.getvalue(), "PNG"
 
 
-def smaller(image: Path | bytes, where: str, pixels: int) -> tuple[bytes, str] | None:
-    """The image scaled down to at most `pixels` as JPEG, and that name; None where it has no more. Raises BadRow as decode does."""
-    picture, _ = _opened(image, where, MAX_PIXELS, None)
-    if picture.width * picture.height <= pixels:
+def glance(image: Path | bytes, where: str) -> None:
+    """BadRow, as decode raises it, for one that is missing or whose beginning is no picture's; damage further on is not looked for."""
+    _more_formats()
+    try:
+        with Image.open(image if isinstance(image, Path) else io.BytesIO(image)):
+            pass
+    except Exception:  # decode says what it is
+        decode(image, where)
+
+
+def within(image: Path | bytes, where: str, pixels: int) -> Path | bytes:
+    """The image itself, or where it has more pixels a PNG of it with about so many, sides in proportion; BadRow as decode raises it."""
+    picture = _fitted(image, where, pixels)
+    if picture is None:
+        return image
+    picture.save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
+def smaller(image: Path | bytes, where: str, pixels: int) -> bytes | None:
+    """What `within` makes as JPEG, which is what one sends far away; None where the image has no more pixels."""
+    picture = _fitted(image, where, pixels)
+    if picture is None:
         return None
-    scale = (pixels / (picture.width * picture.height)) ** 0.5
-    size = max(1, int(picture.width * scale)), max(1, int(picture.height * scale))
-    picture.resize(size, Image.Resampling.LANCZOS).save(buffer := io.BytesIO(), "JPEG", quality=92)
-    return buffer.getvalue(), "JPEG"
+    picture.save(buffer := io.BytesIO(), "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+def _fitted(image: Path | bytes, where: str, pixels: int) -> Image.Image | None:
+    picture, _ = _opened(image, where, MAX_PIXELS, None)
+    width, height = picture.size
+    if width * height <= pixels:
+        return None
+    scale = (pixels / (width * height)) ** 0.5
+    return picture.resize((max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.BICUBIC)
 
 
 def read(file: Path, where: str) -> bytes:

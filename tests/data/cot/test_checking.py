@@ -161,6 +161,12 @@ def test_the_writer_is_told_all_truths_of_a_pair_and_to_reason_in_space():
     assert asking_again(asked, " ", "refused") == asked
 
 
+def test_a_request_for_a_bare_letter_does_not_reach_the_writer():
+    row = question("ego_rotation", pose(), images=(b"1", b"2"))
+    text = row.turns[0].content + "\nAnswer with the letter of the right option only."
+    assert asking(replace(row, turns=(Turn("user", text),))) == asking(row)
+
+
 def test_pairs_that_do_not_move_are_told_so():
     meta = {
         **pose(),
