@@ -118,9 +118,9 @@ def _cot(args: argparse.Namespace) -> int:
     with _writer(args, text, check) as writer, progress("chains of thought", total) as advance:
         more = {"check": check} if check else {}
         done = write_cot(source, args.out, writer, seed=args.seed, count=args.count, progress=lambda number, total: advance(number), **more)
-    what = "pairs" if isinstance(source, Pairs) else "rows"
+    what = "pair" if isinstance(source, Pairs) else "row"
     there = f" ({done.kept} were there already)" if done.kept else ""
-    print(f"{args.out}: {done.written} {what} written{there}, {sum(done.rejected.values())} rejected")
+    print(f"{args.out}: {_number(done.written, what)} written{there}, {sum(done.rejected.values())} rejected")
     for reason, count in done.rejected.items():
         print(f"  {count:6}  {reason}")
     if done.rejected:
@@ -159,7 +159,9 @@ def _requests(args: argparse.Namespace, source: Any, template: str) -> int:
         count=args.count,
         pixels=args.image_pixels,
     )
-    print(f"{', '.join(map(str, paths)) or args.batch_out}: {count} requests" + ("" if count else "; every chain is there already"))
+    print(
+        f"{', '.join(map(str, paths)) or args.batch_out}: {_number(count, 'request')}" + ("" if count else "; every chain is there already")
+    )
     if count:
         print(
             f"have them run, then give their results to: actial data cot {args.source} -o {args.out} --batch-in RESULTS, and the same "
@@ -182,7 +184,7 @@ def _writer(args: argparse.Namespace, template: str, check: Check | None) -> Ite
 
         results = Results(args.batch_in, check)
         if results.unread:
-            print(f"{results.unread} lines are no result of a batch")
+            print(f"no result of a batch: {_number(results.unread, 'line')}")
         yield results
         _cost(results.used, args.price)
         return
@@ -223,12 +225,16 @@ def _asking(args: argparse.Namespace, template: str, check: Any, reasks: int) ->
         yield EngineWriter(engine, reader, draw, template=template, reasks=reasks, check=check)
 
 
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def _cost(used: Used, price: list[float] | None) -> None:
     """Tell the tokens that replies took, and what they cost."""
     if not used.replies:
         return
     cost = f", {(used.read * price[0] + used.written * price[1]) / 1e6:,.2f} by the price given" if price else ""
-    print(f"{used.replies:,} replies: {used.read:,} tokens read, {used.written:,} written, as the server counts them{cost}")
+    print(f"{_number(used.replies, 'answer')}: {used.read:,} tokens read, {used.written:,} written, as the server counts them{cost}")
 
 
 def _template(args: argparse.Namespace) -> int:

@@ -117,7 +117,7 @@ def test_the_command_line_writes_requests_and_takes_their_results(lab, tmp_path,
     done = stored(tmp_path / "results.jsonl", [*results, "?"])
     assert main([*command, "--batch-in", str(done), "--price", "2", "30", "--questions", "all"]) == 0
     printed = capsys.readouterr().out
-    assert "1 lines are no result of a batch" in printed and "3 replies: 300 tokens read, 30 written" in printed
+    assert "no result of a batch: 1 line\n" in printed and "3 answers: 300 tokens read, 30 written" in printed
     assert "0.00 by the price given" in printed and "2 pairs written, 1 rejected" in printed and "1  too short" in printed
     assert len(lines(out)) == 6
 

@@ -307,7 +307,7 @@ def test_the_command_line_writes_chains_by_pair_from_an_endpoint(lab, tmp_path, 
         assert main([*command, "--image-pixels", "900", "--temperature", "0.3", "--max-new-tokens", "77", "--min-words", "20"]) == 0
     printed = capsys.readouterr().out
     pairs = len({line["id"].rsplit("/", 1)[0] for line in lines(lab.questions / "train.jsonl")})
-    assert f"{pairs} pairs written, 0 rejected" in printed and f"{len(requests)} replies: {50 * len(requests):,} tokens read" in printed
+    assert f"{pairs} pairs written, 0 rejected" in printed and f"{len(requests)} answers: {50 * len(requests):,} tokens read" in printed
     assert len(lines(out)) == pairs and again and all("This cannot be used: false statement: the camera's move" in text for text in again)
     assert {(body["temperature"], body["max_tokens"]) for body in requests} == {(0.3, 77)}
     with Image.open(io.BytesIO(base64.b64decode(requests[0]["messages"][1]["content"][0]["image_url"]["url"].split(",")[1]))) as image:
