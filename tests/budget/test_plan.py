@@ -52,17 +52,18 @@ def test_what_a_share_is():
 
 @pytest.mark.slow  # a plan for every key that might do
 def test_what_does_not_fit_is_told_with_what_would(capsys):
-    """LoRA on a 7B in 16 bits is too much for 24 GB; in 4 bits it is not."""
-    each = made("actial-1x24", "1x24", overrides=QLORA[:1])
+    """LoRA on a 7B in 16 bits, in micro-batches of twice the recipe's, is too much for 24 GB; in 4 bits it is not."""
+    keys = [QLORA[0], "pack_tokens=16384"]
+    each = made("actial-1x24", "1x24", overrides=keys)
     assert not each.fits
     single, together = changes(each)
     assert [list(change.keys) for change in single if "model.quantize" in change.keys], [c.keys for c in single]
     for change in [*single, *([together] if together else [])]:
         assert change.plan.fits
-        again = made("actial-1x24", "1x24", overrides=[*QLORA[:1], *(f"{key}={value}" for key, value in change.keys.items())])
+        again = made("actial-1x24", "1x24", overrides=[*keys, *(f"{key}={value}" for key, value in change.keys.items())])
         assert again.fits, change.keys
     text = said.text(each, "a recipe")
-    assert "does not fit 1 x 24 GB, 22.4 GB of each usable: sample needs" in text.splitlines()[0]
+    assert "does not fit 1 x 24 GB, 22.4 GB of each usable: update needs" in text.splitlines()[0]
     assert "model.quantize=nf4" in text and "rounded to 4 bits" in text
 
 
