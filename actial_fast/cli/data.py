@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actial_fast.cli import made
 from actial_fast.cli.shared import Commands, add_format, add_overrides, check_model, one_line, settle
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def add(commands: Commands) -> None:
     check.add_argument("--model", default="", help="a checkpoint folder or hub name: also look at what its tokenizer and limits refuse")
     check.add_argument("--show", type=int, default=20, help="bad rows to name; 0 names all (default: %(default)s)")
     check.set_defaults(run=_check)
+    made.add(data)
 
 
 def _render(args: argparse.Namespace) -> int:
@@ -213,7 +215,7 @@ def _doors(args: argparse.Namespace) -> Iterator[tuple[SourceConfig, Callable[[R
     from actial_fast.data.sources.source import SourceConfig
 
     if not _is_recipe(args.source) and not args.model:
-        yield SourceConfig(args.source, args.format), None
+        yield SourceConfig(args.source, args.format, task=args.task), None
         return
     from actial_fast.data.sources.stream import Example
     from actial_fast.model.processor import Processor
@@ -227,7 +229,7 @@ def _doors(args: argparse.Namespace) -> Iterator[tuple[SourceConfig, Callable[[R
             answered = any(turn.role == "assistant" for turn in row.turns)
             return (processor.encode if answered else processor.encode_prompt)(Example(row, index))
 
-        yield SourceConfig(args.source, args.format), either
+        yield SourceConfig(args.source, args.format, task=args.task), either
         return
     from actial_fast.settings.config import load_recipe
     from actial_fast.train.preflight import doors, processor_of
@@ -243,7 +245,7 @@ def _doors(args: argparse.Namespace) -> Iterator[tuple[SourceConfig, Callable[[R
 def _source(args: argparse.Namespace, **filters: Any) -> Any:
     from actial_fast.data.sources.source import SourceConfig, open_source
 
-    return open_source(SourceConfig(args.source, args.format, **filters))
+    return open_source(SourceConfig(args.source, args.format, task=args.task, **filters))
 
 
 @contextlib.contextmanager

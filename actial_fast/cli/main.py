@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from actial_fast.cli import data, doctor, eval, export, plan, recipe, report, train
+from actial_fast.cli import data, doctor, eval, export, plan, recipe, report, tiny, train
 from actial_fast.cli.launch import PEER_LOST
 from actial_fast.cli.shared import one_line
 
@@ -48,6 +48,6 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command; each group adds its own."""
     parser = argparse.ArgumentParser(prog="actial", description="Two-stage viewpoint training for Qwen2.5-VL: data, SFT, GRPO, evaluation.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (train, eval, export, report, doctor, plan, recipe, data):
+    for group in (train, eval, export, report, doctor, plan, recipe, data, tiny):
         group.add(commands)
     return parser

@@ -13,8 +13,11 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:
-    """The option --format of a source of rows."""
-    parser.add_argument("--format", default="auto", help="jsonl, sharegpt, sat, verl or easyr1 (default: what the file looks like)")
+    """The options --format and --task of a source of rows."""
+    parser.add_argument("--format", default="auto", help="jsonl, sharegpt, sat, verl, easyr1, or module:Reader for your own (default: the "
+                        "task's, or what the file looks like)")  # fmt: skip
+    parser.add_argument("--task", default="", help="what the rows are for: jigsaw, jigsaw_turns, sparkle, boxes, or module:object for your "
+                        "own (default: questions with an answer)")  # fmt: skip
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -201,7 +201,8 @@ def _opens_with_truth(config: SourceConfig) -> bool:
 def _has_truth(source: Source) -> bool:
     for index in range(min(TRUTHS, len(source))):
         try:
-            if source[index].truth:
+            row = source[index]
+            if row.truth or row.task:  # a task scores by what it finds in meta, too
                 return True
         except BadRow:
             continue

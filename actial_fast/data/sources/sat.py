@@ -3,6 +3,7 @@
 One row becomes: user "<image>... question, then the options in one line", assistant the correct answer's text, which is also the truth.
 With lettered options they are "A. ...", "B. ..." on lines of their own, and the answer and the truth are the letter. The options are shown
 in an order drawn from the row's number and question: a file that always lists the correct one first would teach a position.
+Other columns are what a reward sees as `row.meta`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from actial_fast.data.sources.fields import IMAGE_KEYS, absent, images_of, name_of, refuse, text, texts
+from actial_fast.data.sources.fields import IMAGE_KEYS, absent, images_of, name_of, rest, text, texts
 from actial_fast.data.sources.reader import Reader
 from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Row, Turn
 
@@ -44,7 +45,7 @@ class SatSource(Reader):
 
     def row(self, record: Mapping[str, Any], where: str, index: int) -> Row:
         """A question, its images and its options; BadRow when the question or answer is missing, or the answer is not among the options."""
-        refuse(record, ("question", "correct_answer", *CHOICE_COLUMNS, *self.image_keys, *self.kind_keys, "id"), where)
+        meta = rest(record, ("question", "correct_answer", *CHOICE_COLUMNS, *self.image_keys, *self.kind_keys, "id"), where)
         question, answer = (
             text(record.get("question"), "question", where),
             text(record.get("correct_answer"), "correct_answer", where).strip(),
@@ -78,4 +79,5 @@ class SatSource(Reader):
             choices=tuple(choices),
             id=name_of(record.get("id"), "id", where),
             where=where,
+            meta=meta,
         ).check()

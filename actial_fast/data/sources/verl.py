@@ -1,7 +1,8 @@
 """verl's rows, from parquet or JSON: prompt (messages), images, reward_model.ground_truth, data_source, ability and extra_info.
 
 The prompt is used as it is, so rows are for sampling (GRPO, evaluation): they carry a truth but no assistant turn. A ground truth may be a
-list of texts, or have one under `target` (as Search-R1's), any of which is right. extra_info is what a reward sees as `row.meta`.
+list of texts, or have one under `target` (as Search-R1's), any of which is right. extra_info, and what other keys there
+are, is what a reward sees as `row.meta`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from actial_fast.data.sources.fields import IMAGE_KEYS, absent, conversation, images_of, name_of, parsed, refuse, truths
+from actial_fast.data.sources.fields import IMAGE_KEYS, conversation, images_of, name_of, parsed, refuse, rest, truths
 from actial_fast.data.sources.reader import Reader
 from actial_fast.data.sources.row import BadRow, Row
 
@@ -22,7 +23,8 @@ class VerlSource(Reader):
 
     def row(self, record: Mapping[str, Any], where: str, index: int) -> Row:
         """A prompt, its images and its ground truth; BadRow when the prompt is not a list of messages or the truth is missing."""
-        refuse(record, ("prompt", "reward_model", "extra_info", *IMAGE_KEYS, *self.kind_keys), where)
+        meta = rest(record, ("prompt", "reward_model", *IMAGE_KEYS, *self.kind_keys), where)
+        refuse(meta, [key for key in meta if key not in ("need_tools_kwargs", "interaction_kwargs")], where, "extra_info")
         prompt = parsed(record.get("prompt"), "prompt", where)
         if not isinstance(prompt, list):
             raise BadRow(where, "prompt is not a list of messages")
@@ -34,11 +36,6 @@ class VerlSource(Reader):
         truth, accepted = truths(given.get("target") if isinstance(given, Mapping) else given, "reward_model.ground_truth", where)
         if not truth:
             raise BadRow(where, "empty answer (reward_model.ground_truth)")
-        extra = parsed(record.get("extra_info"), "extra_info", where)
-        if not absent(extra) and not isinstance(extra, Mapping):
-            raise BadRow(where, "extra_info is not an object")
-        meta = dict(extra or {})
-        refuse(meta, [key for key in meta if key not in ("need_tools_kwargs", "interaction_kwargs")], where, "extra_info")
         return Row(
             turns=turns,
             images=images_of(record, self.records.folder, where, parts=parts),
