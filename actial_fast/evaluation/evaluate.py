@@ -17,6 +17,7 @@ from actial_fast.evaluation.statistics import Record, accuracy_table
 from actial_fast.model.processor import Processor
 from actial_fast.report.metrics import MetricLog
 from actial_fast.rollout.engines import open_checkpoint
+from actial_fast.rollout.episodes import play, text_of
 from actial_fast.rollout.protocol import Draw, Engine, Reader, Reply, Watch, awake
 from actial_fast.settings.recipe import EvalConfig, GRPORecipe, RolloutConfig, SFTRecipe
 from actial_fast.train.dist import Agreed, World, world
@@ -31,7 +32,8 @@ def evaluate(
     """The accuracy table of each source, by its folder's and file's name; every rank calls and gets the same result.
 
     A reply is scored by the metric of the row's task, and right with full marks; without a task by answers.is_right, and with config.strict
-    when the text in its <answer> tags, or the whole reply where it has none, equals the truth. on_bad_row: as data.on_bad_row. Raises ValueError, the same on every rank, for the first source that could not be evaluated.
+    when the text in its <answer> tags, or the whole reply where it has none, equals the truth. on_bad_row: as data.on_bad_row. Raises
+    ValueError, the same on every rank, for the first source that could not be evaluated.
     """
     tables, failures = attempt(engine, processor, config, where, seed=seed, on_bad_row=on_bad_row)
     for name, cause in failures.items():
@@ -158,11 +160,11 @@ def _records(
     try:
         rows = Pass(source, limit=config.limit, on_bad_row=on_bad_row, encode=processor.encode_prompt, rank=where.rank, world=where.size)
         examples = [example for example in rows if example.row.truth or example.row.task]
-        replies = _replies(engine, examples, config, seed, stop, lambda: short.append(source.path))
+        replies = _replies(engine, processor, examples, config, seed, stop, lambda: short.append(source.path))
         if stop.asked:
             return [], ""
         drawn = zip(examples, replies, strict=True)
-        texts = [(e.row, processor.decode(reply.ids) if reply.text is None else reply.text, len(reply.ids)) for e, (reply,) in drawn]
+        texts = [(e.row, text_of(processor, reply), reply.drawn) for e, (reply,) in drawn]
         records = [_record(row, text, length, config.strict) for row, text, length in texts]
         return [record for record in records if record is not None], ""
     except Exception as error:  # whatever it is, the run goes on without this evaluation
@@ -173,13 +175,12 @@ def _records(
 
 
 def _replies(
-    engine: Engine, examples: list[Example], config: EvalConfig, seed: int, stop: Stop, short: Callable[[], None]
+    engine: Engine, processor: Reader, examples: list[Example], config: EvalConfig, seed: int, stop: Stop, short: Callable[[], None]
 ) -> list[list[Reply]]:
     """One reply to each, or none once `stop` is asked."""
-    prompts, keys = [example.encoded for example in examples], [(seed, example.position) for example in examples]
-    return engine.generate(
-        prompts, Draw(1, config.temperature, config.max_new_tokens, config.kv_tokens), keys, Watch(asked=lambda: stop.asked, short=short)
-    )
+    keys = [(seed, example.position) for example in examples]
+    draw = Draw(1, config.temperature, config.max_new_tokens, config.kv_tokens)
+    return play(engine, processor, examples, draw, keys, Watch(asked=lambda: stop.asked, short=short))
 
 
 def _record(row: Row, response: str, length: int, strict: bool) -> Record | None:

@@ -65,9 +65,10 @@ def wilson(correct: float, n: float, z: float = 1.96) -> tuple[float, float]:
 def clustered(outcomes: Sequence[Sequence[float]]) -> tuple[float, float]:
     """The 95% interval (low, high), in [0, 1], of the share of outcomes that are true, outcomes of one cluster being alike as they may.
 
-    outcomes: those of each cluster, true or false, or marks from 0 to 1, whose variance is at most that of trials of the same mean. The Wilson interval for as many independent trials as the outcomes are worth: their number over the
-    design effect, by the spread of the clusters' sums, never more than they are and never fewer than if every cluster were of one mind;
-    with Student's quantile, since that spread is an estimate. Of clusters of one it is Wilson's. Raises ValueError without outcomes.
+    outcomes: those of each cluster, true or false, or marks from 0 to 1, whose variance is at most that of trials of the same mean. The
+    Wilson interval for as many independent trials as the outcomes are worth: their number over the design effect, by the spread of the
+    clusters' sums, never more than they are and never fewer than if every cluster were of one mind; with Student's quantile, since that
+    spread is an estimate. Of clusters of one it is Wilson's. Raises ValueError without outcomes.
     Source: E. L. Korn, B. I. Graubard, Survey Methodology 24 (1998), with Wilson's interval as in Franco et al., JSSAM 7 (2019).
     """
     from scipy.stats import t

@@ -68,8 +68,8 @@ def areas(boxes: np.ndarray) -> np.ndarray:
 
 
 def matches(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """For each true box (M, 4) how well the found one (N, 4) fits that it is paired with, (M,); 0 below FIT. Pairs are those that fit best in
-    all, each box in one."""
+    """For each true box (M, 4) how well the found one (N, 4) fits that it is paired with, (M,); 0 below FIT. Pairs are those that fit best
+    in all, each box in one."""
     from scipy.optimize import linear_sum_assignment
 
     fits = np.zeros(len(truth))
@@ -101,8 +101,8 @@ def precision_recall(response: str, row: Row) -> float:
 def look(responses: Sequence[str], row: Row) -> list[float]:
     """For a group's replies to one prompt (call: group): the share of uncertain boxes that their <look> regions are about.
 
-    A true box counts by the variance, over the group, of whether it is found: what all find, or none, is not uncertain; where no box is, all
-    count alike. A region is about a box when it has half of it or more, and is at most WIDEST times as large.
+    A true box counts by the variance, over the group, of whether it is found: what all find, or none, is not uncertain; where no box is,
+    all count alike. A region is about a box when it has half of it or more, and is at most WIDEST times as large.
     """
     truth = _truth(row)
     if not len(truth):
@@ -125,7 +125,8 @@ def _about(regions: np.ndarray, truth: np.ndarray) -> np.ndarray:
     if not len(regions):
         return np.zeros(len(truth), bool)
     shared, _ = overlaps(regions, truth)
-    return ((shared >= areas(truth) / 2) & (areas(regions)[:, None] <= WIDEST * areas(truth))).any(0)
+    about: np.ndarray = (shared >= areas(truth) / 2) & (areas(regions)[:, None] <= WIDEST * areas(truth))
+    return np.any(about, axis=0)
 
 
 def _says_none(response: str) -> bool:

@@ -45,7 +45,7 @@ def placed(response: str, row: Row) -> float:
 
 
 def parse_move(reply: str, pieces: int) -> tuple[int, int] | str | None:
-    """What a reply in turns does: the two places that it swaps, 'done', or None for neither. Its <answer> tags, where it has any, hold it."""
+    """What a reply in turns does: the two places that it swaps, 'done', or None for neither. It stands in <answer> tags, or is all."""
     text = extract_answer(reply)
     if len(text) > LONGEST:
         return None

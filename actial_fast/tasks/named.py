@@ -44,4 +44,4 @@ def find_reward(name: str) -> Reward:
     found = find("reward", name, SHIPPED)
     if not callable(found):
         raise ValueError(f"reward {name!r} is a {type(found).__name__}, not a function of (response, row)")
-    return found  # type: ignore[no-any-return]
+    return found

@@ -1,8 +1,8 @@
 """Sparkle's basics: directions in words, distances and places in numbers (arXiv 2410.16162).
 
 A row's meta has `measure`: direction, distance or place; without it the row's kind says so. A direction is right or wrong. A distance has
-the mean relative accuracy (VSI-Bench, arXiv 2412.14171): the share of the tolerances 50%, 45%, ... 5% that its error is within. A place "x, y"
-has the share of TOLERANCES, in the truth's own unit, that it is within of the truth.
+the mean relative accuracy (VSI-Bench, arXiv 2412.14171): the share of the tolerances 50%, 45%, ... 5% that its error is within. A place
+"x, y" has the share of TOLERANCES, in the truth's own unit, that it is within of the truth.
 """
 
 from __future__ import annotations

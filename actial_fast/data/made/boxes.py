@@ -55,7 +55,8 @@ def written(boxes: Sequence[Sequence[int]]) -> str:
 def write_boxes(out: Path, config: BoxesConfig) -> dict[str, int]:
     """Write train.jsonl and test.jsonl into `out`, and their pictures; how many rows each has."""
     rng = np.random.default_rng(config.seed)
-    return {split: write_rows(_rows(out / split, getattr(config, split), config, rng), out / f"{split}.jsonl") for split in ("train", "test")}
+    counts = {"train": config.train, "test": config.test}
+    return {split: write_rows(_rows(out / split, count, config, rng), out / f"{split}.jsonl") for split, count in counts.items()}
 
 
 def _rows(folder: Path, count: int, config: BoxesConfig, rng: np.random.Generator) -> Iterator[Row]:
@@ -81,6 +82,6 @@ def _drawn(red: list[list[int]], green: list[list[int]], size: int, rng: np.rand
     for boxes, colour in ((red, (200, 50, 50)), (green, (50, 170, 60))):
         for x1, y1, x2, y2 in boxes:
             inset = rng.uniform(0, 0.1) * (x2 - x1)
-            left, top, right, bottom = (round((edge + move) * size / 100) for edge, move in zip((x1, y1, x2, y2), (inset, inset, -inset, -inset), strict=True))
+            left, top, right, bottom = (round(edge * size / 100) for edge in (x1 + inset, y1 + inset, x2 - inset, y2 - inset))
             picture[top:bottom, left:right] = np.array(colour) + rng.normal(0, 20, 3)
     return np.clip(picture, 0, 255).astype(np.uint8)

@@ -48,18 +48,18 @@ class JigsawConfig:
 
 def question(rows: int, cols: int) -> str:
     """What a board asks for in one reply."""
-    return (
-        f"This picture was cut into {rows} rows and {cols} columns of pieces, and the pieces were shuffled. The places are numbered from the "
-        "left to the right and from the top to the bottom. For each place of the whole picture, in order, which place shows its piece now?"
-    )
+    return f"{_told(rows, cols)} For each place of the whole picture, in order, which place shows its piece now?"
 
 
 def turns_question(rows: int, cols: int) -> str:
     """What a board asks for in turns."""
+    return f"{_told(rows, cols)} Put the pieces right: swap two places at a time, and say done when the picture is whole."
+
+
+def _told(rows: int, cols: int) -> str:
     return (
-        f"This picture was cut into {rows} rows and {cols} columns of pieces, and the pieces were shuffled. The places are numbered from the "
-        "left to the right and from the top to the bottom. Put the pieces right: swap two places at a time, and say done when the picture is "
-        "whole."
+        f"This picture was cut into {rows} rows and {cols} columns of pieces, and the pieces were shuffled. The places are numbered from "
+        "the left to the right and from the top to the bottom."
     )
 
 
@@ -131,7 +131,8 @@ def write_jigsaw(out: Path, config: JigsawConfig, pictures: Path | None = None) 
     done = {"train": write_rows((row for row, _ in train), out / "train.jsonl")}
     done["test"] = write_rows((row for row, _ in boards("test", config.test, files[1])), out / "test.jsonl")
     if config.turns:
-        done["turns"] = write_rows((_played(row, board, out / "turns", config) for row, board in train[: config.turns]), out / "turns.jsonl")
+        played = (_played(row, board, out / "turns", config) for row, board in train[: config.turns])
+        done["turns"] = write_rows(played, out / "turns.jsonl")
     return done
 
 

@@ -1,6 +1,7 @@
 """Sparkle's basics (arXiv 2410.16162): direction, distance and place of marks on a plane, the parts of which spatial reasoning is made.
 
-Pictures are a plain with a red and a blue mark. Lengths are in hundredths of the picture's side, places are "x, y" from its upper left corner.
+Pictures are a plain with a red and a blue mark. Lengths are in hundredths of the picture's side, places are "x, y" from its upper left
+corner.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def question(kind: str, first: str, second: str) -> str:
 def write_sparkle(out: Path, config: SparkleConfig) -> dict[str, int]:
     """Write train.jsonl and test.jsonl into `out`, and their pictures; how many rows each has."""
     rng = np.random.default_rng(config.seed)
-    return {split: write_rows(_rows(out / split, getattr(config, split), config, rng), out / f"{split}.jsonl") for split in ("train", "test")}
+    counts = {"train": config.train, "test": config.test}
+    return {split: write_rows(_rows(out / split, count, config, rng), out / f"{split}.jsonl") for split, count in counts.items()}
 
 
 def _rows(folder: Path, count: int, config: SparkleConfig, rng: np.random.Generator) -> Iterator[Row]:
