@@ -101,9 +101,14 @@ class Processor:
         return self.tokenizer.pad_token_id
 
     @functools.cached_property
+    def text_end(self) -> int | None:
+        """The token that ends a text, and with it a conversation."""
+        return self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+
+    @functools.cached_property
     def stop_tokens(self) -> tuple[int, ...]:
         """Tokens that end a sampled reply."""
-        known = (self.eos, self.tokenizer.convert_tokens_to_ids("<|endoftext|>"), *self.ends)
+        known = (self.eos, self.text_end, *self.ends)
         return tuple(sorted({token for token in known if token is not None}))
 
     @functools.cached_property

@@ -3,8 +3,8 @@ turns.
 
 A turn is a reply like any other, to the conversation so far; what an environment says stands between replies and is never trained. So an
 engine needs nothing for it: all episodes take their first turn, then those that go on their second, and so on, each a prompt of its own
-from the second turn on. An episode ends when the environment has nothing more to say, after the task's last turn, or where it does not fit:
-a reply that its limit cut, a conversation longer than a prompt may be.
+from the second turn on. An episode ends when the environment has nothing more to say, after the task's last turn, where the model ends the
+text and not its turn only, or where it does not fit: a reply that its limit cut, a conversation longer than a prompt may be.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class _Episode:
         """Take a turn, and hear the environment."""
         self._add(drawn.ids, drawn.logprobs, True)
         self.number, self.finished = self.number + 1, drawn.finished
-        if not drawn.finished or self.number == task_of(self.row).turns:
+        if not drawn.finished or drawn.ids[-1] == self.processor.text_end or self.number == task_of(self.row).turns:
             self.over = True
             return self
         try:

@@ -106,8 +106,8 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, folder
         in_turns = [s.task for s in (*recipe.data.sources, *recipe.eval.sources) if _in_turns(s.task)]
         if in_turns and recipe.rollout.tensor_parallel > 1:
             yield (
-                f"rollout.tensor_parallel: task {in_turns[0]} is played in turns, of which each rank takes as many as its own episodes need, "
-                "and ranks that share an engine take the same; set it to 1, or rollout.engine to embedded"
+                f"rollout.tensor_parallel: task {in_turns[0]} is played in turns, of which ranks take as many as their own episodes need; "
+                "set it to 1, or rollout.engine to embedded"
             )
         if where.size % (parts := recipe.rollout.tensor_parallel):
             yield f"rollout.tensor_parallel: {parts} does not divide the {where.size} ranks"

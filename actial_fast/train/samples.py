@@ -26,9 +26,9 @@ class Sample:
     """One reply, ready for the update.
 
     sequence: prompt and reply, of which the n tokens are trained that the model drew; sampled (n,) float32, the sampler's log-probs;
-    rewards (k,) float32, one a reward function, and the fine of its length where there is one; reward: their weighted sum, NaN where none could
-    score it; minibatch: which optimizer step it belongs to; finished: False where the length limit cut it; old, ref (n,) float32, on the
-    device: log-probs under the policy before the update and under the reference, or None where not needed.
+    rewards (k,) float32, one a reward function, and the fine of its length where there is one; reward: their weighted sum, NaN where none
+    could score it; minibatch: which optimizer step it belongs to; finished: False where the length limit cut it; old, ref (n,) float32, on
+    the device: log-probs under the policy before the update and under the reference, or None where not needed.
     """
 
     sequence: Sequence
