@@ -40,6 +40,22 @@ def named_losses() -> str:
     return f"{table(('name', 'fields', 'source (arXiv)'), rows)}\n\nDefaults: {defaults}."
 
 
+def tasks_learned() -> str:
+    """First and last points of the curves of bench.tasks."""
+    file = max(RESULTS.glob("tasks-*.json"))
+    found = json.loads(file.read_text())
+    rows = []
+    for each in found["tasks"]:
+        held = [point for point in each["held_out"] if point["stage"] == "grpo"]
+        scores = [point["score"] for point in held]
+        figures = (each["reward"][0], each["reward"][-1], scores[0], max(scores), scores[-1])
+        rows.append((f"`{each['task']}`", str(each["grpo_steps"]), *(f"{figure:.2f}" for figure in figures)))
+    machine = found["machine"]
+    names = ("recipes", "GRPO steps", "reward, first tenth", "last tenth", "held-out score before", "best", "last")
+    told = f"`{found['command']}` on {machine['cores']} cores of a {machine['cpu']}, {machine['date']}; all points are in `{file}`."
+    return f"{table(names, rows)}\n\n{told}"
+
+
 def memory_example() -> str:
     """Rows of a chunk and number of chunks at EXAMPLE, by the functions that the ops call; meta tensors, so nothing is allocated."""
     import torch
@@ -297,6 +313,6 @@ TABLES = {
         *(named_losses, memory_example, workspace_rule, workspaces, logits_gib, accuracy_about),
         *(ledger, ledger_about, update, update_about, loss_memory, loss_memory_about),
         *(plan_memory, plan_memory_about, plan_recipes, plan_assumptions, plan_scaling, plan_scaling_about),
-        *(comm, comm_about),
+        *(comm, comm_about, tasks_learned),
     )
 }
