@@ -80,7 +80,7 @@ def tile_for(dtype: torch.dtype) -> Tile:
 
 
 # chunks of any number of rows, whose views start anywhere, run one compiled kernel; what is 16 bytes wide is known by its stride
-VECTORS = ["inverse_temperature", "targets", "peak", "total", "moment", "chosen", "top", "log_total", "logp", "entropy"]
+VECTORS = ["inverse_temperature", "targets", "sums", "peak", "total", "moment", "chosen", "top", "log_total", "logp", "entropy"]
 
 
 @triton.jit(do_not_specialize=["rows", "group"], do_not_specialize_on_alignment=VECTORS)
@@ -93,9 +93,7 @@ def logits_kernel(
     targets,  # (T,) int64
     # outputs
     scaled,  # (T, V), blocks (BLOCK_M, PART): exp(z - peak); or None
-    peak,  # (P, T) float32
-    total,  # (P, T) float32
-    moment,  # (P, T) float32
+    sums,  # (3, P, T) float32: peak, total, moment
     chosen,  # (T,) float32: the target's z
     # sizes
     rows,
@@ -144,9 +142,7 @@ def logits_kernel(
                 here,
                 found,
                 scaled,
-                peak,
-                total,
-                moment,
+                sums,
                 chosen,
                 rows,
                 vocab,
@@ -185,9 +181,7 @@ def _softmax_part(
     target,
     found,
     scaled,
-    peak,
-    total,
-    moment,
+    sums,
     chosen,
     rows,
     vocab,
@@ -216,9 +210,11 @@ def _softmax_part(
     top, e, s, u = common.softmax_tile(x, step[:, None] if ROW_TEMPERATURE else step, 1)
     at = (n0 // PART).to(tl.int64) * rows + row
     inside = (row < rows) & (n0 < vocab)
-    tl.store(peak + at, top * inverse, inside)
-    tl.store(total + at, s, inside)
-    tl.store(moment + at, u, inside)
+    # one store: each would take its numbers through shared memory, behind two barriers
+    numbers = tl.reshape(tl.join(tl.join(top * inverse, u), tl.join(s, s)), (BLOCK_M, 4))
+    which = tl.arange(0, 4)[None, :]
+    plane = tl.cdiv(vocab, PART).to(tl.int64) * rows
+    tl.store(sums + which * plane + at[:, None], numbers, inside[:, None] & (which < 3))
     if STORE:
         value = e.to(scaled.dtype if TMA else scaled.dtype.element_ty)
         store_block(scaled, value, m0, n0, rows, vocab, scaled_stride, TMA, BLOCK_M, PART)
@@ -345,7 +341,7 @@ def forward(head: Head, scaled: Tensor | None) -> tuple[Softmax, Tensor, Tensor]
     tile, device = tile_for(head.hidden.dtype), head.hidden.device
     part = tile.n // tile.parts
     parts = triton.cdiv(vocab, part)
-    peak, total, moment = torch.empty((3, parts, rows), dtype=torch.float32, device=device)
+    peak, total, moment = sums = torch.empty((3, parts, rows), dtype=torch.float32, device=device)
     chosen = torch.full((rows,), torch.nan, device=device)
     top, log_total, logp, entropy = torch.empty((4, rows), dtype=torch.float32, device=device)
     tiles = triton.cdiv(rows, tile.m) * triton.cdiv(vocab, tile.n)
@@ -357,9 +353,7 @@ def forward(head: Head, scaled: Tensor | None) -> tuple[Softmax, Tensor, Tensor]
         inverse_temperature=head.inverse_temperature if row_temperature else float(head.inverse_temperature),
         targets=head.targets,
         scaled=None if scaled is None else block_argument(scaled[:rows], tile.m, part, tile.tma),
-        peak=peak,
-        total=total,
-        moment=moment,
+        sums=sums,
         chosen=chosen,
         rows=rows,
         vocab=vocab,
