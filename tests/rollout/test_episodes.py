@@ -1,11 +1,13 @@
 """Replies in turns: what is drawn, trained and scored is what one conversation at a time gives, in both loops and every engine of ids."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from actial_fast import grpo, sft
 from actial_fast.data.sources.row import Row, Turn
@@ -23,10 +25,11 @@ from actial_fast.rollout.kept import Kept
 from actial_fast.rollout.protocol import Draw, Reply, Watch, awake
 from actial_fast.settings.model import ModelConfig
 from actial_fast.settings.recipe import EvalConfig
-from actial_fast.settings.running import OptimConfig
+from actial_fast.settings.running import DistConfig, OptimConfig
 from actial_fast.settings.sampling import SamplingConfig
 from actial_fast.tasks.rewards import RewardConfig
 from tests.loops import ALONE, log_probs, sampled
+from tests.test_faults import case, run_cases, weights
 from tests.train.test_rounds import assert_same, recipe_of, run
 
 CLOSE = 1e-5
@@ -289,18 +292,16 @@ def rows(tmp_path, lab) -> str:
 
 
 @pytest.fixture
-def often(monkeypatch):
-    """Processors of runs end replies as this module's does."""
-    load = Processor.load
-
-    def patched(*args, **kwargs):
-        made = load(*args, **kwargs)
-        return replace(made, ends=tuple(range(0, len(made.tokenizer), OFTEN)))
-
-    monkeypatch.setattr(Processor, "load", staticmethod(patched))
+def often(lab, tmp_path) -> ModelConfig:
+    """The lab's model, of which one token in so many ends a reply by its generation config."""
+    folder = shutil.copytree(lab.model, tmp_path / "often")
+    config = json.loads((folder / "generation_config.json").read_text())
+    ends = list(range(0, len(Processor.load(str(folder)).tokenizer), OFTEN))
+    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": ends}))
+    return ModelConfig(path=str(folder))
 
 
-def recipe_in_turns(recipe, rows, tmp_path, name):
+def recipe_in_turns(recipe, rows, tmp_path, name, **changes):
     source = SourceConfig(rows, task=f"{__name__}:ECHO")
     return replace(
         recipe,
@@ -312,21 +313,39 @@ def recipe_in_turns(recipe, rows, tmp_path, name):
         eval=EvalConfig((source,), every=2, limit=3, max_new_tokens=6),
         pack_tokens=256,
         steps=2,
+        **changes,
     )
 
 
 def test_a_run_in_turns_is_the_same_packed_and_plain(grpo_recipe, rows, tmp_path, often):
-    whole_run = recipe_in_turns(grpo_recipe, rows, tmp_path, "packed")
+    whole_run = recipe_in_turns(grpo_recipe, rows, tmp_path, "packed", model=often)
     grpo.train(whole_run)
     packed = read_metrics(tmp_path / "packed")
     events = read_events(tmp_path / "packed")
     assert 1 / 3 < packed[-1]["reward"] <= 1 and len({m["response_length"] for m in packed}) > 1
     tables = [event["result"]["overall"] for event in events if event["kind"] == "eval"]
     assert tables and all(1 / 3 <= table["score"] <= 1 for table in tables)
-    grpo.train(replace(recipe_in_turns(grpo_recipe, rows, tmp_path, "plain"), packing="plain", micro_batch=3))
+    grpo.train(recipe_in_turns(grpo_recipe, rows, tmp_path, "plain", model=often, packing="plain", micro_batch=3))
     for a, b in zip(packed, read_metrics(tmp_path / "plain"), strict=True):
         for name in ("loss", "reward", "kl", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=2e-4, abs=2e-5), name
+
+
+@pytest.mark.slow
+def test_one_rank_equals_two(grpo_recipe, rows, tmp_path, often):
+    """The same replies in turns on two ranks, whose pictures travel with them, with whole weights and sharded; the same update."""
+    recipes = {
+        name: recipe_in_turns(grpo_recipe, rows, tmp_path, name, model=often, dist=DistConfig(fsdp=name == "sharded"), log_rollouts=0)
+        for name in ("whole", "sharded")
+    }
+    found = run_cases(tmp_path, [case(tmp_path, name, recipe, "grpo") for name, recipe in recipes.items()])
+    assert {each["outcome"] for each in found.values()} == {"finished"}, found
+    end = load_file(grpo.train(replace(recipes["whole"], run=str(tmp_path / "one"))) / "model.safetensors")
+    for name in recipes:
+        for one, two in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / name), strict=True):
+            assert (one["reward"], one["response_length"]) == (two["reward"], two["response_length"])
+        for key, value in weights(tmp_path / name, "grpo").items():
+            assert torch.allclose(value, end[key], rtol=0, atol=2e-6), (name, key, (value - end[key]).abs().max())
 
 
 def test_a_killed_step_goes_on_with_its_episodes(policy, processor, grpo_recipe, rows, tmp_path, monkeypatch):

@@ -8,14 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actial_fast.data.sources.own import JsonlSource
-from actial_fast.data.sources.reader import Reader
 from actial_fast.data.sources.row import BadRow, Row, Turn
 from actial_fast.data.sources.source import SourceConfig, open_source
 from actial_fast.data.sources.task import SHIPPED, Observation, Task, Transcript, find_task, replies_of, score_of, task_of
 from actial_fast.evaluation.evaluate import evaluate_checkpoint
 from actial_fast.evaluation.statistics import render_table
-from actial_fast.settings.recipe import EvalConfig
+from actial_fast.settings.idle import idle
+from actial_fast.settings.recipe import EvalConfig, SFTRecipe
 from actial_fast.tasks.rewards import RewardConfig, score
 from actial_fast.train.preflight import problems_of
 from tests.loops import ALONE
@@ -219,5 +218,8 @@ def test_a_recipe_is_checked_with_its_task(own, grpo_recipe, tmp_path):
     assert any("KeyError" in problem for problem in problems(wrong))
 
 
-def test_reader_is_the_base_of_formats():
-    assert issubclass(JsonlSource, Reader)
+def test_strict_says_nothing_of_tasks():
+    sources = (SourceConfig("a.jsonl", task="boxes"), SourceConfig("b.jsonl", task="jigsaw"))
+    (line,) = idle(SFTRecipe(eval=EvalConfig(sources, strict=True)))
+    assert line.startswith("eval.strict = True has no effect: every source of it has a task")
+    assert not list(idle(SFTRecipe(eval=EvalConfig((*sources, SourceConfig("c.jsonl")), strict=True))))
