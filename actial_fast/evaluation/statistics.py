@@ -21,9 +21,9 @@ class Record:
 
     kind: the question type. correct: the answer is right, whatever the format. well_formed: the reply has the required form.
     response_length: tokens. truth: what `majority` counts; give the option's TEXT ("left"), not its letter: letters are shuffled, so only
-    the text shows that "always left" earns one half. choices: number of options, 0 for a free-form question (chance 0). images: what tells
-    its images from others; records that share one are of one cluster, and so are those that are linked through others. score: the
-    metric's marks from 0 to 1, of which 1 is correct; None where there are no others than 0 and 1.
+    the text shows that "always left" earns one half; empty where a task has no one truth. choices: number of options, 0 for a free-form
+    question (chance 0). images: what tells its images from others; records that share one are of one cluster, and so are those that are
+    linked through others. score: the metric's marks from 0 to 1, of which 1 is correct; None where there are no others than 0 and 1.
     """
 
     kind: str
@@ -124,6 +124,7 @@ def _figures(rows: list[Record], clusters: list[int], majority_correct: int) -> 
         "clusters": len(set(clusters)),
         "score": sum(r.marks for r in rows) / n,
         "score_interval": _interval([r.marks for r in rows], clusters),
+        "partial": any(r.marks not in (0, 1) for r in rows),
         "chance": sum(1 / r.choices if r.choices else 0.0 for r in rows) / n,
         "majority": majority_correct / n,
         "format_rate": formed / n,
@@ -136,9 +137,9 @@ def _figures(rows: list[Record], clusters: list[int], majority_correct: int) -> 
 def accuracy_table(records: Iterable[Record]) -> dict[str, Any]:
     """Figures per question type and over all rows, ready for JSON: `{"kinds": {kind: figures}, "overall": figures}`, kinds by name.
 
-    figures: n, correct, clusters (counts); accuracy, score (mean marks: the accuracy where a task has no partial credit), chance, majority,
-    format_rate, well_formed_and_correct (shares in [0, 1]); interval, score_interval, well_formed_and_correct_interval ([low, high], 95%,
-    of `clustered`); mean_response_length (tokens). The overall majority gives each row
+    figures: n, correct, clusters (counts); accuracy, score (mean marks: the accuracy where none is partial), chance, majority, format_rate,
+    well_formed_and_correct (shares in [0, 1]); partial (whether any reply has marks between); interval, score_interval,
+    well_formed_and_correct_interval ([low, high], 95%, of `clustered`); mean_response_length (tokens). The overall majority gives each row
     the most frequent truth of its own kind. Raises ValueError when there are no records or a record has a negative count.
     """
     everything = list(records)
@@ -150,7 +151,8 @@ def accuracy_table(records: Iterable[Record]) -> dict[str, Any]:
     if not by_kind:
         raise ValueError("accuracy_table: no records; was the evaluation given an empty source, or were all its rows rejected?")
     clusters = clusters_of(everything)
-    majority = {kind: Counter(everything[k].truth for k in of).most_common(1)[0][1] for kind, of in by_kind.items()}
+    truths = {kind: Counter(everything[k].truth for k in of if everything[k].truth) for kind, of in by_kind.items()}
+    majority = {kind: max(counts.values(), default=0) for kind, counts in truths.items()}
     return {
         "kinds": {
             kind: _figures([everything[k] for k in of], [clusters[k] for k in of], majority[kind]) for kind, of in sorted(by_kind.items())
@@ -168,7 +170,7 @@ def render_table(result: Mapping[str, Any], title: str = "") -> str:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("question type", no_wrap=True)
     kinds = result["kinds"]
-    partial = any(_marks(f)[0] != f["accuracy"] for f in kinds.values())
+    partial = result["overall"].get("partial", False)  # not in a table from before there were scores
     for name in (
         "n",
         *(("score\n%", "95%\ninterval") if partial else ()),
@@ -186,7 +188,7 @@ def render_table(result: Mapping[str, Any], title: str = "") -> str:
         table.add_row(
             kind or "(none)",
             f"{f['n']:,}",
-            *((_percent(_marks(f)[0]), _range(_marks(f)[1])) if partial else ()),
+            *((_percent(f["score"]), _range(f["score_interval"])) if partial else ()),
             _percent(f["accuracy"]),
             _range(f["interval"]),
             _percent(f["chance"]),
@@ -200,11 +202,6 @@ def render_table(result: Mapping[str, Any], title: str = "") -> str:
     Console(file=out, width=200, color_system=None).print(table)
     lines = [line[1:].rstrip() for line in out.getvalue().splitlines()]  # the box has an empty left edge
     return "\n".join([title] * bool(title) + [line for line in lines if line])
-
-
-def _marks(f: Mapping[str, Any]) -> tuple[float, Iterable[float]]:
-    """The mean score and its interval; the accuracy's in a table from before there were scores."""
-    return f.get("score", f["accuracy"]), f.get("score_interval", f["interval"])
 
 
 def _percent(share: float) -> str:

@@ -13,6 +13,8 @@ from actial_fast.data.sources.source import SourceConfig, open_source
 from actial_fast.data.sources.task import SHIPPED, Observation, Task, Transcript, find_task, replies_of, score_of, task_of
 from actial_fast.evaluation.evaluate import evaluate_checkpoint
 from actial_fast.evaluation.statistics import render_table
+from actial_fast.report.metrics import MetricLog
+from actial_fast.report.page import write_report
 from actial_fast.settings.idle import idle
 from actial_fast.settings.recipe import EvalConfig, SFTRecipe
 from actial_fast.tasks.rewards import RewardConfig, score
@@ -193,7 +195,14 @@ def test_an_evaluation_counts_what_the_task_counts(own, tiny, tmp_path):
     }
     low, high = table["overall"]["score_interval"]
     assert table["overall"]["score"] == 0.625 and low < 0.625 < high
+    assert table["overall"]["partial"] and table["overall"]["majority"] == 0, "rows without a truth have no most frequent one"
     assert "score" in render_table(table) and "62.5" in render_table(table)
+    with MetricLog(tmp_path / "run", stage="grpo", total=4, tensorboard=False) as log:
+        for step in (0, 4):
+            log.event("eval", {"marks": table}, step)
+        log.step(4, {"reward": 1.0})
+    page = write_report(tmp_path / "run").read_text()
+    assert "score</th>" in page and "<b>62.5</b>" in page
     nothing = replace(config, sources=(SourceConfig(str(path), task="counting_task:SILENT", format="counting_task:Lines"),))
     with pytest.raises(ValueError, match="no row has a truth to compare with, or a task that scores it"):
         evaluate_checkpoint(tiny, nothing)

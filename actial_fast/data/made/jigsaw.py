@@ -32,7 +32,7 @@ class JigsawConfig:
     turns: int = 2000
     """Training boards that turns.jsonl has solved in turns; 0 = no such file."""
     size: int = 56
-    """Sides of the shown picture, in pixels, lowered to a multiple of the rows and columns."""
+    """Sides of the shown picture, in pixels, less what does not divide into the rows and columns."""
     seed: int = 0
     """Seed of pictures and shuffles."""
 
@@ -116,22 +116,21 @@ def write_jigsaw(out: Path, config: JigsawConfig, pictures: Path | None = None) 
     """
     rng = np.random.default_rng(config.seed)
     rows, cols = config.grid
-    size = config.size // (rows * cols) * (rows * cols) or config.size
     files = parted(pictures_below(pictures), 0.1, rng) if pictures else ([], [])
 
-    def boards(split: str, count: int, of: list[Path]) -> Iterator[tuple[Row, np.ndarray]]:
+    def boards(split: str, count: int, of: list[Path]) -> Iterator[Row]:
         for n in range(count):
             file = of[int(rng.integers(len(of)))] if of else None
-            picture = landscape(size, rng) if file is None else _square(decode(file, str(file)), size)
+            picture = landscape(config.size, rng) if file is None else _square(decode(file, str(file)), config.size)
+            picture = picture[: config.size // rows * rows, : config.size // cols * cols]
             order = (1 + _deranged(rows * cols, rng)).tolist()
-            board = shuffled(picture, order, rows, cols)
-            yield _row(board, order, out / split / f"{n:05}.png", config), board
+            yield _row(shuffled(picture, order, rows, cols), order, out / split / f"{n:05}.png", config)
 
     train = list(boards("train", config.train, files[0]))
-    done = {"train": write_rows((row for row, _ in train), out / "train.jsonl")}
-    done["test"] = write_rows((row for row, _ in boards("test", config.test, files[1])), out / "test.jsonl")
+    done = {"train": write_rows(train, out / "train.jsonl")}
+    done["test"] = write_rows(boards("test", config.test, files[1]), out / "test.jsonl")
     if config.turns:
-        played = (_played(row, board, out / "turns", config) for row, board in train[: config.turns])
+        played = (_played(row, out / "turns", config) for row in train[: config.turns])
         done["turns"] = write_rows(played, out / "turns.jsonl")
     return done
 
@@ -159,9 +158,10 @@ def _row(board: np.ndarray, order: list[int], path: Path, config: JigsawConfig) 
     return asked(question(*config.grid), text, write_png(board, path), truth=answer, kind="jigsaw", id=name, meta=meta)
 
 
-def _played(row: Row, board: np.ndarray, folder: Path, config: JigsawConfig) -> Row:
+def _played(row: Row, folder: Path, config: JigsawConfig) -> Row:
     """The row with its board solved place by place, a swap a turn, each answered by the board as it then is."""
     order, images, name = list(row.meta["order"]), list(row.images), row.id.rsplit("/", 1)[1]
+    board = decode(images[0], row.where)
     turns = [Turn("user", IMAGE_TAG + turns_question(*config.grid))]
     for place in range(1, len(order) + 1):
         shown = order[place - 1]
