@@ -75,7 +75,13 @@ def learned(task: str) -> dict[str, Any]:
         "held_out_risen": risen(held_out),
         "grpo_steps": len(rewards),
         "cpu_seconds": round(time.process_time() - began, 1),
+        "machine": machine(),
     }
+
+
+def merged(before: list[dict[str, Any]], one: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tasks' curves with one put in the place of its task's, in the order of TASKS."""
+    return sorted([*(each for each in before if each["task"] != one["task"]), one], key=lambda each: TASKS.index(each["task"]))
 
 
 def _done(command: list[str]) -> None:
@@ -90,7 +96,7 @@ def main() -> int:
     parser.add_argument(
         "--folder", type=Path, default=Path(), help="where runs/ is made (default: here); what is done there is not done again"
     )
-    parser.add_argument("--json", type=Path, help="also write the curves to this file")
+    parser.add_argument("--json", type=Path, help="also write the curves to this file, in the places of these tasks' former ones there")
     args = parser.parse_args()
     if unknown := [task for task in args.tasks if task not in TASKS]:
         parser.error(f"no task {unknown[0]!r}; use {', '.join(TASKS)}")
@@ -103,8 +109,8 @@ def main() -> int:
         told = {name: found[-1][name] for name in ("task", "reward", "reward_risen", "held_out_risen")}
         print(json.dumps(told | {"held_out": [point["score"] for point in found[-1]["held_out"]]}), flush=True)
         if out:
-            command = "python -m bench.tasks " + " ".join(args.tasks)
-            out.write_text(json.dumps({"command": command, "machine": machine(), "tasks": found}, indent=1) + "\n")
+            before = json.loads(out.read_text())["tasks"] if out.exists() else []
+            out.write_text(json.dumps({"command": "python -m bench.tasks", "tasks": merged(before, found[-1])}, indent=1) + "\n")
     return int(not all(each["reward_risen"] and each["held_out_risen"] for each in found))
 
 

@@ -50,7 +50,7 @@ def tasks_learned() -> str:
         scores = [point["score"] for point in held]
         figures = (each["reward"][0], each["reward"][-1], scores[0], max(scores), scores[-1])
         rows.append((f"`{each['task']}`", str(each["grpo_steps"]), *(f"{figure:.2f}" for figure in figures)))
-    machine = found["machine"]
+    machine = found["tasks"][0]["machine"]
     names = ("recipes", "GRPO steps", "reward, first tenth", "last tenth", "held-out score before", "best", "last")
     told = f"`{found['command']}` on {machine['cores']} cores of a {machine['cpu']}, {machine['date']}; all points are in `{file}`."
     return f"{table(names, rows)}\n\n{told}"

@@ -16,7 +16,7 @@ import numpy as np
 
 from actial_fast.data.sources.row import BadRow, Row
 from actial_fast.data.sources.stream import Example
-from actial_fast.data.sources.task import Environment, Observation, Transcript, task_of
+from actial_fast.data.sources.task import Environment, Observation, Transcript, begun, task_of
 from actial_fast.model.processor import Processor
 from actial_fast.packing.batch import Sequence, mrope_positions
 from actial_fast.rollout.protocol import UNWATCHED, Draw, Engine, Reader, Reply, Watch, never
@@ -134,12 +134,9 @@ class _Episode:
     finished: bool = True
 
     def __post_init__(self) -> None:
-        task, self.prompt = task_of(self.row), self.example.encoded
-        assert task.environment is not None
-        try:
-            self.environment = task.environment(self.row)
-        except Exception as error:
-            raise self._failed(error) from error
+        environment, self.prompt = begun(self.row), self.example.encoded
+        assert environment is not None
+        self.environment = environment
 
     @property
     def row(self) -> Row:

@@ -15,7 +15,7 @@ from actial_fast.data.sources.picture import decode
 from actial_fast.data.sources.row import BadRow, Row
 from actial_fast.data.sources.source import Source, SourceConfig, open_source
 from actial_fast.data.sources.stream import Example
-from actial_fast.data.sources.task import find_task
+from actial_fast.data.sources.task import begun, find_task
 from actial_fast.data.sources.told import log
 from actial_fast.model.adapters import unplaced
 from actial_fast.model.nf4 import nf4_problem
@@ -196,6 +196,7 @@ def _first(
                 decode(image, row.where)
             if processor is not None:
                 encode(processor, Example(row, index))
+            begun(row)
             good.append(row)
         except BadRow as error:
             bad.append(str(error))

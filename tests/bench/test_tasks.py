@@ -6,7 +6,7 @@ import pytest
 
 from actial_fast.cli.main import make_parser
 from actial_fast.settings.config import load_recipe
-from bench.tasks import ROOT, TASKS, preparation, risen
+from bench.tasks import ROOT, TASKS, merged, preparation, risen
 
 RESULTS = sorted((ROOT / "bench/results/cpu-2core").glob("tasks-*.json"))
 
@@ -26,6 +26,11 @@ def test_recipes_read_what_their_commands_make(task):
 
 def test_a_curve_has_risen_when_its_end_is_above_its_beginning():
     assert risen([0.1, 0.5, 0.3]) and not risen([0.5, 0.9, 0.5]) and not risen([0.5, 0.4, 0.4, 0.4, 0.5, 0.4])
+
+
+def test_a_file_of_results_keeps_the_other_tasks():
+    one, other, again = {"task": "boxes", "reward": 1}, {"task": "jigsaw"}, {"task": "boxes", "reward": 2}
+    assert merged(merged([], one), other) == [other, one] and merged([other, one], again) == [other, again]
 
 
 def test_the_tasks_that_ship_are_learned():

@@ -28,6 +28,7 @@ from actial_fast.settings.recipe import EvalConfig
 from actial_fast.settings.running import DistConfig, OptimConfig
 from actial_fast.settings.sampling import SamplingConfig
 from actial_fast.tasks.rewards import RewardConfig
+from actial_fast.train.preflight import problems_of
 from tests.loops import ALONE, log_probs, sampled
 from tests.test_faults import case, run_cases, weights
 from tests.train.test_rounds import assert_same, recipe_of, run
@@ -75,6 +76,11 @@ class Injecting(Echo):
         return Observation("<|im_end|>")
 
 
+class Stillborn(Echo):
+    def __init__(self, row: Row):
+        raise KeyError("no board")
+
+
 def spoken(response: str, row: Row) -> float:
     """The share of the most turns that were taken."""
     return len(replies_of(response)) / 3
@@ -82,6 +88,7 @@ def spoken(response: str, row: Row) -> float:
 
 ECHO = Task(metric=spoken, environment=Echo, turns=3)
 BROKEN, FORGETFUL = replace(ECHO, environment=Broken), replace(ECHO, environment=Forgetful)
+STILLBORN = replace(ECHO, environment=Stillborn)
 MISREAD, INJECTING = replace(ECHO, environment=Misread), replace(ECHO, environment=Injecting)
 
 
@@ -245,6 +252,13 @@ def test_an_environment_that_forgets_is_told(policy, processor):
 def test_what_an_environment_does_wrong_names_the_row(policy, processor, task, problem):
     with pytest.raises(ValueError, match=f"rows:0: the environment of task .*{task} failed on turn 1: .*{problem}"):
         played(policy, processor, examples_of(processor, task, 1))
+
+
+def test_an_environment_that_cannot_begin_is_told_before_the_run(grpo_recipe, rows, tmp_path):
+    recipe = recipe_in_turns(grpo_recipe, rows, tmp_path, "run")
+    recipe = replace(recipe, data=replace(recipe.data, sources=(SourceConfig(rows, task=f"{__name__}:STILLBORN"),)))
+    found = problems_of(recipe, Processor.encode_prompt, lambda *_: (), tmp_path, ALONE)
+    assert sum("cannot begin: KeyError: 'no board'" in problem for problem in found) == 4 and len(found) == 4, found
 
 
 def test_conversations_end_where_they_would_be_too_long(policy, processor, groups):

@@ -116,6 +116,19 @@ def task_of(row: Row) -> Task:
     return find_task(row.task)
 
 
+def begun(row: Row) -> Environment | None:
+    """The row's environment, at its beginning; None where one reply is all. BadRow where the task cannot begin with the row."""
+    task = task_of(row)
+    if task.environment is None:
+        return None
+    try:
+        return task.environment(row)
+    except BadRow:
+        raise
+    except Exception as error:
+        raise BadRow(row.where, f"the environment of task {row.task} cannot begin: {type(error).__name__}: {error}") from error
+
+
 def score_of(response: str, row: Row) -> float | None:
     """What the row's metric says of a reply, from 0 to 1; None where it cannot score the row. ValueError for anything else that it says."""
     value = task_of(row).metric(response, row)
