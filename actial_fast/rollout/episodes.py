@@ -39,7 +39,6 @@ def play(
     if not isinstance(reader, Processor):
         named = examples[min(games)].row.task
         raise ValueError(f"task {named} is played in turns, which needs token ids: use the embedded engine or vLLM, not a server")
-    groups: list[list[Reply]] = [[] for _ in examples]
     first: dict[int, list[Reply]] = {}
 
     def told(made: dict[int, list[Reply]]) -> None:
