@@ -111,9 +111,8 @@ def doctor() -> list[Check]:
         return [*core, *devices, _disk(), *(f.result() for f in training), engine, *(f.result() for f in faster)]
 
 
-def main() -> int:
-    """Print every check as an aligned table; 0 when nothing is broken, else 1 (for scripts)."""
-    checks = doctor()
+def show(checks: list[Check]) -> None:
+    """Print every check as an aligned table."""
     # By hand, not with rich: what prints the findings must not be one of them.
     names, versions = max(len(c.name) for c in checks), max(len(c.version) for c in checks)
     indent = 2 + names + 3 + STATE_WIDTH + 3 + versions + 3
@@ -131,7 +130,6 @@ def main() -> int:
             print(" " * indent + line)
     broken = [check.name for check in checks if check.state == "broken"]
     print("\n" + (_paint(f"Broken: {', '.join(broken)}.", "1;31") if broken else _paint("Everything that is needed works.", "32")))
-    return int(bool(broken))
 
 
 def _paint(text: str, colour: str) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from actial_fast import doctor as module
-from actial_fast.doctor import SUPPORTED, Check, doctor, main
+from actial_fast.cli.main import main
+from actial_fast.doctor import SUPPORTED, Check, doctor
 from actial_fast.packing import native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,7 +159,7 @@ def test_a_torch_that_cannot_be_imported_does_not_end_the_doctor(monkeypatch, ca
     monkeypatch.setattr(module, "ACCELERATORS", ())
     monkeypatch.setattr(module, "TORCH_PROBE", "raise ImportError('libcudart.so.13: no such file')")
     monkeypatch.setenv("COLUMNS", "160")  # wide enough that the reason is not wrapped
-    assert main() == 1
+    assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert re.search(r"torch +broken +ImportError: libcudart\.so\.13: no such file", out) and "Broken: torch." in out
 
@@ -172,7 +173,7 @@ def test_the_printout_is_aligned_without_colour_codes_and_without_rich(monkeypat
     monkeypatch.setattr(module, "doctor", lambda: checks)
     monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.setenv("COLUMNS", "100")
-    assert main() == 0
+    assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and "Everything that is needed works." in out
     lines = out.splitlines()

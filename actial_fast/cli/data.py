@@ -22,26 +22,37 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     """The commands of this group."""
-    data = commands.add_parser("data", help="make, look at and check data").add_subparsers(required=True, metavar="COMMAND")
-    render = data.add_parser("render", help="captures (images and COLMAP models) from procedural objects or your own meshes")
+    data = commands.add_parser("data", help="make, look at and check data", bare=True).add_subparsers(required=True, metavar="COMMAND")
+    captures, below = "actial_fast.data.captures", "the end of this help"
+    render = data.add_parser(
+        "render",
+        help="captures (images and COLMAP models) from procedural objects or your own meshes",
+        fields=f"{captures}.render:RenderConfig",
+    )
     render.add_argument("-o", "--out", type=Path, required=True, help="folder for the captures")
     render.add_argument("--meshes", default="", help="folder of OBJ, glTF, GLB or PLY files; without it, box-built families")
-    add_overrides(render)
+    add_overrides(render, "objects=100", below)
     render.set_defaults(run=_render)
 
-    viewpoint = data.add_parser("viewpoint", help="viewpoint questions from captures (per object images/ and sparse/0)")
+    viewpoint = data.add_parser(
+        "viewpoint",
+        help="viewpoint questions from captures (per object images/ and sparse/0)",
+        fields=f"{captures}.viewpoint:ViewpointConfig",
+    )
     viewpoint.add_argument("captures", type=Path, help="folder of captures")
     viewpoint.add_argument("-o", "--out", type=Path, required=True, help="folder for train.jsonl, test.jsonl and build.json")
-    add_overrides(viewpoint)
+    add_overrides(viewpoint, "seed=1", below)
     viewpoint.set_defaults(run=_viewpoint)
 
-    spatial = data.add_parser("spatial", help="other spatial questions from captures, in SAT's parquet rows")
+    spatial = data.add_parser(
+        "spatial", help="other spatial questions from captures, in SAT's parquet rows", fields=f"{captures}.spatial:SpatialConfig"
+    )
     spatial.add_argument("captures", type=Path, help="folder of captures")
     spatial.add_argument("-o", "--out", type=Path, required=True, help="folder for train.parquet and test.parquet")
     spatial.add_argument(
         "--test-objects", type=Path, required=True, help="test.jsonl of a viewpoint build: its objects are held out here too"
     )
-    add_overrides(spatial)
+    add_overrides(spatial, "seed=1", below)
     spatial.set_defaults(run=_spatial)
 
     cot = data.add_parser("cot", help="pseudo chains of thought for the cold start, checked against the truth")

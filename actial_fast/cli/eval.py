@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-from pathlib import Path
 
-from actial_fast.cli.shared import Commands, add_format, check_model, settle
+from actial_fast.cli.shared import Commands, add_format, add_json, check_model, settle, write_json
 
 
 def add(commands: Commands) -> None:
@@ -26,7 +24,7 @@ def add(commands: Commands) -> None:
                       "example http://localhost:8000/v1")  # fmt: skip
     test.add_argument("--workers", type=int, default=32, help="with --server: requests at a time (default: %(default)s)")
     test.add_argument("--seed", type=int, default=0, help="seed of sampling")
-    test.add_argument("--json", type=Path, help="also write the figures to this file")
+    add_json(test)
     test.set_defaults(run=_eval)
 
 
@@ -48,9 +46,6 @@ def _eval(args: argparse.Namespace) -> int:
         open_source(source)
     if not args.server:
         check_model(args.model)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-
     from actial_fast.evaluation.evaluate import evaluate_checkpoint, evaluate_server
     from actial_fast.evaluation.statistics import render_table
 
@@ -63,8 +58,9 @@ def _eval(args: argparse.Namespace) -> int:
         results = evaluate_checkpoint(args.model, config, args.seed)
     told.close()
     if int(os.environ.get("RANK", 0)) == 0:
-        for name, table in results.items():
-            print(render_table(table, name))
+        if args.json != "-":
+            for name, table in results.items():
+                print(render_table(table, name))
         if args.json:
-            args.json.write_text(json.dumps(results, indent=1))
+            write_json(results, args.json)
     return 0

@@ -32,8 +32,11 @@ def launch(gpus: int, words: Sequence[str]) -> int:
         run(parse_args([*options, *words]))
     except SignalException as asked:
         print(f"actial: asked to stop ({asked.sigval.name}); the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return 128 + asked.sigval
     except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        if codes <= {128 + signal.SIGINT, 128 + signal.SIGTERM}:  # somebody has asked a rank to stop, and all have, and have said so
+            return max(codes)
         # ranks that ended because another had, or that torchrun then ended, are no cause; a signal is one, then an error of a rank's own
         caused = (PEER_LOST, -signal.SIGTERM)
         rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode in caused, item[1].exitcode >= 0, item[0]))

@@ -7,15 +7,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from actial_fast.cli import data, doctor, eval, export, plan, recipe, report, tiny, train
+from actial_fast.cli import cache, data, doctor, eval, export, plan, recipe, report, tiny, train
 from actial_fast.cli.launch import PEER_LOST
+from actial_fast.cli.parser import Completion, Parser, Version
 from actial_fast.cli.shared import one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status.
 
-    The user's mistakes end in one line on stderr and status 2, without a traceback (ACTIAL_TRACEBACK=1 shows it).
+    The user's mistakes end in one line on stderr and status 2, without a traceback (-v, or ACTIAL_TRACEBACK=1, shows it). A run that was
+    asked to stop and has saved ends with 130 (Ctrl-C) or 143 (SIGTERM), as schedulers that would start it again expect.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads are ruinous where other programs run too
     parser = make_parser()
@@ -25,8 +27,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
+    if getattr(args, "quiet", False):
+        os.environ["ACTIAL_QUIET"] = "1"  # for the ranks that are started too
+    if getattr(args, "verbose", False):
+        os.environ["ACTIAL_TRACEBACK"] = "1"
     try:
         return args.run(args) or 0
+    except SystemExit as error:
+        if (number := getattr(error, "signal", None)) is None:
+            raise
+        if error.code:
+            print(error.code, file=sys.stderr)
+        return 128 + int(number)
     except BrokenPipeError:  # `actial ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -46,8 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command; each group adds its own."""
-    parser = argparse.ArgumentParser(prog="actial", description="Two-stage viewpoint training for Qwen2.5-VL: data, SFT, GRPO, evaluation.")
+    parser = Parser(prog="actial", bare=True, description="Viewpoint training of vision-language models: data, SFT, GRPO, evaluation.")
+    parser.add_argument("--version", action=Version, help="print versions and end")
+    parser.add_argument("--print-completion", action=Completion, help="print a script that completes the command in this shell, and end")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (train, eval, export, report, doctor, plan, recipe, data, tiny):
+    for group in (train, eval, export, report, doctor, plan, recipe, data, cache, tiny):
         group.add(commands)
     return parser

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-OVERRIDES = "key=value ... changes a field, for example optim.lr=1e-5 (values are YAML); `actial recipe show` lists them"
+if TYPE_CHECKING:
+    from actial_fast.cli.parser import Parser
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+OVERRIDES = "key=value ... changes a field, for example {example} (values are YAML); {where} lists them"
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +24,24 @@ def add_format(parser: argparse.ArgumentParser) -> None:
                         "own (default: questions with an answer)")  # fmt: skip
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
+def add_overrides(parser: argparse.ArgumentParser, example: str = "optim.lr=1e-5", where: str = "`actial recipe show RECIPE`") -> None:
     """Words key=value at the end."""
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES.format(example=example, where=where))
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The option --json, for figures that a script reads."""
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file; - is standard output, and nothing else then")
+
+
+def write_json(figures: Any, to: str) -> None:
+    """Write what --json asked for."""
+    text = json.dumps(figures, indent=1)
+    if to == "-":
+        print(text)
+    else:
+        Path(to).parent.mkdir(parents=True, exist_ok=True)
+        Path(to).write_text(text)
 
 
 def check_model(name: str) -> None:
@@ -47,7 +66,8 @@ def settle() -> None:
     import torch
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    if not os.environ.get("ACTIAL_TRACEBACK"):
+        transformers.utils.logging.disable_progress_bar()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))

@@ -14,7 +14,7 @@ def add(commands: Commands) -> None:
     """The commands of this group."""
     quick = commands.add_parser("quickstart", help="the whole job from nothing, on a CPU: data, SFT, GRPO, evaluation, report")
     quick.add_argument("--recipe", default="recipes/quickstart.yaml", help="recipe of kind quickstart (default: %(default)s)")
-    add_overrides(quick)
+    add_overrides(quick, "sft.optim.lr=1e-4")
     quick.set_defaults(run=_quickstart)
 
     for kind, text in (("sft", "supervised fine-tuning"), ("grpo", "reinforcement with verifiable rewards")):

@@ -243,7 +243,8 @@ class _Progress:
         self.last_line, self.live = time.monotonic(), None
         self.say: Callable[[str], None] = _print
         console = Console()
-        if console.is_terminal:
+        self.quiet = bool(os.environ.get("ACTIAL_QUIET"))
+        if console.is_terminal and not self.quiet:
             columns = (
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=24),
@@ -265,6 +266,8 @@ class _Progress:
         note = "  ".join(f"{name} {values[name]:,.4g}" for name in shown)
         if self.live is not None:
             self.live.update(self.task, completed=step, note=f"ETA {eta}  {note}")
+        elif self.quiet:
+            pass
         elif step % self.every == 0 or step in (1, self.total) or now - self.last_line > PLAIN_SECONDS:
             self.last_line = now
             self.say(f"{self.stage} {step}/{self.total}  ETA {eta}  {note}")

@@ -72,12 +72,21 @@ def config_from(cls: type, overrides: Sequence[str], raw: dict[str, Any] | None 
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ValueError(f"override {override!r}: expected key=value, for example optim.lr=1e-5")
+        if key.partition(".")[0] not in full and (longer := [path for path in _paths(full) if path.endswith(f".{key}")]):
+            raise ValueError(f"override {override!r}: no such field here; did you mean {' or '.join(map(repr, longer[:3]))}?")
         try:
             value = yaml.load(text, Loader=_Loader) if text else ""
         except yaml.YAMLError as error:
             raise ValueError(f"override {override!r}: the value is not valid YAML: {_one_line(error)}") from None
         _assign(full, key.split("."), value, override)
     return from_dict(cls, full)
+
+
+def _paths(tree: Any, where: str = "") -> Iterator[str]:
+    """Every field of a mapping of mappings, by its path."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        yield _join(where, key)
+        yield from _paths(value, _join(where, key))
 
 
 def _assign(target: Any, keys: list[str], value: Any, override: str) -> None:
@@ -108,8 +117,9 @@ def from_dict(cls: type, raw: Any, where: str = "", base: Any = None) -> Any:
     hints = _hints(cls)
     for key in raw:
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{_join(where, key)}: unknown key; did you mean {_join(where, near)!r}? Valid: {', '.join(hints)}")
+            near = difflib.get_close_matches(str(key), hints, n=1)  # silent below a likeness of 0.6
+            hint = f"; did you mean {_join(where, near[0])!r}?" if near else "."
+            raise ValueError(f"{_join(where, key)}: unknown key{hint} Valid: {', '.join(hints)}")
     without = {field.name: _default(field) if base is None else getattr(base, field.name) for field in dataclasses.fields(cls)}
     values = {key: _convert(hints[key], value, _join(where, key), without[key]) for key, value in raw.items()}
     for name, value in without.items():

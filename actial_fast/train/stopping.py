@@ -20,7 +20,11 @@ T = TypeVar("T")
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop (Ctrl-C or SIGTERM) and has saved what it had."""
+    """The run was asked to stop (Ctrl-C or SIGTERM) and has saved what it had. signal: the number of what asked."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.signal = number
 
 
 class GivenUp(Exception):
@@ -34,6 +38,7 @@ class Stop:
     def __init__(self, where: World):
         self.asked = False
         """True once this rank was asked; other ranks may not know yet, so only what `agreed` tells may lead to where they must be met."""
+        self._number = signal.SIGTERM  # of a rank that only hears of it from another
         self._where = where
         self._before: dict[int, Any] = {}
 
@@ -60,12 +65,12 @@ class Stop:
 
     def stopped(self, message: str) -> Stopped:
         """The exception to end with; rank 0 says why."""
-        return Stopped(message if self._where.main else 1)
+        return Stopped(message if self._where.main else "", self._number)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked, self._number = True, signal.Signals(number)
 
     def __enter__(self) -> Self:
         try:

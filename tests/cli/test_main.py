@@ -30,7 +30,10 @@ COMMANDS = [
     ["report"],
     ["doctor"],
     ["recipe"],
+    ["recipe", "list"],
+    ["recipe", "init"],
     ["recipe", "show"],
+    ["cache"],
     ["data"],
     ["data", "render"],
     ["data", "viewpoint"],
@@ -103,10 +106,98 @@ def test_every_positional_and_option_is_explained():
     assert not silent
 
 
-@pytest.mark.parametrize("args", [["fly"], ["data"], ["data", "fly"], ["eval"], ["report"], ["data", "check", "a", "b=c"], ["doctor", "x"]])
+@pytest.mark.parametrize("args", [["fly"], ["data", "fly"], ["eval"], ["report"], ["data", "check", "a", "b=c"], ["doctor", "x"]])
 def test_wrong_words_are_usage_errors(args, actial):
     _, err = actial(*args, status=2)
     assert err.startswith("usage: actial") and "error:" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("args", [[], ["data"], ["recipe"], ["-q"], ["data", "-v"]], ids=" ".join)
+def test_a_command_that_has_others_below_it_is_its_own_help(args, actial):
+    out, _ = actial(*args)
+    assert out.startswith(" ".join(["usage: actial", *(word for word in args if word[0] != "-")])) and "--help" in out
+
+
+def test_the_nearest_command_is_named(actial):
+    for args, near in ((["evall"], "'eval'"), (["data", "viewpont"], "'viewpoint'"), (["xyzzy"], None)):
+        _, err = actial(*args, status=2)
+        last = err.splitlines()[-1]
+        assert f"'{args[-1]}' is no command" in last and ("did you mean" in last) == (near is not None) and (near or "") in last
+
+
+def test_version(actial):
+    import torch
+
+    out, _ = actial("--version")
+    assert re.fullmatch(rf"actial_fast \S+ \(torch {re.escape(torch.__version__)}, triton \S+, transformers \S+, Python 3\S+\)\n", out)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion(shell, actial):
+    out, _ = actial("--print-completion", shell)
+    assert "quickstart" in out and (shell == "tcsh" or "--gpus" in out)
+
+
+def test_bash_completes_a_command(actial, tmp_path):
+    script = tmp_path / "actial.sh"
+    script.write_text(
+        actial("--print-completion", "bash")[0] + '\nCOMP_WORDS=(actial data vi); COMP_CWORD=2\n_shtab_actial\necho "${COMPREPLY[@]}"\n'
+    )
+    assert subprocess.run(["bash", str(script)], capture_output=True, text=True, check=True).stdout.split() == ["viewpoint"]
+
+
+@pytest.mark.parametrize("command", ["render", "viewpoint", "spatial"])
+def test_the_fields_of_a_data_command_are_in_its_help(command, actial):
+    from actial_fast.data.captures.render import RenderConfig
+    from actial_fast.data.captures.spatial import SpatialConfig
+    from actial_fast.data.captures.viewpoint import ViewpointConfig
+
+    out, _ = actial("data", command, "--help")
+    listed = out.partition("fields, key=value, with their defaults:")[2]
+    cls = {"render": RenderConfig, "viewpoint": ViewpointConfig, "spatial": SpatialConfig}[command]
+    for key, _, _, meaning in describe(cls()):
+        assert f"\n  {key}=" in listed and meaning in listed, key
+
+
+def test_quiet_and_verbose(actial, lab, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACTIAL_TRACEBACK", "")  # so that it is put back
+    _, err = actial("-q", "-v", "doctor", status=2)
+    assert "not allowed with" in err
+    with pytest.raises(ValueError, match="nowhere"):
+        main(["recipe", "show", "nowhere.yaml", "-v"])
+
+
+def test_recipes_that_ship_are_listed_and_copied(actial, mistake, tmp_path, monkeypatch):
+    out, _ = actial("recipe", "list")
+    names = [line.split()[0] for line in out.splitlines()]
+    assert names == sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+    assert all(len(line.split()) > 4 for line in out.splitlines()), "a line says what each is for"
+    monkeypatch.chdir(tmp_path)
+    actial("recipe", "init", "actial-1x24")
+    assert load_recipe("actial-1x24.yaml") == load_recipe(ROOT / "recipes" / "actial-1x24.yaml")
+    assert "is there already" in mistake("recipe", "init", "actial-1x24")
+    assert "no such recipe; those that ship: actial-1x24" in mistake("recipe", "init", "actial-2x24")
+
+
+def test_the_cache_is_listed_and_cleared(actial, tmp_path, monkeypatch):
+    from actial_fast.packing.images import ImageSettings, ImageStore
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "0 B" in actial("cache")[0]
+    store = ImageStore(ImageSettings(14, 2, 2, 1, 10**9, 3, mean=(0.5,) * 3, std=(0.3,) * 3))
+    key = store.put(Image.new("RGB", (56, 56), "red"))
+    store.pixels(key)
+    (tmp_path / "actial_fast" / "0123.arrow").write_bytes(bytes(5000))
+    (one, two) = json.loads(actial("cache", "--json", "-")[0])
+    assert (one["what"], one["path"], one["used"], two["what"], two["used"]) == ("images", str(store.folder), True, "tables", False)
+    assert 0 < one["bytes"] < 100_000 and two["bytes"] >= 5000, "the file of pixels is sparse"
+    out, _ = actial("cache", "--clear", "all")
+    assert "in use" in out and store.folder.exists() and not list((tmp_path / "actial_fast").glob("*.arrow"))
+    folder = store.folder
+    del store
+    assert "in use" not in actial("cache", "--clear", "all", "--older-than", 1)[0] and folder.exists()
+    actial("cache", "--clear", "images")
+    assert not folder.exists()
 
 
 def test_overrides_may_stand_before_or_after_options(lab, tmp_path, actial):

@@ -117,11 +117,13 @@ def test_the_last_override_wins():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["optim.learning_rat=1"], r"^optim\.learning_rat: unknown key; did you mean '.*'\? Valid: lr, betas, eps"),
+        (["optim.learning_rat=1"], r"^optim\.learning_rat: unknown key\. Valid: .*lr, betas, eps"),
         (["optm.lr=1"], r"^optm: unknown key; did you mean 'optim'\?"),
         (["optim.warmup_step=1"], r"^optim\.warmup_step: unknown key; did you mean 'optim.warmup_steps'\?"),
         (["data.sources.0.pth=x"], r"^data\.sources\.0\.pth: unknown key; did you mean 'data\.sources\.0\.path'\?"),
-        (["xyzzy=1"], r"^xyzzy: unknown key; did you mean"),
+        (["xyzzy=1"], r"^xyzzy: unknown key\. Valid: "),
+        (["lr=1"], r"^override 'lr=1': no such field here; did you mean 'optim\.lr'\?"),
+        (["rank=1"], r"^override 'rank=1': no such field here; did you mean 'model\.lora\.rank'\?"),
         (["optim.lr=fast"], r"^optim\.lr: expected float, got 'fast'$"),
         (["optim.lr=true"], r"^optim\.lr: expected float, got True$"),
         (["optim.lr="], r"^optim\.lr: expected float, got ''$"),
@@ -212,9 +214,9 @@ def test_an_unknown_key_is_always_an_error(key):
     known = field_docs(OptimConfig)
     if key in known:
         return
-    with pytest.raises(ValueError, match="unknown key; did you mean '") as caught:
+    with pytest.raises(ValueError, match=r"unknown key(\.|; did you mean '\w+'\?) Valid: ") as caught:
         from_dict(OptimConfig, {key: 1})
-    assert any(f"'{name}'?" in str(caught.value) for name in known)
+    assert all(name in str(caught.value) for name in known)
 
 
 # ---- writing
