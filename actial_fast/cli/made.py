@@ -11,16 +11,16 @@ from actial_fast.cli.shared import Commands, add_overrides
 
 def add(data: Commands) -> None:
     """The commands, as parts of `actial data`."""
-    for name, text in (
-        ("jigsaw", "pictures cut into pieces and shuffled, with their order, and the same solved in turns"),
-        ("sparkle", "directions, distances and places of marks on a plane"),
-        ("boxes", "pictures with blocks to find, with their boxes"),
+    for name, config, text in (
+        ("jigsaw", "JigsawConfig", "pictures cut into pieces and shuffled, with their order, and the same solved in turns"),
+        ("sparkle", "SparkleConfig", "directions, distances and places of marks on a plane"),
+        ("boxes", "BoxesConfig", "pictures with blocks to find, with their boxes"),
     ):
-        made = data.add_parser(name, help=f"{text}; for task: {name}")
+        made = data.add_parser(name, help=f"{text}; for task: {name}", fields=f"actial_fast.data.made.{name}:{config}")
         made.add_argument("-o", "--out", type=Path, required=True, help="folder for train.jsonl, test.jsonl and the pictures")
         if name == "jigsaw":
             made.add_argument("--pictures", type=Path, help="folder of your own pictures (default: landscapes are drawn)")
-        add_overrides(made)
+        add_overrides(made, "train=1000", "the end of this help")
         made.set_defaults(run=globals()[f"_{name}"])
 
 

@@ -11,12 +11,16 @@ from actial_fast.cli.shared import Commands, add_format, add_overrides, settle
 
 def add(commands: Commands) -> None:
     """The commands of this group."""
-    tiny = commands.add_parser("tiny", help="a tiny Qwen2.5-VL with random weights, whose tokens are the phrases of your rows")
+    tiny = commands.add_parser(
+        "tiny",
+        help="a tiny Qwen2.5-VL with random weights, whose tokens are the phrases of your rows",
+        fields="actial_fast.model.tiny:TinyConfig",
+    )
     tiny.add_argument("source", nargs="+", help="rows to be trained on, of any format")
     add_format(tiny)
     tiny.add_argument("-o", "--out", type=Path, required=True, help="checkpoint folder to write")
     tiny.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
-    add_overrides(tiny)
+    add_overrides(tiny, "image_size=56", "the end of this help")
     tiny.set_defaults(run=_tiny)
 
 
