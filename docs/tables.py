@@ -56,6 +56,14 @@ def tasks_learned() -> str:
     return f"{table(names, rows)}\n\n{told}"
 
 
+def benchmarks() -> str:
+    """The benchmarks there is a spec for, by the catalogue."""
+    from actial_fast.evaluation.catalogue import all_sets
+
+    rows = [(f"`{of.name}`", of.title, of.headline, ", ".join(of.published) or "", of.page) for of in all_sets()]
+    return table(("name", "set", "headline", "published here", "its owner's page"), rows)
+
+
 def memory_example() -> str:
     """Rows of a chunk and number of chunks at EXAMPLE, by the functions that the ops call; meta tensors, so nothing is allocated."""
     import torch
@@ -310,7 +318,7 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 TABLES = {
     f.__name__: f
     for f in (
-        *(named_losses, memory_example, workspace_rule, workspaces, logits_gib, accuracy_about),
+        *(benchmarks, named_losses, memory_example, workspace_rule, workspaces, logits_gib, accuracy_about),
         *(ledger, ledger_about, update, update_about, loss_memory, loss_memory_about),
         *(plan_memory, plan_memory_about, plan_recipes, plan_assumptions, plan_scaling, plan_scaling_about),
         *(comm, comm_about, tasks_learned),

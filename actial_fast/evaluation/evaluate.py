@@ -100,7 +100,7 @@ def held_out(
     A source that fails is logged with its cause and left out, unless eval.fatal: then ValueError.
     """
     config = recipe.eval
-    last, first = step == log.total, step == 0 and isinstance(recipe, GRPORecipe)
+    last, first = step == log.total, step == 0 and (config.before or isinstance(recipe, GRPORecipe))
     due = last or first or (step > 0 and config.every > 0 and step % config.every == 0)
     if not config.sources or not due:
         return None

@@ -89,7 +89,12 @@ def clustered(outcomes: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 def clusters_of(records: Sequence[Record]) -> list[int]:
     """The number of each record's cluster: records that show a picture in common, or are linked through others that do. (n,)"""
-    above = list(range(len(records)))
+    return linked([record.images for record in records])
+
+
+def linked(labels: Sequence[Iterable[str]]) -> list[int]:
+    """The number of each one's cluster, given its labels: those that have one in common, or are linked through others that do. (n,)"""
+    above = list(range(len(labels)))
 
     def top(k: int) -> int:
         while above[k] != k:
@@ -98,10 +103,10 @@ def clusters_of(records: Sequence[Record]) -> list[int]:
         return k
 
     first: dict[str, int] = {}
-    for k, record in enumerate(records):
-        for image in record.images:
-            above[top(k)] = top(first.setdefault(image, k))
-    return [top(k) for k in range(len(records))]
+    for k, own in enumerate(labels):
+        for label in own:
+            above[top(k)] = top(first.setdefault(label, k))
+    return [top(k) for k in range(len(labels))]
 
 
 def _interval(outcomes: Sequence[float], clusters: list[int]) -> list[float]:

@@ -1,5 +1,6 @@
 """Whole plans: the shipped recipes on the machines that they are for, and what is told where one does not fit."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -145,3 +146,23 @@ def test_rows_that_are_known_fill_no_larger_batch_than_there_are():
     by_name = [{p.name: p for p in one.phases} for one in (each, tight)]
     assert by_name[0]["update"].held < by_name[1]["update"].held
     assert re.search(r"means of 16 rows of the data", said.text(each, "x", advice=False))
+
+
+def test_an_evaluation_takes_the_time_of_its_rows(tmp_path):
+    """Sources of 40 and 30 rows; a limit of 10 for each, on 2 ranks; nothing where a source is not here and nothing limits it."""
+    for name, rows in (("a", 40), ("b", 30)):
+        row = {"id": "1", "messages": [{"role": "user", "content": "which?"}], "truth": "A"}
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row | {"id": str(k)}) + "\n" for k in range(rows)))
+
+    def timed(limit, *names):
+        sources = "[" + ", ".join(f"{{path: {tmp_path / name}.jsonl}}" for name in names) + "]"
+        keys = [f"eval.sources={sources}", f"eval.limit={limit}", "eval.max_new_tokens=64"]
+        return made("actial-7b-grpo", "8xH100", "7b", keys)
+
+    assert [timed(limit, "a", "b").case.workload.evaluated for limit in (0, 35, 10)] == [70, 65, 20]
+    assert timed(0, "a", "gone").case.workload.evaluated == 0 and "eval" not in timed(0, "a", "gone").seconds
+    assert timed(10, "a", "gone").case.workload.evaluated == 20
+    few, many = timed(10, "a", "b"), timed(0, "a", "b")
+    assert 0 < few.seconds["eval"].low < few.seconds["eval"].high and few.seconds["eval"].high < many.seconds["eval"].high
+    assert few.seconds["step"] == many.seconds["step"], "a step has none of it"
+    assert "eval: 20 rows, replies as above, none over 64 tokens" in said.text(few, "r")

@@ -156,6 +156,16 @@ def test_meta_reaches_tasks_from_every_format(name, container, tmp_path):
     assert score_of(answer, row) == 1 and task_of(row).formed(answer, row)
 
 
+def test_columns_beside_extra_info_are_no_options_and_no_ids(tmp_path):
+    path = tmp_path / "rows.json"
+    record = {**RECORDS["verl"], "extra_info": {"index": 4}, "answers": ["a", "b"], "index": 7.5}
+    path.write_text(json.dumps([record]))
+    row = open_source(SourceConfig(str(path), format="verl"))[0]
+    assert (row.choices, row.id, row.meta["answers"]) == ((), "4", ["a", "b"])
+    path.write_text(json.dumps([{**RECORDS["verl"], "extra_info": float("nan")}]))
+    assert open_source(SourceConfig(str(path), format="verl"))[0].meta == {}
+
+
 def test_what_changes_the_meaning_is_still_refused(tmp_path):
     path = tmp_path / "rows.json"
     for record, problem in (

@@ -64,6 +64,7 @@ QUESTIONS = {
         "Seen by the photographer, in which direction did the camera pan from the first photo to the second?",
     ),
 }
+REQUEST = "Answer with the letter of the right option only."
 NO_PAIR = "no usable pair"
 SIDES = {1: "right", -1: "left"}
 OPPOSITE = {"left": "right", "right": "left"}
@@ -101,6 +102,8 @@ class ViewpointConfig:
     """views from, or looking, steeper up or down than this are left out, degrees"""
     verify: str = "tracks"
     """tracks: reject mirrored and broken worlds by their tracks, and models without; off: trust the poses"""
+    ask_letter: bool = True
+    """every question ends with a request for the option's letter, without which a model that was not trained on it is scored on form"""
     workers: int = 0
     """processes that read captures; 0: up to one per core, as far as starting them pays. The output does not depend on it"""
 
@@ -161,10 +164,10 @@ def reverse(pair: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def rows(pair: dict[str, Any], folder: Path, seed: int) -> list[Row]:
+def rows(pair: dict[str, Any], folder: Path, seed: int, ask_letter: bool = False) -> list[Row]:
     """The three rows of a pair, in the order of KINDS. Wording and order of the options are drawn from seed and pair.
 
-    pair: as from pairs() or reverse(). folder: the capture's."""
+    pair: as from pairs() or reverse(). folder: the capture's. ask_letter: as in ViewpointConfig."""
     name = f"{pair['object']}/{'-'.join(Path(n).with_suffix('').as_posix() for n in pair['pair'])}"
     images = tuple(folder / "images" / n for n in pair["pair"])
     out = []
@@ -174,7 +177,8 @@ def rows(pair: dict[str, Any], folder: Path, seed: int) -> list[Row]:
         choices = draw.sample(OPTIONS[kind], 3)
         letter = LETTERS[choices.index(pair[kind])]
         options = "\n".join(f"{a}. {text}" for a, text in zip(LETTERS, choices, strict=True))
-        turns = (Turn("user", f"{IMAGE_TAG}{IMAGE_TAG}{question}\n{options}"), Turn("assistant", letter))
+        request = f"\n{REQUEST}" if ask_letter else ""
+        turns = (Turn("user", f"{IMAGE_TAG}{IMAGE_TAG}{question}\n{options}{request}"), Turn("assistant", letter))
         out.append(Row(turns, images, letter, kind, tuple(choices), f"{name}/{kind}", meta=pair))
     return out
 
@@ -206,7 +210,7 @@ def build(captures: Path, out: Path, config: ViewpointConfig, progress: bool = T
     for name, chosen in split.items():
         limit = config.test_examples if name == "test" else config.examples
         ordered = _balance(chosen, random.Random(f"{config.seed}/order/{name}"))
-        lines = (row for pair in ordered for row in rows(pair, folder[pair["object"]], config.seed))
+        lines = (row for pair in ordered for row in rows(pair, folder[pair["object"]], config.seed, config.ask_letter))
         sides: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
         written[name] = 0
         with _atomic(out / f"{name}.jsonl") as file:
@@ -276,7 +280,7 @@ def _balance(chosen: list[dict[str, Any]], draw: random.Random) -> list[dict[str
 def _read_all(paths: list[Path], root: Path, cache: Path, config: ViewpointConfig, progress: bool) -> tuple[dict[str, dict[str, Any]], int]:
     """What each capture gives, {object: part} in the order of `paths`, and how many were found in `cache`."""
     # What a part depends on; the rest of the config only decides which parts are used.
-    free = replace(config, examples=None, test_examples=0, max_test_fraction=0.0, test_pairs_per_object=1, workers=0)
+    free = replace(config, examples=None, test_examples=0, max_test_fraction=0.0, test_pairs_per_object=1, ask_letter=False, workers=0)
     code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("geometry", "model", "colmap", "viewpoint"))
     settings = f"{free} {hashlib.sha256(code).hexdigest()}"
     keys = {object_id(path, root): _key(path, settings) for path in paths}

@@ -68,6 +68,28 @@ def encoded(image: Path | bytes, where: str) -> tuple[bytes, str]:
     return buffer.getvalue(), "PNG"
 
 
+def glance(image: Path | bytes, where: str) -> None:
+    """BadRow, as decode raises it, for one that is missing or whose beginning is no picture's; damage further on is not looked for."""
+    _more_formats()
+    try:
+        with Image.open(image if isinstance(image, Path) else io.BytesIO(image)):
+            pass
+    except Exception:  # decode says what it is
+        decode(image, where)
+
+
+def within(image: Path | bytes, where: str, pixels: int) -> Path | bytes:
+    """The image itself, or where it has more pixels a PNG of it with about so many, sides in proportion; BadRow as decode raises it."""
+    picture, _ = _opened(image, where, MAX_PIXELS, None)
+    width, height = picture.size
+    if width * height <= pixels:
+        return image
+    scale = (pixels / (width * height)) ** 0.5
+    size = max(1, int(width * scale)), max(1, int(height * scale))
+    picture.resize(size, Image.Resampling.BICUBIC).save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
 def read(file: Path, where: str) -> bytes:
     """The bytes of an image's file; BadRow, naming `where`, when it cannot be read."""
     try:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from actial_fast.data.sources.fields import IMAGE_KEYS, first_name
 from actial_fast.data.sources.jsonl import JsonRecords
 from actial_fast.data.sources.row import BadRow, Row
+from actial_fast.data.sources.tsv import TsvRecords
 
 
 class Records(Protocol):
@@ -51,12 +52,12 @@ def is_table(path: Path) -> bool:
 
 
 def open_records(path: Path) -> Records:
-    """The records of a JSON or parquet file, or of a folder; ValueError when it cannot be read."""
+    """The records of a JSON, parquet, TSV or CSV file, or of a folder; ValueError when it cannot be read."""
     if is_table(path):
         from actial_fast.data.sources.table import Table  # needs pyarrow
 
         return Table(path)
-    return JsonRecords(path)
+    return TsvRecords(path) if path.suffix.lower() in (".tsv", ".csv") else JsonRecords(path)
 
 
 class Reader(ABC):

@@ -162,7 +162,7 @@ def detect_format(path: Path) -> str:
                 keys |= set(record) if isinstance(record, dict) else set()
     if {"prompt", "reward_model"} <= keys:
         return "verl"
-    if "question" in keys and keys & {"answers", "answer_choices", "correct_answer"}:
+    if "question" in keys and keys & {"answers", "answer_choices", "correct_answer", "correct_answer_idx"}:
         return "sat"
     if {"problem", "answer"} <= keys and not keys & {"messages", "conversations"}:
         return "easyr1"
