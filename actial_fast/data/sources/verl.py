@@ -41,8 +41,8 @@ class VerlSource(Reader):
     def row(self, record: Mapping[str, Any], where: str, index: int) -> Row:
         """A prompt, its images and its ground truth; BadRow when the prompt is not a list of messages or the truth is missing."""
         meta = rest(record, ("prompt", "reward_model", *IMAGE_KEYS, *self.kind_keys), where)
-        given = parsed(record.get("extra_info"), "extra_info", where)
-        extra: Mapping[str, Any] = {} if absent(given) else given
+        told = parsed(record.get("extra_info"), "extra_info", where)
+        extra: Mapping[str, Any] = {} if absent(told) else told
         refuse(extra, [key for key in extra if key not in ("need_tools_kwargs", "interaction_kwargs")], where, "extra_info")
         prompt = parsed(record.get("prompt"), "prompt", where)
         if not isinstance(prompt, list):
