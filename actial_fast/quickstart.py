@@ -22,7 +22,8 @@ from actial_fast.data.captures.basics import write_basics
 from actial_fast.data.captures.render import RenderConfig, render
 from actial_fast.data.captures.spatial import SpatialConfig, spatial_questions, viewpoint_test_objects
 from actial_fast.data.captures.viewpoint import ViewpointConfig, build
-from actial_fast.data.cot.writer import geometric_cot, one_by_one, write_cot
+from actial_fast.data.cot.poses import geometric_cot
+from actial_fast.data.cot.writer import one_by_one, write_cot
 from actial_fast.data.sources.row import IMAGE_TAG
 from actial_fast.data.sources.source import SourceConfig, open_source
 from actial_fast.evaluation.evaluate import evaluate_checkpoint

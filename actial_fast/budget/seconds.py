@@ -8,6 +8,7 @@ from actial_fast.budget.phases import Case, Phase
 from actial_fast.budget.rates import Rates
 from actial_fast.model.flops import Work, minimum
 from actial_fast.rollout.embedded import MOST_ROWS
+from actial_fast.rollout.memory import kv_shape
 from actial_fast.settings.recipe import GRPORecipe
 
 LAYER_SECONDS = 30e-6, 120e-6  # assumed: what the host and launches cost a layer of a decoded token, recorded as a graph or not
@@ -86,7 +87,7 @@ def update_flops(case: Case) -> float:
         again = parts["language_forward"]
         if recipe.model.checkpointing == "selective":
             text = case.shapes.config.text_config
-            again -= 4 * text.hidden_size * work.pairs * text.num_hidden_layers
+            again -= 4 * text.num_attention_heads * kv_shape(text)[2] * work.pairs * text.num_hidden_layers
         total += max(0.0, again)
     if recipe.model.tower_checkpointing == "full":
         total += parts["vision_forward"] * (parts["vision_backward"] > 0)

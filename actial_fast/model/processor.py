@@ -1,12 +1,13 @@
 """The one owner of preprocessing: rows to token ids and image patches, and ids back to text.
 
-Composed of the checkpoint's tokenizer (with its chat template) and its image processor's settings. The Qwen2.5-VL processor class
-itself is not used: it wants a video processor and with it torchvision, which this project has no need of.
+Composed of the checkpoint's tokenizer (with its chat template) and its image processor's settings. The families' processor classes
+themselves are not used: they want a video processor and with it torchvision, which this project has no need of.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as Many
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import cached_file
 
 from actial_fast.data.sources.picture import MAX_PIXELS
 from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Turn
@@ -69,6 +71,7 @@ class Processor:
         images.size = {"shortest_edge": min_pixels or size["shortest_edge"], "longest_edge": max_pixels or size["longest_edge"]}
         store = ImageStore(ImageSettings.of(images), Path(image_cache).expanduser() if image_cache else None, max_image_pixels)
         tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer.chat_template = tokenizer.chat_template or _template(path)
         processor = Processor(tokenizer, images, store, max_prompt, max_tokens, room, max_patches, _ends(path, len(tokenizer)))
         if TAG.search(opening := processor._render([{"role": "user", "content": "-"}], open_reply=True)):
             raise ValueError(
@@ -233,6 +236,12 @@ class Processor:
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _template(path: str) -> str | None:
+    """The chat template in the file that processors have it in, and tokenizers do not look into; None where there is none."""
+    file = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(file).read_text())["chat_template"] if file else None
 
 
 def _ends(path: str, known: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import torch
 
 from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
+from actial_fast.model.weights import resolve
 from actial_fast.rollout.embedded import Embedded
 from actial_fast.rollout.protocol import Engine, Reader
 from actial_fast.settings.model import ModelConfig
@@ -50,8 +51,9 @@ def open_engine(
 def open_checkpoint(model: Path | str, where: World, seed: int = 0) -> tuple[Embedded, Processor]:
     """The engine that replies with a checkpoint folder or hub name as it is, and what makes its prompts."""
     weights = ModelConfig(path=str(model), dtype=usual_dtype(where))
-    policy, processor = load_policy(weights, where.device, seed).eval(), Processor.load(str(model))
-    return Embedded(policy, processor), processor
+    resolve(weights.path)  # of another family its files say nothing that could be understood
+    processor = Processor.load(weights.path)
+    return Embedded(load_policy(weights, where.device, seed).eval(), processor), processor
 
 
 def usual_dtype(where: World) -> Literal["float32", "bfloat16"]:
@@ -72,6 +74,7 @@ def open_model(
         from actial_fast.rollout.server import Rows, Server
 
         return Server(Client(rollout.url, rollout.model), rollout.workers), Rows()
+    resolve(weights.path)  # as above
     processor = Processor.load(weights.path, min_pixels=weights.min_pixels, max_pixels=weights.max_pixels, max_prompt=max_prompt)
     engine: Engine
     if rollout.engine == "vllm":

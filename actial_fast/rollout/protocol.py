@@ -24,13 +24,15 @@ from actial_fast.packing.batch import Sequence
 class Reply:
     """One sampled reply. ids (n,) int64, with the token that ended it; logprobs (n,) float32 at the sampling temperature over the whole
     vocabulary, as the trainer computes them; finished is False where the length limit cut it. text: what a server wrote, whose ids and
-    log-probs nobody here knows (-1 and NaN, as many as it counts); None where the ids say it. An episode (episodes.py) is one reply: own
-    (n,) bool is False where its environment spoke, whose log-probs are 0; images: the keys of what it showed. None and () in others."""
+    log-probs nobody here knows (-1 and NaN, as many as it counts); None where the ids say it. why: the reason that a server's text is none.
+    An episode (episodes.py) is one reply: own (n,) bool is False where its environment spoke, whose log-probs are 0; images: the keys of
+    what it showed. None and () in others."""
 
     ids: np.ndarray
     logprobs: np.ndarray
     finished: bool
     text: str | None = None
+    why: str = ""
     own: np.ndarray | None = None
     images: tuple[str, ...] = ()
 

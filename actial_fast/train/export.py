@@ -18,10 +18,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from actial_fast.model.families.known import FAMILIES, family_of
 from actial_fast.model.nf4 import as_held, nf4_problem, quantized
 from actial_fast.model.policy import Policy
 from actial_fast.model.tensors import Stored, sync, write
-from actial_fast.model.weights import HEAD, INDEX, SINGLE, base_name, module_name, open_weights, resolve, stored_name
+from actial_fast.model.weights import HEAD, INDEX, SINGLE, base_name, kind_of, module_name, open_weights, resolve
 
 FILE_BYTES = 5_000_000_000  # as transformers cuts them
 PEFT_FILE = "adapter_model.safetensors"
@@ -40,7 +41,7 @@ def facts(policy: Policy) -> dict[str, Any]:
         "frozen_dtype": config.frozen_dtype,
         "dtype": dtype,
         "adapter_scale": config.lora.scale,
-        "nf4": [stored_name(name) for name in held],
+        "nf4": [family_of(policy.base).file_name(name) for name in held],
         "nf4_twice": config.quantize_twice,
     }
 
@@ -130,10 +131,11 @@ class _Weights:
         self._changed = self._lost = 0.0
         trained = [name.removeprefix("weight/") for name in self.stored.names if name.startswith("weight/")]
         names = {f"master/{n}" if n in masters else f"weight/{n}": base_name(n) for n in trained}
-        self._trained = {stored_name(name): key for key, name in names.items() if ".lora_" not in name}
-        self._down = {_adapted(name): key for key, name in names.items() if ".lora_A." in name}
-        self._up = {_adapted(name): key for key, name in names.items() if ".lora_B." in name}
-        self._lengths = {_adapted(name): key for key, name in names.items() if ".lora_magnitude_vector." in name}
+        file_name = FAMILIES[kind_of(source / "model")].file_name
+        self._trained = {file_name(name): key for key, name in names.items() if ".lora_" not in name}
+        self._down = {file_name(_adapted(name)): key for key, name in names.items() if ".lora_A." in name}
+        self._up = {file_name(_adapted(name)): key for key, name in names.items() if ".lora_B." in name}
+        self._lengths = {file_name(_adapted(name)): key for key, name in names.items() if ".lora_magnitude_vector." in name}
         self.adapters = {adapter_name(n): key for key, n in names.items() if ".lora_" in n}
         self._base, self._frozen = None, {}
         if about["base"]:
@@ -142,7 +144,7 @@ class _Weights:
             except (ValueError, OSError) as error:
                 raise ValueError(f"{source}: what was not trained is read from {about['base']} again, and that fails: {error}") from None
             tied = json.loads((source / "model" / "config.json").read_text()).get("tie_word_embeddings")
-            self._frozen = {stored_name(module_name(name)): name for name in self._base.names if not name.endswith("rotary_emb.inv_freq")}
+            self._frozen = {file_name(module_name(name)): name for name in self._base.names if not name.endswith("rotary_emb.inv_freq")}
             self._frozen = {name: key for name, key in self._frozen.items() if not (tied and name == HEAD)}
         self.names = sorted(self._frozen.keys() | self._trained.keys())
 
@@ -213,8 +215,8 @@ def adapter_name(name: str) -> str:
 
 
 def _adapted(name: str) -> str:
-    """The name in a file of the weight that a part of an adapter belongs to."""
-    return stored_name(re.sub(r"\.lora_(A|B|magnitude_vector)\.default", "", name))
+    """The name in transformers' model of the weight that a part of an adapter belongs to."""
+    return re.sub(r"\.lora_(A|B|magnitude_vector)\.default", "", name)
 
 
 def _said(dtype: torch.dtype) -> str:

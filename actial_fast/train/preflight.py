@@ -18,9 +18,11 @@ from actial_fast.data.sources.stream import Example
 from actial_fast.data.sources.task import begun, find_task
 from actial_fast.data.sources.told import log
 from actial_fast.model.adapters import unplaced
+from actial_fast.model.families.known import FAMILIES
 from actial_fast.model.nf4 import nf4_problem
 from actial_fast.model.processor import Processor
-from actial_fast.model.weights import check_checkpoint, module_name, open_weights, resolve
+from actial_fast.model.vision import check_patches
+from actial_fast.model.weights import check_checkpoint, config_at, kind_of, module_name, open_weights, resolve
 from actial_fast.packing.batch import Sequence
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.tasks.rewards import probe
@@ -68,6 +70,11 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, folder
     except (ValueError, OSError) as error:
         if not misfits:
             yield f"model.path: the tokenizer and image processor of {recipe.model.path!r} cannot be used: {error}"
+    if not misfits and processor is not None:
+        try:
+            check_patches(processor.store.settings, config_at(resolve(recipe.model.path)).vision_config)
+        except ValueError as error:
+            yield str(error)
     if not misfits:
         yield from room(recipe, folder, where, processor)
     if not recipe.data.sources:
@@ -129,9 +136,10 @@ def _in_turns(task: str) -> bool:
 
 def _unplaced(recipe: SFTRecipe | GRPORecipe) -> list[str]:
     """Adapters that find no layer in the checkpoint."""
-    weights = open_weights(resolve(recipe.model.path))
+    folder = resolve(recipe.model.path)
+    weights, family = open_weights(folder), FAMILIES[kind_of(folder)]
     matrices = [module_name(name).removesuffix(".weight") for name in weights.names if len(weights.shape(name)) == 2]
-    return unplaced(recipe.model.lora, matrices) if recipe.model.lora.rank else []
+    return unplaced(recipe.model.lora, family, matrices) if recipe.model.lora.rank else []
 
 
 def available_memory() -> float:

@@ -39,6 +39,7 @@ COMMANDS = [
     ["data", "viewpoint"],
     ["data", "spatial"],
     ["data", "cot"],
+    ["data", "template"],
     ["data", "inspect"],
     ["data", "check"],
     ["data", "jigsaw"],

@@ -24,7 +24,7 @@ IMAGE_TAG = "<image>"
 ROLES = ("system", "user", "assistant")
 LONGEST = 400  # characters of a reason; whatever stands in a row, what is said of it fits into a few lines
 
-# Of Qwen2.5-VL's tokenizer: as text they would begin a turn or an image. The processor refuses what else a tokenizer has of this kind.
+# Of Qwen's tokenizers: as text they would begin a turn or an image. The processor refuses what else a tokenizer has of this kind.
 CONTROL = re.compile(
     r"<\|(?:endoftext|im_start|im_end|object_ref_start|object_ref_end|box_start|box_end|quad_start|quad_end|vision_start|vision_end|vision_pad"
     r"|image_pad|video_pad)\|>"
