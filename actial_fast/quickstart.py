@@ -78,7 +78,7 @@ def run(recipe: QuickstartRecipe) -> dict[str, Any]:
     recipe = _resolved(recipe)
     root = Path(recipe.run)
     root.mkdir(parents=True, exist_ok=True)
-    (root / "recipe.yaml").write_text(to_yaml(recipe))
+    (root / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     steps = _Steps(root / "steps.json")
     captures, questions = root / "captures", root / "viewpoint"
     train = questions / "train.jsonl"
@@ -133,7 +133,7 @@ class _Steps:
 
     def __init__(self, path: Path):
         self._path = path
-        self._done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        self._done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -235,5 +235,5 @@ def _summary(
 
 def _write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
+    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
     os.replace(temporary, path)

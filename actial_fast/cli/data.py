@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
 
     viewpoint = data.add_parser(
         "viewpoint",
-        help="viewpoint questions from captures (per object images/ and sparse/0)",
+        help="viewpoint questions from captures (COLMAP, MVImgNet, nerfstudio, DL3DV, CO3D)",
         fields=f"{captures}.viewpoint:ViewpointConfig",
     )
     viewpoint.add_argument("captures", type=Path, help="folder of captures")
@@ -158,7 +158,7 @@ def _doors(args: argparse.Namespace) -> Iterator[tuple[SourceConfig, Callable[[R
     from actial_fast.data.sources.source import SourceConfig
 
     if not _is_recipe(args.source) and not args.model:
-        yield SourceConfig(args.source, args.format, task=args.task), None
+        yield SourceConfig(args.source, args.format, split=args.split, task=args.task), None
         return
     from actial_fast.data.sources.stream import Example
     from actial_fast.model.processor import Processor
@@ -172,7 +172,7 @@ def _doors(args: argparse.Namespace) -> Iterator[tuple[SourceConfig, Callable[[R
             answered = any(turn.role == "assistant" for turn in row.turns)
             return (processor.encode if answered else processor.encode_prompt)(Example(row, index))
 
-        yield SourceConfig(args.source, args.format, task=args.task), either
+        yield SourceConfig(args.source, args.format, split=args.split, task=args.task), either
         return
     from actial_fast.settings.config import load_recipe
     from actial_fast.train.preflight import doors, processor_of

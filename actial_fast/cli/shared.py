@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from actial_fast.data.sources.files import reason
+
 if TYPE_CHECKING:
     from actial_fast.cli.parser import Parser
 
@@ -19,11 +21,12 @@ Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:
-    """The options --format and --task of a source of rows."""
+    """The options --format, --task and --split of a source of rows."""
     parser.add_argument("--format", default="auto", help="jsonl, sharegpt, sat, verl, easyr1, or module:Reader for your own (default: the "
                         "task's, or what the file looks like)")  # fmt: skip
     parser.add_argument("--task", default="", help="what the rows are for: jigsaw, jigsaw_turns, sparkle, boxes, or module:object for your "
                         "own (default: questions with an answer)")  # fmt: skip
+    parser.add_argument("--split", default="", help="of a folder that holds several: train, validation or test")
 
 
 def add_overrides(parser: argparse.ArgumentParser, example: str = "optim.lr=1e-5", where: str = "`actial recipe show RECIPE`") -> None:
@@ -56,10 +59,8 @@ def one_line(error: Exception) -> str:
     """What an error says, without line breaks or a library's paragraphs of advice."""
     if isinstance(error, ModuleNotFoundError):
         return f"this command needs {error.name}, which is not installed: pip install 'actial-fast[train]'"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError):
-        return str(error).strip().split("\n")[0]  # transformers appends paragraphs of advice
+        return reason(error)
     return " ".join(str(error).split())
 
 
@@ -79,7 +80,7 @@ def rows_of(args: argparse.Namespace, **filters: Any) -> Any:
     """The source that a command was given."""
     from actial_fast.data.sources.source import SourceConfig, open_source
 
-    return open_source(SourceConfig(args.source, args.format, task=args.task, **filters))
+    return open_source(SourceConfig(args.source, args.format, split=args.split, task=args.task, **filters))
 
 
 @contextlib.contextmanager

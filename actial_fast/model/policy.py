@@ -266,4 +266,6 @@ def save_settings(policy: Policy, model: Path, adapter: Path) -> None:
         settings.inference_mode, settings.base_model_name_or_path = True, policy.config.path
         settings.save_pretrained(str(adapter))
         if policy.config.quantize == "nf4":
-            (adapter / "README.md").write_text(NF4_NOTE.format(path=policy.config.path, twice=policy.config.quantize_twice))
+            (adapter / "README.md").write_text(
+                NF4_NOTE.format(path=policy.config.path, twice=policy.config.quantize_twice), encoding="utf-8"
+            )

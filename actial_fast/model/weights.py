@@ -45,7 +45,7 @@ def resolve(path: str) -> Path:
         raise ValueError("model.path: a checkpoint folder or hub name is needed")
     folder = Path(path).expanduser()
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         raise ValueError(
             f"model.path: {path} holds PEFT adapters, not a model (its base is {base or 'not told'}); merge them into the base with PEFT's "
             "merge_and_unload and save_pretrained, and give that folder"
@@ -62,7 +62,7 @@ def resolve(path: str) -> Path:
 def open_weights(folder: Path) -> Stored:
     """The checkpoint's tensors, by the names its files have. ValueError where files are missing or broken."""
     if (index := folder / INDEX).exists():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        files = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     else:
         files = [folder / SINGLE]
     if lacking := [path.name for path in files if not path.exists()]:
@@ -196,7 +196,7 @@ def share(rows: int, rank: int, ranks: int) -> tuple[int, int]:
 
 def kind_of(folder: Path) -> str:
     """The model_type in a folder's config.json. OSError or ValueError where there is none to be read."""
-    said = json.loads((folder / "config.json").read_text())
+    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if not isinstance(said, dict):
         raise ValueError("it holds no object")
     return str(said.get("model_type"))

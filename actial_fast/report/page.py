@@ -137,7 +137,7 @@ def _troubles(events: Sequence[Mapping[str, Any]]) -> str:
             rows = event["skipped"]["rows"]
             more = f" and {len(rows) - 3:,} more" if len(rows) > 3 else ""
             lines.append(f"{where}: loss or gradient was NaN or infinite and was not applied; rows {', '.join(rows[:3])}{more}")
-        elif event["kind"] in ("mismatch", "redrawn"):
+        elif event["kind"] in ("mismatch", "redrawn", "unscored"):
             lines.append(f"{where}: {event[event['kind']]['text']}")
     return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
 

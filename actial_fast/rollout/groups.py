@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Sequence as Many
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -98,6 +99,7 @@ class Groups:
         gate = recipe.sampling.gate
         self._gate = Gate(gate, recipe, stream, (cursor or {}).get("gate")) if gate.on else None
         self._ahead: Drawn | _Begun | None = None
+        self._silent: Counter[str] = Counter()  # steps in which a reward scored nothing
         self._ended = False  # whoever draws in the thread is to leave off
 
     @property
@@ -267,6 +269,7 @@ class Groups:
             if dynamic and good == recipe.prompts:
                 begun.last = positions[-1]
             counted = {p: table for p, table in begun.tables.items() if p <= begun.last}
+            self._tell_silent(begun.step, np.concatenate([*counted.values()]))
             figures: dict[str, float] = {}
             if dynamic:
                 self._tell_short(begun, good)
@@ -287,6 +290,17 @@ class Groups:
         if good < wanted:
             text = f"after {begun.draws} draws {good} of {wanted} groups have rewards that differ; others fill the step"
             self._tell(begun.step, "short", text, groups=good)
+
+    def _tell_silent(self, step: int, rewards: np.ndarray) -> None:
+        """Say where a reward that counts has scored none of a step's replies: what is learned is then not what the recipe asks for."""
+        for reward, unscored in zip(self._recipe.rewards, np.isnan(rewards).all(0), strict=False):
+            if not unscored or not reward.weight:
+                continue
+            self._silent[reward.name] += 1
+            times = self._silent[reward.name]
+            text = f"reward {reward.name} scored none of {len(rewards)} replies and counts nothing; steps of this kind so far: {times}"
+            if times & (times - 1) == 0:  # the first, the second, the fourth, ...
+                self._tell(step, "unscored", text, reward=reward.name, replies=len(rewards), steps=times)
 
     def _tell(self, step: int, kind: str, text: str, **more: Any) -> None:
         if self._log is not None:

@@ -9,7 +9,9 @@ from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 
 
 def idle(recipe: SFTRecipe | GRPORecipe) -> Iterator[str]:
-    """One line for each key that is not at its default and has no effect, with the reason."""
+    """One line for each key that is not at its default and has no effect, with the reason, and for a learning rate that leaves none."""
+    if not recipe.optim.lr:
+        yield "optim.lr = 0 moves no weight: nothing will be learned"
     causes = list(_causes(recipe))
     for key, value, default, _ in describe(recipe):
         if value != default:

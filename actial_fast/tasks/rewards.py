@@ -1,7 +1,8 @@
 """Rewards: what a sampled response is worth. The recipe's default is 0.5 * format + 0.5 * accuracy.
 
 Your own is a function that the recipe names as module:function. It gives a number, or None (or NaN) for a response that it cannot score,
-which is then left out of the group's statistics. `call` in the recipe says what it gets, `def` or `async def` how it is run:
+which then counts as its group's mean there: neither punished nor favoured. `call` in the recipe says what it gets, `def` or `async def` how
+it is run:
 
     def short(response, row):                             # call: one (the default), one reply
         return 1 / (1 + len(response))

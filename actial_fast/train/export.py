@@ -48,7 +48,7 @@ def facts(policy: Policy) -> dict[str, Any]:
 
 def open_ranks(source: Path) -> Stored:
     """What the ranks have written into a checkpoint. ValueError where a file is missing or broken."""
-    ranks, files = json.loads((source / "state.json").read_text())["ranks"], sorted(source.glob("rank-*.safetensors"))
+    ranks, files = json.loads((source / "state.json").read_text(encoding="utf-8"))["ranks"], sorted(source.glob("rank-*.safetensors"))
     if len(files) != ranks:
         raise ValueError(f"{source}: {ranks} ranks wrote it, files of {len(files)} are there; a file of the folder was lost or added")
     return Stored(files)
@@ -102,7 +102,7 @@ def export(source: Path, model: Path, adapter: Path, *, dtype: str = "", base: B
         if len(files) > 1:
             size = sum(map(weights.bytes, weights.names))
             index = {"metadata": {"total_size": size}, "weight_map": {name: file for file, names in files.items() for name in names}}
-            (model / INDEX).write_text(json.dumps(index, indent=2))
+            (model / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
         if weights.adapters:
             shutil.copytree(source / "adapter", adapter)
             layout = {name: (weights.stored.dtype(key), weights.stored.shape(key)) for name, key in weights.adapters.items()}
@@ -119,7 +119,7 @@ class _Weights:
     """
 
     def __init__(self, source: Path, dtype: str, base: Base):
-        about = json.loads((source / "state.json").read_text())["model"]
+        about = json.loads((source / "state.json").read_text(encoding="utf-8"))["model"]
         self.stored = open_ranks(source)
         masters = {name.removeprefix("master/") for name in self.stored.names if name.startswith("master/")}
         self.dtype: torch.dtype = getattr(torch, dtype or ("float32" if masters else about["dtype"]))
@@ -143,7 +143,7 @@ class _Weights:
                 self._base = open_weights(resolve(about["base"]))
             except (ValueError, OSError) as error:
                 raise ValueError(f"{source}: what was not trained is read from {about['base']} again, and that fails: {error}") from None
-            tied = json.loads((source / "model" / "config.json").read_text()).get("tie_word_embeddings")
+            tied = json.loads((source / "model" / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings")
             self._frozen = {file_name(module_name(name)): name for name in self._base.names if not name.endswith("rotary_emb.inv_freq")}
             self._frozen = {name: key for name, key in self._frozen.items() if not (tied and name == HEAD)}
         self.names = sorted(self._frozen.keys() | self._trained.keys())
@@ -229,4 +229,4 @@ def _note_dtype(config: Path, dtype: str) -> None:
     def noted(value: Any) -> Any:
         return {k: dtype if k in ("dtype", "torch_dtype") else noted(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-    config.write_text(json.dumps(noted(json.loads(config.read_text())), indent=2) + "\n")
+    config.write_text(json.dumps(noted(json.loads(config.read_text(encoding="utf-8"))), indent=2) + "\n")

@@ -104,7 +104,7 @@ def template_of(row: Row, template: str = "") -> str:
 def read_template(path: Path) -> tuple[str, Row | None]:
     """A template's file: the example, and the pair that it is about where its first line says so. Lines that begin with # at its top are no
     part of the example. ValueError for a first line that cannot be read."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     head = []
     while text.startswith("#"):
         line, _, text = text.partition("\n")

@@ -21,6 +21,7 @@ from PIL import Image
 
 from actial_fast.data.cot.checking import check_cot, reasoning
 from actial_fast.data.cot.pairs import Pairs, answered
+from actial_fast.data.sources.files import writing
 from actial_fast.data.sources.jsonl import recover
 from actial_fast.data.sources.picture import decode
 from actial_fast.data.sources.row import BadRow, Row, Turn
@@ -129,7 +130,7 @@ def write_cot(
     done = {record["id"] for record in recover(out)}
     number = kept = written = failures = 0
     rejected: Counter[str] = Counter()
-    with open(out, "a") as good, open(rejects_of(out), "w") as bad:
+    with writing(out), open(out, "a", encoding="utf-8") as good, open(rejects_of(out), "w", encoding="utf-8") as bad:
 
         def store(each: _Finished) -> None:
             nonlocal number, kept, written, failures
@@ -170,7 +171,7 @@ def stored_chains(out: Path) -> Iterator[tuple[str, str]]:
 def rejected_before(out: Path) -> dict[str, tuple[str, str]]:
     """The text and the reason of each row that was rejected for `out`, by id; without those that have no text."""
     path = rejects_of(out)
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     return {record["id"]: (record["text"], record["reason"]) for record in records if record["text"]}
 
 

@@ -15,8 +15,8 @@ def content(path: Path, *, here: bool = True) -> str:
     when one cannot be read."""
     digest = hashlib.blake2b(digest_size=12)
     if path.is_dir():
-        for part in sorted(part for pattern in ("*.parquet", "*.arrow") for part in path.glob(pattern)):
-            digest.update(f"{part.name}\0{content(part, here=here)}\0".encode())
+        for part in sorted(part for pattern in ("*.parquet", "*.arrow") for part in path.rglob(pattern)):
+            digest.update(f"{part.relative_to(path)}\0{content(part, here=here)}\0".encode())
         return digest.hexdigest()
     stat = path.stat()
     digest.update(f"{stat.st_size}".encode())

@@ -14,6 +14,7 @@ import importlib.util
 import io
 import re
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,9 @@ def read(file: Path, where: str) -> bytes:
         return file.read_bytes()
     except FileNotFoundError:
         raise BadRow(where, f"image {shortened(file)} does not exist") from None
+    except UnicodeEncodeError:
+        spelled = sys.getfilesystemencoding()
+        raise BadRow(where, f"image {shortened(file)} has a name that {spelled}, this locale's, cannot spell; set PYTHONUTF8=1") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise BadRow(where, f"image {shortened(file)} cannot be read ({getattr(error, 'strerror', None) or error})") from None
 

@@ -48,7 +48,7 @@ class BadRow(ValueError):
 def shortened(value: object, longest: int = LONGEST) -> str:
     """The value as printable text that is not longer than a few lines."""
     text = str(value).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
-    return text if len(text) <= longest else f"{text[: longest - 60]}... ({len(text)} characters)"
+    return text if len(text) <= longest else f"{text[: max(longest - 60, longest // 2)]}... ({len(text)} characters)"
 
 
 @dataclass(frozen=True)

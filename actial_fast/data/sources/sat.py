@@ -41,8 +41,8 @@ class SatSource(Reader):
     image_keys = ("image_bytes", *IMAGE_KEYS)
     kind_keys = ("question_type",)
 
-    def __init__(self, path: Path, *, letters: bool = False):
-        super().__init__(path)
+    def __init__(self, path: Path, *, letters: bool = False, split: str = ""):
+        super().__init__(path, split=split)
         names = self.records.column_names
         if names and not ("question" in names and set(names) & set(TRUTHS)):
             raise ValueError(f"{path}: SAT needs the columns question and correct_answer (or correct_answer_idx); it has {sorted(names)}")

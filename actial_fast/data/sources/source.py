@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from actial_fast.data.sources.files import writing
 from actial_fast.data.sources.jsonl import recover
 from actial_fast.data.sources.own import KEYS, OURS
 from actial_fast.data.sources.picture import decode
@@ -56,6 +57,8 @@ class SourceConfig:
     """Question types to keep; empty keeps all."""
     limit: int = 0
     """Keep only the first so many rows (of those that `kinds` keeps); 0 keeps all."""
+    split: str = ""
+    """Of a folder that holds several, by the names of its files or subfolders: train, validation or test."""
 
 
 class Source(Protocol):
@@ -112,16 +115,19 @@ def open_source(config: SourceConfig) -> View:
         raise ValueError(
             f"data source {path} does not exist (looked from {Path.cwd()}); give the path of a .json, .jsonl or .parquet file or a folder"
         )
+    if config.split and not path.is_dir():
+        raise ValueError(f"data source {path}: split is for folders, and this is a file; take it away")
     try:
         name = find_task(config.task).format if config.format == "auto" else config.format
     except ValueError as error:
         raise ValueError(f"data source {path}: {error}") from error
-    name = detect_format(path) if name == "auto" else name
+    name = detect_format(path, config.split) if name == "auto" else name
     if config.limit < 0:
         raise ValueError(f"data source {path}: limit is {config.limit}; use 0 for all rows or the number of rows to keep")
     if config.letters and name != "sat":
         raise ValueError(f"data source {path}: letters is for SAT's options, and this is {name}")
-    source = _reader(name, path)(path, **({"letters": True} if config.letters else {}))
+    extra: dict[str, Any] = ({"letters": True} if config.letters else {}) | ({"split": config.split} if config.split else {})
+    source = _reader(name, path)(path, **extra)
     indices = _of_kinds(source, config.kinds, path) if config.kinds else np.arange(len(source))
     if config.limit:
         indices = indices[: config.limit]
@@ -141,12 +147,12 @@ def _reader(name: str, path: Path) -> type[Reader]:
     return found
 
 
-def detect_format(path: Path) -> str:
+def detect_format(path: Path, split: str = "") -> str:
     """The format of a file or folder, from its suffix and its columns or the keys of its first records; ValueError if they do not tell."""
     hint = "; set format to one of " + ", ".join(FORMATS)
     if not is_table(path) and path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"data source {path}: the suffix {path.suffix!r} does not tell the format{hint}")
-    records = open_records(path)
+    records = open_records(path, split)
     keys = set(records.column_names)
     if not keys and len(records):
         try:
@@ -293,5 +299,5 @@ class Rejects:
         self._known.add(error.where)
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as file:
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"where": error.where, "reason": error.reason}) + "\n")

@@ -21,9 +21,10 @@ import pycolmap
 import pytest
 from PIL import Image, ImageDraw
 
-from actial_fast.data.captures import colmap as module
+from actial_fast.data.captures import photos as module
 from actial_fast.data.captures import viewpoint
-from actial_fast.data.captures.colmap import BadCapture, find_captures, read_capture
+from actial_fast.data.captures.capture import find_captures, read_capture
+from actial_fast.data.captures.photos import BadCapture
 from actial_fast.data.captures.sheet import FIRST, SECOND, contact_sheet
 from actial_fast.data.captures.viewpoint import KINDS, LETTERS, OPTIONS, QUESTIONS, ViewpointConfig, build, pairs
 from actial_fast.data.sources.own import from_json
