@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actial_fast.cli import cot
+from actial_fast.cli import cot, made
 from actial_fast.cli.shared import Commands, add_format, add_overrides, check_model, one_line, progress, rows_of, settle
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def add(commands: Commands) -> None:
     check.add_argument("--model", default="", help="a checkpoint folder or hub name: also look at what its tokenizer and limits refuse")
     check.add_argument("--show", type=int, default=20, help="bad rows to name; 0 names all (default: %(default)s)")
     check.set_defaults(run=_check)
+    made.add(data)
 
 
 def _render(args: argparse.Namespace) -> int:
@@ -157,7 +158,7 @@ def _doors(args: argparse.Namespace) -> Iterator[tuple[SourceConfig, Callable[[R
     from actial_fast.data.sources.source import SourceConfig
 
     if not _is_recipe(args.source) and not args.model:
-        yield SourceConfig(args.source, args.format, split=args.split), None
+        yield SourceConfig(args.source, args.format, split=args.split, task=args.task), None
         return
     from actial_fast.data.sources.stream import Example
     from actial_fast.model.processor import Processor
@@ -171,7 +172,7 @@ def _doors(args: argparse.Namespace) -> Iterator[tuple[SourceConfig, Callable[[R
             answered = any(turn.role == "assistant" for turn in row.turns)
             return (processor.encode if answered else processor.encode_prompt)(Example(row, index))
 
-        yield SourceConfig(args.source, args.format, split=args.split), either
+        yield SourceConfig(args.source, args.format, split=args.split, task=args.task), either
         return
     from actial_fast.settings.config import load_recipe
     from actial_fast.train.preflight import doors, processor_of

@@ -21,8 +21,11 @@ Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:
-    """The options --format and --split of a source of rows."""
-    parser.add_argument("--format", default="auto", help="jsonl, sharegpt, sat, verl or easyr1 (default: what the file looks like)")
+    """The options --format, --task and --split of a source of rows."""
+    parser.add_argument("--format", default="auto", help="jsonl, sharegpt, sat, verl, easyr1, or module:Reader for your own (default: the "
+                        "task's, or what the file looks like)")  # fmt: skip
+    parser.add_argument("--task", default="", help="what the rows are for: jigsaw, jigsaw_turns, sparkle, boxes, or module:object for your "
+                        "own (default: questions with an answer)")  # fmt: skip
     parser.add_argument("--split", default="", help="of a folder that holds several: train, validation or test")
 
 
@@ -77,7 +80,7 @@ def rows_of(args: argparse.Namespace, **filters: Any) -> Any:
     """The source that a command was given."""
     from actial_fast.data.sources.source import SourceConfig, open_source
 
-    return open_source(SourceConfig(args.source, args.format, split=args.split, **filters))
+    return open_source(SourceConfig(args.source, args.format, split=args.split, task=args.task, **filters))
 
 
 @contextlib.contextmanager

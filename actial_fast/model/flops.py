@@ -57,8 +57,8 @@ class Work:
 
 
 def work_of(groups: Iterable[tuple[int, Many[Sequence]]]) -> Work:
-    """The rows, pairs and images of groups of sequences: how many tokens the members begin with alike, and the members, which have the same
-    images."""
+    """The rows, pairs and images of groups of sequences: how many tokens the members begin with alike, and the members.
+    Pictures count once, whoever shows them."""
     rows = pairs = predicted = tokens = 0
     images: dict[str, tuple[int, int, int]] = {}
     for alike, members in groups:
@@ -72,7 +72,8 @@ def work_of(groups: Iterable[tuple[int, Many[Sequence]]]) -> Work:
             pairs += rest * common + rest * (rest + 1) // 2
         predicted += sum(int(np.count_nonzero(s.trained[1:])) for s in members)
         tokens += sum(lengths)
-        images |= zip(members[0].images, members[0].grids, strict=True)
+        for s in members:  # replies in turns may have been shown others
+            images |= zip(s.images, s.grids, strict=True)
     return Work(rows, pairs, predicted, tokens, images)
 
 

@@ -95,11 +95,13 @@ class MetricLog:
         for name, result in payload.items():
             _put(self._events, _line({**head, "name": name, "result": result}))
             groups = {**result["kinds"], "overall": result["overall"]}
-            keys = ("accuracy", "format_rate", "well_formed_and_correct", "mean_response_length")
+            keys = ["accuracy", "format_rate", "well_formed_and_correct", "mean_response_length"]
+            keys += ["score"] if result["overall"].get("partial") else []
             self._scalars(step, {f"eval/{name}/{group}/{key}": figures[key] for group, figures in groups.items() for key in keys})
             parts = ", ".join(f"{group} {100 * figures['accuracy']:.1f}%" for group, figures in groups.items())
             right = 100 * result["overall"]["well_formed_and_correct"]
-            self._progress.say(f"{self.stage} step {step}: {name} accuracy {parts}; well-formed and correct {right:.1f}%")
+            marks = f"; score {100 * result['overall']['score']:.1f}%" if result["overall"].get("partial") else ""
+            self._progress.say(f"{self.stage} step {step}: {name} accuracy {parts}{marks}; well-formed and correct {right:.1f}%")
 
     def evaluated(self, step: int) -> dict[str, Any]:
         """The results of an evaluation at `step` of this stage that was recorded before, by name; nothing on ranks that do not write."""

@@ -23,6 +23,7 @@ from actial_fast.data.sources.stream import Example, Stream
 from actial_fast.model.processor import Processor
 from actial_fast.report.metrics import MetricLog
 from actial_fast.rollout.choosing import Gate, Race, advantages_of, chosen, differ, fines, next_size, totals_of
+from actial_fast.rollout.episodes import play, restored, text_of, whole
 from actial_fast.rollout.kept import Kept
 from actial_fast.rollout.protocol import Draw, Engine, Reply, Watch, awake, never
 from actial_fast.settings.recipe import GRPORecipe
@@ -203,7 +204,7 @@ class Groups:
             if begun.kept and new:
                 begun.kept.add({positions[i]: group for i, group in groups.items()})
             for i, group in groups.items():
-                position, texts = positions[i], [self._processor.decode(reply.ids) for reply in group]
+                position, texts = positions[i], [text_of(self._processor, reply) for reply in group]
                 begun.replies[position], begun.texts[position] = group, texts
                 self._scorer.submit(position, texts, examples[i].row)
                 begun.unread.add(position)
@@ -217,7 +218,7 @@ class Groups:
 
         there = begun.kept.load(positions, n) if begun.kept else {}
         begun.found |= there.keys()
-        have = {i: there[position] for i, position in enumerate(positions) if position in there}
+        have = {i: restored(self._processor, examples[i], there[p]) for i, p in enumerate(positions) if p in there}
         drawn(have, new=False)
         asked = Draw(n, sampling.temperature, sampling.max_new_tokens, sampling.kv_tokens)
         keys = [(self._recipe.seed, position) for position in positions]
@@ -226,7 +227,7 @@ class Groups:
             begun.halved += 1
 
         watch = Watch(have, drawn, asked=lambda: stop.asked or self._ended, dropped=dropped if begun.race else never, short=short)
-        groups = self._engine.generate([example.encoded for example in examples], asked, keys, watch)
+        groups = play(self._engine, self._processor, examples, asked, keys, watch)
         told = {position for position, group in zip(positions, groups, strict=True) if group}
         assert told <= begun.replies.keys(), "the engine kept a group to itself"
 
@@ -243,7 +244,7 @@ class Groups:
         overlong, limit = self._recipe.overlong, self._recipe.sampling.max_new_tokens
         if not overlong.buffer:
             return table
-        fine = fines([len(reply.ids) for reply in begun.replies[position]], overlong, limit)
+        fine = fines([max(map(len, reply.turns)) for reply in begun.replies[position]], overlong, limit)
         return np.column_stack([table, np.where(np.isnan(table).all(1), np.nan, fine)]).astype(np.float32)
 
     def _made(self, begun: _Begun, stop: Stop) -> Drawn:
@@ -333,13 +334,12 @@ class Groups:
         for g, position in enumerate(positions):
             if position not in begun.replies:  # another rank's
                 continue
-            prompt = begun.examples[position].encoded
             for k, reply in enumerate(begun.replies[position]):
                 samples.append(
                     Sample(
-                        sequence=replace(prompt, trained=np.zeros(len(prompt), bool)).extended(reply.ids),
+                        sequence=whole(begun.examples[position].encoded, reply, self._processor),
                         text=begun.texts[position][k],
-                        sampled=reply.logprobs,
+                        sampled=reply.logprobs if reply.own is None else reply.logprobs[reply.own],
                         rewards=begun.tables[position][k],
                         reward=float(totals[g * n + k]),
                         advantage=float(advantages[g * n + k]),

@@ -34,6 +34,8 @@ def _causes(recipe: SFTRecipe | GRPORecipe) -> Iterator[tuple[tuple[str, ...], s
         yield ("data.sources.0.weight",), "there is one source"
     if not recipe.eval.sources:
         yield ("eval.",), "eval.sources is empty"
+    elif all(source.task for source in recipe.eval.sources):
+        yield ("eval.strict",), "every source of it has a task, whose metric says what is right"
     if recipe.optim.schedule == "constant":
         yield ("optim.min_lr_ratio",), "optim.schedule is constant"
     if engine != "vllm":

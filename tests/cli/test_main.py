@@ -42,6 +42,10 @@ COMMANDS = [
     ["data", "template"],
     ["data", "inspect"],
     ["data", "check"],
+    ["data", "jigsaw"],
+    ["data", "sparkle"],
+    ["data", "boxes"],
+    ["tiny"],
 ]
 
 
@@ -429,7 +433,7 @@ def test_mistakes_in_data_commands(lab, tmp_path, mistake):
     line = mistake("data", "spatial", lab.captures, "-o", tmp_path / "o", "--test-objects", tmp_path / "other.jsonl")
     assert "not the test.jsonl of a viewpoint build" in line
     assert f"data source {nowhere} does not exist" in mistake("data", "check", nowhere)
-    assert "use one of auto, jsonl, sharegpt, sat, verl" in mistake("data", "check", lab.questions / "test.jsonl", "--format", "shargpt")
+    assert "use jsonl, sharegpt, sat, verl" in mistake("data", "check", lab.questions / "test.jsonl", "--format", "shargpt")
     assert "did you mean 'objects'?" in mistake("data", "render", "-o", tmp_path / "o", "objetcs=3")
     assert "families: 'car' is not known" in mistake("data", "render", "-o", tmp_path / "o", "families=[car]")
     assert f"in {nowhere}" in mistake("data", "render", "-o", tmp_path / "o", "--meshes", nowhere)

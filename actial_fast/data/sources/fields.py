@@ -123,6 +123,26 @@ def refuse(record: Mapping[str, Any], known: Collection[str], where: str, what: 
             told(f"the key {shortened(key, 40)!r} of {of} is not read", where)
 
 
+def rest(record: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
+    """What a record has beside the keys that its format reads: what a reward, a metric or a task may need, for the row's meta.
+
+    The keys of an object under `meta` or `extra_info`, which may be stored as JSON text, stand beside the others, and instead of them where
+    both name the same. BadRow for a key that changes what a row means and is not obeyed, and for an extra_info that is no object."""
+    read = {key for key, value in record.items() if key not in MEANING and not (key == UNDESIRED and value is False)}
+    refuse(record, read | set(known), where)
+    found = {key: value for key, value in record.items() if key not in known and key not in MEANING}
+    found = {key: value for key, value in found.items() if isinstance(value, list) or not absent(value)}  # of no boxes a list is empty
+    meta, extra = found.get("meta"), parsed(found.pop("extra_info", None), "extra_info", where)
+    if isinstance(meta, str) and meta.lstrip().startswith("{"):
+        meta = parsed(meta, "meta", where)
+    if isinstance(meta, Mapping):
+        del found["meta"]
+        found |= meta
+    if not absent(extra) and not isinstance(extra, Mapping):
+        raise BadRow(where, "extra_info is not an object")
+    return found | dict(extra or {})
+
+
 def conversation(messages: Any, what: str, where: str) -> tuple[tuple[Turn, ...], list[Any]]:
     """The turns of a list of messages, and the images that stand in OpenAI's content parts, in order. BadRow for what is no message."""
     messages = parsed(messages, what, where)

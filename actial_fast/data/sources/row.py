@@ -70,6 +70,8 @@ class Row:
     kind: the question type, for figures per type.
     choices: the options' texts (their number gives chance); empty for free-form questions.
     where: `file:row`, for error messages.
+    meta: what else a reward, a metric or a task needs.
+    task: the name of what the row is for (task.py), as its source's config says; empty for a question with an answer.
     """
 
     turns: tuple[Turn, ...]
@@ -81,6 +83,7 @@ class Row:
     where: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
     accepted: tuple[str, ...] = ()
+    task: str = ""
 
     @property
     def prompt(self) -> tuple[Turn, ...]:
@@ -92,6 +95,10 @@ class Row:
         if not text:
             return self
         return replace(self, turns=(Turn("system", text), *(t for t in self.turns if t.role != "system"))).check()
+
+    def of_task(self, name: str) -> Row:
+        """The row as one of this task."""
+        return replace(self, task=name) if name != self.task else self
 
     def check(self) -> Row:
         """The row itself, or BadRow: roles known and in place, a user turn, an answer where one is due, texts that can be tokenised, as

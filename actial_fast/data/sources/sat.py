@@ -4,6 +4,7 @@ correct_answer_idx, its number among the answers from 0 (nv-njb/SAT).
 One row becomes: user "<image>... question, then the options in one line", assistant the correct answer's text, which is also the truth.
 With lettered options they are "A. ...", "B. ..." on lines of their own, and the answer and the truth are the letter. The options are shown
 in an order drawn from the row's number and question: a file that always lists the correct one first would teach a position.
+Other columns are what a reward sees as `row.meta`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from actial_fast.data.sources.fields import IMAGE_KEYS, absent, images_of, name_of, refuse, text, texts, whole
+from actial_fast.data.sources.fields import IMAGE_KEYS, absent, images_of, name_of, rest, text, texts, whole
 from actial_fast.data.sources.reader import Reader
 from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Row, Turn, shortened
 
@@ -49,7 +50,7 @@ class SatSource(Reader):
 
     def row(self, record: Mapping[str, Any], where: str, index: int) -> Row:
         """A question, its images and its options; BadRow when the question or answer is missing, or the answer is not among the options."""
-        refuse(record, ("question", *TRUTHS, *CHOICE_COLUMNS, *self.image_keys, *self.kind_keys, "id"), where)
+        meta = rest(record, ("question", *TRUTHS, *CHOICE_COLUMNS, *self.image_keys, *self.kind_keys, "id"), where)
         question = text(record.get("question"), "question", where)
         if not question:
             raise BadRow(where, "empty question")
@@ -81,6 +82,7 @@ class SatSource(Reader):
             choices=tuple(choices),
             id=name_of(record.get("id"), "id", where),
             where=where,
+            meta=meta,
         ).check()
 
 

@@ -228,7 +228,9 @@ def test_unknown_keys(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(fields, "told", fields.told.__class__())
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            assert read(tmp_path, "sharegpt", changed("sharegpt", source_url="x")).truth == "B"
+            first, *others = GOOD["sharegpt"]["messages"]
+            messages = [{**first, "source_url": "x"}, *others]
+            assert read(tmp_path, "sharegpt", changed("sharegpt", messages=messages)).truth == "B"
         fields.told.close()
     assert caplog.text.count("source_url") == 2 and "3 times" in caplog.text
 

@@ -393,7 +393,7 @@ def test_opening_errors_say_what_to_do(tmp_path):
         (SourceConfig(str(tmp_path / "missing.jsonl")), "missing.jsonl does not exist"),
         (
             SourceConfig(str(tmp_path / "r.jsonl"), format="llava"),
-            "unknown format 'llava'; use one of auto, jsonl, sharegpt, sat, verl, easyr1",
+            "unknown format 'llava'; use jsonl, sharegpt, sat, verl, easyr1",
         ),
         (SourceConfig(str(tmp_path / "r.jsonl"), limit=-1), "limit is -1"),
         (SourceConfig(str(tmp_path / "r.csv")), "suffix '.csv' does not tell the format; set format"),
