@@ -1,4 +1,4 @@
-"""actial_fast: Actial's two-stage viewpoint training for Qwen2.5-VL, and the ops it is made of.
+"""actial_fast: Actial's two-stage viewpoint training for Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and the ops it is made of.
 
 The two loops are here (sft.py, grpo.py), and folders for all they stand on; each folder's own page says what lives in it. From the ground
 up: ops, data -> report, tasks, integrations -> packing -> settings -> model -> train -> rollout -> evaluation -> the loops -> quickstart,

@@ -22,7 +22,8 @@ from actial_fast.data.captures.basics import write_basics
 from actial_fast.data.captures.render import RenderConfig, render
 from actial_fast.data.captures.spatial import SpatialConfig, spatial_questions, viewpoint_test_objects
 from actial_fast.data.captures.viewpoint import ViewpointConfig, build
-from actial_fast.data.cot.writer import geometric_cot, one_by_one, write_cot
+from actial_fast.data.cot.poses import geometric_cot
+from actial_fast.data.cot.writer import one_by_one, write_cot
 from actial_fast.data.sources.row import IMAGE_TAG
 from actial_fast.data.sources.source import SourceConfig, open_source
 from actial_fast.evaluation.evaluate import evaluate_checkpoint
@@ -77,7 +78,7 @@ def run(recipe: QuickstartRecipe) -> dict[str, Any]:
     recipe = _resolved(recipe)
     root = Path(recipe.run)
     root.mkdir(parents=True, exist_ok=True)
-    (root / "recipe.yaml").write_text(to_yaml(recipe))
+    (root / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     steps = _Steps(root / "steps.json")
     captures, questions = root / "captures", root / "viewpoint"
     train = questions / "train.jsonl"
@@ -132,7 +133,7 @@ class _Steps:
 
     def __init__(self, path: Path):
         self._path = path
-        self._done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        self._done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -234,5 +235,5 @@ def _summary(
 
 def _write_json(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
+    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
     os.replace(temporary, path)

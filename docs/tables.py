@@ -40,6 +40,30 @@ def named_losses() -> str:
     return f"{table(('name', 'fields', 'source (arXiv)'), rows)}\n\nDefaults: {defaults}."
 
 
+def tasks_learned() -> str:
+    """First and last points of the curves of bench.tasks."""
+    file = max(RESULTS.glob("tasks-*.json"))
+    found = json.loads(file.read_text())
+    rows = []
+    for each in found["tasks"]:
+        held = [point for point in each["held_out"] if point["stage"] == "grpo"]
+        scores = [point["score"] for point in held]
+        figures = (each["reward"][0], each["reward"][-1], scores[0], max(scores), scores[-1])
+        rows.append((f"`{each['task']}`", str(each["grpo_steps"]), *(f"{figure:.2f}" for figure in figures)))
+    machine = found["tasks"][0]["machine"]
+    names = ("recipes", "GRPO steps", "reward, first tenth", "last tenth", "held-out score before", "best", "last")
+    told = f"`{found['command']}` on {machine['cores']} cores of a {machine['cpu']}, {machine['date']}; all points are in `{file}`."
+    return f"{table(names, rows)}\n\n{told}"
+
+
+def benchmarks() -> str:
+    """The benchmarks there is a spec for, by the catalogue."""
+    from actial_fast.evaluation.catalogue import all_sets
+
+    rows = [(f"`{of.name}`", of.title, of.headline, ", ".join(of.published) or "", of.page) for of in all_sets()]
+    return table(("name", "set", "headline", "published here", "its owner's page"), rows)
+
+
 def memory_example() -> str:
     """Rows of a chunk and number of chunks at EXAMPLE, by the functions that the ops call; meta tensors, so nothing is allocated."""
     import torch
@@ -294,9 +318,9 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 TABLES = {
     f.__name__: f
     for f in (
-        *(named_losses, memory_example, workspace_rule, workspaces, logits_gib, accuracy_about),
+        *(benchmarks, named_losses, memory_example, workspace_rule, workspaces, logits_gib, accuracy_about),
         *(ledger, ledger_about, update, update_about, loss_memory, loss_memory_about),
         *(plan_memory, plan_memory_about, plan_recipes, plan_assumptions, plan_scaling, plan_scaling_about),
-        *(comm, comm_about),
+        *(comm, comm_about, tasks_learned),
     )
 }

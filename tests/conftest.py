@@ -94,7 +94,12 @@ def lab(tmp_path_factory) -> SimpleNamespace:
     root: Path = tmp_path_factory.mktemp("lab")
     captures, questions, spatial, model = (root / name for name in ("captures", "questions", "spatial", "model"))
     render(captures, RenderConfig(families=("vehicle", "chair"), objects=5, views=10, workers=1), progress=False)
-    build(captures, questions, ViewpointConfig(pairs_per_object=6, test_examples=18, max_test_fraction=0.3, workers=1), progress=False)
+    build(
+        captures,
+        questions,
+        ViewpointConfig(pairs_per_object=6, test_examples=18, max_test_fraction=0.3, ask_letter=False, workers=1),
+        progress=False,
+    )
     held_out = viewpoint_test_objects(questions / "test.jsonl")
     spatial_questions(captures, spatial, SpatialConfig(train_per_kind=10, test_per_kind=3), held_out, progress=False)
     rows = JsonlSource(questions / "train.jsonl")

@@ -10,7 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @contextmanager
 def server(answer):
-    """An OpenAI-compatible server; `answer(request body, number of this request)` gives (status, headers, text) or seconds to hang."""
+    """An OpenAI-compatible server; `answer(request body, number of this request)` gives (status, headers, text) or seconds to hang.
+
+    A dict for a text is the choice as it is, with its `usage` beside; bytes are the whole body."""
     requests, lock = [], threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -26,15 +28,15 @@ def server(answer):
                 time.sleep(result)
                 return
             status, headers, text = result
-            message = {"role": "assistant", "content": text}
-            full = {
-                "id": "x",
-                "object": "chat.completion",
-                "created": 0,
-                "model": "m",
-                "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-            }
-            data = json.dumps(full if status == 200 and headers is not None else {"error": {"message": text}}).encode()
+            choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+            usage = None
+            if isinstance(text, dict):
+                usage = text.get("usage")
+                choice |= {key: value for key, value in text.items() if key != "usage"}
+            full = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+            data = text
+            if not isinstance(text, bytes):
+                data = json.dumps(full if status == 200 and headers is not None else {"error": {"message": text}}).encode()
             self.send_response(status)
             for key, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **(headers or {})}.items():
                 self.send_header(key, value)

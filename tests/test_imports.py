@@ -26,7 +26,7 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-DATA = [{"sources"}, {"captures", "cot"}]  # the same inside data
+DATA = [{"sources"}, {"captures", "cot", "made"}]  # the same inside data
 TRANSFORMERS = {"model", "data", "rollout", "budget", "evaluation", "integrations"}  # rooms that may know them
 QUIET = "cli.shared"  # imports transformers to silence its progress bars
 VLLM = ["rollout.vllm", "rollout.vllm_inside"]  # what imports it

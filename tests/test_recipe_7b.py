@@ -204,7 +204,7 @@ def test_verl_rows_come_under_the_recipes_system_prompt(runs):
 
 
 def test_evaluations_are_recorded(runs):
-    assert [e["step"] for e in evaluations(runs, "sft")] == [6, 10]
+    assert [e["step"] for e in evaluations(runs, "sft")] == [0, 6, 10]
     assert sorted({e["step"] for e in evaluations(runs, "grpo")}) == [0, 2, 3]
     assert {e["name"].rpartition("/")[2] for e in evaluations(runs, "grpo")} == {"test", "val"}
     for event in evaluations(runs, "sft") + evaluations(runs, "grpo"):

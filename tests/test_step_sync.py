@@ -1,6 +1,7 @@
 """From planning to the optimizer, a packed step never makes the host wait: on a fake GPU, and on a real one where there is."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from actial_fast import grpo, sft
 from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
+from actial_fast.model.tiny import TinyConfig, create
 from actial_fast.ops.spec import GRPOSpec
 from actial_fast.rollout.decoder import Decoder, Rows, serving, tensors_of
 from actial_fast.rollout.graphs import rows_of_graph
@@ -113,6 +115,23 @@ def test_a_decoding_step_never_waits(model, lab, processor):
         made = decoding(lab, processor, World(0, 1, device), lambda module: put(module, device), MODELS[model])
     assert [(x.shape, x.dtype) for x in made] == [((8,), torch.int64), ((8,), torch.float32), ((8,), torch.bool)]
     assert all(x.is_cuda for x in made)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory) -> SimpleNamespace:
+    """A Qwen3-VL, whose tower gives features for the first layers too, and its processor."""
+    folder = tmp_path_factory.mktemp("deep") / "model"
+    shape = TinyConfig(family="qwen3_vl", hidden=32, vision_hidden=32, layers=3, vision_depth=2)
+    create(folder, ["Which way?", "<answer>A</answer>"], shape, seed=0)
+    return SimpleNamespace(model=folder, processor=Processor.load(str(folder), min_pixels=32 * 32, max_pixels=32 * 32 * 20))
+
+
+@pytest.mark.parametrize("model", ["full", "checkpointing"])
+def test_a_step_with_features_for_several_layers_never_waits(model, deep):
+    with fake_cuda() as device:
+        grpo_step(deep, deep.processor, World(0, 1, device), lambda module: put(module, device), MODELS[model])
+        made = decoding(deep, deep.processor, World(0, 1, device), lambda module: put(module, device), {})
+    assert [(x.shape, x.is_cuda) for x in made] == [((8,), True)] * 3
 
 
 def test_a_step_that_reads_its_loss_is_caught(lab, processor, monkeypatch):

@@ -241,7 +241,7 @@ def test_sft_learns_and_its_checkpoint_opens_in_plain_transformers(sft_recipe, l
     recipe = replace(
         sft_recipe,
         steps=40,
-        eval=EvalConfig(sources=(SourceConfig(str(lab.questions / "test.jsonl")),), every=20, max_new_tokens=4),
+        eval=EvalConfig(sources=(SourceConfig(str(lab.questions / "test.jsonl")),), every=20, before=True, max_new_tokens=4),
         save=SaveConfig(every=15, keep=2, tensorboard=True),
     )
     final = sft.train(recipe)
@@ -253,7 +253,7 @@ def test_sft_learns_and_its_checkpoint_opens_in_plain_transformers(sft_recipe, l
     before = weights(lab.model)
     assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
     evals = [e for e in read_events(Path(recipe.run)) if e["kind"] == "eval"]
-    assert [e["step"] for e in evals] == [20, 40]
+    assert [e["step"] for e in evals] == [0, 20, 40]
     assert set(evals[0]["result"]["kinds"]) == {"ego_translation", "object_translation", "ego_rotation"}
     assert list((Path(recipe.run) / "tensorboard").rglob("events*"))
     assert sft.train(recipe) == final and len(losses(recipe.run, "sft")) == 40, "a finished stage ran again"

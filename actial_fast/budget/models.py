@@ -13,84 +13,61 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from actial_fast.model.families.known import FAMILIES, family_of
 from actial_fast.model.nf4 import LAYER
 from actial_fast.model.policy import Policy, assembled
-from actial_fast.model.weights import EMBEDDING, HEAD, base_name, parameters_on_meta
+from actial_fast.model.weights import EMBEDDING, HEAD, base_name, check_family, config_at, parameters_on_meta
 from actial_fast.rollout.memory import kv_shape
 from actial_fast.settings.model import ModelConfig
 
-# Of the published config.json files: hidden, intermediate, layers, heads, key-value heads, vocabulary, the tower's intermediate, tied head
-PUBLISHED = {
-    "3b": (2048, 11008, 36, 16, 2, 151936, 3420, True),
-    "7b": (3584, 18944, 28, 28, 4, 152064, 3420, False),
-    "32b": (5120, 27648, 64, 40, 8, 152064, 3456, False),
-    "72b": (8192, 29568, 80, 64, 8, 152064, 3456, False),
-}
-NAME = re.compile(r"qwen2\.5-vl-(\d+b)-instruct$", re.IGNORECASE)
+PLAIN = FAMILIES["qwen2_5_vl"]  # whose sizes are told without its name
+SIZES = {f"{family.name}-{size}".lower(): (family, size) for family in FAMILIES.values() for size in family.published}
+SIZES |= {size: (PLAIN, size) for size in PLAIN.published}
+NAME = re.compile(r"(qwen[\d.]+-vl-\d+b)(-instruct|-thinking)?$", re.IGNORECASE)
 
 
-def config_of(path: str, like: str = "") -> Qwen2_5_VLConfig:
+def config_of(path: str, like: str = "") -> Any:
     """The configuration of the checkpoint at `path`: of a folder its config.json, of a hub name its published widths, or what an earlier
-    download left. like: 3b, 7b, 32b or 72b, to go by instead. Nothing is downloaded. ValueError where nothing tells the widths."""
+    download left. like: a key of SIZES, like 7b or qwen3-vl-8b, to go by instead. Nothing is downloaded. ValueError where nothing tells the
+    widths, and for a family that is not trained here."""
     if like:
-        if like.lower() not in PUBLISHED:
-            raise ValueError(f"--model: known are {', '.join(PUBLISHED)}, got {like!r}")
+        if like.lower() not in SIZES:
+            raise ValueError(f"--model: known are {', '.join(SIZES)}, got {like!r}")
         return _published(like.lower())
-    folder = Path(path)
-    if path and (folder / "config.json").is_file():
-        return Qwen2_5_VLConfig.from_pretrained(folder)
-    if (size := NAME.search(path)) and size[1].lower() in PUBLISHED:
-        return _published(size[1].lower())
+    if path and (Path(path) / "config.json").is_file():
+        return _told(path, Path(path))
+    if (name := NAME.search(path)) and name[1].lower() in SIZES:
+        return _published(name[1].lower())
     cached = try_to_load_from_cache(path, "config.json") if path.count("/") == 1 else None
     if isinstance(cached, str):
-        return Qwen2_5_VLConfig.from_pretrained(Path(cached).parent)
+        return _told(path, Path(cached).parent)
     why = f"{path} is not here yet" if path else "it is empty"
-    raise ValueError(f"model.path: {why}, so its widths are not known; say which with --model 7b ({', '.join(PUBLISHED)})")
+    raise ValueError(f"model.path: {why}, so its widths are not known; say which with --model 7b ({', '.join(SIZES)})")
 
 
-def _published(size: str) -> Qwen2_5_VLConfig:
-    hidden, intermediate, layers, heads, kv_heads, vocabulary, vision, tied = PUBLISHED[size]
-    return Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": vocabulary,
-            "hidden_size": hidden,
-            "intermediate_size": intermediate,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-            "max_position_embeddings": 128000,
-            "tie_word_embeddings": tied,
-        },
-        vision_config={
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": vision,
-            "num_heads": 16,
-            "out_hidden_size": hidden,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-            "window_size": 112,
-        },
-        tie_word_embeddings=tied,
-    )
+def _published(size: str) -> Any:
+    family, name = SIZES[size]
+    return family.made(family.published[name])
 
 
-def shallow(config: Qwen2_5_VLConfig, layers: int, blocks: int) -> Qwen2_5_VLConfig:
-    """The same widths, but so many decoder layers and tower blocks; the last block attends to whole images, as one of a tower does."""
-    text, vision = config.text_config.to_dict(), config.vision_config.to_dict()
-    text |= {"num_hidden_layers": layers, "layer_types": None}
-    vision |= {"depth": blocks, "fullatt_block_indexes": [blocks - 1] if blocks else []}
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=config.tie_word_embeddings)
+def _told(path: str, folder: Path) -> Any:
+    check_family(path, folder)
+    return config_at(folder)
 
 
-def on_meta(config: Qwen2_5_VLConfig, model: ModelConfig, *, packed: bool) -> Policy:
+def config_from(text: str) -> Any:
+    """The configuration that `to_json_string` made the text of."""
+    said = json.loads(text)
+    return FAMILIES[said["model_type"]].config(**said)
+
+
+def on_meta(config: Any, model: ModelConfig, *, packed: bool) -> Policy:
     """The recipe's policy without memory, as `load_policy` puts it together. What only CUDA has is left out: it holds no less."""
     plain = _without_cuda(model)
     dtype = getattr(torch, model.frozen_dtype if model.lora.rank else model.dtype)
     with parameters_on_meta():
-        made = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        made = family_of(config).model._from_config(config, dtype=dtype, attn_implementation="sdpa")
     return assembled(made, plain, torch.device("cpu"), packed=packed)
 
 
@@ -120,7 +97,7 @@ class Weight:
 class Shapes:
     """A model as the budget sees it: its configuration, its parameters, each once, and transformers' model without memory."""
 
-    config: Qwen2_5_VLConfig
+    config: Any
     weights: tuple[Weight, ...]
     model: Any
 
@@ -155,12 +132,17 @@ class Shapes:
         return self._head.bytes
 
     @property
+    def levels(self) -> int:
+        """How many features a merged image token has."""
+        return family_of(self.config).levels(self.config.vision_config)
+
+    @property
     def kv_elements(self) -> int:
         """Numbers that a token's keys and values are."""
         return 2 * math.prod(kv_shape(self.config))
 
 
-def shapes_of(config: Qwen2_5_VLConfig, model: ModelConfig) -> Shapes:
+def shapes_of(config: Any, model: ModelConfig) -> Shapes:
     """The parameters of the recipe's policy."""
     plain = replace(_without_cuda(model), path="", checkpointing="none", tower_checkpointing="none", offload_activations=False)
     return _shapes(config.to_json_string(), plain)
@@ -168,7 +150,7 @@ def shapes_of(config: Qwen2_5_VLConfig, model: ModelConfig) -> Shapes:
 
 @lru_cache(maxsize=8)  # a plan tries many keys, few of which change what parameters there are
 def _shapes(config: str, model: ModelConfig) -> Shapes:
-    made = Qwen2_5_VLConfig(**json.loads(config))
+    made = config_from(config)
     policy = on_meta(made, model, packed=False)
     return Shapes(made, tuple(_weights(policy)), policy.base)
 

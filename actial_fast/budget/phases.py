@@ -217,7 +217,7 @@ def _moments(case: Case, shares: Shares, held: Activations, size: Size) -> Itera
     text, vision = case.shapes.config.text_config, case.shapes.config.vision_config
     layers, blocks, width = text.num_hidden_layers, vision.depth, case.width
     trained = case.shapes.trains_tower and size.patches > 0
-    features = width * size.patches / 4 * text.hidden_size
+    features = width * size.patches / 4 * case.shapes.levels * text.hidden_size
     if not trained:
         features = max(features, _features_of_step(case, width))
     kept = _kept(case, held, size)
@@ -284,7 +284,8 @@ def _features_of_step(case: Case, width: int) -> float:
     rows = recipe.minibatch if isinstance(recipe, GRPORecipe) else 0
     several = isinstance(recipe, GRPORecipe) and (recipe.prompts > recipe.minibatch or recipe.loss.beta > 0)
     rows = recipe.prompts if several and isinstance(recipe, GRPORecipe) else rows
-    return rows / case.machine.count * case.workload.images * width * float(case.shapes.config.text_config.hidden_size) * several
+    wide = width * case.shapes.levels * float(case.shapes.config.text_config.hidden_size)
+    return rows / case.machine.count * case.workload.images * wide * several
 
 
 def _sync(case: Case, shares: Shares) -> Phase:

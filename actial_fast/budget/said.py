@@ -73,6 +73,8 @@ def _lines(made: Plan, name: str, advice: bool) -> Iterator[str]:
         mark = "" if phase.fits else "  <- does not fit"
         yield f"{phase.name:<8}{phase.held / GB:>10.1f}{phase.spare / GB:>8.1f}  {took:<18} {items or 'next to nothing'}{mark}"
     yield ""
+    if case.workload.evaluated and "eval" in made.seconds:
+        yield f"eval: {case.workload.evaluated:,} rows, replies as above, none over {case.recipe.eval.max_new_tokens:,} tokens"
     if made.pack_tokens:
         yield f"largest pack_tokens that fits: {made.pack_tokens:,} (the recipe has {case.recipe.pack_tokens:,})"
     for phase in made.phases:

@@ -8,6 +8,7 @@ from actial_fast.budget.phases import Case, Phase
 from actial_fast.budget.rates import Rates
 from actial_fast.model.flops import Work, minimum
 from actial_fast.rollout.embedded import MOST_ROWS
+from actial_fast.rollout.memory import kv_shape
 from actial_fast.settings.recipe import GRPORecipe
 
 LAYER_SECONDS = 30e-6, 120e-6  # assumed: what the host and launches cost a layer of a decoded token, recorded as a graph or not
@@ -27,7 +28,8 @@ class Range:
 
 
 def seconds_of(case: Case, phases: list[Phase], rates: Rates) -> dict[str, Range]:
-    """Of a step's phases, on one rank of a machine whose ranks are balanced. `step`: their sum; load, save: once, and every save.every."""
+    """Of a step's phases, on one rank of a machine whose ranks are balanced. `step`: their sum; load, save: once, and every save.every;
+    eval: every eval.every, where it is known how many rows there are."""
     recipe, numel = case.recipe, case.shapes.numel
     out: dict[str, Range] = {}
     stored = 2.0 * numel
@@ -36,12 +38,16 @@ def seconds_of(case: Case, phases: list[Phase], rates: Rates) -> dict[str, Range
     if isinstance(recipe, GRPORecipe):
         if recipe.rollout.engine == "vllm":
             out["sync"] = _over(2.0 * numel, (rates.link / 4, rates.link))
-        out["sample"] = sampling(case, recipe, kv["sample"], rates)
+        replies = recipe.prompts * max(1.0, recipe.sampling.oversample) * recipe.sampling.n / case.machine.count
+        out["sample"] = drawing(case, replies, recipe.sampling.n, recipe.sampling.max_new_tokens, kv["sample"], rates)
     out["update"] = _update(case, rates)
     steps = Range(0, 0)
     for name in ("sync", "sample", "update"):
         steps += out.get(name, Range(0, 0))
     out["step"] = steps
+    if "eval" in kv and case.workload.evaluated:
+        config = recipe.eval
+        out["eval"] = drawing(case, case.workload.evaluated / case.machine.count, 1, config.max_new_tokens, kv["eval"], rates)
     out["save"] = _over(sum(next(p for p in phases if p.name == "save").host.values()) or case.shares.checkpoint, DISK)
     return out
 
@@ -81,7 +87,7 @@ def update_flops(case: Case) -> float:
         again = parts["language_forward"]
         if recipe.model.checkpointing == "selective":
             text = case.shapes.config.text_config
-            again -= 4 * text.hidden_size * work.pairs * text.num_hidden_layers
+            again -= 4 * text.num_attention_heads * kv_shape(text)[2] * work.pairs * text.num_hidden_layers
         total += max(0.0, again)
     if recipe.model.tower_checkpointing == "full":
         total += parts["vision_forward"] * (parts["vision_backward"] > 0)
@@ -124,19 +130,19 @@ def sent(case: Case) -> float:
     return share * (gathered + extra + reduced) + across
 
 
-def sampling(case: Case, recipe: GRPORecipe, kv_tokens: int, rates: Rates) -> Range:
-    """Decoding a step's replies: every token of a row reads the weights once for all rows, and its own keys and values."""
+def drawing(case: Case, replies: float, n: int, longest: int, kv_tokens: int, rates: Rates) -> Range:
+    """Decoding a rank's replies, n to a prompt, none longer than `longest`: every token of a row reads the weights once for all rows, and
+    its own keys and values."""
     load, text = case.workload, case.shapes.config.text_config
-    replies = recipe.prompts * max(1.0, recipe.sampling.oversample) * recipe.sampling.n / case.machine.count
-    held = load.reply / 2 + load.prompt / recipe.sampling.n
+    reply = min(load.reply, float(longest))
+    held = reply / 2 + load.prompt / n
     rows = max(1.0, min(replies, float(MOST_ROWS), kv_tokens / held))
-    tail = min(recipe.sampling.max_new_tokens, 4 * load.reply)  # the longest replies, alone at the end
-    steps = replies * load.reply / rows + tail
-    stored = sum(
-        w.numel * (0.5 + UNPACKED if recipe.model.quantize == "nf4" and w.linear and not w.trained else 2.0) for w in case.shapes.weights
-    )
-    read = stored + rows * (load.reply / 2 + load.prompt / recipe.sampling.n) * 2.0 * case.shapes.kv_elements
+    tail = min(longest, 4 * reply)  # the longest replies, alone at the end
+    steps = replies * reply / rows + tail
+    nf4 = case.recipe.model.quantize == "nf4"
+    stored = sum(w.numel * (0.5 + UNPACKED if nf4 and w.linear and not w.trained else 2.0) for w in case.shapes.weights)
+    read = stored + rows * held * 2.0 * case.shapes.kv_elements
     flops = 2.0 * case.shapes.numel * rows
     at = [steps * (max(read / rates.bandwidth[k], flops / rates.tflops[k]) + text.num_hidden_layers * LAYER_SECONDS[1 - k]) for k in (0, 1)]
-    prompts = 2.0 * case.shapes.numel * replies / recipe.sampling.n * load.prompt
+    prompts = 2.0 * case.shapes.numel * replies / n * load.prompt
     return Range(at[1], at[0]) + _over(prompts, rates.tflops)

@@ -13,7 +13,6 @@ are counted elsewhere. Matrices in NF4 are traced as they are multiplied, in 16 
 
 from __future__ import annotations
 
-import json
 import math
 import weakref
 from collections.abc import Callable, Iterable
@@ -26,9 +25,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import Qwen2_5_VLConfig
 
-from actial_fast.budget.models import on_meta, shallow
+from actial_fast.budget.models import config_from, on_meta
+from actial_fast.model.families.known import family_of
 from actial_fast.model.paged import Pages
 from actial_fast.model.policy import Policy
 from actial_fast.model.trunk import Trunk
@@ -89,7 +88,7 @@ class Activations:
     looking: Line
 
 
-def traced(config: Qwen2_5_VLConfig, model: ModelConfig, *, packed: bool, low: bool, sharded: bool) -> Activations:
+def traced(config: Any, model: ModelConfig, *, packed: bool, low: bool, sharded: bool) -> Activations:
     """The activations of a recipe's model. low: computes in bfloat16, as on CUDA, else in float32; sharded: FSDP hands its layers weights
     that are in the dtype of the computation already. Takes a few seconds, once for each of these."""
     text, kept = config.to_json_string(), replace(model, path="", min_pixels=0, max_pixels=0, offload_activations=False)
@@ -100,22 +99,23 @@ def traced(config: Qwen2_5_VLConfig, model: ModelConfig, *, packed: bool, low: b
     return Activations(_of_language(text, in_language, dtype, sharded, packed), tower, reading, looking)
 
 
-def roughly(config: Qwen2_5_VLConfig) -> Activations:
+def roughly(config: Any) -> Activations:
     """At least the activations of any recipe on a model, without tracing: about twice what layers hold in float32."""
 
-    def part(hidden: int, inner: int) -> Part:
-        layer, once = Line(0, 4.0 * (20 * hidden + 6 * inner)), Line(0, 64.0 * hidden)
+    def part(hidden: int, inner: int, levels: int = 1) -> Part:
+        layer, once = Line(0, 4.0 * (20 * hidden + 6 * inner)), Line(0, 64.0 * hidden * levels)
         return Part(once, layer, layer, Line(12.0 * hidden * inner, 0), Line(24.0 * hidden * inner, 2 * layer.per_row))
 
-    text, vision = config.text_config, config.vision_config
+    text, family = config.text_config, family_of(config)
     language = part(text.hidden_size, text.intermediate_size)
-    tower = part(max(vision.hidden_size, text.hidden_size), max(vision.intermediate_size, text.intermediate_size))
+    hidden, inner = family.tower_sizes(config.vision_config)
+    tower = part(max(hidden, text.hidden_size), max(inner, text.intermediate_size), family.levels(config.vision_config))
     return Activations(language, tower, language.base + language.layer, tower.base + tower.layer)
 
 
 @lru_cache(maxsize=64)
 def _of_language(config: str, model: ModelConfig, dtype: torch.dtype, sharded: bool, packed: bool) -> Part:
-    eyes = min(1, Qwen2_5_VLConfig(**json.loads(config)).vision_config.depth)  # adapters of the tower need a block of it
+    eyes = min(1, config_from(config).vision_config.depth)  # adapters of the tower need a block of it
     made = [_policy(config, model, dtype, sharded, layers, eyes, packed=packed) for layers in (1, 2)]
     with FakeTensorMode(allow_non_fake_inputs=True):
         for policy in made:
@@ -125,19 +125,29 @@ def _of_language(config: str, model: ModelConfig, dtype: torch.dtype, sharded: b
 
 @lru_cache(maxsize=64)
 def _of_tower(config: str, model: ModelConfig, dtype: torch.dtype, sharded: bool) -> tuple[Part, Line]:
-    """The tower's part, nothing where none of it is trained, and the line of its passes without gradients."""
-    vision = Qwen2_5_VLConfig(**json.loads(config)).vision_config
+    """The tower's part, nothing where none of it is trained, and the line of its passes without gradients. What it makes of further levels
+    is counted outside of its blocks: for each, what a single one adds."""
+    whole = config_from(config)
+    vision = whole.vision_config
     patches = 4 * ROWS[0], 4 * ROWS[1]
     looked = {n: vision_arguments([(1, 32, n // 32)], vision) for n in patches}  # numbers, which are real
     depth = min(1, vision.depth)
+    levels = family_of(whole).levels(vision) - 1
     made = [_policy(config, model, dtype, sharded, 1, depth * blocks, packed=True) for blocks in (1, 2)]
+    made += [_policy(config, model, dtype, sharded, 1, depth, packed=True, levels=1)] if levels else []
     with FakeTensorMode(allow_non_fake_inputs=True):
         for policy in made:
             policy.to_empty(device="cpu").train()
-        looking = _line([_tower(made[0], looked[n], grad=False)[1] for n in patches], patches)
+        looks = [_line([sum(_tower(policy, looked[n], grad=False)[:2]) for n in patches], patches) for policy in (made[0], made[-1])]
+        looking = looks[0] + (looks[1] + looks[0] * -1) * levels
         if not made[0].trains_tower:
             return Part(), looking
-        return _part([[_tower(policy, looked[n], grad=True) for n in patches] for policy in made], patches), looking
+        held = [[_tower(policy, looked[n], grad=True) for n in patches] for policy in made]
+        part = _part(held[:2], patches)
+        if levels:
+            further = _line([a[0] - b[0] for a, b in zip(held[2], held[0], strict=True)], patches)
+            part = replace(part, base=part.base + further * levels)
+        return part, looking
 
 
 @lru_cache(maxsize=16)
@@ -150,8 +160,11 @@ def _of_reading(config: str, dtype: torch.dtype) -> Line:
         return _line([_reading(policy, rows) for rows in ROWS], ROWS) * scale
 
 
-def _policy(config: str, model: ModelConfig, dtype: torch.dtype, sharded: bool, layers: int, blocks: int, *, packed: bool) -> Policy:
-    made = on_meta(shallow(Qwen2_5_VLConfig(**json.loads(config)), layers, blocks), model, packed=packed)
+def _policy(
+    config: str, model: ModelConfig, dtype: torch.dtype, sharded: bool, layers: int, blocks: int, *, packed: bool, levels: int = 0
+) -> Policy:
+    whole = config_from(config)
+    made = on_meta(family_of(whole).shallow(whole, layers, blocks, levels), model, packed=packed)
     made.compute_dtype = dtype
     return made.to(dtype) if sharded else made
 
@@ -222,9 +235,9 @@ def _language(policy: Policy, rows: int, *, packed: bool) -> tuple[float, float,
     like = trunk.get_input_embeddings().weight
     graph = like.requires_grad or policy.trains_tower
     positions = torch.empty(3, 1, rows, dtype=torch.int64)
-    given: dict[str, Any] = {"attention_mask": {"full_attention": None}, "packed": _batch(rows)}
+    given: dict[str, Any] = {"attention_mask": None, "packed": _batch(rows)}
     if not packed:
-        given = {"attention_mask": {"full_attention": torch.empty(1, 1, rows, rows, dtype=torch.bool)}}
+        given = {"attention_mask": torch.empty(1, 1, rows, rows, dtype=torch.bool)}
 
     def run() -> Tensor:
         embeds = torch.empty(1, rows, like.shape[1], dtype=like.dtype).requires_grad_(graph)

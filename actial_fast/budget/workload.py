@@ -22,13 +22,15 @@ PROMPT, IMAGES, REPLY, ANSWER = 800, 640, 300, 60  # tokens, assumed: two images
 @dataclass(frozen=True)
 class Workload:
     """Means over rows, in tokens. prompt: of a prompt with its images; images: those of images among them; reply: of a reply, or of what
-    is trained of a row. longest: of any prompt, or row, that was looked at, 0 where none was; rows: how many were."""
+    is trained of a row. longest: of any prompt, or row, that was looked at, 0 where none was; rows: how many were; evaluated: rows of one
+    evaluation, 0 where nobody knows."""
 
     prompt: float
     images: float
     reply: float
     longest: int = 0
     rows: int = 0
+    evaluated: int = 0
 
     @property
     def about(self) -> str:
@@ -47,7 +49,21 @@ def assumed(
         reply = min(REPLY, recipe.sampling.max_new_tokens) if isinstance(recipe, GRPORecipe) else ANSWER
     if not 0 < prompt or not 0 <= images < prompt or not 0 < reply:
         raise ValueError(f"--prompt, --images, --reply: tokens, the images' among the prompt's; got {prompt:g}, {images:g}, {reply:g}")
-    return Workload(prompt, images, reply)
+    return Workload(prompt, images, reply, evaluated=evaluated(recipe))
+
+
+def evaluated(recipe: SFTRecipe | GRPORecipe) -> int:
+    """Rows of one evaluation: all sources', or the limit's where that is fewer; 0 where a source is not here and nothing limits it."""
+    rows = 0
+    for config in recipe.eval.sources:
+        try:
+            here = len(open_source(config))
+        except (ValueError, OSError):
+            here = 0
+        if not here and not recipe.eval.limit:
+            return 0
+        rows += min(here or recipe.eval.limit, recipe.eval.limit or here)
+    return rows
 
 
 def known(recipe: SFTRecipe | GRPORecipe) -> Workload | None:
@@ -80,7 +96,7 @@ def looked_at(recipe: SFTRecipe | GRPORecipe, processor: Processor, rows: int = 
 
     trained = 0.0 if grpo else mean(lambda s: float(s.trained.sum()))
     images = mean(lambda s: s.patches / processor.merge**2)
-    known = Workload(mean(len) - trained, images, trained or assumed(recipe).reply)
+    known = Workload(mean(len) - trained, images, trained or assumed(recipe).reply, evaluated=evaluated(recipe))
     every = [s for _, read in found for s in read]
     return replace(known, longest=max(map(len, every)), rows=len(every))
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actial_fast.cli.shared import Commands, add_format, add_overrides, check_model, one_line, settle
+from actial_fast.cli import cot, made
+from actial_fast.cli.shared import Commands, add_format, add_overrides, check_model, one_line, progress, rows_of, settle
 
 if TYPE_CHECKING:
-    from actial_fast.data.cot.writer import Writer
     from actial_fast.data.sources.row import Row
     from actial_fast.data.sources.source import SourceConfig
 
@@ -35,7 +33,7 @@ def add(commands: Commands) -> None:
 
     viewpoint = data.add_parser(
         "viewpoint",
-        help="viewpoint questions from captures (per object images/ and sparse/0)",
+        help="viewpoint questions from captures (COLMAP, MVImgNet, nerfstudio, DL3DV, CO3D)",
         fields=f"{captures}.viewpoint:ViewpointConfig",
     )
     viewpoint.add_argument("captures", type=Path, help="folder of captures")
@@ -54,20 +52,7 @@ def add(commands: Commands) -> None:
     add_overrides(spatial, "seed=1", below)
     spatial.set_defaults(run=_spatial)
 
-    cot = data.add_parser("cot", help="pseudo chains of thought for the cold start, checked against the truth")
-    cot.add_argument("source", help="rows with a truth")
-    add_format(cot)
-    cot.add_argument("-o", "--out", type=Path, required=True, help="JSONL to write or to go on with")
-    cot.add_argument("--model", default="", help="a checkpoint folder or hub name that writes them, or with --endpoint the name that it "
-                     "knows the model by; without a model they are written from the rows' poses")  # fmt: skip
-    cot.add_argument("--endpoint", default="", help="an OpenAI-compatible base URL, for example http://localhost:8000/v1")
-    cot.add_argument("--template", type=Path, help="a file with an example that a person has corrected, for the model")
-    cot.add_argument("--max-new-tokens", type=int, help="the model's longest reply (default: the endpoint's own limit; 2048 without one)")
-    cot.add_argument("--style", choices=("full", "short"), default="full", help="how much is written from poses")
-    cot.add_argument("--count", type=int, default=0, help="rows drawn from the source (default: all; the paper uses about 1000)")
-    cot.add_argument("--workers", type=int, default=8, help="with --endpoint: requests at a time (default: %(default)s)")
-    cot.add_argument("--seed", type=int, default=0, help="seed of which rows are drawn and of the wordings")
-    cot.set_defaults(run=_cot)
+    cot.add(data)
 
     inspect = data.add_parser("inspect", help="draw rows as a contact sheet: images, question, answer, top-down sketch")
     inspect.add_argument("source", help="JSONL, ShareGPT JSON, SAT or verl parquet")
@@ -84,6 +69,7 @@ def add(commands: Commands) -> None:
     check.add_argument("--model", default="", help="a checkpoint folder or hub name: also look at what its tokenizer and limits refuse")
     check.add_argument("--show", type=int, default=20, help="bad rows to name; 0 names all (default: %(default)s)")
     check.set_defaults(run=_check)
+    made.add(data)
 
 
 def _render(args: argparse.Namespace) -> int:
@@ -127,62 +113,10 @@ def _spatial(args: argparse.Namespace) -> int:
     return 0
 
 
-def _cot(args: argparse.Namespace) -> int:
-    from actial_fast.data.cot.writer import rows_drawn, write_cot
-
-    source = _source(args)
-    total = len(rows_drawn(source, args.seed, args.count))  # before a model is loaded, which takes long
-    with _writer(args) as writer, _progress("chains of thought", total) as advance:
-        done = write_cot(source, args.out, writer, seed=args.seed, count=args.count, progress=lambda number, total: advance(number))
-    there = f" ({done.kept} were there already)" if done.kept else ""
-    print(f"{args.out}: {done.written} rows written{there}, {sum(done.rejected.values())} rejected")
-    for reason, count in done.rejected.items():
-        print(f"  {count:6}  {reason}")
-    if done.rejected:
-        print(f"each is kept with its reason in {args.out.with_suffix('.rejects.jsonl')}; the same command tries them again")
-    return 0
-
-
-@contextlib.contextmanager
-def _writer(args: argparse.Namespace) -> Iterator[Writer]:
-    """Who writes chains of thought: the poses, a model that is loaded here, or a server."""
-    from actial_fast.data.cot.writer import geometric_cot, one_by_one
-
-    if args.endpoint and not args.model:
-        raise ValueError("--model: the name of the model that the endpoint serves is needed")
-    if not args.model:
-        yield one_by_one(functools.partial(geometric_cot, style=args.style))
-        return
-    from actial_fast.data.cot.asking import TEMPLATE
-    from actial_fast.rollout.protocol import Draw, Engine, Reader
-    from actial_fast.rollout.thoughts import EngineWriter
-
-    template = args.template.read_text() if args.template else TEMPLATE
-    engine: Engine
-    reader: Reader
-    if args.endpoint:
-        from actial_fast.rollout.client import Client
-        from actial_fast.rollout.server import Rows, Server
-
-        engine, reader = Server(Client(args.endpoint, args.model), args.workers), Rows()
-        yield EngineWriter(engine, reader, Draw(max_new_tokens=args.max_new_tokens or 0), template=template)
-        return
-    from actial_fast.rollout.engines import open_checkpoint
-    from actial_fast.train.dist import world
-
-    check_model(args.model)
-    settle()
-    with world() as where:
-        if where.size > 1:
-            raise ValueError("actial data cot is one process; have the model served on several GPUs and use --endpoint")
-        engine, reader = open_checkpoint(args.model, where, args.seed)
-        yield EngineWriter(engine, reader, Draw(max_new_tokens=args.max_new_tokens or 2048), template=template)
-
-
 def _inspect(args: argparse.Namespace) -> int:
     from actial_fast.data.captures.sheet import contact_sheet
 
-    source = _source(args, kinds=tuple(args.kind))
+    source = rows_of(args, kinds=tuple(args.kind))
     chosen = sorted(random.Random(args.seed).sample(range(len(source)), min(args.rows, len(source))))
     print(contact_sheet([source[i] for i in chosen], args.out, title=args.source))
     return 0
@@ -195,7 +129,7 @@ def _check(args: argparse.Namespace) -> int:
     bad = 0
     for source, door in _doors(args):
         rows = open_source(source)
-        with _progress("rows", len(rows)) as advance:
+        with progress("rows", len(rows)) as advance:
             found = scan(rows, door, progress=advance)
         bad += len(found.bad)
         print(f"{source.path}: {found.rows} rows, {len(found.bad)} bad\ngood rows by question type:")
@@ -224,7 +158,7 @@ def _doors(args: argparse.Namespace) -> Iterator[tuple[SourceConfig, Callable[[R
     from actial_fast.data.sources.source import SourceConfig
 
     if not _is_recipe(args.source) and not args.model:
-        yield SourceConfig(args.source, args.format), None
+        yield SourceConfig(args.source, args.format, split=args.split, task=args.task), None
         return
     from actial_fast.data.sources.stream import Example
     from actial_fast.model.processor import Processor
@@ -238,7 +172,7 @@ def _doors(args: argparse.Namespace) -> Iterator[tuple[SourceConfig, Callable[[R
             answered = any(turn.role == "assistant" for turn in row.turns)
             return (processor.encode if answered else processor.encode_prompt)(Example(row, index))
 
-        yield SourceConfig(args.source, args.format), either
+        yield SourceConfig(args.source, args.format, split=args.split, task=args.task), either
         return
     from actial_fast.settings.config import load_recipe
     from actial_fast.train.preflight import doors, processor_of
@@ -249,24 +183,6 @@ def _doors(args: argparse.Namespace) -> Iterator[tuple[SourceConfig, Callable[[R
     check_model(recipe.model.path)
     for source, encode in doors(recipe, processor_of(recipe)):
         yield source, lambda row, index, encode=encode: encode(Example(row, index))  # type: ignore[misc]
-
-
-def _source(args: argparse.Namespace, **filters: Any) -> Any:
-    from actial_fast.data.sources.source import SourceConfig, open_source
-
-    return open_source(SourceConfig(args.source, args.format, **filters))
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, and a function that takes the number done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)
 
 
 def _speed(done: Mapping[str, Any], what: str) -> str:

@@ -34,7 +34,7 @@ def _eval(args: argparse.Namespace) -> int:
     from actial_fast.settings.recipe import EvalConfig, RolloutConfig
 
     config = EvalConfig(
-        sources=tuple(SourceConfig(path, args.format, system=args.system) for path in args.source),
+        sources=tuple(SourceConfig(path, args.format, split=args.split, task=args.task, system=args.system) for path in args.source),
         limit=args.limit,
         strict=args.strict,
         kv_tokens=args.kv_tokens,

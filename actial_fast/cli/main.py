@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 
-from actial_fast.cli import cache, data, doctor, eval, export, plan, recipe, report, train
+from actial_fast.cli import bench, cache, data, doctor, eval, export, plan, recipe, report, tiny, train
 from actial_fast.cli.launch import PEER_LOST
 from actial_fast.cli.parser import Completion, Parser, Version
 from actial_fast.cli.shared import one_line
@@ -20,13 +21,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked to stop and has saved ends with 130 (Ctrl-C) or 143 (SIGTERM), as schedulers that would start it again expect.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads are ruinous where other programs run too
-    parser = make_parser()
-    args, rest = parser.parse_known_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the locale cannot print is printed by its number
+    line = list(sys.argv[1:] if argv is None else argv)
+    parser, words = bench.below(line) or (make_parser(), line)
+    args, rest = parser.parse_known_args(words)
     # argparse gives an optional list of words up as soon as an option follows the words before it, so it leaves `... -o OUT key=value`
+    if rest and hasattr(args, "words") and not any(word.startswith("-") for word in rest):
+        args.words, rest = [*args.words, *rest], []
     if rest and not (hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
+    args.line = line
     if getattr(args, "quiet", False):
         os.environ["ACTIAL_QUIET"] = "1"  # for the ranks that are started too
     if getattr(args, "verbose", False):
@@ -62,6 +70,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=Version, help="print versions and end")
     parser.add_argument("--print-completion", action=Completion, help="print a script that completes the command in this shell, and end")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (train, eval, export, report, doctor, plan, recipe, data, cache):
+    for group in (train, eval, bench, export, report, doctor, plan, recipe, data, cache, tiny):
         group.add(commands)
     return parser

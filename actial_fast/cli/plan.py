@@ -13,7 +13,7 @@ def add(commands: Commands) -> None:
     plan.add_argument("recipe", help="a YAML recipe of kind sft or grpo")
     plan.add_argument("--gpus", metavar="8x80", help="how many and their memory in GB, or their name, like 8xH100 (default: those found)")
     plan.add_argument("--host", type=float, metavar="GB", help="host memory (default: this machine's, where its GPUs are planned for)")
-    plan.add_argument("--model", default="", metavar="7b", help="widths of 3b, 7b, 32b or 72b (default: the recipe's checkpoint's)")
+    plan.add_argument("--model", default="", metavar="7b", help="widths of 3b, 7b, 32b, 72b, qwen3-vl-8b, .. (default: the checkpoint's)")
     plan.add_argument("--prompt", type=float, metavar="TOKENS", help="mean of a prompt with its images (default: the data's, else 800)")
     plan.add_argument("--images", type=float, metavar="TOKENS", help="those of its images (default: the data's, else 640)")
     plan.add_argument("--reply", type=float, metavar="TOKENS", help="mean of a reply (default: the data's answers; GRPO: 300)")

@@ -33,7 +33,7 @@ SHIPPED = Path(__file__).parents[1] / "recipes"
 
 def _list(args: argparse.Namespace) -> int:
     for path in sorted(SHIPPED.glob("*.yaml")):
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
         kind = next(line.split()[1] for line in lines if line.startswith("kind:"))
         print(f"{path.stem:18}{kind:12}{lines[0].lstrip('# ')}")
     return 0

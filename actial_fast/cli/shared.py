@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from actial_fast.data.sources.files import reason
 
 if TYPE_CHECKING:
     from actial_fast.cli.parser import Parser
@@ -17,8 +21,12 @@ Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:
-    """The option --format of a source of rows."""
-    parser.add_argument("--format", default="auto", help="jsonl, sharegpt, sat, verl or easyr1 (default: what the file looks like)")
+    """The options --format, --task and --split of a source of rows."""
+    parser.add_argument("--format", default="auto", help="jsonl, sharegpt, sat, verl, easyr1, or module:Reader for your own (default: the "
+                        "task's, or what the file looks like)")  # fmt: skip
+    parser.add_argument("--task", default="", help="what the rows are for: jigsaw, jigsaw_turns, sparkle, boxes, or module:object for your "
+                        "own (default: questions with an answer)")  # fmt: skip
+    parser.add_argument("--split", default="", help="of a folder that holds several: train, validation or test")
 
 
 def add_overrides(parser: argparse.ArgumentParser, example: str = "optim.lr=1e-5", where: str = "`actial recipe show RECIPE`") -> None:
@@ -51,10 +59,8 @@ def one_line(error: Exception) -> str:
     """What an error says, without line breaks or a library's paragraphs of advice."""
     if isinstance(error, ModuleNotFoundError):
         return f"this command needs {error.name}, which is not installed: pip install 'actial-fast[train]'"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError):
-        return str(error).strip().split("\n")[0]  # transformers appends paragraphs of advice
+        return reason(error)
     return " ".join(str(error).split())
 
 
@@ -68,3 +74,22 @@ def settle() -> None:
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+
+
+def rows_of(args: argparse.Namespace, **filters: Any) -> Any:
+    """The source that a command was given."""
+    from actial_fast.data.sources.source import SourceConfig, open_source
+
+    return open_source(SourceConfig(args.source, args.format, split=args.split, task=args.task, **filters))
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, and a function that takes the number done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)

@@ -12,11 +12,12 @@ from actial_fast.data.sources.answers import is_right
 from actial_fast.data.sources.row import Row
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.data.sources.stream import Example, Pass
-from actial_fast.data.sources.tags import is_well_formed
+from actial_fast.data.sources.task import score_of, task_of
 from actial_fast.evaluation.statistics import Record, accuracy_table
 from actial_fast.model.processor import Processor
 from actial_fast.report.metrics import MetricLog
 from actial_fast.rollout.engines import open_checkpoint
+from actial_fast.rollout.episodes import play, text_of
 from actial_fast.rollout.protocol import Draw, Engine, Reader, Reply, Watch, awake
 from actial_fast.settings.recipe import EvalConfig, GRPORecipe, RolloutConfig, SFTRecipe
 from actial_fast.train.dist import Agreed, World, world
@@ -30,8 +31,9 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """The accuracy table of each source, by its folder's and file's name; every rank calls and gets the same result.
 
-    A reply is right by answers.is_right; config.strict: when the text in its <answer> tags, or the whole reply where it has none, equals
-    the truth. on_bad_row: as data.on_bad_row. Raises ValueError, the same on every rank, for the first source that could not be evaluated.
+    A reply is scored by the metric of the row's task, and right with full marks; without a task by answers.is_right, and with config.strict
+    when the text in its <answer> tags, or the whole reply where it has none, equals the truth. on_bad_row: as data.on_bad_row. Raises
+    ValueError, the same on every rank, for the first source that could not be evaluated.
     """
     tables, failures = attempt(engine, processor, config, where, seed=seed, on_bad_row=on_bad_row)
     for name, cause in failures.items():
@@ -74,7 +76,7 @@ def attempt(
                 records = where.gather(records)
                 broken = bool(causes)
                 if causes or not records:
-                    failures[name] = causes[0] if causes else f"{source.path}: no row has a truth to compare with"
+                    failures[name] = causes[0] if causes else f"{source.path}: no row has a truth to compare with, or a task that scores it"
                 else:
                     tables[name] = accuracy_table(records)
         if broken:
@@ -98,7 +100,7 @@ def held_out(
     A source that fails is logged with its cause and left out, unless eval.fatal: then ValueError.
     """
     config = recipe.eval
-    last, first = step == log.total, step == 0 and isinstance(recipe, GRPORecipe)
+    last, first = step == log.total, step == 0 and (config.before or isinstance(recipe, GRPORecipe))
     due = last or first or (step > 0 and config.every > 0 and step % config.every == 0)
     if not config.sources or not due:
         return None
@@ -157,13 +159,14 @@ def _records(
     """This rank's records, or none and why. Nothing here waits for another rank. short: gets longer each time that memory runs short."""
     try:
         rows = Pass(source, limit=config.limit, on_bad_row=on_bad_row, encode=processor.encode_prompt, rank=where.rank, world=where.size)
-        examples = [example for example in rows if example.row.truth]
-        replies = _replies(engine, examples, config, seed, stop, lambda: short.append(source.path))
+        examples = [example for example in rows if example.row.truth or example.row.task]
+        replies = _replies(engine, processor, examples, config, seed, stop, lambda: short.append(source.path))
         if stop.asked:
             return [], ""
         drawn = zip(examples, replies, strict=True)
-        texts = [(e.row, processor.decode(reply.ids) if reply.text is None else reply.text, len(reply.ids)) for e, (reply,) in drawn]
-        return [_record(row, text, length, config.strict) for row, text, length in texts], ""
+        texts = [(e.row, text_of(processor, reply), reply.drawn) for e, (reply,) in drawn]
+        records = [_record(row, text, length, config.strict) for row, text, length in texts]
+        return [record for record in records if record is not None], ""
     except Exception as error:  # whatever it is, the run goes on without this evaluation
         if ran_out(error):
             longest = f"eval.kv_tokens ({config.kv_tokens or 'as much as there is'}) or eval.max_new_tokens ({config.max_new_tokens})"
@@ -172,22 +175,26 @@ def _records(
 
 
 def _replies(
-    engine: Engine, examples: list[Example], config: EvalConfig, seed: int, stop: Stop, short: Callable[[], None]
+    engine: Engine, processor: Reader, examples: list[Example], config: EvalConfig, seed: int, stop: Stop, short: Callable[[], None]
 ) -> list[list[Reply]]:
     """One reply to each, or none once `stop` is asked."""
-    prompts, keys = [example.encoded for example in examples], [(seed, example.position) for example in examples]
-    return engine.generate(
-        prompts, Draw(1, config.temperature, config.max_new_tokens, config.kv_tokens), keys, Watch(asked=lambda: stop.asked, short=short)
-    )
+    keys = [(seed, example.position) for example in examples]
+    draw = Draw(1, config.temperature, config.max_new_tokens, config.kv_tokens)
+    return play(engine, processor, examples, draw, keys, Watch(asked=lambda: stop.asked, short=short))
 
 
-def _record(row: Row, response: str, length: int, strict: bool) -> Record:
+def _record(row: Row, response: str, length: int, strict: bool) -> Record | None:
+    """None where the task's metric cannot score the row."""
+    score = score_of(response, row) if row.task else float(is_right(response, row, strict=strict))
+    if score is None:
+        return None
     letter = len(row.truth) == 1 and row.truth.isalpha() and row.truth not in row.choices
     index = ord(row.truth.upper()) - ord("A") if letter else -1
     return Record(
         kind=row.kind,
-        correct=is_right(response, row, strict=strict),
-        well_formed=is_well_formed(response),
+        correct=score == 1,
+        score=score,
+        well_formed=task_of(row).formed(response, row),
         response_length=length,
         truth=row.choices[index] if 0 <= index < len(row.choices) else row.truth,
         choices=len(row.choices),

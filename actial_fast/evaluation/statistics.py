@@ -19,10 +19,11 @@ from typing import Any
 class Record:
     """One scored reply.
 
-    kind: the question type. correct: the answer is right, whatever the format. well_formed: the reply has the required tags.
+    kind: the question type. correct: the answer is right, whatever the format. well_formed: the reply has the required form.
     response_length: tokens. truth: what `majority` counts; give the option's TEXT ("left"), not its letter: letters are shuffled, so only
-    the text shows that "always left" earns one half. choices: number of options, 0 for a free-form question (chance 0). images: what tells
-    its images from others; records that share one are of one cluster, and so are those that are linked through others.
+    the text shows that "always left" earns one half; empty where a task has no one truth. choices: number of options, 0 for a free-form
+    question (chance 0). images: what tells its images from others; records that share one are of one cluster, and so are those that are
+    linked through others. score: the metric's marks from 0 to 1, of which 1 is correct; None where there are no others than 0 and 1.
     """
 
     kind: str
@@ -32,6 +33,12 @@ class Record:
     truth: str
     choices: int
     images: tuple[str, ...] = ()
+    score: float | None = None
+
+    @property
+    def marks(self) -> float:
+        """The score, or 0 or 1."""
+        return float(self.correct) if self.score is None else self.score
 
 
 def wilson(correct: float, n: float, z: float = 1.96) -> tuple[float, float]:
@@ -55,12 +62,13 @@ def wilson(correct: float, n: float, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, min(low, p)), min(1.0, max(high, p))
 
 
-def clustered(outcomes: Sequence[Sequence[bool]]) -> tuple[float, float]:
+def clustered(outcomes: Sequence[Sequence[float]]) -> tuple[float, float]:
     """The 95% interval (low, high), in [0, 1], of the share of outcomes that are true, outcomes of one cluster being alike as they may.
 
-    outcomes: those of each cluster. The Wilson interval for as many independent trials as the outcomes are worth: their number over the
-    design effect, by the spread of the clusters' sums, never more than they are and never fewer than if every cluster were of one mind;
-    with Student's quantile, since that spread is an estimate. Of clusters of one it is Wilson's. Raises ValueError without outcomes.
+    outcomes: those of each cluster, true or false, or marks from 0 to 1, whose variance is at most that of trials of the same mean. The
+    Wilson interval for as many independent trials as the outcomes are worth: their number over the design effect, by the spread of the
+    clusters' sums, never more than they are and never fewer than if every cluster were of one mind; with Student's quantile, since that
+    spread is an estimate. Of clusters of one it is Wilson's. Raises ValueError without outcomes.
     Source: E. L. Korn, B. I. Graubard, Survey Methodology 24 (1998), with Wilson's interval as in Franco et al., JSSAM 7 (2019).
     """
     from scipy.stats import t
@@ -81,7 +89,12 @@ def clustered(outcomes: Sequence[Sequence[bool]]) -> tuple[float, float]:
 
 def clusters_of(records: Sequence[Record]) -> list[int]:
     """The number of each record's cluster: records that show a picture in common, or are linked through others that do. (n,)"""
-    above = list(range(len(records)))
+    return linked([record.images for record in records])
+
+
+def linked(labels: Sequence[Iterable[str]]) -> list[int]:
+    """The number of each one's cluster, given its labels: those that have one in common, or are linked through others that do. (n,)"""
+    above = list(range(len(labels)))
 
     def top(k: int) -> int:
         while above[k] != k:
@@ -90,14 +103,14 @@ def clusters_of(records: Sequence[Record]) -> list[int]:
         return k
 
     first: dict[str, int] = {}
-    for k, record in enumerate(records):
-        for image in record.images:
-            above[top(k)] = top(first.setdefault(image, k))
-    return [top(k) for k in range(len(records))]
+    for k, own in enumerate(labels):
+        for label in own:
+            above[top(k)] = top(first.setdefault(label, k))
+    return [top(k) for k in range(len(labels))]
 
 
-def _interval(outcomes: list[bool], clusters: list[int]) -> list[float]:
-    by_cluster: dict[int, list[bool]] = {}
+def _interval(outcomes: Sequence[float], clusters: list[int]) -> list[float]:
+    by_cluster: dict[int, list[float]] = {}
     for outcome, cluster in zip(outcomes, clusters, strict=True):
         by_cluster.setdefault(cluster, []).append(outcome)
     return list(clustered(list(by_cluster.values())))
@@ -114,6 +127,9 @@ def _figures(rows: list[Record], clusters: list[int], majority_correct: int) -> 
         "accuracy": correct / n,
         "interval": _interval([r.correct for r in rows], clusters),
         "clusters": len(set(clusters)),
+        "score": sum(r.marks for r in rows) / n,
+        "score_interval": _interval([r.marks for r in rows], clusters),
+        "partial": any(r.marks not in (0, 1) for r in rows),
         "chance": sum(1 / r.choices if r.choices else 0.0 for r in rows) / n,
         "majority": majority_correct / n,
         "format_rate": formed / n,
@@ -126,7 +142,8 @@ def _figures(rows: list[Record], clusters: list[int], majority_correct: int) -> 
 def accuracy_table(records: Iterable[Record]) -> dict[str, Any]:
     """Figures per question type and over all rows, ready for JSON: `{"kinds": {kind: figures}, "overall": figures}`, kinds by name.
 
-    figures: n, correct, clusters (counts); accuracy, chance, majority, format_rate, well_formed_and_correct (shares in [0, 1]); interval,
+    figures: n, correct, clusters (counts); accuracy, score (mean marks: the accuracy where none is partial), chance, majority, format_rate,
+    well_formed_and_correct (shares in [0, 1]); partial (whether any reply has marks between); interval, score_interval,
     well_formed_and_correct_interval ([low, high], 95%, of `clustered`); mean_response_length (tokens). The overall majority gives each row
     the most frequent truth of its own kind. Raises ValueError when there are no records or a record has a negative count.
     """
@@ -139,7 +156,8 @@ def accuracy_table(records: Iterable[Record]) -> dict[str, Any]:
     if not by_kind:
         raise ValueError("accuracy_table: no records; was the evaluation given an empty source, or were all its rows rejected?")
     clusters = clusters_of(everything)
-    majority = {kind: Counter(everything[k].truth for k in of).most_common(1)[0][1] for kind, of in by_kind.items()}
+    truths = {kind: Counter(everything[k].truth for k in of if everything[k].truth) for kind, of in by_kind.items()}
+    majority = {kind: max(counts.values(), default=0) for kind, counts in truths.items()}
     return {
         "kinds": {
             kind: _figures([everything[k] for k in of], [clusters[k] for k in of], majority[kind]) for kind, of in sorted(by_kind.items())
@@ -156,8 +174,11 @@ def render_table(result: Mapping[str, Any], title: str = "") -> str:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("question type", no_wrap=True)
+    kinds = result["kinds"]
+    partial = result["overall"].get("partial", False)  # not in a table from before there were scores
     for name in (
         "n",
+        *(("score\n%", "95%\ninterval") if partial else ()),
         "right\n%",
         "95%\ninterval",
         "chance\n%",
@@ -168,11 +189,11 @@ def render_table(result: Mapping[str, Any], title: str = "") -> str:
         "length\ntokens",
     ):
         table.add_column(name, justify="right", no_wrap=True)
-    kinds = result["kinds"]
     for kind, f in (*kinds.items(), *((("all", result["overall"]),) if len(kinds) != 1 else ())):
         table.add_row(
             kind or "(none)",
             f"{f['n']:,}",
+            *((_percent(f["score"]), _range(f["score_interval"])) if partial else ()),
             _percent(f["accuracy"]),
             _range(f["interval"]),
             _percent(f["chance"]),

@@ -1,7 +1,7 @@
 """For Liger's users: our loss behind the interface of Liger 0.8.5's, and, the other way round, Liger's layers in our model.
 
     from actial_fast.integrations.liger import FusedLinearGRPOLoss   # in the place of liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss
-    from actial_fast.integrations.liger import apply_liger; apply_liger(model)   # a Qwen2.5-VL of transformers, on CUDA
+    from actial_fast.integrations.liger import apply_liger; apply_liger(model)   # a Qwen2-VL, 2.5-VL or 3-VL, on CUDA
 
 The loss needs no Liger; the layers do. B (or S) sequences, L the longest one, T packed rows, H hidden, V vocabulary.
 """
@@ -269,12 +269,19 @@ def _tokens(mask: Tensor, num_items: float | Tensor | None) -> Tensor:
 
 # ---- the layers
 
+LAYERS = {  # transformers' classes of each family, and the kernel that takes their place
+    "qwen2_vl": {"Qwen2VLAttention": "rope", "Qwen2VLRMSNorm": "rms_norm", "Qwen2MLP": "swiglu"},
+    "qwen2_5_vl": {"Qwen2_5_VLAttention": "rope", "Qwen2_5_VLRMSNorm": "rms_norm", "Qwen2MLP": "swiglu", "Qwen2_5_VLMLP": "swiglu"},
+    "qwen3_vl": {"Qwen3VLTextAttention": "rope", "Qwen3VLTextRMSNorm": "rms_norm", "Qwen3VLTextMLP": "swiglu"},
+}
+
 
 def apply_liger(model: nn.Module, *, rope: bool = True, rms_norm: bool = True, swiglu: bool = True) -> dict[str, int]:
-    """Puts Liger's RMSNorm, SwiGLU and rotary kernels into a loaded Qwen2.5-VL of transformers 5.17 to 5.23, in the language model and the
-    vision tower (whose rotary embedding stays): into this instance alone, which keeps its weights, names and classes.
+    """Puts Liger's RMSNorm, SwiGLU and rotary kernels into a loaded Qwen2-VL, Qwen2.5-VL or Qwen3-VL of transformers 5.17 to 5.23: in the
+    language model, norms of queries and keys included, and in Qwen2.5-VL's vision tower (whose rotary embedding stays; the others' towers
+    have none of these layers), of this instance alone, which keeps its weights, names and classes.
 
-    model: a Qwen2_5_VL* model or a PEFT model around one, on CUDA when it runs; before it is sharded. Returns how many modules got which
+    model: one of these models or a PEFT model around one, on CUDA when it runs; before it is sharded. Returns how many modules got which
     kernel. M-RoPE: these transformers merge the three sections into cos and sin before the layers, so Liger's plain rotary kernel is
     the one that fits. Liger 0.8.5's own function for this model looks for names that transformers dropped before 5.17, and raises. The
     kernels' backward passes overwrite what they no longer need: no second backward through the same graph. Losses stay as they are.
@@ -284,8 +291,9 @@ def apply_liger(model: nn.Module, *, rope: bool = True, rms_norm: bool = True, s
     unwrap = getattr(model, "get_base_model", None)
     base = model if unwrap is None else unwrap()
     kind = getattr(getattr(base, "config", None), "model_type", type(base).__name__)
-    if not str(kind).startswith("qwen2_5_vl"):
-        raise ValueError(f"model: expected a Qwen2.5-VL of transformers, or a PEFT model around one, got {kind}")
+    names = next((names for family, names in LAYERS.items() if kind in (family, f"{family}_text", f"{family}_vision")), None)
+    if names is None:
+        raise ValueError(f"model: expected a Qwen2-VL, Qwen2.5-VL or Qwen3-VL of transformers, or a PEFT model around one, got {kind}")
     try:
         from liger_kernel.transformers.functional import liger_rms_norm, liger_rope, liger_swiglu
     except ImportError as error:
@@ -298,7 +306,6 @@ def apply_liger(model: nn.Module, *, rope: bool = True, rms_norm: bool = True, s
         return self.down_proj(liger_swiglu(self.gate_proj(hidden_state), self.up_proj(hidden_state)))
 
     wanted = {"rope": rope, "rms_norm": rms_norm, "swiglu": swiglu}
-    names = {"Qwen2_5_VLAttention": "rope", "Qwen2_5_VLRMSNorm": "rms_norm", "Qwen2MLP": "swiglu", "Qwen2_5_VLMLP": "swiglu"}
     counts = {kernel: 0 for kernel, on in wanted.items() if on}
     for module in base.modules():
         kernel = names.get(type(module).__name__)

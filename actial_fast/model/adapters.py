@@ -16,39 +16,40 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import Qwen2_5_VLForConditionalGeneration
 
+from actial_fast.model.families.family import Family
+from actial_fast.model.families.known import family_of
 from actial_fast.model.weights import local, parameters_on_meta, rows_of
 from actial_fast.settings.model import LoRAConfig, ModelConfig
 
-TOWER = r"model\.visual\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate_proj|up_proj|down_proj))"
-MERGER = r"model\.visual\.merger\.mlp\.[02]"
 ROWS = 1024  # of a weight whose lengths are taken at once
 
 
-def places(lora: LoRAConfig) -> str:
+def places(lora: LoRAConfig, family: Family) -> str:
     """A pattern that the names of the layers with adapters match as a whole, as transformers names modules."""
     language = "|".join(map(re.escape, lora.targets))
     chosen = [rf"model\.language_model\..*\.({language})"] if lora.targets else []
-    return "|".join([*chosen, *([TOWER] if lora.tower else []), *([MERGER] if lora.merger else [])])
+    return "|".join([*chosen, *([family.blocks] if lora.tower else []), *([family.merger] if lora.merger else [])])
 
 
-def unplaced(lora: LoRAConfig, layers: Iterable[str]) -> list[str]:
+def unplaced(lora: LoRAConfig, family: Family, layers: Iterable[str]) -> list[str]:
     """What of the keys finds no layer among these names, in words for the user; empty where every one has an effect."""
     layers, said = list(layers), []
-    wanted = [(TOWER, "tower: this model's tower has no blocks; set it to false")] if lora.tower else []
-    wanted += [(MERGER, "merger: this model has no merger; set it to false")] if lora.merger else []
-    wanted += [(places(LoRAConfig(rank=1, targets=(t,))), f"targets: the language model has no linear layer {t!r}") for t in lora.targets]
+    wanted = [(family.blocks, "tower: this model's tower has no blocks; set it to false")] if lora.tower else []
+    wanted += [(family.merger, "merger: this model has no merger; set it to false")] if lora.merger else []
+    wanted += [
+        (places(LoRAConfig(rank=1, targets=(t,)), family), f"targets: the language model has no linear layer {t!r}") for t in lora.targets
+    ]
     for pattern, problem in wanted:
         if not any(re.fullmatch(pattern, name) for name in layers):
             said.append(f"model.lora.{problem}")
     return said
 
 
-def add_adapters(model: Qwen2_5_VLForConditionalGeneration, config: ModelConfig) -> PeftModel:
+def add_adapters(model: Any, config: ModelConfig) -> PeftModel:
     """Adapters on the layers that config.lora names, in the training dtype, without memory yet. ValueError where a key of it finds none."""
-    lora = config.lora
-    if problems := unplaced(lora, [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]):
+    lora, family = config.lora, family_of(model)
+    if problems := unplaced(lora, family, [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]):
         raise ValueError("; ".join(problems))
     settings = LoraConfig(
         r=lora.rank,
@@ -56,7 +57,7 @@ def add_adapters(model: Qwen2_5_VLForConditionalGeneration, config: ModelConfig)
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        target_modules=places(lora),
+        target_modules=places(lora, family),
         task_type="CAUSAL_LM",
     )
     with parameters_on_meta(), warnings.catch_warnings():

@@ -28,23 +28,20 @@ softmax, embeddings and the optimizer are left out.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from actial_fast.model.families.family import Aside, Layers
+from actial_fast.model.families.known import family_of
 from actial_fast.model.nf4 import NF4Linear
-from actial_fast.model.vision import WINDOWED
 from actial_fast.packing.batch import Sequence
 
 PARTS = ("vision_forward", "vision_backward", "language_forward", "language_backward", "head")
-MERGE, PATCH = 2, 14
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,8 @@ class Work:
 
 
 def work_of(groups: Iterable[tuple[int, Many[Sequence]]]) -> Work:
-    """The rows, pairs and images of groups of sequences: how many tokens the members begin with alike, and the members, which have the same
-    images."""
+    """The rows, pairs and images of groups of sequences: how many tokens the members begin with alike, and the members.
+    Pictures count once, whoever shows them."""
     rows = pairs = predicted = tokens = 0
     images: dict[str, tuple[int, int, int]] = {}
     for alike, members in groups:
@@ -75,7 +72,8 @@ def work_of(groups: Iterable[tuple[int, Many[Sequence]]]) -> Work:
             pairs += rest * common + rest * (rest + 1) // 2
         predicted += sum(int(np.count_nonzero(s.trained[1:])) for s in members)
         tokens += sum(lengths)
-        images |= zip(members[0].images, members[0].grids, strict=True)
+        for s in members:  # replies in turns may have been shown others
+            images |= zip(s.images, s.grids, strict=True)
     return Work(rows, pairs, predicted, tokens, images)
 
 
@@ -89,21 +87,16 @@ def images_once(works: Many[Work]) -> list[Work]:
     return out
 
 
-def known(model: Any) -> bool:
-    """Whether the formulas are those of this transformers model: Qwen2.5-VL."""
-    return model.config.vision_config.model_type in WINDOWED
-
-
 def minimum(model: Any, work: Work, *, backward: bool, adapters: bool = True) -> dict[str, int]:
-    """FLOPs per part of one pass of a transformers Qwen2.5-VL as it is, adapters and what is frozen included, by the formulas above.
+    """FLOPs per part of one pass of a transformers model of a known family, adapters and what is frozen included, by the formulas above.
 
     backward: with gradients; adapters: on, where there are any.
     """
-    tower, text = model.model.visual, model.model.language_model
-    vision, tower_trained = _both(_tower(tower, work.images), False, adapters)
-    trained = (tower_trained and bool(work.images)) or _trained(text.embed_tokens)
-    language, trained = _both(_language(text, work), trained, adapters)
-    (forward, gradients), _ = _both([Layers((model.lm_head,), work.predicted)], trained, adapters)
+    tower, text, grids = model.model.visual, model.model.language_model, list(work.images.values())
+    vision, tower_trained, added = _both(family_of(model).vision_layers(tower, grids), False, adapters)
+    trained = (tower_trained and bool(grids)) or _trained(text.embed_tokens)
+    language, trained, _ = _both(_language(text, work, added if grids else []), trained, adapters)
+    (forward, gradients), _, _ = _both([Layers((model.lm_head,), work.predicted)], trained, adapters)
     return {
         "vision_forward": vision[0],
         "vision_backward": vision[1] * backward,
@@ -141,56 +134,41 @@ class Least:
         return self._found[key]
 
 
-@dataclass(frozen=True)
-class Layers:
-    """Layers that read the same input, over `rows`, and then attention over `pairs` times the width of all heads. norm: before them."""
-
-    layers: tuple[nn.Module, ...]
-    rows: int
-    attended: int = 0
-    norm: nn.Module | None = None
-
-
-def _tower(tower: Any, images: dict[str, tuple[int, int, int]]) -> Iterator[Layers]:
-    config, patches = tower.config, sum(map(math.prod, images.values()))
-    full = sum(frames * (rows * columns) ** 2 for frames, rows, columns in images.values())
-    windows = sum(_window_pairs(grid, config.window_size // PATCH) for grid in images.values())
-    yield Layers((tower.patch_embed.proj,), patches)
-    for index, block in enumerate(tower.blocks):
-        pairs = full if index in config.fullatt_block_indexes else windows
-        yield Layers((block.attn.qkv,), patches, config.hidden_size * pairs, block.norm1)
-        yield Layers((block.attn.proj,), patches)
-        yield Layers((block.mlp.gate_proj, block.mlp.up_proj), patches, norm=block.norm2)
-        yield Layers((block.mlp.down_proj,), patches)
-    yield Layers((tower.merger.mlp[0],), patches // MERGE**2, norm=tower.merger.ln_q)
-    yield Layers((tower.merger.mlp[2],), patches // MERGE**2)
-
-
-def _language(text: Any, work: Work) -> Iterator[Layers]:
-    width = text.layers[0].self_attn.head_dim * text.config.num_attention_heads
-    for layer in text.layers:
+def _language(text: Any, work: Work, added: Many[bool]) -> Iterator[Layers]:
+    """added: of each further level of the features, whether anything that it comes from is trained; it is added behind a layer."""
+    for number, layer in enumerate(text.layers):
         attention, mlp = layer.self_attn, layer.mlp
-        yield Layers((attention.q_proj, attention.k_proj, attention.v_proj), work.rows, width * work.pairs, layer.input_layernorm)
+        width = attention.head_dim * text.config.num_attention_heads
+        inside = tuple(getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name))
+        heads = (attention.q_proj, attention.k_proj, attention.v_proj)
+        fed = any(added[number - 1 : number]) if number else False
+        yield Layers(heads, work.rows, width * work.pairs, layer.input_layernorm, inside, fed)
         yield Layers((attention.o_proj,), work.rows)
         yield Layers((mlp.gate_proj, mlp.up_proj), work.rows, norm=layer.post_attention_layernorm)
         yield Layers((mlp.down_proj,), work.rows)
-    yield Layers((), work.rows, norm=text.norm)
+    yield Layers((), work.rows, norm=text.norm, fed=any(added[: len(text.layers)]))
 
 
-def _both(order: Iterable[Layers], trained: bool, adapters: bool) -> tuple[tuple[int, int], bool]:
+def _both(order: Iterable[Layers | Aside], trained: bool, adapters: bool) -> tuple[tuple[int, int], bool, list[bool]]:
     """FLOPs forward and backward of layers in the order of the forward pass, and whether anything up to their end is trained, given
-    whether anything before them is."""
+    whether anything before them is; and the same of the end of each that stands aside."""
     forward = backward = 0
+    aside: list[bool] = []
     for at in order:
-        trained |= at.norm is not None and _trained(at.norm)
+        if isinstance(at, Aside):
+            both, end, _ = _both(at.layers, trained, adapters)
+            forward, backward = forward + both[0], backward + both[1]
+            aside.append(end)
+            continue
+        trained |= at.fed or (at.norm is not None and _trained(at.norm))
         for layer in at.layers:
             for weights, learned, follows in _weights(layer, trained, adapters):
                 forward += 2 * weights * at.rows
                 backward += 2 * weights * at.rows * (learned + follows)
-        trained |= any(map(_trained, at.layers))
+        trained |= any(map(_trained, (*at.layers, *at.inside)))
         forward += 4 * at.attended
         backward += 10 * at.attended * trained
-    return (forward, backward), trained
+    return (forward, backward), trained, aside
 
 
 def _weights(layer: Any, trained: bool, adapters: bool) -> Iterator[tuple[int, bool, bool]]:
@@ -209,15 +187,3 @@ def _weights(layer: Any, trained: bool, adapters: bool) -> Iterator[tuple[int, b
 
 def _trained(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
-
-
-def window_sizes(grid: tuple[int, int, int], side: int) -> list[int]:
-    """Patches in each attention window of an image (frames, rows, columns): squares of `side` patches, cut off at its edges."""
-    frames, *sides = grid
-    high, wide = ([min(side, length - at) for at in range(0, length, side)] for length in sides)
-    return [a * b for a, b in itertools.product(high, wide)] * frames
-
-
-@lru_cache(maxsize=4096)  # a run's images come in a few sizes
-def _window_pairs(grid: tuple[int, int, int], side: int) -> int:
-    return sum(size**2 for size in window_sizes(grid, side))

@@ -98,7 +98,7 @@ class Pages:
             return torch.from_numpy(native.decode_step(x.numpy(), cos, sin, held_keys[layer], held_values[layer], *reads, scale=scale))
         keys, values = self.keys[layer], self.values[layer]
         q, k, v = self.heads(qkv)
-        q, k = turned(q, self.cos, self.sin), turned(k, self.cos, self.sin)
+        q, k = (turned(y, self.cos, self.sin).to(v.dtype) for y in (q, k))
         self.write(layer, k, v)
         out, lse = _read(q, keys, values, own, scale)
         merge(out, lse, *_read(q, keys, values, prefix, scale))

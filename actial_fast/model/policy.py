@@ -1,4 +1,4 @@
-"""Loading, freezing, adapters, and the module that the loops call: an unmodified Qwen2.5-VL whose head is handed to the caller."""
+"""Loading, freezing, adapters, and the module that the loops call: an unmodified transformers model whose head is handed to the caller."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedConfig
 
 from actial_fast.integrations.liger import apply_liger
 from actial_fast.model.activations import use_checkpoints
 from actial_fast.model.adapters import add_adapters, draw_adapters
 from actial_fast.model.attention import is_packed, use_flash, use_packed_attention
+from actial_fast.model.families.known import family_of
 from actial_fast.model.nf4 import fill_nf4, hold_in_nf4, nf4_problem
-from actial_fast.model.vision import VisionArguments, encode_images, vision_arguments
+from actial_fast.model.vision import VisionArguments, check_patches, encode_images, vision_arguments
 from actial_fast.model.weights import fill, misfits, open_weights, resolve, skeleton
 from actial_fast.ops.ranges import named
 from actial_fast.packing.batch import Batch, PackedBatch
@@ -47,7 +48,8 @@ class ImageBatch:
 
     @staticmethod
     def of(pixels: PixelBatch, config: PreTrainedConfig) -> ImageBatch:
-        """config: the tower's."""
+        """config: the tower's. ValueError where it takes other patches."""
+        check_patches(pixels.settings, config)
         return ImageBatch(pixels, vision_arguments(pixels.grids, config, pin=pixels.pixels.is_pinned()))
 
     def to(self, device: torch.device) -> ImageBatch:
@@ -56,16 +58,14 @@ class ImageBatch:
 
 
 class Policy(nn.Module):
-    """A Qwen2.5-VL that yields hidden states and lets the caller apply the head.
+    """A vision-language model of transformers that yields hidden states and lets the caller apply the head.
 
     The head's matrix (V, H) is passed to a function inside forward, where sharded weights are whole, so that log-probs and losses are
     computed by fused ops from hidden states and no logits of every token exist.
     """
 
-    def __init__(
-        self, model: Qwen2_5_VLForConditionalGeneration | PeftModel, compute_dtype: torch.dtype, config: ModelConfig | None = None
-    ):
-        """config: what it was loaded by; a policy without one cannot be saved."""
+    def __init__(self, model: Any, compute_dtype: torch.dtype, config: ModelConfig | None = None):
+        """model: of one of the families, maybe in a PeftModel; config: what it was loaded by; a policy without one cannot be saved."""
         super().__init__()
         self.model = model
         self.compute_dtype = compute_dtype
@@ -76,7 +76,7 @@ class Policy(nn.Module):
             module.lend = MethodType(_lend, module)
 
     @property
-    def base(self) -> Qwen2_5_VLForConditionalGeneration:
+    def base(self) -> Any:
         """The transformers model, without the adapters' wrapper."""
         return self.model.get_base_model() if self.adapted else self.model
 
@@ -102,7 +102,7 @@ class Policy(nn.Module):
 
     def forward(self, inputs: dict[str, Any] | Batch | PackedBatch | ImageBatch, head: Callable[[Any, Tensor], Any] | None = None) -> Any:
         """head(x, head matrix (V, H)), x the hidden states (T, H) of a batch's loss rows, or the trunk's outputs for keyword arguments; of
-        images, without a head, their merged features (rows, H), one behind the other."""
+        images, without a head, their merged features (rows, levels * H), one behind the other, the levels of an image side by side."""
         base = self.base
         low = self.compute_dtype != torch.float32
         with torch.autocast(self.device.type, self.compute_dtype, enabled=low):
@@ -129,16 +129,17 @@ class Policy(nn.Module):
         """Hidden states (L, H) of a packed batch, whose shared prefixes pass the layers once."""
         assert is_packed(self.base), "packed rows would see each other: load with packed=True"
         assert batch.features is not None or not batch.images, "the images of a packed batch pass the tower first (features.Features)"
-        trunk, features = self.base.model, batch.features
+        trunk = self.base.model
+        batch = batch.split(trunk.language_model.config.hidden_size)
         with named("embedding"):
             embeds = trunk.get_input_embeddings().lend(
-                lambda table: embed(batch.input_ids, table, features, batch.image_slots, batch.image_rows)
+                lambda table: embed(batch.input_ids, table, batch.features, batch.image_slots, batch.image_rows)
             )
         with named("trunk"):
             out = trunk.language_model(
                 inputs_embeds=embeds[None],
                 position_ids=batch.position_ids[:, None],
-                attention_mask={"full_attention": None},  # none is built: the attention reads the batch's segments
+                attention_mask=None,  # and none is built: the attention reads the batch's segments
                 use_cache=False,
                 packed=batch,
             )
@@ -165,7 +166,7 @@ def load_policy(
     """The policy of a recipe on `device`, in train mode, with what is frozen frozen; packed: able to take packed batches.
 
     place: shards the policy while it has no memory yet, so that each rank reads and holds its own rows only; every rank calls.
-    ValueError where the checkpoint is not one of a Qwen2.5-VL, whole, or where the recipe does not fit it.
+    ValueError where the checkpoint is not one of a known family, whole, or where the recipe does not fit it.
     """
     folder = resolve(config.path)
     stored = open_weights(folder)
@@ -173,7 +174,7 @@ def load_policy(
     if config.quantize == "nf4" and (problem := nf4_problem()):
         raise ValueError(problem)
     dtype = getattr(torch, config.frozen_dtype if lora else config.dtype)
-    model: Qwen2_5_VLForConditionalGeneration | PeftModel = skeleton(folder, dtype, "sdpa" if packed else config.attention)
+    model = skeleton(folder, dtype, "sdpa" if packed else config.attention)
     if wrong := misfits(model, stored, config.path):
         raise ValueError("; ".join(wrong))
     policy = assembled(model, config, device, packed=packed)
@@ -184,7 +185,7 @@ def load_policy(
     return policy.train()
 
 
-def assembled(model: Qwen2_5_VLForConditionalGeneration | PeftModel, config: ModelConfig, device: torch.device, *, packed: bool) -> Policy:
+def assembled(model: Any, config: ModelConfig, device: torch.device, *, packed: bool) -> Policy:
     """The policy of a recipe around a model on the meta device: adapters, checkpoints, what is frozen, and the attention; no memory yet."""
     lora = config.lora.rank > 0
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -209,6 +210,7 @@ def assembled(model: Qwen2_5_VLForConditionalGeneration | PeftModel, config: Mod
     if packed:
         _choose_flash(config.attention, device)
         use_packed_attention(policy.base)
+        family_of(policy.base).prepare(policy.base)
     if config.quantize == "nf4":
         hold_in_nf4(policy.base.model.language_model, twice=config.quantize_twice, dtype=compute)
     trunk = policy.base.model
@@ -256,7 +258,7 @@ def save_settings(policy: Policy, model: Path, adapter: Path) -> None:
     """
     model.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(policy.base.config)
-    config.architectures = [Qwen2_5_VLForConditionalGeneration.__name__]
+    config.architectures = [family_of(config).model.__name__]
     config.save_pretrained(model)
     policy.base.generation_config.save_pretrained(model)
     if policy.adapted:
@@ -264,4 +266,6 @@ def save_settings(policy: Policy, model: Path, adapter: Path) -> None:
         settings.inference_mode, settings.base_model_name_or_path = True, policy.config.path
         settings.save_pretrained(str(adapter))
         if policy.config.quantize == "nf4":
-            (adapter / "README.md").write_text(NF4_NOTE.format(path=policy.config.path, twice=policy.config.quantize_twice))
+            (adapter / "README.md").write_text(
+                NF4_NOTE.format(path=policy.config.path, twice=policy.config.quantize_twice), encoding="utf-8"
+            )

@@ -1,12 +1,13 @@
 """The one owner of preprocessing: rows to token ids and image patches, and ids back to text.
 
-Composed of the checkpoint's tokenizer (with its chat template) and its image processor's settings. The Qwen2.5-VL processor class
-itself is not used: it wants a video processor and with it torchvision, which this project has no need of.
+Composed of the checkpoint's tokenizer (with its chat template) and its image processor's settings. The families' processor classes
+themselves are not used: they want a video processor and with it torchvision, which this project has no need of.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as Many
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import cached_file
 
 from actial_fast.data.sources.picture import MAX_PIXELS
 from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Turn
@@ -69,6 +71,7 @@ class Processor:
         images.size = {"shortest_edge": min_pixels or size["shortest_edge"], "longest_edge": max_pixels or size["longest_edge"]}
         store = ImageStore(ImageSettings.of(images), Path(image_cache).expanduser() if image_cache else None, max_image_pixels)
         tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer.chat_template = tokenizer.chat_template or _template(path)
         processor = Processor(tokenizer, images, store, max_prompt, max_tokens, room, max_patches, _ends(path, len(tokenizer)))
         if TAG.search(opening := processor._render([{"role": "user", "content": "-"}], open_reply=True)):
             raise ValueError(
@@ -101,9 +104,14 @@ class Processor:
         return self.tokenizer.pad_token_id
 
     @functools.cached_property
+    def text_end(self) -> int | None:
+        """The token that ends a text, and with it a conversation."""
+        return self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+
+    @functools.cached_property
     def stop_tokens(self) -> tuple[int, ...]:
         """Tokens that end a sampled reply."""
-        known = (self.eos, self.tokenizer.convert_tokens_to_ids("<|endoftext|>"), *self.ends)
+        known = (self.eos, self.text_end, *self.ends)
         return tuple(sorted({token for token in known if token is not None}))
 
     @functools.cached_property
@@ -129,6 +137,28 @@ class Processor:
         """A row to reply to: the turns before its last answer, and the opening of the assistant's turn."""
         return self._sequence(example.row.prompt, example.row.images, example.row.where)
 
+    def heard(self, text: str, images: Many[Path | bytes | np.ndarray], where: str) -> tuple[np.ndarray, tuple[str, ...]]:
+        """What an environment says between two replies, with `<image>` tags: the ids (n,) int64 from the end of the one to the opening of
+        the other, and the keys of its images. ValueError for a text that cannot stand there, BadRow for an image that cannot be decoded."""
+        said, answer, heard = (
+            {"role": role, "content": content.replace(IMAGE_TAG, IMAGE_TEXT)}
+            for role, content in (("user", "-"), ("assistant", "-"), ("user", text))
+        )
+        if found := next((s for s in self._special if s in text), None):
+            raise ValueError(f"the text contains the special token {found}")
+        before = self._render([said], open_reply=True) + "-" + self.tokenizer.convert_ids_to_tokens(self.eos)
+        rendered = self._render([said, answer, heard], open_reply=True)
+        if not rendered.startswith(before):
+            raise ValueError("the chat template rewrites earlier turns, so that nothing can be said between replies")
+        ids = np.array(self._tokens(rendered[len(before) :]), np.int64)
+        keys = tuple(self.store.put(image, where) for image in images)
+        return self._expanded(ids, keys, where)[0], keys
+
+    def overfull(self, conversation: Sequence, reply: int) -> bool:
+        """Whether a conversation with a reply of so many tokens is more than a row may be, in tokens or patches."""
+        tokens = len(conversation)
+        return tokens > self.max_prompt or 0 < self.max_tokens < tokens + reply or 0 < self.max_patches < conversation.patches
+
     def decode(self, ids: np.ndarray) -> str:
         """The text of a reply's token ids (n,), without the token that ends it."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -143,11 +173,8 @@ class Processor:
         shown = images[: sum(t.content.count(IMAGE_TAG) for t in turns)]
         keys = tuple(self.store.put(image, where) for image in shown)
         grids = tuple(map(self.store.grid, keys))
-        repeats = np.ones(len(ids), np.int64)
-        if (places := int((ids == self.image_token).sum())) != len(grids):
-            raise BadRow(where, f"the chat template leaves {places} of its {len(grids)} images")
-        repeats[ids == self.image_token] = [math.prod(grid) // self.merge**2 for grid in grids]
-        ids, trained = np.repeat(ids, repeats), np.repeat(trained, repeats)
+        ids, repeats = self._expanded(ids, keys, where)
+        trained = np.repeat(trained, repeats)
         if (prompt := int((~trained).sum())) > self.max_prompt:
             raise BadRow(where, f"prompt of {prompt} tokens, over max_prompt_tokens={self.max_prompt}; use fewer or smaller images")
         answers = bool(trained.any())
@@ -158,6 +185,14 @@ class Processor:
         if self.max_patches and (patches := sum(map(math.prod, dict(zip(keys, grids, strict=True)).values()))) > self.max_patches:
             raise BadRow(where, f"images of {patches} patches, over pack_patches={self.max_patches}; raise it or lower model.max_pixels")
         return Sequence(ids, trained, mrope_positions(ids, grids, self.image_token, self.merge), keys, grids, where)
+
+    def _expanded(self, ids: np.ndarray, keys: tuple[str, ...], where: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (n,) with as many image tokens as each image needs, and how often each of the n stands there."""
+        repeats = np.ones(len(ids), np.int64)
+        if (places := int((ids == self.image_token).sum())) != len(keys):
+            raise BadRow(where, f"the chat template leaves {places} of its {len(keys)} images")
+        repeats[ids == self.image_token] = [math.prod(self.store.grid(key)) // self.merge**2 for key in keys]
+        return np.repeat(ids, repeats), repeats
 
     @functools.cached_property
     def _tokenised(self) -> Callable[[tuple[Turn, ...]], tuple[np.ndarray, np.ndarray]]:
@@ -201,6 +236,12 @@ class Processor:
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _template(path: str) -> str | None:
+    """The chat template in the file that processors have it in, and tokenizers do not look into; None where there is none."""
+    file = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(file).read_text())["chat_template"] if file else None
 
 
 def _ends(path: str, known: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-VL from random weights: transformers' own class, about 0.8 million parameters, and a tokenizer built on the spot.
+"""A tiny model of any family from random weights: transformers' own class, under a million parameters, and a tokenizer built on the spot.
 
 It makes the whole recipe runnable on a laptop: one image is one token, and the tokenizer's pieces are the phrases of the training
 texts, so a prompt with two images is about 20 tokens long.
@@ -11,12 +11,15 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from actial_fast.model.families.family import Widths
+from actial_fast.model.families.known import FAMILIES
 from actial_fast.model.processor import VISION_TOKENS
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS)
@@ -32,6 +35,8 @@ _PIECE = re.compile(r"<[^<>\n]+>|\n\(?[A-Z][.)] |\n|[^<\n]+\?(?=[<\n]|$)|[^<\n]+
 class TinyConfig:
     """Shape of the tiny model."""
 
+    family: Literal["qwen2_vl", "qwen2_5_vl", "qwen3_vl"] = "qwen2_5_vl"
+    """The model_type of the family it is of."""
     hidden: int = 96
     """Hidden size of the language model."""
     layers: int = 4
@@ -43,7 +48,7 @@ class TinyConfig:
     vision_depth: int = 0
     """Blocks of the vision tower; with 0 it is a patch embedding and a merger."""
     image_size: int = 28
-    """Images are scaled to this many pixels squared in area; 28x28 is one merged token."""
+    """Images are scaled to this many pixels squared in area; 28x28 is one merged token (of Qwen3-VL's 32x32)."""
     phrases: int = 1000
     """Most frequent pieces of the training texts that become tokens; other text is spelt in bytes."""
     initializer_range: float = 0.08
@@ -53,43 +58,40 @@ class TinyConfig:
 def create(folder: Path, texts: Iterable[str], config: TinyConfig, seed: int) -> None:
     """Write a checkpoint folder (weights, tokenizer, image processor) that plain transformers opens. Deterministic by seed."""
     tokenizer = build_tokenizer(texts, config.phrases)
-    images = Qwen2VLImageProcessorPil(size={"shortest_edge": config.image_size**2, "longest_edge": config.image_size**2})
-    head_dim = config.hidden // config.heads
-    vocab = -(-len(tokenizer) // 64) * 64
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")}
-    model_config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": vocab,
-            "hidden_size": config.hidden,
-            "intermediate_size": 8 * config.hidden // 3,
-            "num_hidden_layers": config.layers,
-            "num_attention_heads": config.heads,
-            "num_key_value_heads": config.heads // 2,
-            "initializer_range": config.initializer_range,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": _mrope_section(head_dim)},
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-            "max_position_embeddings": 8192,
-        },
-        vision_config={
-            "depth": config.vision_depth,
-            "hidden_size": config.vision_hidden,
-            "intermediate_size": 2 * config.vision_hidden,
-            "num_heads": config.heads,
-            "out_hidden_size": config.hidden,
-            "fullatt_block_indexes": list(range(config.vision_depth)),
-            "initializer_range": config.initializer_range,
-        },
-        image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"],
-        vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"],
-        initializer_range=config.initializer_range,
+    family = FAMILIES[config.family]
+    size = {"shortest_edge": config.image_size**2, "longest_edge": config.image_size**2}
+    images = Qwen2VLImageProcessorPil(size=size, **family.images)
+    widths = Widths(
+        hidden=config.hidden,
+        inner=8 * config.hidden // 3,
+        layers=config.layers,
+        heads=config.heads,
+        kv_heads=config.heads // 2,
+        head_dim=config.hidden // config.heads,
+        vocabulary=-(-len(tokenizer) // 64) * 64,
+        tied=False,
+        vision_hidden=config.vision_hidden,
+        vision_inner=2 * config.vision_hidden,
+        blocks=config.vision_depth,
+        vision_heads=config.heads,
+        levels=tuple(range(min(3, config.vision_depth))),
+    )
+    text = {
+        "rope_parameters": family.rope(widths.head_dim) | {"rope_theta": 10000.0},
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "max_position_embeddings": 8192,
+    }
+    spread = {"initializer_range": config.initializer_range}
+    special = ("image_pad", "video_pad", "vision_start", "vision_end")
+    ids: Any = {f"{name.removesuffix('_pad')}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in special}
+    about = family.config(
+        text_config=family.text_config(widths) | text | spread, vision_config=family.vision_config(widths) | spread, **ids, **spread
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(model_config)
+        model: Any = family.model(about)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
@@ -116,8 +118,3 @@ def build_tokenizer(texts: Iterable[str], phrases: int) -> PreTrainedTokenizerFa
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
-
-
-def _mrope_section(head_dim: int) -> list[int]:
-    half = head_dim // 2
-    return [half - 2 * (half // 3), half // 3, half // 3]

@@ -1,4 +1,4 @@
-"""The decoder layers of a Qwen2.5-VL as functions of their weights, for passes without gradients over keys and values in blocks.
+"""The decoder layers of a model as functions of their weights, for passes without gradients over keys and values in blocks.
 
 The layers' parts are called past the hooks of FSDP and of activation checkpointing and past transformers' own forward pass, which cost as
 much as a layer does for a single token; sharded weights must be gathered. On the CPU in float32 what lies between the matrix products is
@@ -24,6 +24,7 @@ from actial_fast.model.attention import prompt_once
 from actial_fast.model.paged import Pages, on_host, turned
 from actial_fast.packing import native
 from actial_fast.packing.batch import PackedBatch
+from actial_fast.packing.packed_ops import add_features
 
 SILU = nn.SiLU, type(ACT2FN["silu"])
 JOINED = 2**20  # elements of matrices that are put together: larger ones gain nothing from it, and the copy takes memory
@@ -68,9 +69,12 @@ class Layer:
     @staticmethod
     def of(module: Any) -> Layer:
         attention, mlp = module.self_attn, module.mlp
+        qkv = products((attention.q_proj, attention.k_proj, attention.v_proj))
+        if hasattr(attention, "q_norm"):
+            qkv = _normed(qkv, Norm.of(attention.q_norm), Norm.of(attention.k_norm), attention.v_proj.out_features)
         return Layer(
             before=Norm.of(module.input_layernorm),
-            qkv=products((attention.q_proj, attention.k_proj, attention.v_proj)),
+            qkv=qkv,
             out=product(attention.o_proj),
             after=Norm.of(module.post_attention_layernorm),
             gate_up=products((mlp.gate_proj, mlp.up_proj)),
@@ -110,15 +114,17 @@ class Trunk:
         return cos[0], sin[0]
 
     def read(self, embeds: Tensor, pages: Pages, packed: PackedBatch) -> None:
-        """Keep the keys and values of whole sequences: embeds (L, H), which are overwritten."""
+        """Keep the keys and values of whole sequences: embeds (L, H), which are overwritten, and the further levels of their images."""
         x, more = embeds, None
         for number, layer in enumerate(self._layers):
             x, h = layer.before(x, more)
             q, k, v = pages.heads(layer.qkv(h))
-            k = turned(k, pages.cos, pages.sin)
+            q, k = (turned(y, pages.cos, pages.sin).to(v.dtype) for y in (q, k))
             pages.write(number, k, v)
             if number + 1 < len(self._layers):  # nobody asks for what the last layer makes of them
-                x, more = layer.rest(x, prompt_once(turned(q, pages.cos, pages.sin), k, v, packed, layer.scale).flatten(1))
+                x, more = layer.rest(x, prompt_once(q, k, v, packed, layer.scale).flatten(1))
+                if number < len(packed.levels):
+                    x = add_features(x, packed.levels[number], packed.image_slots, packed.image_rows)
 
     def step(self, embeds: Tensor, pages: Pages) -> Tensor:
         """Hidden states (R, H) of the next tokens of R replies: embeds (R, H), which are overwritten."""
@@ -127,6 +133,24 @@ class Trunk:
             x, h = layer.before(x, more)
             x, more = layer.rest(x, pages.step(number, layer.qkv(h), layer.scale))
         return self._norm(x, more)[1]
+
+
+def _normed(qkv: Callable[[Tensor], Many[Tensor]], q_norm: Norm, k_norm: Norm, width: int) -> Callable[[Tensor], Many[Tensor]]:
+    """Queries and keys, normed, in the dtype of their norms, and values. width: of all keys, as of all values."""
+
+    def normed(x: Tensor) -> list[Tensor]:
+        parts = qkv(x)
+        if len(parts) == 1:
+            parts = parts[0].split_with_sizes((parts[0].shape[1] - 2 * width, width, width), 1)
+        q, k, v = parts
+        return [_by_heads(q_norm, q), _by_heads(k_norm, k), v]
+
+    return normed
+
+
+def _by_heads(norm: Norm, x: Tensor) -> Tensor:
+    """Each head of x (L, heads * D) normed by itself."""
+    return norm(x.reshape(-1, len(norm.weight)).to(norm.weight.dtype), None)[1].view(x.shape)
 
 
 def product(module: nn.Module) -> Callable[[Tensor], Tensor]:

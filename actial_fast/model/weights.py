@@ -16,12 +16,12 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import GenerationConfig
 from transformers.utils import cached_file
 
+from actial_fast.model.families.known import FAMILIES, NAMES, family_of
 from actial_fast.model.tensors import Stored
 
-FAMILY = "qwen2_5_vl"
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -45,7 +45,7 @@ def resolve(path: str) -> Path:
         raise ValueError("model.path: a checkpoint folder or hub name is needed")
     folder = Path(path).expanduser()
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         raise ValueError(
             f"model.path: {path} holds PEFT adapters, not a model (its base is {base or 'not told'}); merge them into the base with PEFT's "
             "merge_and_unload and save_pretrained, and give that folder"
@@ -53,16 +53,16 @@ def resolve(path: str) -> Path:
     if not folder.is_dir():
         if path.count("/") != 1 or path.startswith((".", "/", "~")):
             raise ValueError(f"model.path: {path} is neither a folder nor a hub name like Qwen/Qwen2.5-VL-7B-Instruct")
-        _check_family(path, Path(str(cached_file(path, "config.json"))))  # before gigabytes are downloaded
+        check_family(path, Path(str(cached_file(path, "config.json"))).parent)  # before gigabytes are downloaded
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
-    _check_family(path, folder / "config.json")
+    check_family(path, folder)
     return folder
 
 
 def open_weights(folder: Path) -> Stored:
     """The checkpoint's tensors, by the names its files have. ValueError where files are missing or broken."""
     if (index := folder / INDEX).exists():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        files = sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     else:
         files = [folder / SINGLE]
     if lacking := [path.name for path in files if not path.exists()]:
@@ -74,12 +74,12 @@ def open_weights(folder: Path) -> Stored:
         raise ValueError(f"model.path: {error}") from None
 
 
-def skeleton(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> Qwen2_5_VLForConditionalGeneration:
+def skeleton(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> Any:
     """The checkpoint's model as from_pretrained makes it, buffers included, but its parameters on the meta device."""
-    config = Qwen2_5_VLConfig.from_pretrained(folder)
+    config = config_at(folder)
     config.name_or_path = str(folder)
     with parameters_on_meta():
-        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)
+        model = family_of(config).model._from_config(config, dtype=dtype, attn_implementation=attention)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
@@ -109,11 +109,6 @@ def module_name(stored: str) -> str:
     if stored.startswith("model.") and not stored.startswith(("model.visual.", "model.language_model.")):
         return f"model.language_model.{stored.removeprefix('model.')}"
     return stored
-
-
-def stored_name(module: str) -> str:
-    """The reverse: what transformers writes for a name of its model."""
-    return module.removeprefix("model.") if module.startswith("model.visual.") else module.replace("model.language_model.", "model.", 1)
 
 
 def base_name(policy: str) -> str:
@@ -199,13 +194,27 @@ def share(rows: int, rank: int, ranks: int) -> tuple[int, int]:
     return min(rank * each, rows), min((rank + 1) * each, rows)
 
 
-def _check_family(path: str, config: Path) -> None:
+def kind_of(folder: Path) -> str:
+    """The model_type in a folder's config.json. OSError or ValueError where there is none to be read."""
+    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(said, dict):
+        raise ValueError("it holds no object")
+    return str(said.get("model_type"))
+
+
+def config_at(folder: Path) -> Any:
+    """The configuration of a checkpoint of a known family."""
+    return FAMILIES[kind_of(folder)].config.from_pretrained(folder)
+
+
+def check_family(path: str, folder: Path) -> None:
+    """ValueError, naming `path`, where the folder's config.json is missing, broken, or that of a model not trained here."""
     try:
-        said: dict[str, Any] = json.loads(config.read_text())
+        kind = kind_of(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path: {path} is no checkpoint, its config.json cannot be read ({error})") from None
-    if (family := said.get("model_type")) != FAMILY:
-        raise ValueError(f"model.path: {path} is a {family}, this project trains {FAMILY}")
+    if kind not in FAMILIES:
+        raise ValueError(f"model.path: {path} is a {kind}; trained here are {NAMES} (model_type {', '.join(FAMILIES)})")
 
 
 def _some(names: Iterable[str]) -> str:

@@ -110,7 +110,8 @@ class PackedBatch:
     within the second block, and its prefix; images: keys of the distinct images; image_slots, image_rows (M,) int64: rows of image tokens,
     and the row of the images' merged features, one behind the other, that goes there; loss_rows, targets (T,) int64, the row that predicts
     (a prefix's last row predicts the first token of each of its suffixes) and the token; features (F, H): what image_rows counts in, None
-    without images and until the vision tower has run.
+    without images and until the vision tower has run, which may give several levels of H side by side; levels: (F, H) each, those behind
+    the first, once `split` has parted them.
     """
 
     input_ids: Tensor
@@ -126,6 +127,14 @@ class PackedBatch:
     loss_rows: Tensor
     targets: Tensor
     features: Tensor | None = None
+    levels: tuple[Tensor, ...] = ()
+
+    def split(self, width: int) -> PackedBatch:
+        """The batch with the levels of its features, of this width H each, apart."""
+        if self.features is None or self.features.shape[1] == width:
+            return self
+        first, *others = self.features.split(width, 1)
+        return replace(self, features=first, levels=tuple(others))
 
     def to(self, device: torch.device) -> PackedBatch:
         """The batch on `device`, without a sync."""

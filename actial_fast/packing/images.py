@@ -283,7 +283,13 @@ def _opened(path: Path, read_only: bool = False) -> Iterator[int]:
 def _locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[int]:
     """The file, opened and locked against every other opening of it: another thread's, a forked child's, another process's."""
     with _opened(path, read_only=how == fcntl.LOCK_SH) as file:
-        fcntl.flock(file, how)
+        try:
+            fcntl.flock(file, how)
+        except OSError as error:
+            raise ValueError(
+                f"{path.parent}: files there cannot be locked ({error.strerror}), which keeping images needs; name a folder on another "
+                "file system (data.image_cache, or XDG_CACHE_HOME)"
+            ) from None
         yield file
 
 

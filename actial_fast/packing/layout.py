@@ -200,7 +200,7 @@ def mrope_positions(length: int, starts: Sequence[int], grids: Sequence[tuple[in
     """M-RoPE positions, (3, length) int64, of a sequence whose images start at `starts` with (frames, rows, columns) merged tokens.
 
     Text counts up in all three rows; an image's tokens share one time and carry their row and column; what follows continues after the
-    image's longer side. As transformers' Qwen2.5-VL `get_rope_index`.
+    image's longer side. As transformers' `get_rope_index` of every family in model/families.
     """
     out, at, position = np.empty((3, length), np.int64), 0, 0
     for grid, first in zip(grids, starts, strict=True):

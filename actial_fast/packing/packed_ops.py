@@ -128,6 +128,19 @@ def embed(input_ids: Tensor, table: Tensor, features: Tensor | None, image_slots
     return F.embedding(input_ids, table).index_copy(0, image_slots, placed)
 
 
+@plain_tensors
+def add_features(hidden: Tensor, features: Tensor, image_slots: Tensor, image_rows: Tensor) -> Tensor:
+    """hidden (L, H) with features[image_rows[j]] added to row image_slots[j]; indices as `embed` takes them, features (F, H) of any
+    floating dtype.
+
+    Differentiable in both; a feature's gradient is summed over its uses in float32 and in a fixed order. No host sync.
+    """
+    if not len(image_slots):
+        return hidden
+    wide = features if features.is_cuda else features.to(torch.promote_types(features.dtype, torch.float32))  # CUDA sums so by itself
+    return hidden.index_add(0, image_slots, F.embedding(image_rows, wide).to(hidden.dtype))
+
+
 def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda  # a function of its own, so that tests can send CPU tensors through Triton's interpreter
 

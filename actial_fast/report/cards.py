@@ -58,18 +58,25 @@ def _rollout_group(run_dir: Path, group: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _image(run_dir: Path, source: str) -> str:
-    """An <img> that holds the picture; a note in its place when the file is gone, for a report must come out of an old run too."""
+    return picture_html(source if source.startswith("data:") else run_dir / source)
+
+
+def picture_html(picture: Path | bytes | str, side: int = IMAGE_SIDE) -> str:
+    """An <img> that holds the picture (a file, encoded bytes or a data URL), at most `side` pixels long where it is no small file; a note
+    in its place when the file is gone, for a page must come out of an old run too."""
     from PIL import Image
 
     from actial_fast.data.sources.picture import shown
 
     try:
-        data = base64.b64decode(source.partition(",")[2]) if source.startswith("data:") else (run_dir / source).read_bytes()
-        with Image.open(BytesIO(data)) as picture:
-            kind, small = picture.format, max(picture.size) <= 64
+        if isinstance(picture, str):
+            picture = base64.b64decode(picture.partition(",")[2])
+        data = picture.read_bytes() if isinstance(picture, Path) else picture
+        with Image.open(BytesIO(data)) as opened:
+            kind, small = opened.format, max(opened.size) <= 64
             if len(data) > IMAGE_BYTES or kind not in ("PNG", "JPEG"):
-                reduced = shown(picture)
-                reduced.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+                reduced = shown(opened)
+                reduced.thumbnail((side, side))
                 reduced.save(buffer := BytesIO(), "JPEG", quality=85)
                 kind, data = "JPEG", buffer.getvalue()
     except (OSError, ValueError) as error:

@@ -21,7 +21,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
+
+from actial_fast.data.sources.files import writing
 
 METRICS_FILE, EVENTS_FILE = "metrics.jsonl", "events.jsonl"
 TELLING = (
@@ -70,7 +72,7 @@ class MetricLog:
             return
         self._step = step
         values = {name: float(value) for name, value in metrics.items()}
-        self._metrics.write(_line({"stage": self.stage, "step": step, "time": round(time.time(), 3), **values}))
+        _put(self._metrics, _line({"stage": self.stage, "step": step, "time": round(time.time(), 3), **values}))
         self._scalars(step, values)
         self._progress.step(step, values)
 
@@ -86,18 +88,20 @@ class MetricLog:
         step = self._step if step is None else step
         head = {"kind": kind, "stage": self.stage, "step": step, "time": round(time.time(), 3)}
         if kind != "eval":
-            self._events.write(_line({**head, kind: payload}))
+            _put(self._events, _line({**head, kind: payload}))
             if kind == "phases":
                 self._scalars(step, {f"after/{name}": float(value) for name, value in payload.items()})
             return
         for name, result in payload.items():
-            self._events.write(_line({**head, "name": name, "result": result}))
+            _put(self._events, _line({**head, "name": name, "result": result}))
             groups = {**result["kinds"], "overall": result["overall"]}
-            keys = ("accuracy", "format_rate", "well_formed_and_correct", "mean_response_length")
+            keys = ["accuracy", "format_rate", "well_formed_and_correct", "mean_response_length"]
+            keys += ["score"] if result["overall"].get("partial") else []
             self._scalars(step, {f"eval/{name}/{group}/{key}": figures[key] for group, figures in groups.items() for key in keys})
             parts = ", ".join(f"{group} {100 * figures['accuracy']:.1f}%" for group, figures in groups.items())
             right = 100 * result["overall"]["well_formed_and_correct"]
-            self._progress.say(f"{self.stage} step {step}: {name} accuracy {parts}; well-formed and correct {right:.1f}%")
+            marks = f"; score {100 * result['overall']['score']:.1f}%" if result["overall"].get("partial") else ""
+            self._progress.say(f"{self.stage} step {step}: {name} accuracy {parts}{marks}; well-formed and correct {right:.1f}%")
 
     def evaluated(self, step: int) -> dict[str, Any]:
         """The results of an evaluation at `step` of this stage that was recorded before, by name; nothing on ranks that do not write."""
@@ -114,8 +118,9 @@ class MetricLog:
         if not self.enabled or self._metrics.closed:
             return
         self._progress.close()
-        self._metrics.close()
-        self._events.close()
+        for file in (self._metrics, self._events):
+            with writing(Path(file.name)):
+                file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -134,6 +139,11 @@ class MetricLog:
                 self._tensorboard.add_scalar(tag, value, step)
         if self._wandb is not None:
             self._wandb.log({**tagged, f"{self.stage}/step": step})
+
+
+def _put(file: TextIO, line: str) -> None:
+    with writing(Path(file.name)):
+        file.write(line)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -137,7 +137,7 @@ def _troubles(events: Sequence[Mapping[str, Any]]) -> str:
             rows = event["skipped"]["rows"]
             more = f" and {len(rows) - 3:,} more" if len(rows) > 3 else ""
             lines.append(f"{where}: loss or gradient was NaN or infinite and was not applied; rows {', '.join(rows[:3])}{more}")
-        elif event["kind"] in ("mismatch", "redrawn"):
+        elif event["kind"] in ("mismatch", "redrawn", "unscored"):
             lines.append(f"{where}: {event[event['kind']]['text']}")
     return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
 
@@ -231,8 +231,12 @@ def _evaluation(evals: Evals, tables: Mapping[str, list[Moment]], steps: Mapping
 
 
 def _figure_table(name: str, moments: Sequence[Moment]) -> str:
-    """One line a question type and one for all; for each moment the accuracy and, if any reply was so, well-formed and correct."""
+    """One line a question type and one for all; for each moment the accuracy, with the marks beside it where a task gives some in part,
+    and, if any reply was so, well-formed and correct."""
     shares = [("accuracy", "accuracy", "interval")]
+    overall = [m.result["overall"] for m in moments]
+    if any(f.get("partial") for f in overall) and all("score" in f for f in overall):  # not in runs from before there were marks
+        shares.append(("score", "score", "score_interval"))
     if any(m.result["overall"]["format_rate"] for m in moments):
         shares.append(("well-formed<br>and correct", "well_formed_and_correct", "well_formed_and_correct_interval"))
     count = moments[-1].result["overall"]["n"]
@@ -289,13 +293,18 @@ def _series(metrics: Sequence[Mapping[str, Any]], names: Sequence[str], stages: 
     return out
 
 
+def _marks(figures: Mapping[str, Any]) -> float:
+    """The mean score: the accuracy where no marks are partial, and in runs from before there were any."""
+    return float(figures.get("score", figures["accuracy"]))
+
+
 def _eval_charts(name: str, stages: Mapping[str, Mapping[int, Result]], wanted: Iterable[str], steps: Mapping[str, int]) -> Iterator[Chart]:
-    """Accuracy by type and, replies were well-formed, the format, over each wanted stage that evaluated more than once."""
+    """Accuracy, or marks, by type and, replies were well-formed, the format, over each wanted stage that evaluated more than once."""
     for stage in (s for s in wanted if len(stages.get(s, ())) > 1):
         points = stages[stage].items()
         kinds = list(dict.fromkeys(kind for _, result in points for kind in result["kinds"]))
         lines = [
-            Series(kind, {stage: [(n, r["kinds"][kind]["accuracy"]) for n, r in points if kind in r["kinds"]]}, i, True)
+            Series(kind, {stage: [(n, _marks(r["kinds"][kind])) for n, r in points if kind in r["kinds"]]}, i, True)
             for i, kind in enumerate(kinds)
         ]
         chance = {kind: round(r["kinds"][kind]["chance"], 3) for _, r in points for kind in r["kinds"]}

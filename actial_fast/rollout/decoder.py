@@ -118,7 +118,7 @@ class Decoder:
         # a last token that is only a target has no row
         ended = [s.extended(np.array([self._processor.pad])) for s in sequences]
         batch, _ = pack(ended, pieces, self._processor.image_token, self._processor.merge)
-        batch = replace(batch.to(self._device), features=self._image_features(batch.images, keep))
+        batch = replace(batch.to(self._device), features=self._image_features(batch.images, keep)).split(self._embedding.shape[1])
         embeds = embed(batch.input_ids, self._embedding, batch.features, batch.image_slots, batch.image_rows)
         pages = self._pages.at(torch.from_numpy(slots).to(self._device, non_blocking=True), *self._trunk.turns(batch.position_ids))
         self._trunk.read(embeds, pages, batch)

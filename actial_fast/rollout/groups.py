@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Sequence as Many
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from actial_fast.data.sources.stream import Example, Stream
 from actial_fast.model.processor import Processor
 from actial_fast.report.metrics import MetricLog
 from actial_fast.rollout.choosing import Gate, Race, advantages_of, chosen, differ, fines, next_size, totals_of
+from actial_fast.rollout.episodes import play, restored, text_of, whole
 from actial_fast.rollout.kept import Kept
 from actial_fast.rollout.protocol import Draw, Engine, Reply, Watch, awake, never
 from actial_fast.settings.recipe import GRPORecipe
@@ -97,6 +99,7 @@ class Groups:
         gate = recipe.sampling.gate
         self._gate = Gate(gate, recipe, stream, (cursor or {}).get("gate")) if gate.on else None
         self._ahead: Drawn | _Begun | None = None
+        self._silent: Counter[str] = Counter()  # steps in which a reward scored nothing
         self._ended = False  # whoever draws in the thread is to leave off
 
     @property
@@ -201,7 +204,7 @@ class Groups:
             if begun.kept and new:
                 begun.kept.add({positions[i]: group for i, group in groups.items()})
             for i, group in groups.items():
-                position, texts = positions[i], [self._processor.decode(reply.ids) for reply in group]
+                position, texts = positions[i], [text_of(self._processor, reply) for reply in group]
                 begun.replies[position], begun.texts[position] = group, texts
                 self._scorer.submit(position, texts, examples[i].row)
                 begun.unread.add(position)
@@ -215,7 +218,7 @@ class Groups:
 
         there = begun.kept.load(positions, n) if begun.kept else {}
         begun.found |= there.keys()
-        have = {i: there[position] for i, position in enumerate(positions) if position in there}
+        have = {i: restored(self._processor, examples[i], there[p]) for i, p in enumerate(positions) if p in there}
         drawn(have, new=False)
         asked = Draw(n, sampling.temperature, sampling.max_new_tokens, sampling.kv_tokens)
         keys = [(self._recipe.seed, position) for position in positions]
@@ -224,7 +227,7 @@ class Groups:
             begun.halved += 1
 
         watch = Watch(have, drawn, asked=lambda: stop.asked or self._ended, dropped=dropped if begun.race else never, short=short)
-        groups = self._engine.generate([example.encoded for example in examples], asked, keys, watch)
+        groups = play(self._engine, self._processor, examples, asked, keys, watch)
         told = {position for position, group in zip(positions, groups, strict=True) if group}
         assert told <= begun.replies.keys(), "the engine kept a group to itself"
 
@@ -241,7 +244,7 @@ class Groups:
         overlong, limit = self._recipe.overlong, self._recipe.sampling.max_new_tokens
         if not overlong.buffer:
             return table
-        fine = fines([len(reply.ids) for reply in begun.replies[position]], overlong, limit)
+        fine = fines([max(map(len, reply.turns)) for reply in begun.replies[position]], overlong, limit)
         return np.column_stack([table, np.where(np.isnan(table).all(1), np.nan, fine)]).astype(np.float32)
 
     def _made(self, begun: _Begun, stop: Stop) -> Drawn:
@@ -266,6 +269,7 @@ class Groups:
             if dynamic and good == recipe.prompts:
                 begun.last = positions[-1]
             counted = {p: table for p, table in begun.tables.items() if p <= begun.last}
+            self._tell_silent(begun.step, np.concatenate([*counted.values()]))
             figures: dict[str, float] = {}
             if dynamic:
                 self._tell_short(begun, good)
@@ -286,6 +290,17 @@ class Groups:
         if good < wanted:
             text = f"after {begun.draws} draws {good} of {wanted} groups have rewards that differ; others fill the step"
             self._tell(begun.step, "short", text, groups=good)
+
+    def _tell_silent(self, step: int, rewards: np.ndarray) -> None:
+        """Say where a reward that counts has scored none of a step's replies: what is learned is then not what the recipe asks for."""
+        for reward, unscored in zip(self._recipe.rewards, np.isnan(rewards).all(0), strict=False):
+            if not unscored or not reward.weight:
+                continue
+            self._silent[reward.name] += 1
+            times = self._silent[reward.name]
+            text = f"reward {reward.name} scored none of {len(rewards)} replies and counts nothing; steps of this kind so far: {times}"
+            if times & (times - 1) == 0:  # the first, the second, the fourth, ...
+                self._tell(step, "unscored", text, reward=reward.name, replies=len(rewards), steps=times)
 
     def _tell(self, step: int, kind: str, text: str, **more: Any) -> None:
         if self._log is not None:
@@ -319,13 +334,12 @@ class Groups:
         for g, position in enumerate(positions):
             if position not in begun.replies:  # another rank's
                 continue
-            prompt = begun.examples[position].encoded
             for k, reply in enumerate(begun.replies[position]):
                 samples.append(
                     Sample(
-                        sequence=replace(prompt, trained=np.zeros(len(prompt), bool)).extended(reply.ids),
+                        sequence=whole(begun.examples[position].encoded, reply, self._processor),
                         text=begun.texts[position][k],
-                        sampled=reply.logprobs,
+                        sampled=reply.logprobs if reply.own is None else reply.logprobs[reply.own],
                         rewards=begun.tables[position][k],
                         reward=float(totals[g * n + k]),
                         advantage=float(advantages[g * n + k]),

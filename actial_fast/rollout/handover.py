@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from actial_fast.model.families.known import family_of
 from actial_fast.model.nf4 import quantized
 from actial_fast.model.policy import Policy
-from actial_fast.model.weights import base_name, stored_name
+from actial_fast.model.weights import base_name
 
 
 def checkpoint_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
@@ -22,11 +23,12 @@ def checkpoint_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 
     One tensor at a time is gathered from the ranks' rows, in that dtype; whoever takes it decides how long it lives. Every rank iterates.
     """
+    file_name = family_of(policy.base).file_name
     for name, parameter in policy.named_parameters():
         if ".lora_" not in name:
-            yield stored_name(base_name(name)), _whole(parameter, policy.compute_dtype)
+            yield file_name(base_name(name)), _whole(parameter, policy.compute_dtype)
     for name, layer in quantized(policy).items():  # as the trainer computes with them, and not as they were before
-        yield stored_name(name), layer.dequantized(policy.compute_dtype)
+        yield file_name(name), layer.dequantized(policy.compute_dtype)
 
 
 def adapters(policy: Policy) -> tuple[dict[str, Tensor], list[str]]:

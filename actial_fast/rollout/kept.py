@@ -2,8 +2,8 @@
 it goes on.
 
 RUN/NAME/replies/step-000013-1f0c2b3a/00000052.safetensors   one batch of groups, named by its first prompt's position in the stream: for
-                                                             each its replies' ids and log-probs end to end, their lengths, and whether
-                                                             each ended by itself
+                                                             each its replies' ids and log-probs end to end, their lengths, whether
+                                                             each ended by itself, and of episodes which tokens are the model's own
 They hold for the weights they were drawn with: those that step 13 begins with, or, with rollout.ahead, those of the step before. Files
 appear whole or not at all.
 """
@@ -22,7 +22,8 @@ from safetensors.numpy import load_file, save_file
 
 from actial_fast.rollout.protocol import Reply
 
-PARTS = ("ids", "logprobs", "lengths", "finished")
+PARTS = {"ids", "logprobs", "lengths", "finished"}
+OWN = "own"  # of episodes, beside these
 
 
 class Kept:
@@ -46,7 +47,7 @@ class Kept:
             shutil.rmtree(other, ignore_errors=True)
 
     def load(self, positions: Sequence[int], n: int) -> dict[int, list[Reply]]:
-        """Position -> its n replies, for those positions that are there."""
+        """Position -> its n replies, for those positions that are there; episodes without their pictures (episodes.restored)."""
         wanted, found = set(positions), {}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
@@ -58,7 +59,7 @@ class Kept:
                 position, _, part = name.partition("/")
                 groups[int(position)][part] = value
             for place, parts in groups.items():
-                if place in wanted and set(parts) == set(PARTS) and len(parts["lengths"]) == n:
+                if place in wanted and set(parts) - {OWN} == PARTS and len(parts["lengths"]) == n:
                     found[place] = _replies(parts)
         return found
 
@@ -70,6 +71,8 @@ class Kept:
             tensors[f"{position}/logprobs"] = np.concatenate([r.logprobs for r in replies])
             tensors[f"{position}/lengths"] = np.array([len(r.ids) for r in replies], np.int64)
             tensors[f"{position}/finished"] = np.array([r.finished for r in replies], np.uint8)
+            if own := [r.own for r in replies if r.own is not None]:
+                tensors[f"{position}/{OWN}"] = np.concatenate(own).astype(np.uint8)
         path = self.folder / f"{min(groups):08d}.safetensors"
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -82,5 +85,6 @@ class Kept:
 
 def _replies(parts: Mapping[str, np.ndarray]) -> list[Reply]:
     ends = np.cumsum(parts["lengths"])[:-1]
-    drawn = zip(np.split(parts["ids"], ends), np.split(parts["logprobs"], ends), parts["finished"].tolist(), strict=True)
-    return [Reply(ids, logprobs, bool(finished)) for ids, logprobs, finished in drawn]
+    own = np.split(parts[OWN].astype(bool), ends) if OWN in parts else [None] * len(parts["lengths"])
+    drawn = zip(np.split(parts["ids"], ends), np.split(parts["logprobs"], ends), parts["finished"].tolist(), own, strict=True)
+    return [Reply(ids, logprobs, bool(finished), own=mine) for ids, logprobs, finished, mine in drawn]

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -23,12 +24,30 @@ from actial_fast.packing.batch import Sequence
 class Reply:
     """One sampled reply. ids (n,) int64, with the token that ended it; logprobs (n,) float32 at the sampling temperature over the whole
     vocabulary, as the trainer computes them; finished is False where the length limit cut it. text: what a server wrote, whose ids and
-    log-probs nobody here knows (-1 and NaN, as many as it counts); None where the ids say it."""
+    log-probs nobody here knows (-1 and NaN, as many as it counts); None where the ids say it. why: the reason that a server's text is none.
+    An episode (episodes.py) is one reply: own (n,) bool is False where its environment spoke, whose log-probs are 0; images: the keys of
+    what it showed. None and () in others."""
 
     ids: np.ndarray
     logprobs: np.ndarray
     finished: bool
     text: str | None = None
+    why: str = ""
+    own: np.ndarray | None = None
+    images: tuple[str, ...] = ()
+
+    @property
+    def drawn(self) -> int:
+        """Tokens that the model drew."""
+        return len(self.ids) if self.own is None else int(self.own.sum())
+
+    @property
+    def turns(self) -> list[np.ndarray]:
+        """The ids of each turn that the model took; all where there is one."""
+        if self.own is None:
+            return [self.ids]
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], self.own, [False]]).astype(np.int8))).tolist()
+        return [self.ids[start:end] for start, end in list(pairwise(edges))[::2]]
 
 
 @dataclass(frozen=True)

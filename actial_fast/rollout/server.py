@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from actial_fast.data.sources.picture import decode
-from actial_fast.data.sources.row import Row
+from actial_fast.data.sources.row import IMAGE_TAG, Row
 from actial_fast.data.sources.stream import Example
 from actial_fast.packing.batch import Sequence
 from actial_fast.rollout.client import Answer, Client, Unanswered, parts
@@ -50,13 +50,14 @@ class Rows:
 
 class Server:
     """The engine that asks a server, `workers` questions at a time. Its prompts come from `Rows`. draw.max_new_tokens 0 is the server's own
-    limit; a question that it does not answer, after all retries, has failed."""
+    limit; a question that it does not answer, after all retries, has failed. pixels: larger images are scaled down to so many before they
+    are sent; 0 sends them as they are."""
 
     own = False
 
-    def __init__(self, client: Client, workers: int):
+    def __init__(self, client: Client, workers: int, pixels: int = 0):
         self.version = -1
-        self._client, self._workers = client, workers
+        self._client, self._workers, self._pixels = client, workers, pixels
 
     def wake(self) -> None:
         """It is awake, or not ours to wake."""
@@ -108,20 +109,26 @@ class Server:
         return replies
 
     def _ask(self, row: Row, draw: Draw, key: tuple[int, ...]) -> Answer:
-        messages = [{"role": turn.role, "content": turn.content} for turn in row.prompt]
-        used = 0
-        for message, turn in zip(messages, row.prompt, strict=True):
-            if count := turn.content.count("<image>"):
-                message["content"] = parts(turn.content, row.images[used : used + count], row.where)  # type: ignore[assignment]
-                used += count
+        messages = messages_of(row, self._pixels)
         seed = int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
         return self._client.ask(
-            cast("list[ChatCompletionMessageParam]", messages),
+            messages,
             temperature=draw.temperature,
             seed=seed,
             max_tokens=draw.max_new_tokens or None,
         )
 
 
+def messages_of(row: Row, pixels: int = 0) -> list[ChatCompletionMessageParam]:
+    """A row's prompt as OpenAI messages, its images in them, those of more than `pixels` (0: any number) scaled down. BadRow as parts."""
+    messages = [{"role": turn.role, "content": turn.content} for turn in row.prompt]
+    used = 0
+    for message, turn in zip(messages, row.prompt, strict=True):
+        if count := turn.content.count(IMAGE_TAG):
+            message["content"] = parts(turn.content, row.images[used : used + count], row.where, pixels)  # type: ignore[assignment]
+            used += count
+    return cast("list[ChatCompletionMessageParam]", messages)
+
+
 def _reply(answer: Answer) -> Reply:
-    return Reply(np.full(answer.tokens, -1), np.full(answer.tokens, np.nan, np.float32), answer.finished, answer.text)
+    return Reply(np.full(answer.tokens, -1), np.full(answer.tokens, np.nan, np.float32), answer.finished, answer.text, answer.why)

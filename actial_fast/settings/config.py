@@ -52,7 +52,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     if not path.exists() and path.parent == Path("recipes"):  # outside of the repository: those that ship
         path = Path(__file__).parents[1] / path
     try:
-        raw = yaml.load(path.read_text(), Loader=_Loader) or {}
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
     except FileNotFoundError:
         raise ValueError(f"recipe {path} does not exist; the ones that ship are in recipes/") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -9,7 +9,9 @@ from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 
 
 def idle(recipe: SFTRecipe | GRPORecipe) -> Iterator[str]:
-    """One line for each key that is not at its default and has no effect, with the reason."""
+    """One line for each key that is not at its default and has no effect, with the reason, and for a learning rate that leaves none."""
+    if not recipe.optim.lr:
+        yield "optim.lr = 0 moves no weight: nothing will be learned"
     causes = list(_causes(recipe))
     for key, value, default, _ in describe(recipe):
         if value != default:
@@ -32,6 +34,8 @@ def _causes(recipe: SFTRecipe | GRPORecipe) -> Iterator[tuple[tuple[str, ...], s
         yield ("data.sources.0.weight",), "there is one source"
     if not recipe.eval.sources:
         yield ("eval.",), "eval.sources is empty"
+    elif all(source.task for source in recipe.eval.sources):
+        yield ("eval.strict",), "every source of it has a task, whose metric says what is right"
     if recipe.optim.schedule == "constant":
         yield ("optim.min_lr_ratio",), "optim.schedule is constant"
     if engine != "vllm":

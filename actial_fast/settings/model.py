@@ -49,7 +49,7 @@ class ModelConfig:
     """Which weights to start from and how they are held."""
 
     path: str = ""
-    """Folder (or hub name) with a Hugging Face checkpoint of a Qwen2.5-VL model."""
+    """Folder (or hub name) with a Hugging Face checkpoint of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage of the weights that are not frozen, and of their gradients. Of bfloat16, optim.master says how small steps are kept. Compute
     is bf16 on CUDA either way."""

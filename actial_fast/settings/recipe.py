@@ -23,6 +23,8 @@ class EvalConfig:
     """What to evaluate on; empty = no evaluation."""
     every: int = 0
     """Steps between evaluations; 0 = only after the last step."""
+    before: bool = False
+    """SFT: also before the first step, for the figures of the model that it begins with; GRPO always does."""
     limit: int = 0
     """Rows per evaluation, taken in order; 0 = all."""
     temperature: float = 0.0
@@ -48,7 +50,7 @@ class RolloutConfig:
 
     engine: Literal["embedded", "vllm", "server"] = "embedded"
     """embedded: the trainer's own module. vllm: an engine in each rank's process, which gets the weights of every step. server: a model
-    behind an OpenAI-compatible address, for `actial eval` only, since it cannot be given weights."""
+    behind an OpenAI-compatible address, for `actial eval` and `actial bench`, since it cannot be given weights."""
     ahead: int = 0
     """GRPO: 1 = the replies of a step are drawn with the weights that the step before it began with, beside that step's update where the
     engine has weights of its own; `importance_correction` then weighs them. 0 = with the weights that the step begins with."""

@@ -1,7 +1,8 @@
 """Rewards: what a sampled response is worth. The recipe's default is 0.5 * format + 0.5 * accuracy.
 
 Your own is a function that the recipe names as module:function. It gives a number, or None (or NaN) for a response that it cannot score,
-which is then left out of the group's statistics. `call` in the recipe says what it gets, `def` or `async def` how it is run:
+which then counts as its group's mean there: neither punished nor favoured. `call` in the recipe says what it gets, `def` or `async def` how
+it is run:
 
     def short(response, row):                             # call: one (the default), one reply
         return 1 / (1 + len(response))
@@ -20,30 +21,26 @@ which is then left out of the group's statistics. `call` in the recipe says what
     # rewards: [{name: "mine:rare", call: group}]
 
 What fails is an error with the reward, the row and the cause (`on_error: error`), or a NaN that is counted (`on_error: nan`): never a
-silent 0, which would train on a bug. Every built-in reads the response once, left to right, whatever a model writes.
+silent 0, which would train on a bug. The built-in ones are in named.py.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence, Set
+from collections.abc import Hashable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 
-from actial_fast.data.sources.answers import is_right
 from actial_fast.data.sources.row import Row
-from actial_fast.data.sources.tags import is_well_formed, tagged_answer
 from actial_fast.tasks.calls import Lane, Outcome, attempt, start
+from actial_fast.tasks.named import SHIPPED, Reward, accuracy_reward, find_reward
 
-Reward = Callable[..., Any]  # what it takes and gives depends on RewardConfig.call
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -52,7 +49,7 @@ class RewardConfig:
     """One term of the reward."""
 
     name: str
-    """format, accuracy, or module:function for your own, `def` or `async def`."""
+    """format (of the row's task), accuracy, task (what the row's task gives), or module:function for your own, `def` or `async def`."""
     weight: float = 1.0
     """Factor of this term in the total."""
     strict: bool = False
@@ -83,44 +80,13 @@ class RewardConfig:
             raise ValueError(f"timeout: must be above 0 and finite, got {self.timeout}")
         if not 0 <= self.max_failures <= 1:
             raise ValueError(f"max_failures: must be a share from 0 to 1, got {self.max_failures}")
-        if self.name in REWARDS and self.call != "one":
+        if self.name in SHIPPED and self.call != "one":
             raise ValueError(f"call: {self.name} is a built-in, which takes one reply, got {self.call}")
         if self.strict and self.name != "accuracy":
             raise ValueError(f"strict: only accuracy has it, and this is {self.name}")
 
 
-def format_reward(response: str, row: Row) -> float:
-    """1 when the response is well formed (see is_well_formed), else 0."""
-    return float(is_well_formed(response))
-
-
-def accuracy_reward(response: str, row: Row, strict: bool = False) -> float | None:
-    """1 when the reply is right (answers.is_right), strictly only inside one pair of <answer> tags, else 0; None without a truth."""
-    if not row.truth:
-        return None
-    return float(is_right(response, row, strict=strict) and not (strict and tagged_answer(response) is None))
-
-
-REWARDS: MappingProxyType[str, Reward] = MappingProxyType({"format": format_reward, "accuracy": accuracy_reward})
 DEFAULT_REWARDS = (RewardConfig("format", 0.5), RewardConfig("accuracy", 0.5))
-
-
-def find_reward(name: str) -> Reward:
-    """The function behind a reward's name: a built-in, or `module:function` from the import path. ValueError when there is none."""
-    if name in REWARDS:
-        return REWARDS[name]
-    module, colon, function = name.partition(":")
-    if not (module and colon and function):
-        raise ValueError(f"unknown reward {name!r}; use {', '.join(REWARDS)}, or module:function for your own")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {name!r} cannot be imported ({error}); is the module on PYTHONPATH?") from error
-    except Exception as error:
-        raise ValueError(f"reward {name!r} cannot be imported: its module raises {type(error).__name__}: {error}") from error
-    if not callable(found):
-        raise ValueError(f"reward {name!r} is a {type(found).__name__}, not a function of (response, row)")
-    return found
 
 
 @dataclass(frozen=True)
@@ -319,7 +285,7 @@ def _terms(rewards: Sequence[RewardConfig]) -> tuple[list[_Term], list[str]]:
         elif coroutine and not config.workers:
             problems.append(f"reward {config.name!r} is an async def, which is never called on the spot; workers: must be at least 1")
         else:
-            on_the_spot = config.name in REWARDS or not config.workers
+            on_the_spot = config.name in SHIPPED or not config.workers
             lane = None if on_the_spot else Lane(config.workers, config.timeout, config.retries)
             terms.append(_Term(config, column, function, coroutine, lane))
     return terms, problems

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 
-from actial_fast.model.flops import Least, Work, images_once, known, work_of
+from actial_fast.model.families.known import known
+from actial_fast.model.flops import Least, Work, images_once, work_of
 from actial_fast.model.policy import Policy
 from actial_fast.packing.batch import Sequence
 from actial_fast.train.phases import Phases

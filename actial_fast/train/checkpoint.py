@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actial_fast.data.sources.files import reason
 from actial_fast.model.policy import Policy, save_settings
 from actial_fast.model.processor import Processor
 from actial_fast.model.tensors import sync, write
@@ -121,7 +122,7 @@ class Saver:
                 save_settings(policy, temporary / "model", temporary / "adapter")
                 processor.save(temporary / "model")
                 about = {"step": step, "ranks": self.where.size, "model": facts(policy), "state": state}
-                (temporary / "state.json").write_text(json.dumps(about, indent=1))
+                (temporary / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
             except OSError as problem:
                 error = _said(problem)
         told = self.where.gather([(_not_finite(rows), error)])
@@ -243,7 +244,7 @@ def restore(folder: Path, step: int, policy: Policy, optimizer: torch.optim.Opti
             optimizer.state[parameter] = entry
     prefix = f"rng/{where.rank}/"  # a run that goes on with more ranks has no old state for the new ones
     set_rng_states({name.removeprefix(prefix): stored.rows(name) for name in stored.names if name.startswith(prefix)})
-    return json.loads((source / "state.json").read_text())["state"]
+    return json.loads((source / "state.json").read_text(encoding="utf-8"))["state"]
 
 
 def _rows(policy: Policy, optimizer: torch.optim.Optimizer, where: World) -> dict[str, tuple[Tensor, int]]:
@@ -321,6 +322,6 @@ def _write_final(folder: Path, step: int, where: World) -> None:
 
 
 def _said(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
+    if isinstance(error, OSError):
+        return reason(error)
+    return str(error) if isinstance(error, ValueError) else repr(error)

@@ -18,10 +18,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from actial_fast.model.families.known import FAMILIES, family_of
 from actial_fast.model.nf4 import as_held, nf4_problem, quantized
 from actial_fast.model.policy import Policy
 from actial_fast.model.tensors import Stored, sync, write
-from actial_fast.model.weights import HEAD, INDEX, SINGLE, base_name, module_name, open_weights, resolve, stored_name
+from actial_fast.model.weights import HEAD, INDEX, SINGLE, base_name, kind_of, module_name, open_weights, resolve
 
 FILE_BYTES = 5_000_000_000  # as transformers cuts them
 PEFT_FILE = "adapter_model.safetensors"
@@ -40,14 +41,14 @@ def facts(policy: Policy) -> dict[str, Any]:
         "frozen_dtype": config.frozen_dtype,
         "dtype": dtype,
         "adapter_scale": config.lora.scale,
-        "nf4": [stored_name(name) for name in held],
+        "nf4": [family_of(policy.base).file_name(name) for name in held],
         "nf4_twice": config.quantize_twice,
     }
 
 
 def open_ranks(source: Path) -> Stored:
     """What the ranks have written into a checkpoint. ValueError where a file is missing or broken."""
-    ranks, files = json.loads((source / "state.json").read_text())["ranks"], sorted(source.glob("rank-*.safetensors"))
+    ranks, files = json.loads((source / "state.json").read_text(encoding="utf-8"))["ranks"], sorted(source.glob("rank-*.safetensors"))
     if len(files) != ranks:
         raise ValueError(f"{source}: {ranks} ranks wrote it, files of {len(files)} are there; a file of the folder was lost or added")
     return Stored(files)
@@ -101,7 +102,7 @@ def export(source: Path, model: Path, adapter: Path, *, dtype: str = "", base: B
         if len(files) > 1:
             size = sum(map(weights.bytes, weights.names))
             index = {"metadata": {"total_size": size}, "weight_map": {name: file for file, names in files.items() for name in names}}
-            (model / INDEX).write_text(json.dumps(index, indent=2))
+            (model / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
         if weights.adapters:
             shutil.copytree(source / "adapter", adapter)
             layout = {name: (weights.stored.dtype(key), weights.stored.shape(key)) for name, key in weights.adapters.items()}
@@ -118,7 +119,7 @@ class _Weights:
     """
 
     def __init__(self, source: Path, dtype: str, base: Base):
-        about = json.loads((source / "state.json").read_text())["model"]
+        about = json.loads((source / "state.json").read_text(encoding="utf-8"))["model"]
         self.stored = open_ranks(source)
         masters = {name.removeprefix("master/") for name in self.stored.names if name.startswith("master/")}
         self.dtype: torch.dtype = getattr(torch, dtype or ("float32" if masters else about["dtype"]))
@@ -130,10 +131,11 @@ class _Weights:
         self._changed = self._lost = 0.0
         trained = [name.removeprefix("weight/") for name in self.stored.names if name.startswith("weight/")]
         names = {f"master/{n}" if n in masters else f"weight/{n}": base_name(n) for n in trained}
-        self._trained = {stored_name(name): key for key, name in names.items() if ".lora_" not in name}
-        self._down = {_adapted(name): key for key, name in names.items() if ".lora_A." in name}
-        self._up = {_adapted(name): key for key, name in names.items() if ".lora_B." in name}
-        self._lengths = {_adapted(name): key for key, name in names.items() if ".lora_magnitude_vector." in name}
+        file_name = FAMILIES[kind_of(source / "model")].file_name
+        self._trained = {file_name(name): key for key, name in names.items() if ".lora_" not in name}
+        self._down = {file_name(_adapted(name)): key for key, name in names.items() if ".lora_A." in name}
+        self._up = {file_name(_adapted(name)): key for key, name in names.items() if ".lora_B." in name}
+        self._lengths = {file_name(_adapted(name)): key for key, name in names.items() if ".lora_magnitude_vector." in name}
         self.adapters = {adapter_name(n): key for key, n in names.items() if ".lora_" in n}
         self._base, self._frozen = None, {}
         if about["base"]:
@@ -141,8 +143,8 @@ class _Weights:
                 self._base = open_weights(resolve(about["base"]))
             except (ValueError, OSError) as error:
                 raise ValueError(f"{source}: what was not trained is read from {about['base']} again, and that fails: {error}") from None
-            tied = json.loads((source / "model" / "config.json").read_text()).get("tie_word_embeddings")
-            self._frozen = {stored_name(module_name(name)): name for name in self._base.names if not name.endswith("rotary_emb.inv_freq")}
+            tied = json.loads((source / "model" / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings")
+            self._frozen = {file_name(module_name(name)): name for name in self._base.names if not name.endswith("rotary_emb.inv_freq")}
             self._frozen = {name: key for name, key in self._frozen.items() if not (tied and name == HEAD)}
         self.names = sorted(self._frozen.keys() | self._trained.keys())
 
@@ -213,8 +215,8 @@ def adapter_name(name: str) -> str:
 
 
 def _adapted(name: str) -> str:
-    """The name in a file of the weight that a part of an adapter belongs to."""
-    return stored_name(re.sub(r"\.lora_(A|B|magnitude_vector)\.default", "", name))
+    """The name in transformers' model of the weight that a part of an adapter belongs to."""
+    return re.sub(r"\.lora_(A|B|magnitude_vector)\.default", "", name)
 
 
 def _said(dtype: torch.dtype) -> str:
@@ -227,4 +229,4 @@ def _note_dtype(config: Path, dtype: str) -> None:
     def noted(value: Any) -> Any:
         return {k: dtype if k in ("dtype", "torch_dtype") else noted(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-    config.write_text(json.dumps(noted(json.loads(config.read_text())), indent=2) + "\n")
+    config.write_text(json.dumps(noted(json.loads(config.read_text(encoding="utf-8"))), indent=2) + "\n")

@@ -15,11 +15,14 @@ from actial_fast.data.sources.picture import decode
 from actial_fast.data.sources.row import BadRow, Row
 from actial_fast.data.sources.source import Source, SourceConfig, open_source
 from actial_fast.data.sources.stream import Example
+from actial_fast.data.sources.task import begun, find_task
 from actial_fast.data.sources.told import log
 from actial_fast.model.adapters import unplaced
+from actial_fast.model.families.known import FAMILIES
 from actial_fast.model.nf4 import nf4_problem
 from actial_fast.model.processor import Processor
-from actial_fast.model.weights import check_checkpoint, module_name, open_weights, resolve
+from actial_fast.model.vision import check_patches
+from actial_fast.model.weights import check_checkpoint, config_at, kind_of, module_name, open_weights, resolve
 from actial_fast.packing.batch import Sequence
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.tasks.rewards import probe
@@ -67,6 +70,11 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, folder
     except (ValueError, OSError) as error:
         if not misfits:
             yield f"model.path: the tokenizer and image processor of {recipe.model.path!r} cannot be used: {error}"
+    if not misfits and processor is not None:
+        try:
+            check_patches(processor.store.settings, config_at(resolve(recipe.model.path)).vision_config)
+        except ValueError as error:
+            yield str(error)
     if not misfits:
         yield from room(recipe, folder, where, processor)
     if not recipe.data.sources:
@@ -102,6 +110,12 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, folder
     if recipe.rollout.engine == "vllm":
         if problem := vllm_problem():
             yield problem
+        in_turns = [s.task for s in (*recipe.data.sources, *recipe.eval.sources) if _in_turns(s.task)]
+        if in_turns and recipe.rollout.tensor_parallel > 1:
+            yield (
+                f"rollout.tensor_parallel: task {in_turns[0]} is played in turns, of which ranks take as many as their own episodes need; "
+                "set it to 1, or rollout.engine to embedded"
+            )
         if where.size % (parts := recipe.rollout.tensor_parallel):
             yield f"rollout.tensor_parallel: {parts} does not divide the {where.size} ranks"
     for package, wanted, off in (
@@ -112,11 +126,20 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, folder
             yield f"save.{package}: {package} is not installed; pip install {package}, or {off}"
 
 
+def _in_turns(task: str) -> bool:
+    """Whether a task has an environment; one that is not there is said before."""
+    try:
+        return find_task(task).environment is not None
+    except ValueError:
+        return False
+
+
 def _unplaced(recipe: SFTRecipe | GRPORecipe) -> list[str]:
     """Adapters that find no layer in the checkpoint."""
-    weights = open_weights(resolve(recipe.model.path))
+    folder = resolve(recipe.model.path)
+    weights, family = open_weights(folder), FAMILIES[kind_of(folder)]
     matrices = [module_name(name).removesuffix(".weight") for name in weights.names if len(weights.shape(name)) == 2]
-    return unplaced(recipe.model.lora, matrices) if recipe.model.lora.rank else []
+    return unplaced(recipe.model.lora, family, matrices) if recipe.model.lora.rank else []
 
 
 def available_memory() -> float:
@@ -181,6 +204,7 @@ def _first(
                 decode(image, row.where)
             if processor is not None:
                 encode(processor, Example(row, index))
+            begun(row)
             good.append(row)
         except BadRow as error:
             bad.append(str(error))
@@ -201,7 +225,8 @@ def _opens_with_truth(config: SourceConfig) -> bool:
 def _has_truth(source: Source) -> bool:
     for index in range(min(TRUTHS, len(source))):
         try:
-            if source[index].truth:
+            row = source[index]
+            if row.truth or row.task:  # a task scores by what it finds in meta, too
                 return True
         except BadRow:
             continue

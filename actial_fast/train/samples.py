@@ -14,6 +14,7 @@ from torch import Tensor
 
 from actial_fast import ops
 from actial_fast.data.sources.stream import Example
+from actial_fast.data.sources.task import replies_of
 from actial_fast.packing.batch import Sequence
 from actial_fast.packing.images import ImageStore
 from actial_fast.settings.recipe import GRPORecipe
@@ -24,10 +25,10 @@ from actial_fast.train.dist import World
 class Sample:
     """One reply, ready for the update.
 
-    sequence: prompt and reply, the reply's n tokens trained; sampled (n,) float32, the sampler's log-probs; rewards (k,) float32, one a
-    reward function, and the fine of its length where there is one; reward: their weighted sum, NaN where none could score it; minibatch:
-    which optimizer step it belongs to; finished: False where the length limit cut it; old, ref (n,) float32, on the device: log-probs under
-    the policy before the update and under the reference, or None where not needed.
+    sequence: prompt and reply, of which the n tokens are trained that the model drew; sampled (n,) float32, the sampler's log-probs;
+    rewards (k,) float32, one a reward function, and the fine of its length where there is one; reward: their weighted sum, NaN where none
+    could score it; minibatch: which optimizer step it belongs to; finished: False where the length limit cut it; old, ref (n,) float32, on
+    the device: log-probs under the policy before the update and under the reference, or None where not needed.
     """
 
     sequence: Sequence
@@ -93,7 +94,8 @@ def shown(store: ImageStore, examples: Many[Example], samples: Many[Sample], rec
         images = [_thumbnail(store.pixels(key)) for key in example.encoded.images]
         prompt = "\n".join(turn.content for turn in example.row.prompt if turn.role != "system")
         for sample in samples[g * recipe.sampling.n :][:2]:
-            found.append({"images": images, "prompt": prompt, "response": sample.text, "reward": sample.reward, "truth": example.row.truth})
+            said = "\n".join(replies_of(sample.text))
+            found.append({"images": images, "prompt": prompt, "response": said, "reward": sample.reward, "truth": example.row.truth})
     return found
 
 

@@ -48,7 +48,7 @@ def shard(policy: Policy, where: World, config: DistConfig = SHARDED) -> Policy:
     embedding, head = trunk.get_input_embeddings(), base.lm_head
     ends: list[nn.Module] = [] if embedding.weight is head.weight else [embedding, head]
     # a tower gives its features alone: without blocks its hidden states are a view, which a group may not return
-    trunk.visual.register_forward_hook(lambda module, args, out: type(out)(pooler_output=out.pooler_output))
+    trunk.visual.register_forward_hook(lambda module, args, out: type(out)(**{k: out[k] for k in out if k != "last_hidden_state"}))
     for module in [*trunk.visual.blocks, trunk.visual, *trunk.language_model.layers, *ends, policy]:
         fully_shard(module, mesh=mesh, mp_policy=mixed)
     for module in ends:

@@ -80,8 +80,8 @@ def begin(recipe: SFTRecipe | GRPORecipe, where: World, encode: Encode, room: Ro
             if old.is_dir() and not old.is_symlink():
                 shutil.rmtree(old)
         _tell_changed_data(recipe, folder)
-        (folder / "recipe.yaml").write_text(to_yaml(recipe))
-        (Path(recipe.run) / "versions.json").write_text(json.dumps(versions(where), indent=1))
+        (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+        (Path(recipe.run) / "versions.json").write_text(json.dumps(versions(where), indent=1), encoding="utf-8")
     where.barrier()
     return max(checkpoint.steps(folder), default=0)
 
@@ -89,10 +89,10 @@ def begin(recipe: SFTRecipe | GRPORecipe, where: World, encode: Encode, room: Ro
 def _tell_changed_data(recipe: SFTRecipe | GRPORecipe, folder: Path) -> None:
     """Say which training sources are not what they were when the run that goes on began: the same positions are then other rows."""
     written, now = folder / "data.json", {source.path: content(Path(source.path).expanduser()) for source in recipe.data.sources}
-    before = json.loads(written.read_text()) if written.exists() and checkpoint.steps(folder) else {}
+    before = json.loads(written.read_text(encoding="utf-8")) if written.exists() and checkpoint.steps(folder) else {}
     for path in (path for path, name in before.items() if now.get(path, name) != name):
         log.warning("%s has changed since this run began: it goes on, but a position in the data may be another row than before", path)
-    written.write_text(json.dumps(now, indent=1))
+    written.write_text(json.dumps(now, indent=1), encoding="utf-8")
 
 
 def _changes(recipe: SFTRecipe | GRPORecipe, folder: Path) -> list[str]:

@@ -12,7 +12,8 @@ from transformers.vision_utils import get_vision_window_index
 
 from actial_fast import grpo
 from actial_fast.data.sources.source import SourceConfig
-from actial_fast.model.flops import Least, Work, images_once, minimum, window_sizes
+from actial_fast.model.families.qwen2_5_vl import window_sizes
+from actial_fast.model.flops import Least, Work, images_once, minimum
 from actial_fast.model.policy import load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.ops.spec import GRPOSpec

@@ -27,7 +27,7 @@ def saved_bytes(config: Qwen2_5_VLConfig, model: ModelConfig, rows: int) -> floa
     positions = torch.arange(rows).expand(3, 1, rows)
     with live:
         embeds = torch.randn(1, rows, config.text_config.hidden_size).requires_grad_(not model.lora.rank)
-        given = {"attention_mask": {"full_attention": None}, "packed": _batch(rows), "use_cache": False}
+        given = {"attention_mask": None, "packed": _batch(rows), "use_cache": False}
         out = trunk(inputs_embeds=embeds, position_ids=positions, **given).last_hidden_state
     assert out.requires_grad
     return float(live.now)

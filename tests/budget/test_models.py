@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from actial_fast.budget.models import config_of, shallow, shapes_of
+from actial_fast.budget.models import config_of, shapes_of
+from actial_fast.model.families.known import family_of
 from actial_fast.model.policy import load_policy
 from actial_fast.settings.model import LoRAConfig, ModelConfig
 
@@ -43,13 +44,13 @@ def test_unknown_widths_are_asked_for(path):
     with pytest.raises(ValueError, match=r"model\.path: .*widths are not known; say which with --model 7b"):
         config_of(path)
     assert config_of(path, "7b").text_config.hidden_size == 3584
-    with pytest.raises(ValueError, match="--model: known are 3b, 7b"):
+    with pytest.raises(ValueError, match=r"--model: known are qwen2-vl-2b, .*qwen3-vl-8b, .*, 7b"):
         config_of(path, "8b")
 
 
 def test_a_shallow_model_has_the_same_widths():
     whole = config_of("", "3b")
-    cut = shallow(whole, 2, 1)
+    cut = family_of(whole).shallow(whole, 2, 1)
     assert (cut.text_config.num_hidden_layers, cut.vision_config.depth, cut.vision_config.fullatt_block_indexes) == (2, 1, [0])
     for part in ("text_config", "vision_config"):
         assert getattr(cut, part).hidden_size == getattr(whole, part).hidden_size

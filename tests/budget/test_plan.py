@@ -1,5 +1,6 @@
 """Whole plans: the shipped recipes on the machines that they are for, and what is told where one does not fit."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -51,17 +52,18 @@ def test_what_a_share_is():
 
 @pytest.mark.slow  # a plan for every key that might do
 def test_what_does_not_fit_is_told_with_what_would(capsys):
-    """LoRA on a 7B in 16 bits is too much for 24 GB; in 4 bits it is not."""
-    each = made("actial-1x24", "1x24", overrides=QLORA[:1])
+    """LoRA on a 7B in 16 bits, in micro-batches of twice the recipe's, is too much for 24 GB; in 4 bits it is not."""
+    keys = [QLORA[0], "pack_tokens=16384"]
+    each = made("actial-1x24", "1x24", overrides=keys)
     assert not each.fits
     single, together = changes(each)
     assert [list(change.keys) for change in single if "model.quantize" in change.keys], [c.keys for c in single]
     for change in [*single, *([together] if together else [])]:
         assert change.plan.fits
-        again = made("actial-1x24", "1x24", overrides=[*QLORA[:1], *(f"{key}={value}" for key, value in change.keys.items())])
+        again = made("actial-1x24", "1x24", overrides=[*keys, *(f"{key}={value}" for key, value in change.keys.items())])
         assert again.fits, change.keys
     text = said.text(each, "a recipe")
-    assert "does not fit 1 x 24 GB, 22.4 GB of each usable: sample needs" in text.splitlines()[0]
+    assert "does not fit 1 x 24 GB, 22.4 GB of each usable: update needs" in text.splitlines()[0]
     assert "model.quantize=nf4" in text and "rounded to 4 bits" in text
 
 
@@ -145,3 +147,23 @@ def test_rows_that_are_known_fill_no_larger_batch_than_there_are():
     by_name = [{p.name: p for p in one.phases} for one in (each, tight)]
     assert by_name[0]["update"].held < by_name[1]["update"].held
     assert re.search(r"means of 16 rows of the data", said.text(each, "x", advice=False))
+
+
+def test_an_evaluation_takes_the_time_of_its_rows(tmp_path):
+    """Sources of 40 and 30 rows; a limit of 10 for each, on 2 ranks; nothing where a source is not here and nothing limits it."""
+    for name, rows in (("a", 40), ("b", 30)):
+        row = {"id": "1", "messages": [{"role": "user", "content": "which?"}], "truth": "A"}
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row | {"id": str(k)}) + "\n" for k in range(rows)))
+
+    def timed(limit, *names):
+        sources = "[" + ", ".join(f"{{path: {tmp_path / name}.jsonl}}" for name in names) + "]"
+        keys = [f"eval.sources={sources}", f"eval.limit={limit}", "eval.max_new_tokens=64"]
+        return made("actial-7b-grpo", "8xH100", "7b", keys)
+
+    assert [timed(limit, "a", "b").case.workload.evaluated for limit in (0, 35, 10)] == [70, 65, 20]
+    assert timed(0, "a", "gone").case.workload.evaluated == 0 and "eval" not in timed(0, "a", "gone").seconds
+    assert timed(10, "a", "gone").case.workload.evaluated == 20
+    few, many = timed(10, "a", "b"), timed(0, "a", "b")
+    assert 0 < few.seconds["eval"].low < few.seconds["eval"].high and few.seconds["eval"].high < many.seconds["eval"].high
+    assert few.seconds["step"] == many.seconds["step"], "a step has none of it"
+    assert "eval: 20 rows, replies as above, none over 64 tokens" in said.text(few, "r")

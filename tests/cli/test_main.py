@@ -39,8 +39,13 @@ COMMANDS = [
     ["data", "viewpoint"],
     ["data", "spatial"],
     ["data", "cot"],
+    ["data", "template"],
     ["data", "inspect"],
     ["data", "check"],
+    ["data", "jigsaw"],
+    ["data", "sparkle"],
+    ["data", "boxes"],
+    ["tiny"],
 ]
 
 
@@ -409,6 +414,15 @@ def test_data_check_names_bad_rows_and_why(lab, actial):
     assert "{" not in out and "BadRow" not in out, "for people"
 
 
+def test_one_split_of_a_folder(lab, actial, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"SAT_{split}.parquet").write_bytes((lab.spatial / f"{split}.parquet").read_bytes())
+    _, error = actial("data", "check", tmp_path, status=2)
+    assert "several splits: test (SAT_test.parquet); train (SAT_train.parquet); set split to one of them" in error
+    out, _ = actial("data", "check", tmp_path, "--split", "test")
+    assert out.startswith(f"{tmp_path}: ") and " 0 bad" in out
+
+
 def test_mistakes_in_data_commands(lab, tmp_path, mistake):
     nowhere = tmp_path / "nowhere"
     assert f"captures folder {nowhere} does not exist" in mistake("data", "viewpoint", nowhere, "-o", tmp_path / "o")
@@ -419,7 +433,7 @@ def test_mistakes_in_data_commands(lab, tmp_path, mistake):
     line = mistake("data", "spatial", lab.captures, "-o", tmp_path / "o", "--test-objects", tmp_path / "other.jsonl")
     assert "not the test.jsonl of a viewpoint build" in line
     assert f"data source {nowhere} does not exist" in mistake("data", "check", nowhere)
-    assert "use one of auto, jsonl, sharegpt, sat, verl" in mistake("data", "check", lab.questions / "test.jsonl", "--format", "shargpt")
+    assert "use jsonl, sharegpt, sat, verl" in mistake("data", "check", lab.questions / "test.jsonl", "--format", "shargpt")
     assert "did you mean 'objects'?" in mistake("data", "render", "-o", tmp_path / "o", "objetcs=3")
     assert "families: 'car' is not known" in mistake("data", "render", "-o", tmp_path / "o", "families=[car]")
     assert f"in {nowhere}" in mistake("data", "render", "-o", tmp_path / "o", "--meshes", nowhere)
@@ -523,3 +537,18 @@ def test_training_from_the_command_line(lab, tmp_path, actial):
         final = tmp_path / "run" / kind / "final" / "model"
         assert out.splitlines()[-1] == f"finished: {final}" and (final / "model.safetensors").exists()
         assert load_recipe(tmp_path / "run" / kind / "recipe.yaml").data.on_bad_row == "skip"
+
+
+def test_in_a_locale_that_has_not_all_letters(tmp_path):
+    """Files are UTF-8 whatever the locale says; what it cannot print or open is told."""
+    text = '{"id": "é", "messages": [{"role": "user", "content": "<image>Où?"}], "images": ["ö.png"], "truth": "à"}\n'
+    (tmp_path / "r.jsonl").write_bytes(text.encode())
+    recipe = "kind: sft\nmodel: {path: m}\ndata:\n  sources: [{path: r.jsonl, system: réponds}]\n"
+    (tmp_path / "r.yaml").write_bytes(recipe.encode())
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    said = {}
+    for words in (["recipe", "show", "r.yaml"], ["data", "check", "r.jsonl"]):
+        done = subprocess.run([sys.executable, "-m", "actial_fast.cli", *words], capture_output=True, cwd=tmp_path, env=plain)
+        said[words[0]] = (done.returncode, done.stdout + done.stderr)
+    assert said["recipe"][0] == 0 and rb"r\xE9ponds" in said["recipe"][1]
+    assert said["data"][0] == 1 and b"ascii, this locale's, cannot spell; set PYTHONUTF8=1" in said["data"][1]

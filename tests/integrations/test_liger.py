@@ -18,6 +18,7 @@ import triton.language as tl
 from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
 from peft import LoraConfig, get_peft_model
+from transformers import Qwen3VLMoeConfig
 
 from actial_fast import ops
 from actial_fast.integrations.liger import LOSS_TYPES, FusedLinearGRPOLoss, apply_liger
@@ -435,9 +436,17 @@ def assert_close(got, want, tolerance: float) -> None:
     assert len(wrong) > 0.8 * len(grads) and max(wrong.values()) < tolerance, max(wrong.items(), key=lambda x: x[1])
 
 
-@pytest.mark.parametrize("adapters", [False, True], ids=["full", "adapters and checkpointing"])
-def test_a_packed_pass_through_ligers_layers_is_the_same(adapters, interpreted):
-    model, given = build("Qwen2.5-VL"), small()
+COUNTS = {
+    "Qwen2-VL": {"rope": 2, "rms_norm": 2 * 2 + 1, "swiglu": 2},
+    "Qwen2.5-VL": {"rope": 2, "rms_norm": 2 * 2 + 1 + 3 * 2 + 1, "swiglu": 2 + 3},
+    "Qwen3-VL": {"rope": 2, "rms_norm": 2 * 4 + 1, "swiglu": 2},
+}
+
+
+@pytest.mark.parametrize(("name", "adapters"), [*((name, False) for name in COUNTS), ("Qwen2.5-VL", True), ("Qwen3-VL", True)])
+def test_a_packed_pass_through_ligers_layers_is_the_same(name, adapters, interpreted):
+    """adapters: and checkpointing, as load_policy does."""
+    model, given = build(name), small()
     use_packed_attention(model)
     model.train()
     if adapters:
@@ -447,25 +456,26 @@ def test_a_packed_pass_through_ligers_layers_is_the_same(adapters, interpreted):
         )
     want = outcome(model, given)
     counts = apply_liger(model)
-    assert counts == {"rope": 2, "rms_norm": 2 * 2 + 1 + 3 * 2 + 1, "swiglu": 2 + 3}
+    assert counts == COUNTS[name]
     if adapters:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # as load_policy does
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert_close(outcome(model, given), want, 1e-5 if DEVICE == "cpu" else 1e-3)
 
 
 @cpu
-def test_the_kernels_are_the_ones_that_ran(interpreted, monkeypatch):
+@pytest.mark.parametrize("family", COUNTS)
+def test_the_kernels_are_the_ones_that_ran(family, interpreted, monkeypatch):
     """Each kernel, spoilt, changes the result: none of the patches is a name that nobody calls."""
     from liger_kernel.transformers import functional
 
-    model = build("Qwen2.5-VL")
+    model = build(family)
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         want = model(input_ids=ids).logits
         for name, kernel in (("liger_rms_norm", "rms_norm"), ("liger_swiglu", "swiglu"), ("liger_rope", "rope")):
             real = getattr(functional, name)
             wrong = (lambda q, k, *_: (q, -k)) if kernel == "rope" else lambda *args, real=real: 1.1 * real(*args)
-            other = build("Qwen2.5-VL")
+            other = build(family)
             with monkeypatch.context() as patch:
                 patch.setattr(functional, name, wrong)
                 apply_liger(other, **{**dict.fromkeys(("rms_norm", "swiglu", "rope"), False), kernel: True})
@@ -488,9 +498,11 @@ def test_only_the_instance_is_patched(interpreted):
     assert sum("forward" in vars(m) for m in other.modules()) == 12
 
 
-def test_models_that_are_not_qwen2_5_vl_are_refused():
-    with pytest.raises(ValueError, match=r"expected a Qwen2.5-VL of transformers, or a PEFT model around one, got qwen2_vl"):
-        apply_liger(build("Qwen2-VL"))
+def test_models_of_other_families_are_refused():
+    other = torch.nn.Linear(2, 2)
+    other.config = Qwen3VLMoeConfig()
+    with pytest.raises(ValueError, match=r"expected a Qwen2-VL, Qwen2.5-VL or Qwen3-VL of transformers, .* around one, got qwen3_vl_moe"):
+        apply_liger(other)
     with pytest.raises(ValueError, match="got Linear"):
         apply_liger(torch.nn.Linear(2, 2))
     model = build("Qwen2.5-VL")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 
 from actial_fast.model.adapters import lengths, places, product_of
+from actial_fast.model.families.known import family_of
 from actial_fast.model.policy import Policy, load_policy
 from actial_fast.model.processor import Processor
 from actial_fast.model.tiny import TinyConfig, create
@@ -114,7 +115,7 @@ def test_what_is_exported_is_what_was_trained(kind, model, processor, sequences,
     adapter = tmp_path / "final" / "adapter"
     np.testing.assert_allclose(scores(opened(policy.config, adapter), processor, sequences), ours, atol=1e-5)
     said = json.loads((adapter / "adapter_config.json").read_text())
-    assert said["base_model_name_or_path"] == str(model) and said["target_modules"] == places(policy.config.lora)
+    assert said["base_model_name_or_path"] == str(model) and said["target_modules"] == places(policy.config.lora, family_of(policy.base))
     assert (said["use_rslora"], said["use_dora"]) == (policy.config.lora.rslora, policy.config.lora.dora)
     assert (adapter / "README.md").exists() == (policy.config.quantize == "nf4")
     opened(policy.config, adapter).model.save_pretrained(tmp_path / "theirs")

@@ -2,12 +2,19 @@
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3_5Config, Qwen3VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from actial_fast.model.attention import IMPLEMENTATION, use_packed_attention
+from actial_fast.model.families.known import family_of_tower
 from actial_fast.model.vision import encode_images, vision_arguments
 from tests.no_sync import HostSync, fake_cuda, put
 
@@ -21,7 +28,20 @@ TOWERS = {
     "Qwen2-VL": lambda: Qwen2VisionTransformerPretrainedModel(
         Qwen2VLConfig(vision_config={**SIZES, "embed_dim": 32, "hidden_size": 24, "mlp_ratio": 2}).vision_config
     ),
+    "Qwen3-VL": lambda: Qwen3VLVisionModel(
+        Qwen3VLConfig(
+            vision_config={
+                **SIZES,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "out_hidden_size": 24,
+                "deepstack_visual_indexes": [0, 1],
+                "num_position_embeddings": 121,
+            }
+        ).vision_config
+    ),
 }
+LEVELS = {"Qwen2.5-VL": 1, "Qwen2-VL": 1, "Qwen3-VL": 3}
 # (frames, rows, columns); windows of Qwen2.5-VL are 8 x 8 patches
 GRIDS = {
     "one patch group": [(1, 2, 2)],
@@ -64,6 +84,9 @@ def test_arguments_are_what_transformers_computes(name, grids):
     if name == "Qwen2.5-VL":
         expected["window_index"], cu = get_vision_window_index(grid_thw, 2, config.window_size, config.patch_size)
         expected |= {"cu_window_seqlens": cu, "max_window_seqlen": cu.diff().max().item()}
+    if name == "Qwen3-VL":
+        how = {"num_grid_per_side": 11, "align_corners": True, "spatial_merge_size": 2}
+        expected["interp_indices"], expected["interp_weights"] = get_vision_interpolation_indices_and_weights(grid_thw, **how)
     for mine in given.values():
         assert mine.keys() == expected.keys()
         for key, theirs in expected.items():
@@ -86,14 +109,15 @@ def test_features_and_gradients_are_the_same_bits(name, attention, grids):
         return features, {**grads, "patches": patches.grad}
 
     def theirs(tower, patches):
-        return tower(patches, grid_thw=torch.tensor(grids)).pooler_output.split([t * h * w // 4 for t, h, w in grids])
+        out = tower(patches, grid_thw=torch.tensor(grids))
+        return torch.cat([out.pooler_output, *out.get("deepstack_features", ())], 1).split([t * h * w // 4 for t, h, w in grids])
 
     def ours(tower, patches):
         arguments = vision_arguments(grids, tower.config)
         return encode_images(tower, patches, arguments).split(arguments.rows)
 
     (mine, mine_grads), (other, other_grads) = run(ours), run(theirs)
-    assert [x.shape for x in mine] == [(t * h * w // 4, 24) for t, h, w in grids]
+    assert [x.shape for x in mine] == [(t * h * w // 4, LEVELS[name] * 24) for t, h, w in grids]
     assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
     assert mine_grads.keys() == other_grads.keys() and all(torch.equal(mine_grads[n], other_grads[n]) for n in mine_grads)
     assert all(grad.any() for grad in mine_grads.values())
@@ -118,9 +142,9 @@ def fake_step(name: str, attention: str, without: str | None = None, *, checkpoi
                 kwargs = {"grid_thw": kwargs["grid_thw"]} if without == "all" else kwargs
                 kwargs.pop(without, None)
                 kwargs["grid_thw"] = kwargs["grid_thw"].to(device, non_blocking=True)
-                features = tower(patches, **kwargs).pooler_output.split(arguments.rows)
+                features = family_of_tower(tower.config).features(tower(patches, **kwargs)).split(arguments.rows)
         sum(x.float().square().sum() for x in features).backward()
-        assert [tuple(x.shape) for x in features] == [(rows, 24) for rows in arguments.rows]
+        assert [tuple(x.shape) for x in features] == [(rows, LEVELS[name] * 24) for rows in arguments.rows]
         assert all(p.grad is not None and p.grad.is_cuda for p in tower.parameters())
 
 
@@ -141,6 +165,7 @@ def test_the_host_never_waits(name, attention, how):
 ARGUMENTS = {
     ("Qwen2.5-VL", IMPLEMENTATION): "position_ids cu_seqlens max_seqlen window_index cu_window_seqlens max_window_seqlen all",
     ("Qwen2-VL", IMPLEMENTATION): "position_ids cu_seqlens max_seqlen all",
+    ("Qwen3-VL", IMPLEMENTATION): "position_ids cu_seqlens max_seqlen interp_indices interp_weights all",
     ("Qwen2.5-VL", "sdpa"): "position_ids cu_seqlens window_index cu_window_seqlens all",
 }
 
@@ -184,8 +209,8 @@ def test_wrong_grids_are_named(grids, message):
 
 
 def test_a_tower_of_another_kind_or_with_tiny_windows_is_named():
-    with pytest.raises(ValueError, match=r"qwen3_vl_vision .* known are qwen2_5_vl_vision, qwen2_vl_vision"):
-        vision_arguments([(1, 4, 4)], Qwen3VLConfig().vision_config)
+    with pytest.raises(ValueError, match=r"qwen3_5_vision .* known are qwen2_vl_vision, qwen2_5_vl_vision, qwen3_vl_vision"):
+        vision_arguments([(1, 4, 4)], Qwen3_5Config().vision_config)
     with pytest.raises(ValueError, match="window_size: 27 pixels hold no merged token of 28"):
         vision_arguments([(1, 4, 4)], Qwen2_5_VLConfig(vision_config={"window_size": 27}).vision_config)
 
@@ -224,4 +249,4 @@ def test_no_sync_in_bf16_on_cuda(name, attention):
         mine = step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(mine, tower(patches, grid_thw=torch.tensor(grids).cuda()).pooler_output)
+    assert torch.equal(mine, family_of_tower(tower.config).features(tower(patches, grid_thw=torch.tensor(grids).cuda())))

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from actial_fast.model import weights
+from actial_fast.model.families.known import FAMILIES
 from actial_fast.model.policy import load_policy, load_reference
 from actial_fast.model.tiny import TinyConfig, create
-from actial_fast.model.weights import check_checkpoint, module_name, share, stored_name
+from actial_fast.model.weights import check_checkpoint, module_name, share
 from actial_fast.settings.model import LoRAConfig, ModelConfig
 
 CPU = torch.device("cpu")
@@ -102,10 +103,10 @@ def test_weights_in_several_files_are_found_by_their_index(model, tmp_path):
 
 def test_names_are_those_of_transformers(model, tmp_path):
     """Both ways: what it writes for a name of its model, and where it puts names of files of either age."""
-    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(model)
-    assert {stored_name(name) for name, _ in theirs.named_parameters()} == load_file(model / "model.safetensors").keys()
+    theirs, file_name = Qwen2_5_VLForConditionalGeneration.from_pretrained(model), FAMILIES["qwen2_5_vl"].file_name
+    assert {file_name(name) for name, _ in theirs.named_parameters()} == load_file(model / "model.safetensors").keys()
     for name, _ in theirs.named_parameters():
-        assert module_name(stored_name(name)) == name == module_name(name)
+        assert module_name(file_name(name)) == name == module_name(name)
     shutil.copytree(model, tmp_path / "new")
     new = {module_name(name): value for name, value in load_file(model / "model.safetensors").items()}
     save_file(new, tmp_path / "new" / "model.safetensors", {"format": "pt"})
@@ -131,9 +132,10 @@ def test_a_good_checkpoint_has_no_problem(model):
 
 
 def test_another_family_is_refused_before_anything_else(broken):
-    broken.config(model_type="qwen3_vl")
+    broken.config(model_type="qwen3_vl_moe")
     (broken.path / "model.safetensors").unlink()
-    expected = f"model.path: {broken.path} is a qwen3_vl, this project trains qwen2_5_vl"
+    known = "Qwen2-VL, Qwen2.5-VL, Qwen3-VL (model_type qwen2_vl, qwen2_5_vl, qwen3_vl)"
+    expected = f"model.path: {broken.path} is a qwen3_vl_moe; trained here are {known}"
     assert check_checkpoint(str(broken.path)) == [expected]
     with pytest.raises(ValueError) as error:
         load_policy(ModelConfig(path=str(broken.path)), CPU, 0)

@@ -552,3 +552,13 @@ def test_under_embed(tower):
         run(features.of)
     for x, exact in zip((*tower.parameters(), table), want, strict=True):
         torch.testing.assert_close(x.grad, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    store = ImageStore(SETTINGS, tmp_path)
+    monkeypatch.setattr("fcntl.flock", refused)
+    with pytest.raises(ValueError, match=r"files there cannot be locked \(No locks available\).*data\.image_cache"):
+        store.put(np.zeros((56, 56, 3), np.uint8))

@@ -235,3 +235,17 @@ def test_wandb_gets_the_stage_axis_and_the_same_run_after_a_resume(tmp_path, mon
     assert ("define", ("sft/*",), {"step_metric": "sft/step"}) in calls
     assert started[0]["id"] == started[1]["id"] and started[0]["project"] == "actial"
     assert (started[0]["resume"], started[1]["resume"]) == (None, "allow")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_names_the_file(tmp_path):
+    log = MetricLog(tmp_path, stage="sft", total=3, tensorboard=False)
+    for name in ("_metrics", "_events"):
+        getattr(log, name).close()
+        (tmp_path / "full").unlink(missing_ok=True)
+        (tmp_path / "full").symlink_to("/dev/full")
+        setattr(log, name, open(tmp_path / "full", "w", encoding="utf-8", buffering=1))
+    for write in (lambda: log.step(1, {"loss": 1}), lambda: log.event("x", 1), log.close):
+        with pytest.raises(OSError, match="No space left") as raised:
+            write()
+        assert raised.value.filename == str(tmp_path / "full")

@@ -38,6 +38,10 @@ def late(response: str, row) -> float:
     return float(len(response) % 5 == 0)
 
 
+def mute(response: str, row) -> None:
+    """Scores nothing."""
+
+
 @pytest.fixture
 def base(grpo_recipe):
     """Three steps of four groups in two mini-batches, of which about four in ten have equal rewards."""
@@ -237,6 +241,17 @@ def test_the_fine_is_a_reward_of_its_own(base, tmp_path):
     assert found["reward"] == pytest.approx(found["reward/tests.helpers:fifth"] + 0.3 * np.mean(fines))
     for s, fine in zip(samples[0].samples, fines, strict=True):
         assert s.reward == pytest.approx(float(len(s.text) % 5 == 0) + 0.3 * fine)
+
+
+def test_a_reward_that_scores_nothing_in_a_step_is_told(base, tmp_path, capsys):
+    silent = RewardConfig("tests.rollout.test_groups:mute", workers=0)
+    recipe = replace(base, rewards=(*base.rewards, silent, replace(silent, weight=0.0)), run=str(tmp_path / "mute"))
+    grpo.train(recipe)
+    found = [event for event in read_events(tmp_path / "mute") if event["kind"] == "unscored"]
+    assert [event["step"] for event in found] == [1, 2]  # of three: in the first, the second, the fourth, ...
+    said = "reward tests.rollout.test_groups:mute scored none of 16 replies and counts nothing; steps of this kind so far: 2"
+    assert found[1]["unscored"] == {"reward": "tests.rollout.test_groups:mute", "replies": 16, "steps": 2, "text": said}
+    assert said in capsys.readouterr().out and said in write_report(tmp_path / "mute").read_text()
 
 
 # ---- one step ahead

@@ -14,7 +14,8 @@ pytest.importorskip("openai")
 from actial_fast.cli.main import main
 from actial_fast.data.cot import writer as cot
 from actial_fast.data.cot.asking import TEMPLATE
-from actial_fast.data.cot.writer import check_cot, write_cot
+from actial_fast.data.cot.checking import check_cot
+from actial_fast.data.cot.writer import write_cot
 from actial_fast.data.sources.row import Row
 from actial_fast.rollout import client
 from actial_fast.rollout.client import Client
@@ -105,7 +106,7 @@ def test_endpoint_retries(captures, first, times, asked):
         (lambda body, n: (429, SOON, "slow"), "RateLimitError", 2),
         (lambda body, n: 1.0, "APITimeoutError", 2),
         (lambda body, n: (400, SOON, "image too large"), "image too large", 1),
-        (lambda body, n: (200, None, "not a completion"), "TypeError", 1),
+        (lambda body, n: (200, None, "not a completion"), "no chat completion", 2),
     ],
     ids=["500", "429", "hang", "400", "nonsense"],
 )
@@ -144,6 +145,36 @@ def test_endpoint_gives_up_on_bad_replies(tmp_path, captures, text, reason):
         summary = write_cot(captures[:2], tmp_path / "c.jsonl", ask(url, reasks=1))
     assert summary.rejected == {reason: 2} and len(requests) == 4
     assert [line["text"] for line in lines(tmp_path / "c.rejects.jsonl")] == [text or ""] * 2
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [
+        ({"message": {"content": None, "refusal": "I cannot."}}, "refused"),
+        ({"message": {"content": None, "tool_calls": [{"id": "1", "function": {"name": "zoom"}}]}}, "a tool call instead of text"),
+        ({"message": {"content": ""}, "finish_reason": "content_filter"}, "stopped by a content filter"),
+        ({"message": {"content": "<think>It went"}, "finish_reason": "length"}, "cut off"),
+    ],
+)
+def test_what_is_no_chain_is_told_apart_asked_again_and_costs_its_row_only(tmp_path, captures, choice, reason):
+    rows = captures[:25]
+    bad = rows[3].prompt[0].content.splitlines()[1]
+
+    def answer(body, n):
+        mine = bad in json.dumps(body) and told(body) == rows[3].truth
+        return (200, {}, choice) if mine else good(body)
+
+    with server(answer) as (url, requests):
+        summary = write_cot(rows, tmp_path / "c.jsonl", ask(url, reasks=1))
+    assert set(summary.rejected) == {reason} and summary.written == 25 - sum(summary.rejected.values())
+    assert len(requests) == 25 + sum(summary.rejected.values()), "each was asked once more"
+
+
+def test_a_page_in_place_of_a_completion_costs_its_row_only(tmp_path, captures, monkeypatch):
+    monkeypatch.setattr(client, "PAUSE", 0.0)
+    with server(lambda body, n: (200, {}, b"<html>busy</html>") if n == 5 else good(body)) as (url, _):
+        summary = write_cot(captures, tmp_path / "c.jsonl", ask(url, retries=0))
+    assert (summary.written, summary.rejected) == (29, {"no reply": 1})
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -240,10 +271,54 @@ def test_the_command_line_has_a_checkpoint_write(lab, tiny, tmp_path, capsys):
     asked = ["data", "cot", str(lab.questions / "train.jsonl"), "-o", str(out), "--count", "3", "--model", str(tiny)]
     assert main([*asked, "--max-new-tokens", "5"]) == 0
     printed = capsys.readouterr().out
-    assert "0 rows written, 3 rejected" in printed and "malformed tags" in printed
+    assert "0 pairs written, 3 rejected" in printed and "cut off" in printed
     texts = [line["text"] for line in lines(tmp_path / "c.rejects.jsonl")]
     assert len(texts) == 3 and all(0 < len(text) < 200 for text in texts)
     assert main(["data", "cot", str(lab.questions / "train.jsonl"), "-o", str(out), "--model", "no/such/folder"]) == 2
     assert "model no/such/folder: no such folder" in capsys.readouterr().err
     assert main([*asked[:-3], "100000", "--model", "no/such/folder"]) == 2
     assert "count is 100000, but there are only" in capsys.readouterr().err, "told before a model is looked for"
+
+
+def test_the_command_line_writes_chains_by_pair_from_an_endpoint(lab, tmp_path, capsys):
+    """One false chain in three: it is sent back with the sentence at fault."""
+    again = []
+
+    def answer(body, n):
+        text = body["messages"][1]["content"][-1]["text"]
+        ego = "right" if "camera moved to the right between" in text else "left"
+        turn = "right" if "rotated to the right" in text else "left"
+        other = {"right": "left", "left": "right"}[ego]
+        again.extend(message["content"] for message in body["messages"][3:])
+        false = n % 3 == 0 and len(body["messages"]) == 2
+        letters = " ".join("abcdefghij"[int(d)] * 3 for d in f"{n:04d}") * 9  # so that none is another's copy
+        thought = (
+            f"{letters} {letters}. The camera moved to the {other if false else ego}. For the object the camera moved to the {other}. "
+        )
+        message = {
+            "content": f"<answer>{ego}, {other}, {turn}</answer>",
+            "reasoning_content": f"{thought}The camera rotated to the {turn}.",
+        }
+        return 200, {}, {"message": message, "usage": {"prompt_tokens": 50, "completion_tokens": 5}}
+
+    out = tmp_path / "c.jsonl"
+    with server(answer) as (url, requests):
+        command = ["data", "cot", str(lab.questions / "train.jsonl"), "-o", str(out), "--model", "m", "--endpoint", url, "--workers", "1"]
+        assert main([*command, "--image-pixels", "900", "--temperature", "0.3", "--max-new-tokens", "77", "--min-words", "20"]) == 0
+    printed = capsys.readouterr().out
+    pairs = len({line["id"].rsplit("/", 1)[0] for line in lines(lab.questions / "train.jsonl")})
+    assert f"{pairs} pairs written, 0 rejected" in printed and f"{len(requests)} answers: {50 * len(requests):,} tokens read" in printed
+    assert len(lines(out)) == pairs and again and all("This cannot be used: false statement: the camera's move" in text for text in again)
+    assert {(body["temperature"], body["max_tokens"]) for body in requests} == {(0.3, 77)}
+    with Image.open(io.BytesIO(base64.b64decode(requests[0]["messages"][1]["content"][0]["image_url"]["url"].split(",")[1]))) as image:
+        assert image.width * image.height <= 900
+
+    template = tmp_path / "t.txt"
+    with server(answer) as (url, _):
+        ask_for = ["data", "template", str(lab.questions / "train.jsonl"), "-o", str(template)]
+        assert main(ask_for) == 2 and "--model: a model drafts the text" in capsys.readouterr().err
+        assert main([*ask_for, "--model", "m", "--endpoint", url]) == 0
+        assert "it passes; use it with" in capsys.readouterr().out and template.with_suffix(".html").exists()
+    template.write_text(template.read_text().replace("The camera moved to the", "The camera never moved to the"))
+    assert main(ask_for) == 1 and "it cannot be used yet: false statement" in capsys.readouterr().out
+    assert main([*command, "--template", str(template)]) == 2 and "false statement" in capsys.readouterr().err

@@ -397,6 +397,7 @@ def test_keys_without_an_effect_are_told():
     assert [line.split(" ")[0] for line in said] == ["sampling.max_draws", "rollout.gpu_memory", "overlong.penalty", "pack_tokens"]
     for kind in (SFTRecipe, GRPORecipe):
         assert not list(idle(kind()))
+        assert list(idle(config_from(kind, ["optim.lr=0"], {}))) == ["optim.lr = 0 moves no weight: nothing will be learned"]
 
 
 @pytest.mark.parametrize("name", [SFT_7B, GRPO_7B])

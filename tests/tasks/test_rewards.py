@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 
 from actial_fast.data.sources.row import Row, Turn
 from actial_fast.data.sources.tags import extract_answer, tagged_answer
-from actial_fast.tasks.rewards import (
-    DEFAULT_REWARDS,
-    RewardConfig,
-    accuracy_reward,
-    find_reward,
-    format_reward,
-    score,
-)
+from actial_fast.tasks.named import accuracy_reward, find_reward, format_reward
+from actial_fast.tasks.rewards import DEFAULT_REWARDS, RewardConfig, score
 
 ROW = Row((Turn("user", "which?"), Turn("assistant", "B")), truth="B", where="file.jsonl:7")
 OPEN = Row((Turn("user", "describe"),), where="file.jsonl:8")

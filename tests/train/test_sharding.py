@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,13 @@ WAYS = [(reshard, reduce) for reshard in ("block", "step") for reduce in ("pass"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """A folder of two checkpoints: model, with a tower of two blocks, and tied, the same with the embedding for a head."""
+    """A folder of four checkpoints: model, with a tower of two blocks, tied, the same with the embedding for a head, deep, a Qwen3-VL,
+    whose tower gives features for the first layers too, and older, a Qwen2-VL."""
     folder = tmp_path_factory.mktemp("sharded")
     sizes = TinyConfig(hidden=32, vision_hidden=32, layers=LAYERS, vision_depth=BLOCKS)
     create(folder / "model", ["Which way? A. left B. right", "<answer>A</answer>"] * 2, sizes, seed=0)
+    for name, family in (("deep", "qwen3_vl"), ("older", "qwen2_vl")):
+        create(folder / name, ["Which way? A. left B. right", "<answer>A</answer>"] * 2, replace(sizes, family=family), seed=0)
     shutil.copytree(folder / "model", folder / "tied")
     about = json.loads((folder / "tied" / "config.json").read_text())
     about["tie_word_embeddings"] = about["text_config"]["tie_word_embeddings"] = True
@@ -42,7 +46,7 @@ def check(found, names):
 
 def test_two_ranks_have_the_gradients_of_one_in_every_way(models):
     names = [f"model:whole:packed:{reshard}:{reduce}:1" for reshard, reduce in WAYS]
-    names += ["tied:whole:packed:block:step:1", "tied:adapters:plain:step:pass:1"]
+    names += ["tied:whole:packed:block:step:1", "tied:adapters:plain:step:pass:1", "deep:whole:packed:block:pass:1"]
     found = on_ranks("tests.train.sharded", "ways", models, *names)
     check(found, names)
     calls = [found[name]["calls"] for name in names[:4]]
@@ -63,6 +67,7 @@ def test_four_ranks_in_two_groups_have_the_gradients_of_one(models):
         f"{model}:{keys}:{packing}" for model in ("model", "tied") for keys in ("whole", "adapters") for packing in ("packed", "plain")
     ]
     names = [f"{kind}:{reshard}:{reduce}:2" for kind in kinds for reshard, reduce in WAYS]
+    names += ["deep:adapters:packed:step:step:2", "deep:whole:plain:step:step:2", "older:whole:packed:block:pass:2"]
     found = on_ranks("tests.train.sharded", "ways", models, *names, ranks=4)
     check(found, names)
 

@@ -16,6 +16,7 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from actial_fast.data.sources.files import writing
 from actial_fast.data.sources.own import JsonlSource
 from actial_fast.data.sources.row import IMAGE_TAG, Row, Turn
 
@@ -45,7 +46,7 @@ def write_basics(viewpoint: Path, captures: Path, out: Path, *, front: bool, see
     source = JsonlSource(viewpoint)
     counts: dict[str, int] = {}
     temporary = out.with_name(out.name + ".tmp")
-    with open(temporary, "w") as file:
+    with writing(temporary), open(temporary, "w", encoding="utf-8") as file:
         for i in range(len(source)):
             for row in _rows(source[i], captures, front, rng):
                 counts[row.kind] = counts.get(row.kind, 0) + 1
@@ -81,7 +82,7 @@ def _row(origin: Row, kind: str, question: str, answer: str, images: Sequence[Pa
 def scene_azimuths(capture: Path) -> dict[str, float]:
     """Each image's azimuth about the object's front in degrees, in (-180, 180], as `actial data render` recorded it."""
     try:
-        scene = json.loads((capture / "scene.json").read_text())
+        scene = json.loads((capture / "scene.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{capture}: no scene.json; the basics need captures made by `actial data render`") from None
     names = sorted(path.name for path in (capture / "images").iterdir())

@@ -2,7 +2,7 @@
 
 COLMAP's camera looks along +z with x to the right and y DOWN in the image, so the rows of a cam_from_world rotation are, in world
 coordinates: right, image-down, forward. The world itself has an arbitrary rotation, origin and scale, so every direction below is
-measured about an estimated `up`, and every length in units of the first camera's horizontal distance from the object.
+measured about an estimated `up` (frame.py), and every length in units of the first camera's horizontal distance from the object.
 
 Seen from above (up points at the reader), O the object, both cameras aimed at it:
 
@@ -21,9 +21,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-
-UP_PRIOR = 0.003  # weight of "image-up is up" against the right vectors: decides few or narrow views, shifts a wide arc by < 1 degree
-CENTER_PRIOR = 0.001  # weight of the observed points against the optical axes: decides the depth when the axes are nearly parallel
 
 
 def unit(v: np.ndarray) -> np.ndarray:
@@ -71,54 +68,6 @@ def rotation(qvec: np.ndarray) -> np.ndarray:
             [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
         ]
     )
-
-
-def estimate_up(rotations: np.ndarray) -> np.ndarray:
-    """The world's up direction, unit (3,), from cam_from_world rotations (N, 3, 3), N >= 1.
-
-    People hold cameras level but tilted down, so image-up averages to up on a full ring only; on an arc it leans towards the object.
-    The RIGHT vectors are horizontal whatever the tilt: up is the direction they have least of, in absolute value (so that one badly
-    rolled camera does not count much), and points to the side the images' tops point to. A weak pull to the mean image-up decides when
-    the right vectors cannot (one view, or all in parallel)."""
-    rights, tops = rotations[:, 0], -rotations[:, 1]
-    lean = unit(tops.mean(0))
-    prior = UP_PRIOR * (np.eye(3) - np.outer(lean, lean))
-    weights = np.ones(len(rights))
-    for _ in range(20):
-        scatter = np.einsum("n,ni,nj->ij", weights / weights.sum(), rights, rights)
-        up = np.linalg.eigh(scatter + prior)[1][:, 0]
-        weights = 1 / np.maximum(np.abs(rights @ up), 0.02)
-    return up if (tops @ up).sum() >= 0 else -up
-
-
-def estimate_center(rotations: np.ndarray, centers: np.ndarray, hint: np.ndarray | None = None) -> np.ndarray:
-    """The point (3,) that the optical axes pass nearest to, in absolute distance, for rotations (N, 3, 3) and camera centres (N, 3).
-
-    hint: a point near the object (say the median of the observed points); pulls weakly, which decides the depth when the axes are
-    nearly parallel."""
-    forward = rotations[:, 2]
-    across = np.eye(3) - forward[:, :, None] * forward[:, None, :]  # (N, 3, 3): projects onto the plane each axis is perpendicular to
-    pull, anchor = (1e-6, centers.mean(0)) if hint is None else (CENTER_PRIOR, hint)
-    weights = np.ones(len(centers))
-    for _ in range(20):
-        w = weights / weights.sum()
-        a = np.einsum("n,nij->ij", w, across) + pull * np.eye(3)
-        b = np.einsum("n,nij,nj->i", w, across, centers) + pull * anchor
-        center = np.linalg.solve(a, b)
-        miss = np.linalg.norm(np.einsum("nij,nj->ni", across, center - centers), axis=1)
-        reach = np.median(np.linalg.norm(center - centers, axis=1))
-        weights = 1 / np.maximum(miss, 1e-3 * reach + 1e-12)
-    return center
-
-
-def azimuth_elevation(centers: np.ndarray, center: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Azimuth in (-pi, pi] and elevation in [-pi/2, pi/2], radians (N,) each, of camera centres (N, 3) about the object.
-
-    Azimuth grows counterclockwise seen from above; its zero is the first camera."""
-    offset = centers - center
-    azimuth = signed_angle(np.broadcast_to(offset[0], offset.shape), offset, up)
-    height = offset @ up
-    return azimuth, np.arctan2(height, np.linalg.norm(horizontal(offset, up), axis=-1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,8 +30,10 @@ import numpy as np
 from PIL import Image
 
 from actial_fast.data.captures.geometry import rotation as quaternion_rotation
+from actial_fast.data.captures.model import check_files
 from actial_fast.data.captures.raycast import Cameras, Caster, Surroundings, photographs, surface_points, visible
 from actial_fast.data.captures.shapes import FAMILIES, MESH_SUFFIXES, axis_frame, load_mesh, procedural
+from actial_fast.data.sources.files import writing
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -177,6 +179,7 @@ def _write_colmap(
     model.update_point_3d_errors()
     folder.mkdir(parents=True)
     model.write(folder)
+    check_files(folder)  # it says nothing of a disk that was full
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -243,7 +246,7 @@ def _render_object(out: Path, config: RenderConfig, job: _Job) -> None:
         "seed": config.seed,
         "mesh": job.mesh,
     }
-    (partial / "scene.json").write_text(json.dumps(facts, indent=1))
+    (partial / "scene.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     (out / job.family).mkdir(parents=True, exist_ok=True)
     partial.rename(out / job.family / job.name)
 
@@ -270,14 +273,14 @@ def _same_settings(out: Path, config: RenderConfig) -> None:
     ours = {k: v for k, v in json.loads(json.dumps(asdict(config))).items() if k not in ("objects", "families", "workers")}
     record = out / "render.json"
     if record.exists():
-        theirs = json.loads(record.read_text())
+        theirs = json.loads(record.read_text(encoding="utf-8"))
         changed = [k for k in ours if theirs.get(k) != ours[k]]
         if changed:
             told = "; ".join(f"{k} was {theirs.get(k)!r}, now {ours[k]!r}" for k in changed)
             raise ValueError(f"{out} holds captures made with other settings ({told}): render into another folder, or remove this one")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "render.json.partial").write_text(json.dumps(ours, indent=1))
+        (out / "render.json.partial").write_text(json.dumps(ours, indent=1), encoding="utf-8")
         (out / "render.json.partial").replace(record)
 
 
@@ -313,7 +316,7 @@ def render(out: Path, config: RenderConfig, progress: bool = True) -> dict[str, 
     shutil.rmtree(out / ".partial", ignore_errors=True)  # what a killed run left
     started = time.perf_counter()
     try:
-        with _bar(progress) as bar:
+        with writing(out), _bar(progress) as bar:
             task = bar.add_task("rendering", total=len(jobs), completed=len(jobs) - len(todo))
             for _ in _render_all(out, config, todo):
                 bar.advance(task)

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Arc, Circle, FancyArrowPatch, Polygon
 
 from actial_fast.data.captures.geometry import horizontal, rotation, unit
+from actial_fast.data.sources.files import writing
 from actial_fast.data.sources.picture import decode
 from actial_fast.data.sources.row import IMAGE_TAG, Row
 
@@ -60,7 +61,8 @@ def contact_sheet(rows: Sequence[Row], out: Path, title: str = "", dpi: int = 11
             _draw_sketch(sketch, row)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
+    with writing(out):
+        figure.savefig(out, format="png")
     return out
 
 

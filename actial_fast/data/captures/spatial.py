@@ -6,7 +6,7 @@
     turn_size    two photographs: about how far the camera travelled round the object
 
 Cases that are not clear by the config's thresholds are not asked, every answer of a kind is the right one equally often, and nothing but
-the poses (captures.py) and the object's front decides an answer.
+the poses (capture.py) and the object's front decides an answer.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from actial_fast.data.captures.colmap import BadCapture, Capture, find_captures, object_id, read_capture
+from actial_fast.data.captures.capture import Capture, find_captures, object_id, read_capture
+from actial_fast.data.captures.frame import angle_errors
 from actial_fast.data.captures.geometry import horizontal, signed_angle
+from actial_fast.data.captures.photos import BadCapture
+from actial_fast.data.sources.files import writing
 
 KINDS = ("facing_side", "closer", "higher", "turn_size")
 TURN_SIZES = (30, 60, 90)  # degrees
+HALF_STEP = 15  # from here on another size is right
 OPTIONS = {
     "facing_side": ("front", "left side", "back", "right side"),  # counterclockwise seen from above, every 90 degrees
     "closer": ("first", "second"),
@@ -109,7 +113,7 @@ class SpatialConfig:
             )
         if not 0 < self.facing_margin_deg < 45:
             raise ValueError(f"facing_margin_deg is {self.facing_margin_deg}: beyond 45 degrees it is another side that faces the camera")
-        if not 0 < self.turn_tolerance_deg < 15:
+        if not 0 < self.turn_tolerance_deg < HALF_STEP:
             raise ValueError(f"turn_tolerance_deg is {self.turn_tolerance_deg}: from 15 degrees on two of {TURN_SIZES} are right")
         if self.min_distance_ratio <= 1 or self.min_height <= 0:
             raise ValueError(f"min_distance_ratio {self.min_distance_ratio} must be over 1 and min_height {self.min_height} over 0")
@@ -146,10 +150,11 @@ def cases(capture: Capture, config: SpatialConfig, front: np.ndarray | None = No
     near = turn <= config.max_turn_deg
     ratio, rise = distance[i] / distance[j], 2 * (height[i] - height[j]) / (distance[i] + distance[j])
     size = np.abs(turn[:, None] - TURN_SIZES).argmin(1)
+    off, errors = np.abs(turn - np.array(TURN_SIZES)[size]), angle_errors(capture.rotations, capture.centers, capture.frame, i, j)
     clear = {
         "closer": (near & (np.maximum(ratio, 1 / ratio) >= config.min_distance_ratio), (ratio > 1).astype(int)),
         "higher": (near & (np.abs(rise) >= config.min_height), (rise < 0).astype(int)),
-        "turn_size": (np.abs(turn - np.array(TURN_SIZES)[size]) <= config.turn_tolerance_deg, size),
+        "turn_size": ((off <= config.turn_tolerance_deg) & (off + np.degrees(errors) < HALF_STEP), size),
     }
     for kind, (mask, answer) in clear.items():
         if kind in config.kinds:
@@ -160,7 +165,7 @@ def cases(capture: Capture, config: SpatialConfig, front: np.ndarray | None = No
 def _front(capture: Capture) -> np.ndarray | None:
     """The object's front that scene.json gives, when there is one and it is not vertical."""
     try:
-        front = json.loads((capture.path / "scene.json").read_text()).get("front")
+        front = json.loads((capture.path / "scene.json").read_text(encoding="utf-8")).get("front")
     except FileNotFoundError:
         return None
     except (ValueError, AttributeError) as error:
@@ -205,7 +210,7 @@ class _Sample:
 def _write(path: Path, chosen: list[Case], draw: random.Random) -> None:
     """SAT's rows as parquet, under its name only when complete."""
     partial = path.with_name(path.name + ".partial")
-    with pq.ParquetWriter(partial, SCHEMA) as writer:
+    with writing(partial), pq.ParquetWriter(partial, SCHEMA) as writer:
         for start in range(0, len(chosen), GROUP):
             some = chosen[start : start + GROUP]
             columns = (
@@ -221,7 +226,7 @@ def _write(path: Path, chosen: list[Case], draw: random.Random) -> None:
 
 def viewpoint_test_objects(test: Path) -> set[str]:
     """The objects of a viewpoint test split: every `meta.object` of its test.jsonl."""
-    with open(test) as lines:
+    with open(test, encoding="utf-8") as lines:
         return {json.loads(line)["meta"]["object"] for line in lines}
 
 

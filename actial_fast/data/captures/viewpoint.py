@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -26,8 +27,11 @@ from typing import Any, TextIO, TypeVar
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from actial_fast.data.captures.colmap import BadCapture, Capture, find_captures, object_id, read_capture
+from actial_fast.data.captures.capture import Capture, find_captures, object_id, read_capture, state
+from actial_fast.data.captures.frame import angle_errors
 from actial_fast.data.captures.geometry import motion, qvec
+from actial_fast.data.captures.photos import BadCapture
+from actial_fast.data.sources.files import writing
 from actial_fast.data.sources.row import IMAGE_TAG, Row, Turn
 
 KINDS = ("ego_translation", "object_translation", "ego_rotation")
@@ -64,9 +68,25 @@ QUESTIONS = {
         "Seen by the photographer, in which direction did the camera pan from the first photo to the second?",
     ),
 }
+REQUEST = "Answer with the letter of the right option only."
 NO_PAIR = "no usable pair"
 SIDES = {1: "right", -1: "left"}
 OPPOSITE = {"left": "right", "right": "left"}
+CODE = (
+    "capture",
+    "co3d",
+    "colmap",
+    "frame",
+    "geometry",
+    "matches",
+    "model",
+    "photos",
+    "ply",
+    "tracks",
+    "transforms",
+    "turned",
+    "viewpoint",
+)
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
@@ -91,6 +111,8 @@ class ViewpointConfig:
     """smallest horizontal angle about the object between the two cameras, degrees"""
     max_angle: float = 100.0
     """largest horizontal angle about the object between the two cameras, degrees"""
+    max_angle_error: float = 3.0
+    """pairs whose angle about the object, or turn, may be further off than this are left out, degrees (95 per cent sure); 0: none are"""
     min_translation: float = 0.1
     """smallest sideways move in units of the camera's horizontal distance from the object; less is neither left nor right"""
     min_yaw: float = 10.0
@@ -101,12 +123,16 @@ class ViewpointConfig:
     """views from, or looking, steeper up or down than this are left out, degrees"""
     verify: str = "tracks"
     """tracks: reject mirrored and broken worlds by their tracks, and models without; off: trust the poses"""
+    ask_letter: bool = True
+    """every question ends with a request for the option's letter, without which a model that was not trained on it is scored on form"""
     workers: int = 0
     """processes that read captures; 0: up to one per core, as far as starting them pays. The output does not depend on it"""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_angle < self.max_angle < 180:
             raise ValueError(f"min_angle={self.min_angle}, max_angle={self.max_angle}: need 0 < min_angle < max_angle < 180 degrees")
+        if not 0 <= self.max_angle_error < math.inf:
+            raise ValueError(f"max_angle_error={self.max_angle_error}: must be at least 0 and finite, degrees")
         if not 0 <= self.max_test_fraction < 1:
             raise ValueError(f"max_test_fraction={self.max_test_fraction}: need a share in [0, 1)")
         if self.pairs_per_object < 1 or self.test_pairs_per_object < 1:
@@ -131,6 +157,9 @@ def pairs(capture: Capture, config: ViewpointConfig) -> list[dict[str, Any]]:
     for move in (there, back):
         usable &= (np.abs(move.ego) >= config.min_translation) & (np.abs(move.object) >= config.min_translation)
         usable &= np.sign(move.ego) == -np.sign(move.object)  # a camera that looks past the object may see it otherwise
+    if config.max_angle_error:
+        errors = angle_errors(capture.rotations, capture.centers, capture.frame, first, second)
+        usable &= np.degrees(errors) <= config.max_angle_error
     found = np.nonzero(usable)[0].tolist()
     found = random.Random(f"{config.seed}/{capture.object}").sample(found, min(config.pairs_per_object, len(found)))
     return [
@@ -161,12 +190,12 @@ def reverse(pair: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def rows(pair: dict[str, Any], folder: Path, seed: int) -> list[Row]:
+def rows(pair: dict[str, Any], folder: Path, seed: int, ask_letter: bool = False) -> list[Row]:
     """The three rows of a pair, in the order of KINDS. Wording and order of the options are drawn from seed and pair.
 
-    pair: as from pairs() or reverse(). folder: the capture's."""
+    pair: as from pairs() or reverse(). folder: that its images are in. ask_letter: as in ViewpointConfig."""
     name = f"{pair['object']}/{'-'.join(Path(n).with_suffix('').as_posix() for n in pair['pair'])}"
-    images = tuple(folder / "images" / n for n in pair["pair"])
+    images = tuple(folder / n for n in pair["pair"])
     out = []
     for kind in KINDS:
         draw = random.Random(f"{seed}/{name}/{kind}")
@@ -174,7 +203,8 @@ def rows(pair: dict[str, Any], folder: Path, seed: int) -> list[Row]:
         choices = draw.sample(OPTIONS[kind], 3)
         letter = LETTERS[choices.index(pair[kind])]
         options = "\n".join(f"{a}. {text}" for a, text in zip(LETTERS, choices, strict=True))
-        turns = (Turn("user", f"{IMAGE_TAG}{IMAGE_TAG}{question}\n{options}"), Turn("assistant", letter))
+        request = f"\n{REQUEST}" if ask_letter else ""
+        turns = (Turn("user", f"{IMAGE_TAG}{IMAGE_TAG}{question}\n{options}{request}"), Turn("assistant", letter))
         out.append(Row(turns, images, letter, kind, tuple(choices), f"{name}/{kind}", meta=pair))
     return out
 
@@ -189,7 +219,7 @@ def build(captures: Path, out: Path, config: ViewpointConfig, progress: bool = T
     captures, out = Path(captures), Path(out)
     paths = find_captures(captures)
     if not paths:
-        raise ValueError(f"no capture below {captures}; a capture is a folder with images/ and sparse/0/")
+        raise ValueError(f"no capture below {captures}; a capture is a folder with images/ and sparse/0/, or one with transforms.json")
     out.mkdir(parents=True, exist_ok=True)
     found, reused = _read_all(paths, captures, out / ".captures.jsonl", config, progress)
     good = {name: part["pairs"] for name, part in found.items() if "reason" not in part}
@@ -201,12 +231,12 @@ def build(captures: Path, out: Path, config: ViewpointConfig, progress: bool = T
         )
 
     split = _split(good, config, captures)
-    folder = {object_id(path, captures): path for path in paths}
+    folder = {name: captures / found[name]["folder"] for name in good}
     balance, written = {}, {}
     for name, chosen in split.items():
         limit = config.test_examples if name == "test" else config.examples
         ordered = _balance(chosen, random.Random(f"{config.seed}/order/{name}"))
-        lines = (row for pair in ordered for row in rows(pair, folder[pair["object"]], config.seed))
+        lines = (row for pair in ordered for row in rows(pair, folder[pair["object"]], config.seed, config.ask_letter))
         sides: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
         written[name] = 0
         with _atomic(out / f"{name}.jsonl") as file:
@@ -276,13 +306,13 @@ def _balance(chosen: list[dict[str, Any]], draw: random.Random) -> list[dict[str
 def _read_all(paths: list[Path], root: Path, cache: Path, config: ViewpointConfig, progress: bool) -> tuple[dict[str, dict[str, Any]], int]:
     """What each capture gives, {object: part} in the order of `paths`, and how many were found in `cache`."""
     # What a part depends on; the rest of the config only decides which parts are used.
-    free = replace(config, examples=None, test_examples=0, max_test_fraction=0.0, test_pairs_per_object=1, workers=0)
-    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("geometry", "model", "colmap", "viewpoint"))
+    free = replace(config, examples=None, test_examples=0, max_test_fraction=0.0, test_pairs_per_object=1, ask_letter=False, workers=0)
+    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in CODE)
     settings = f"{free} {hashlib.sha256(code).hexdigest()}"
     keys = {object_id(path, root): _key(path, settings) for path in paths}
     parts = {}
     if cache.exists():
-        for line in cache.read_text().splitlines():
+        for line in cache.read_text(encoding="utf-8").splitlines():
             try:
                 part = json.loads(line)
             except json.JSONDecodeError:
@@ -294,7 +324,7 @@ def _read_all(paths: list[Path], root: Path, cache: Path, config: ViewpointConfi
         file.writelines(json.dumps(part) + "\n" for part in parts.values())
     todo = [(path, root, free, keys[name]) for name, path in zip(keys, paths, strict=True) if name not in parts]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with cache.open("a") as file, Progress(*columns, disable=not progress) as bar:
+    with writing(cache), cache.open("a", encoding="utf-8") as file, Progress(*columns, disable=not progress) as bar:
         task = bar.add_task("captures", total=len(paths), completed=reused)
         for part in _map(_read_one, todo, config.workers or min(os.cpu_count() or 1, len(todo) // 100)):
             file.write(json.dumps(part) + "\n")
@@ -306,9 +336,7 @@ def _read_all(paths: list[Path], root: Path, cache: Path, config: ViewpointConfi
 
 def _key(path: Path, settings: str) -> str:
     """Changes when the settings, the capture's model or its list of images do."""
-    files = [*sorted((path / "sparse").rglob("*")), path / "images"]
-    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
-    return hashlib.sha256(repr((settings, state)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((settings, state(path))).encode()).hexdigest()[:16]
 
 
 def _read_one(job: tuple[Path, Path, ViewpointConfig, str]) -> dict[str, Any]:
@@ -318,7 +346,7 @@ def _read_one(job: tuple[Path, Path, ViewpointConfig, str]) -> dict[str, Any]:
     part: dict[str, Any] = {"object": name, "key": key, "left_out": {}}
     try:
         capture = read_capture(path, root, min_images=config.min_images, max_elevation_deg=config.max_elevation, verify=config.verify)
-        part["left_out"] = capture.left_out
+        part["left_out"], part["folder"] = capture.left_out, os.path.relpath(capture.folder, root)
         part["pairs"] = pairs(capture, config)
         if not part["pairs"]:
             raise BadCapture(path, NO_PAIR, f"among {len(capture.names)} images, {config.min_angle} to {config.max_angle} degrees apart")
@@ -344,7 +372,7 @@ def _map(function: Callable[[_Job], _Result], jobs: list[_Job], workers: int) ->
 def _atomic(path: Path) -> Iterator[TextIO]:
     """A text file that appears under its name only when it is complete and on disk."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    with writing(temporary), temporary.open("w", encoding="utf-8") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

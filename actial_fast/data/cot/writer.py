@@ -1,7 +1,7 @@
-"""Pseudo chains of thought for the hybrid cold start: written from a row's poses, checked, and stored as rows.
+"""Pseudo chains of thought for the hybrid cold start: whoever writes them, they are checked and stored as rows.
 
 A `Writer` writes them for many rows at a time. `one_by_one(geometric_cot)` is one (the poses give every statement), EngineWriter of
-rollout/thoughts.py another (a strong model that is told the truth). Whoever wrote it, no text is stored before `check_cot` has passed it.
+rollout/thoughts.py another (a strong model that is told the truth). No text is stored before a check (checking.py) has passed it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import io
 import json
 import os
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,172 +19,44 @@ from typing import Protocol
 
 from PIL import Image
 
-from actial_fast.data.sources.answers import is_right
+from actial_fast.data.cot.checking import check_cot, reasoning
+from actial_fast.data.cot.pairs import Pairs, answered
+from actial_fast.data.sources.files import writing
 from actial_fast.data.sources.jsonl import recover
 from actial_fast.data.sources.picture import decode
-from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Row, Turn
+from actial_fast.data.sources.row import BadRow, Row, Turn
 from actial_fast.data.sources.source import Source
-from actial_fast.data.sources.tags import TAG, is_well_formed
+from actial_fast.data.sources.tags import TAG
 
-_Finished = tuple[Row, str | None, str | None]  # a row, its text, why it is rejected
-_Store = Callable[[Row, str | None, str | None], None]
+Check = Callable[[str, Row], str | None]  # why a text cannot be used for a row: "what: where"
 MAX_FAILURES = 20  # rows in a row without a reply: the model is gone, not the row
 CHUNK = 256  # rows that a writer has at a time
 
-SHORT = {  # one wording a kind and no figures: a tiny model has to learn these from a few hundred rows
-    "ego_translation": "The camera moved to the {ego}. So the answer is {letter}.",
-    "object_translation": "The camera moved to the {ego}. For the object that is the {object}. So the answer is {letter}.",
-    "ego_rotation": "The camera turned to the {turn}. So the answer is {letter}.",
-}
-SHORT_SPATIAL = {  # of captures/spatial.py; the answer, which the poses decided, says it all
-    "facing_side": "We see the {choice}. So the answer is {letter}.",
-    "turn_size": "The camera travelled {choice} round the object. So the answer is {letter}.",
-}
-IDENTIFY = (
-    "The first image shows the object from one viewpoint and the second shows the same object from another. The object stands still, so "
-    "every difference between them comes from the camera.",
-    "I have two photos of one object. Nothing but the camera changes between them, so I can read its motion from how the view changes.",
-    "Image 1 is the starting view and image 2 the view after the move. It is the same object both times, and it has not moved.",
-)
-COMPARE_CAMERA = (
-    "From the camera's perspective: the flank of the object that lay towards the {ego} in the first image faces the camera more in the "
-    "second, and the flank towards the {other} turns away.",
-    "As the camera sees it, more of what was on the object's {ego}-hand edge in image 1 has come round to the front in image 2, while the "
-    "{other}-hand edge has gone out of sight.",
-    "Looking through the camera, image 2 shows more of the side that was at the {ego} of the object in image 1 and less of the side at its "
-    "{other}.",
-)
-COMPARE_OBJECT = (
-    "From the object's perspective: it faces the first camera, so what the camera calls {ego} is the object's own {object}.",
-    "Seen by the object, which looks back at the first camera, the sides are swapped: the camera's {ego} is its {object}.",
-    "If I stand in the object's place and look at the first camera, the camera's {ego}-hand side is at my {object}.",
-)
-ANALYSE = {
-    "ego_translation": (
-        "Position of the camera: to see more of that flank it must stand further to the {ego} than before, so its position moved {ego}.",
-        "For the camera's own translation I need the side to which its position shifted. Coming to see the {ego} flank takes a step to the "
-        "{ego}.",
-    ),
-    "object_translation": (
-        "The camera stepped to its own {ego}. Told from the object, which faces it, this step goes to the {object}.",
-        "For the object's account I swap sides: a camera that moves to its {ego} moves to the {object} of an object that looks at it.",
-    ),
-    "ego_rotation": (
-        "Orientation of the camera: compared with the first image its viewing direction is turned to the {turn}, about {yaw} degrees.",
-        "For the rotation only the viewing direction counts, not the place: it swung by about {yaw} degrees to the {turn}.",
-    ),
-}
-WHY_TURN = (
-    "Having moved to the {ego}, it has to turn {turn} to keep the object in view.",
-    "That fits the move: from further {ego}, the object is found by looking more to the {turn}.",
-)
-SYNTHESISE = (
-    "Together: the camera went about {angle} degrees {sense} around the object as seen from above, moved to its own {ego}, which is the "
-    "object's {object}, and turned {turn}.",
-    "Putting it together, this is a move of about {angle} degrees {sense} around the object (seen from above): position to the {ego}, "
-    "viewing direction to the {turn}; for the object, a move to the {object}.",
-)
-CONCLUDE = (
-    'So the question is answered by "{choice}", which is option {letter}.',
-    'This makes the answer {letter}, "{choice}".',
-    'The option that says "{choice}" is {letter}, so the answer is {letter}.',
-)
-LEAK = re.compile(r"\b(?:given|true|provided|supplied|told)\s+(?:the\s+)?(?:true\s+)?answer\b", re.IGNORECASE)
 
+@dataclass(frozen=True)
+class _Finished:
+    """A row, the rows to store for it (none with a reason), its text, and why it is rejected. kept: it was there before."""
 
-def geometric_cot(row: Row, rng: random.Random, style: str = "full") -> str:
-    """A chain of thought for a viewpoint row, in which the poses make every statement true; in short also for some spatial rows.
-
-    Args:
-        row: as viewpoint.rows gives it: kind, choices, truth (a letter) and the pair's `meta`. Or a row of SAT's with a kind of
-            SHORT_SPATIAL and answered by letter.
-        rng: chooses the wordings.
-        style: "full" follows the paper's steps (identify the images, compare from the camera's and the object's perspective, analyse
-            the movement asked about, synthesise, answer); "short" is two or three fixed sentences from SHORT, without figures.
-
-    Returns "<think>...</think><answer>LETTER</answer>" (short) or with a line break between the two (full).
-    Raises BadRow when the row is no viewpoint row or its truth is not what its poses say.
-    """
-    assert style in ("full", "short"), style
-    meta = row.meta
-    if style == "short" and row.kind in SHORT_SPATIAL:
-        index = ord(row.truth) - ord("A") if len(row.truth) == 1 else -1
-        if not 0 <= index < len(row.choices):
-            raise BadRow(row.where or row.id, f"the truth is {row.truth!r}, no letter of {len(row.choices)} choices; open it with letters")
-        thought = SHORT_SPATIAL[row.kind].format(choice=row.choices[index], letter=row.truth)
-        return f"<think>{thought}</think><answer>{row.truth}</answer>"
-    if row.kind not in SHORT or not {"azimuth_change_deg", "yaw_deg", *SHORT} <= set(meta):
-        raise BadRow(row.where or row.id, f"kind {row.kind!r} with meta {sorted(meta)} is no viewpoint row; its poses are needed")
-    choice = meta[row.kind]
-    letter = chr(ord("A") + row.choices.index(choice)) if choice in row.choices else ""
-    if letter != row.truth:
-        raise BadRow(row.where or row.id, f"the truth is {row.truth!r} but the poses say {choice!r}, option {letter!r}")
-    facts = {
-        "ego": meta["ego_translation"],
-        "object": meta["object_translation"],
-        "other": "left" if meta["ego_translation"] == "right" else "right",
-        "turn": meta["ego_rotation"],
-        "angle": round(abs(meta["azimuth_change_deg"])),
-        "yaw": round(abs(meta["yaw_deg"])),
-        "sense": "counterclockwise" if meta["azimuth_change_deg"] > 0 else "clockwise",
-        "choice": choice,
-        "letter": letter,
-    }
-    if style == "short":
-        return f"<think>{SHORT[row.kind].format(**facts)}</think><answer>{letter}</answer>"
-    steps = [rng.choice(IDENTIFY), rng.choice(COMPARE_CAMERA) + " " + rng.choice(COMPARE_OBJECT), rng.choice(ANALYSE[row.kind])]
-    if row.kind == "ego_rotation" and facts["turn"] != facts["ego"]:  # a camera that turned the other way did not keep the object in view
-        steps[-1] += " " + rng.choice(WHY_TURN)
-    steps += [rng.choice(SYNTHESISE), rng.choice(CONCLUDE)]
-    return f"<think>{chr(10).join(steps).format(**facts)}</think>\n<answer>{letter}</answer>"
-
-
-def check_cot(text: str, row: Row) -> str | None:
-    """Why `text` may not train a model to answer `row`, or None when it may.
-
-    Tags must be well formed (as the format reward wants them), the reasoning not empty, without an image tag and without talk of an answer
-    it was given, the answer right (answers.is_right), and neither the last "answer is X" / "option X" nor the last sentence of the
-    reasoning may name another choice.
-    """
-    if not row.truth:
-        return "row has no truth"
-    if not is_well_formed(text):
-        return "malformed tags"
-    if not is_right(text, row):
-        return "wrong answer"
-    opened, closed, *_ = TAG.finditer(text)
-    thought = text[opened.end() : closed.start()].strip()
-    if not thought:
-        return "no reasoning"
-    if IMAGE_TAG in text:
-        return "image tag in the text"
-    if LEAK.search(thought):
-        return "talks of a given answer"
-    if _contradicts(thought, row):
-        return "reasoning contradicts the answer"
-    return None
-
-
-def _contradicts(thought: str, row: Row) -> bool:
-    right = {row.truth.casefold()}
-    for labels in ({chr(ord("a") + i), choice.casefold()} for i, choice in enumerate(row.choices)):
-        if right & labels:
-            right = labels
-            break
-    texts = "|".join(re.escape(choice) for choice in sorted(row.choices, key=len, reverse=True)) or r"(?!)"
-    claim = rf"(?i:\b(?:answer|option|choice)(?:\s+(?:is|must be|would be|should be))?)\s*:?\s*[\"'(*]*(\b[A-Z]\b|(?i:\b(?:{texts})\b))"
-    if (claims := re.findall(claim, thought)) and claims[-1].casefold() not in right:
-        return True
-    last = [sentence for sentence in re.split(r"(?<=[.!?])\s+|\n", thought) if sentence.strip()][-1]
-    named = {found.casefold() for found in re.findall(rf"(?i:\b(?:{texts})\b)", last)}
-    return len(named) == 1 and not named & right
+    row: Row
+    stored: tuple[Row, ...] = ()
+    text: str | None = None
+    reason: str | None = None
+    kept: bool = False
 
 
 class WriterError(Exception):
     """A writer got no text for a row, for a reason that is not the row's (its server timed out, say)."""
 
 
-Written = str | BadRow | WriterError  # a text, or why there is none
+class NoText(Exception):
+    """A writer got a reply to a row that is no text, or not all of one: the model refused, called a tool, or was cut off. Says which."""
+
+    def __init__(self, reason: str, text: str | None = None):
+        super().__init__(reason)
+        self.text = text
+
+
+Written = str | BadRow | WriterError | NoText  # a text, or why there is none
 
 
 class Writer(Protocol):
@@ -196,14 +67,14 @@ class Writer(Protocol):
 
 
 def one_by_one(write: Callable[[Row, random.Random], str]) -> Writer:
-    """The writer that writes row after row: write(row, rng) gives a text or raises BadRow or WriterError."""
+    """The writer that writes row after row: write(row, rng) gives a text or raises BadRow, WriterError or NoText."""
 
     def writer(rows: Sequence[Row], rngs: Sequence[random.Random], done: Callable[[int, Written], None]) -> None:
         for i, (row, rng) in enumerate(zip(rows, rngs, strict=True)):
             text: Written
             try:
                 text = write(row, rng)
-            except (BadRow, WriterError) as error:
+            except (BadRow, WriterError, NoText) as error:
                 text = error
             done(i, text)
 
@@ -212,7 +83,7 @@ def one_by_one(write: Callable[[Row, random.Random], str]) -> Writer:
 
 @dataclass(frozen=True)
 class CotSummary:
-    """What `write_cot` did. written: rows added; kept: rows that were there before; rejected: rows left out, by reason."""
+    """What `write_cot` did, in rows, or in pairs where the source has these. written: added; kept: there before; rejected: by reason."""
 
     written: int
     kept: int
@@ -233,13 +104,14 @@ def write_cot(
     *,
     seed: int = 0,
     count: int = 0,
+    check: Check = check_cot,
     progress: Callable[[int, int], None] | None = None,
 ) -> CotSummary:
     """Write the rows of `source` with a chain of thought in place of the answer to `out`, as JSON Lines (row.py).
 
     Rows keep their order. Continues where an earlier call stopped: rows whose id is in `out` stay as they are, rejected ones are tried
     again. Every other row ends up in `out` or, with its reason and text, in `out`.rejects.jsonl. Embedded images are written to files
-    beside `out`.
+    beside `out`. Of `Pairs`, the questions of a pair that get its chain are written, and it is there when one of them is.
 
     Args:
         source: rows with a truth; an id that occurs twice is an error.
@@ -247,6 +119,7 @@ def write_cot(
         writer: given CHUNK rows at a time, each with an rng that depends on seed and id only.
         seed: chooses the rows (with count) and the wordings.
         count: draw this many rows of the source; 0 takes all.
+        check: says why a text cannot be used for a row; by default check_cot, a checking.Check to have a run's rules and copies found.
         progress: called with (rows done, rows in all).
 
     Raises ValueError for a count above the number of rows, a repeated id, and after MAX_FAILURES rows in a row without a reply (run it
@@ -257,31 +130,59 @@ def write_cot(
     done = {record["id"] for record in recover(out)}
     number = kept = written = failures = 0
     rejected: Counter[str] = Counter()
-    with open(out, "a") as good, open(out.with_suffix(".rejects.jsonl"), "w") as bad:
+    with writing(out), open(out, "a", encoding="utf-8") as good, open(rejects_of(out), "w", encoding="utf-8") as bad:
 
-        def store(row: Row, text: str | None, reason: str | None) -> None:
-            """text and reason are None for a row that was there before."""
+        def store(each: _Finished) -> None:
             nonlocal number, kept, written, failures
             number += 1
             if progress:
                 progress(number, len(indices))
-            if reason is None and text is None:
+            if each.kept:
                 kept += 1
-            elif reason is None:
-                good.write(json.dumps(row.to_json(out.parent)) + "\n")
+            elif each.reason is None:
+                good.write("".join(json.dumps(row.to_json(out.parent)) + "\n" for row in each.stored))
                 good.flush()
                 written += 1
             else:
-                rejected[reason.partition(":")[0]] += 1
-                bad.write(json.dumps({"id": row.id, "where": row.where, "reason": reason, "text": text}) + "\n")
+                rejected[each.reason.partition(":")[0]] += 1
+                bad.write(json.dumps({"id": each.row.id, "where": each.row.where, "reason": each.reason, "text": each.text}) + "\n")
                 bad.flush()
-            failures = failures + 1 if reason and reason.startswith("no reply") else 0
+            failures = failures + 1 if each.reason and each.reason.startswith("no reply") else 0
             if failures >= MAX_FAILURES:
-                raise ValueError(f"the last {failures} rows got no reply ({reason}); {written} are written, run it again to go on")
+                raise ValueError(f"the last {failures} rows got no reply ({each.reason}); {written} are written, run it again to go on")
 
+        finish = _Finisher(source, out, check)
         for chunk in _chunks(source, indices):
-            _write_chunk(chunk, writer, seed, done, out, store)
+            _write_chunk(chunk, writer, seed, done, finish, store)
     return CotSummary(written, kept, dict(rejected))
+
+
+def rejects_of(out: Path) -> Path:
+    """The file of what was rejected for `out`."""
+    return out.with_suffix(".rejects.jsonl")
+
+
+def stored_chains(out: Path) -> Iterator[tuple[str, str]]:
+    """The ids and chains that are in a file of write_cot's already."""
+    for record in recover(out):
+        yield record["id"], record["messages"][-1]["content"]
+
+
+def rejected_before(out: Path) -> dict[str, tuple[str, str]]:
+    """The text and the reason of each row that was rejected for `out`, by id; without those that have no text."""
+    path = rejects_of(out)
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return {record["id"]: (record["text"], record["reason"]) for record in records if record["text"]}
+
+
+def unwritten(source: Source, out: Path, seed: int = 0, count: int = 0) -> Iterator[Row]:
+    """The rows that write_cot would have written, without those that cannot be read."""
+    done = {record["id"] for record in recover(out)}
+    finisher = _Finisher(source, out, check_cot)
+    for chunk in _chunks(source, rows_drawn(source, seed, count)):
+        for row in chunk:
+            if isinstance(row, Row) and not done.intersection(finisher.ids(row)):
+                yield row
 
 
 def _chunks(source: Source, indices: Sequence[int]) -> Iterator[list[Row | BadRow]]:
@@ -308,8 +209,8 @@ def _write_chunk(
     writer: Writer,
     seed: int,
     done: set[str],
-    out: Path,
-    store: Callable[[Row, str | None, str | None], None],
+    finisher: _Finisher,
+    store: Callable[[_Finished], None],
 ) -> None:
     """Have a chunk written, and store each row once all before it are stored."""
     finished: dict[int, _Finished] = {}
@@ -321,36 +222,54 @@ def _write_chunk(
         finished[place] = each
         while stored in finished:
             stored += 1
-            store(*finished[stored - 1])
+            store(finished[stored - 1])
 
     wanted: list[tuple[int, Row]] = []
     for place, row in enumerate(chunk):
         if isinstance(row, BadRow):
-            finish(place, (Row((), where=row.where), None, f"bad row: {row.reason}"))
-        elif row.id in done:
-            finish(place, (row, None, None))
+            finish(place, _Finished(Row((), where=row.where), reason=f"bad row: {row.reason}"))
+        elif done.intersection(finisher.ids(row)):
+            finish(place, _Finished(row, kept=True))
         else:
             wanted.append((place, row))
     if wanted:
         rngs = [random.Random(f"{seed}/{row.id}") for _, row in wanted]
-        writer([row for _, row in wanted], rngs, lambda i, text: finish(wanted[i][0], _checked(wanted[i][1], text, out)))
+        writer([row for _, row in wanted], rngs, lambda i, text: finish(wanted[i][0], finisher(wanted[i][1], text)))
     assert stored == len(chunk), "a writer finishes every row"
 
 
-def _checked(row: Row, text: Written, out: Path) -> _Finished:
-    if isinstance(text, WriterError):
-        return row, None, f"no reply: {text}"
-    try:
-        if isinstance(text, BadRow):
-            raise text
-        if reason := check_cot(text, row):
-            return row, text, reason
-        images = tuple(image if isinstance(image, Path) else _to_file(image, row.where, out) for image in row.images)
-    except BadRow as error:
-        return row, None, f"bad row: {error.reason}"
-    opened = [tag.end() for tag in TAG.finditer(text)][2]
-    text = f"{text[:opened]}{row.truth}</answer>"  # "B." is right, and what is trained is the truth as the row has it
-    return replace(row, turns=(*row.prompt, Turn("assistant", text)), images=images), text, None
+class _Finisher:
+    """What becomes of a row and the text that was written for it."""
+
+    def __init__(self, source: Source, out: Path, check: Check):
+        self._pairs = source if isinstance(source, Pairs) else None
+        self._out, self._check = out, check
+
+    def ids(self, row: Row) -> list[str]:
+        """Under which ids a row's chain stands in the file."""
+        return [each.id or each.where for each in self._pairs.questions(row)] if self._pairs else [row.id]
+
+    def __call__(self, row: Row, text: Written) -> _Finished:
+        if isinstance(text, WriterError):
+            return _Finished(row, reason=f"no reply: {text}")
+        if isinstance(text, NoText):
+            return _Finished(row, text=text.text, reason=str(text))
+        try:
+            if isinstance(text, BadRow):
+                raise text
+            if reason := self._check(text, row):
+                return _Finished(row, text=text, reason=reason)
+            images = tuple(image if isinstance(image, Path) else _to_file(image, row.where, self._out) for image in row.images)
+            if self._pairs:
+                stored = [answered(each, reasoning(text)) for each in self._pairs.questions(row)]
+            else:
+                opened = [tag.end() for tag in TAG.finditer(text)][2]
+                # "B." is right, and what is trained is the truth as the row has it
+                text = f"{text[:opened]}{row.truth}</answer>"
+                stored = [replace(row, turns=(*row.prompt, Turn("assistant", text)))]
+        except BadRow as error:
+            return _Finished(row, reason=f"bad row: {error.reason}")
+        return _Finished(row, tuple(replace(each, id=each.id or each.where, images=images) for each in stored), text)
 
 
 def _to_file(image: bytes, where: str, out: Path) -> Path:

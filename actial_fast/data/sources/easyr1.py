@@ -1,6 +1,7 @@
 """EasyR1's rows, from JSON or parquet: problem (with <image> tags), answer and images.
 
-The problem is the user's message, so rows are for sampling (GRPO, evaluation): they carry a truth but no assistant turn.
+The problem is the user's message, so rows are for sampling (GRPO, evaluation): they carry a truth but no assistant turn. Other
+keys are what a reward sees as `row.meta`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from actial_fast.data.sources.fields import IMAGE_KEYS, images_of, name_of, refuse, text, truths
+from actial_fast.data.sources.fields import IMAGE_KEYS, images_of, name_of, rest, text, truths
 from actial_fast.data.sources.reader import Reader
 from actial_fast.data.sources.row import BadRow, Row, Turn
 
@@ -21,7 +22,7 @@ class EasyR1Source(Reader):
 
     def row(self, record: Mapping[str, Any], where: str, index: int) -> Row:
         """A problem, its images and its answer; BadRow when the problem or the answer is missing."""
-        refuse(record, ("problem", "answer", *IMAGE_KEYS, *self.kind_keys, "id"), where)
+        meta = rest(record, ("problem", "answer", *IMAGE_KEYS, *self.kind_keys, "id"), where)
         problem = text(record.get("problem"), "`problem`", where)
         if not problem:
             raise BadRow(where, "empty problem")
@@ -35,5 +36,6 @@ class EasyR1Source(Reader):
             kind=self.kind(index),
             id=name_of(record.get("id"), "`id`", where),
             where=where,
+            meta=meta,
             accepted=accepted,
         ).check()

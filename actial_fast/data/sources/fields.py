@@ -35,9 +35,10 @@ MEANING: dict[str, tuple[Any, ...]] = {
     ),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "completion"), ()),
     **dict.fromkeys(("weight", "sample_weight", "loss", "loss_weight", "loss_scale", "train", "trainable"), (1, True)),
-    **dict.fromkeys(("mask", "masked", "loss_mask"), (0, False)),
+    **dict.fromkeys(("mask", "masked", "loss_mask", "ignore", "skip", "exclude", "prefix"), (0, False)),
     **dict.fromkeys(("need_tools_kwargs", "tools_kwargs", "interaction_kwargs"), (False,)),
 }
+UNDESIRED = "label"  # as KTO's rows have it: false for an answer that is not to be learned; other values are someone's classes
 MEDIA_KEYS = ("videos", "video", "audios", "audio")
 PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
@@ -113,11 +114,33 @@ def refuse(record: Mapping[str, Any], known: Collection[str], where: str, what: 
         neutral = absent(value) or (isinstance(value, str) and value.strip() in ("[]", "{}", "null", "None"))
         if key in MEDIA_KEYS and not neutral:
             raise BadRow(where, f"{what} has {key}; only images are supported")
+        if key == UNDESIRED and value is False:
+            raise BadRow(where, f"{what} has label false, an answer that is not to be learned, which is not supported; take such rows out")
         if key in MEANING and not (neutral or (isinstance(value, bool | int | float) and value in MEANING[key])):
             raise BadRow(where, f"{what} has {key}, which changes what it means and is not supported; take such rows out, or the key")
         if key not in MEANING and not neutral:
             of = "messages" if what.startswith("message") else what
             told(f"the key {shortened(key, 40)!r} of {of} is not read", where)
+
+
+def rest(record: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
+    """What a record has beside the keys that its format reads: what a reward, a metric or a task may need, for the row's meta.
+
+    The keys of an object under `meta` or `extra_info`, which may be stored as JSON text, stand beside the others, and instead of them where
+    both name the same. BadRow for a key that changes what a row means and is not obeyed, and for an extra_info that is no object."""
+    read = {key for key, value in record.items() if key not in MEANING and not (key == UNDESIRED and value is False)}
+    refuse(record, read | set(known), where)
+    found = {key: value for key, value in record.items() if key not in known and key not in MEANING}
+    found = {key: value for key, value in found.items() if isinstance(value, list) or not absent(value)}  # of no boxes a list is empty
+    meta, extra = found.get("meta"), parsed(found.pop("extra_info", None), "extra_info", where)
+    if isinstance(meta, str) and meta.lstrip().startswith("{"):
+        meta = parsed(meta, "meta", where)
+    if isinstance(meta, Mapping):
+        del found["meta"]
+        found |= meta
+    if not absent(extra) and not isinstance(extra, Mapping):
+        raise BadRow(where, "extra_info is not an object")
+    return found | dict(extra or {})
 
 
 def conversation(messages: Any, what: str, where: str) -> tuple[tuple[Turn, ...], list[Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from actial_fast.data.sources.fields import absent, as_written
-from actial_fast.data.sources.row import BadRow
+from actial_fast.data.sources.row import BadRow, shortened
 
 CHUNK = 1 << 24  # bytes read at a time while indexing
 BLANK = re.compile(r"[ \t\r\n]*")
@@ -54,7 +54,7 @@ class JsonRecords:
         """Record `index` (from 0), parsed; BadRow when it is not JSON."""
         start, end = int(self._start[index]), int(self._end[index])
         try:
-            return json.loads(os.pread(self._file.fileno(), end - start, start).decode("utf-8"))
+            return json.loads(os.pread(self._file.fileno(), end - start, start).decode("utf-8"), object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
             raise BadRow(self.where(index), f"not JSON ({error})") from None
 
@@ -121,6 +121,15 @@ def _past_blank(text: str, at: int) -> int:
     blank = BLANK.match(text, at)
     assert blank is not None  # the pattern matches the empty text as well
     return blank.end()
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are there once each: of two values Python would take the last, in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {shortened(next(name for name in names if names.count(name) > 1), 40)!r} is there twice")
+    return found
 
 
 def recover(path: Path) -> list[Any]:

@@ -14,6 +14,7 @@ import importlib.util
 import io
 import re
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,12 +69,52 @@ def encoded(image: Path | bytes, where: str) -> tuple[bytes, str]:
     return buffer.getvalue(), "PNG"
 
 
+def glance(image: Path | bytes, where: str) -> None:
+    """BadRow, as decode raises it, for one that is missing or whose beginning is no picture's; damage further on is not looked for."""
+    _more_formats()
+    try:
+        with Image.open(image if isinstance(image, Path) else io.BytesIO(image)):
+            pass
+    except Exception:  # decode says what it is
+        decode(image, where)
+
+
+def within(image: Path | bytes, where: str, pixels: int) -> Path | bytes:
+    """The image itself, or where it has more pixels a PNG of it with about so many, sides in proportion; BadRow as decode raises it."""
+    picture = _fitted(image, where, pixels)
+    if picture is None:
+        return image
+    picture.save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
+def smaller(image: Path | bytes, where: str, pixels: int) -> bytes | None:
+    """What `within` makes as JPEG, which is what one sends far away; None where the image has no more pixels."""
+    picture = _fitted(image, where, pixels)
+    if picture is None:
+        return None
+    picture.save(buffer := io.BytesIO(), "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+def _fitted(image: Path | bytes, where: str, pixels: int) -> Image.Image | None:
+    picture, _ = _opened(image, where, MAX_PIXELS, None)
+    width, height = picture.size
+    if width * height <= pixels:
+        return None
+    scale = (pixels / (width * height)) ** 0.5
+    return picture.resize((max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.BICUBIC)
+
+
 def read(file: Path, where: str) -> bytes:
     """The bytes of an image's file; BadRow, naming `where`, when it cannot be read."""
     try:
         return file.read_bytes()
     except FileNotFoundError:
         raise BadRow(where, f"image {shortened(file)} does not exist") from None
+    except UnicodeEncodeError:
+        spelled = sys.getfilesystemencoding()
+        raise BadRow(where, f"image {shortened(file)} has a name that {spelled}, this locale's, cannot spell; set PYTHONUTF8=1") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise BadRow(where, f"image {shortened(file)} cannot be read ({getattr(error, 'strerror', None) or error})") from None
 

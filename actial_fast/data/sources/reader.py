@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from actial_fast.data.sources.fields import IMAGE_KEYS, first_name
 from actial_fast.data.sources.jsonl import JsonRecords
 from actial_fast.data.sources.row import BadRow, Row
+from actial_fast.data.sources.tsv import TsvRecords
 
 
 class Records(Protocol):
@@ -50,13 +51,13 @@ def is_table(path: Path) -> bool:
     return path.is_dir() or path.suffix in (".parquet", ".arrow")
 
 
-def open_records(path: Path) -> Records:
-    """The records of a JSON or parquet file, or of a folder; ValueError when it cannot be read."""
+def open_records(path: Path, split: str = "") -> Records:
+    """The records of a JSON, parquet, TSV or CSV file, or of a folder (of one `split` of it); ValueError when it cannot be read."""
     if is_table(path):
         from actial_fast.data.sources.table import Table  # needs pyarrow
 
-        return Table(path)
-    return JsonRecords(path)
+        return Table(path, split)
+    return TsvRecords(path) if path.suffix.lower() in (".tsv", ".csv") else JsonRecords(path)
 
 
 class Reader(ABC):
@@ -71,8 +72,8 @@ class Reader(ABC):
     image_keys: tuple[str, ...] = IMAGE_KEYS
     kind_keys: tuple[str, ...] = ()
 
-    def __init__(self, path: Path):
-        self.path, self.records = path, open_records(path)
+    def __init__(self, path: Path, *, split: str = ""):
+        self.path, self.records = path, open_records(path, split)
         names = self.records.column_names
         if names and not set(self.columns) <= set(names):
             raise ValueError(f"{path}: {self.name} needs the columns {' and '.join(self.columns)}; it has {sorted(names)}")

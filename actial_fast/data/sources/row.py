@@ -24,7 +24,7 @@ IMAGE_TAG = "<image>"
 ROLES = ("system", "user", "assistant")
 LONGEST = 400  # characters of a reason; whatever stands in a row, what is said of it fits into a few lines
 
-# Of Qwen2.5-VL's tokenizer: as text they would begin a turn or an image. The processor refuses what else a tokenizer has of this kind.
+# Of Qwen's tokenizers: as text they would begin a turn or an image. The processor refuses what else a tokenizer has of this kind.
 CONTROL = re.compile(
     r"<\|(?:endoftext|im_start|im_end|object_ref_start|object_ref_end|box_start|box_end|quad_start|quad_end|vision_start|vision_end|vision_pad"
     r"|image_pad|video_pad)\|>"
@@ -48,7 +48,7 @@ class BadRow(ValueError):
 def shortened(value: object, longest: int = LONGEST) -> str:
     """The value as printable text that is not longer than a few lines."""
     text = str(value).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
-    return text if len(text) <= longest else f"{text[: longest - 60]}... ({len(text)} characters)"
+    return text if len(text) <= longest else f"{text[: max(longest - 60, longest // 2)]}... ({len(text)} characters)"
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Row:
     kind: the question type, for figures per type.
     choices: the options' texts (their number gives chance); empty for free-form questions.
     where: `file:row`, for error messages.
+    meta: what else a reward, a metric or a task needs.
+    task: the name of what the row is for (task.py), as its source's config says; empty for a question with an answer.
     """
 
     turns: tuple[Turn, ...]
@@ -81,6 +83,7 @@ class Row:
     where: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
     accepted: tuple[str, ...] = ()
+    task: str = ""
 
     @property
     def prompt(self) -> tuple[Turn, ...]:
@@ -92,6 +95,10 @@ class Row:
         if not text:
             return self
         return replace(self, turns=(Turn("system", text), *(t for t in self.turns if t.role != "system"))).check()
+
+    def of_task(self, name: str) -> Row:
+        """The row as one of this task."""
+        return replace(self, task=name) if name != self.task else self
 
     def check(self) -> Row:
         """The row itself, or BadRow: roles known and in place, a user turn, an answer where one is due, texts that can be tokenised, as

@@ -1,8 +1,10 @@
-"""SAT (spatial aptitude training) rows: parquet with image_bytes, question, answers, question_type, correct_answer.
+"""SAT (spatial aptitude training) rows: parquet with image_bytes, question, answers, question_type, and correct_answer (array/SAT) or
+correct_answer_idx, its number among the answers from 0 (nv-njb/SAT).
 
 One row becomes: user "<image>... question, then the options in one line", assistant the correct answer's text, which is also the truth.
 With lettered options they are "A. ...", "B. ..." on lines of their own, and the answer and the truth are the letter. The options are shown
 in an order drawn from the row's number and question: a file that always lists the correct one first would teach a position.
+Other columns are what a reward sees as `row.meta`.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from actial_fast.data.sources.fields import IMAGE_KEYS, absent, images_of, name_of, refuse, text, texts
+from actial_fast.data.sources.fields import IMAGE_KEYS, absent, images_of, name_of, rest, text, texts, whole
 from actial_fast.data.sources.reader import Reader
-from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Row, Turn
+from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Row, Turn, shortened
 
 CHOICE_COLUMNS = ("answers", "answer_choices")
+TRUTHS = ("correct_answer", "correct_answer_idx")
 OPTIONS = "Answer with one of these options: "
 
 
@@ -34,26 +37,27 @@ def options_line(choices: Sequence[str]) -> str:
 class SatSource(Reader):
     """Random access to the rows of a SAT table; `letters` offers the options by letter instead of by text."""
 
-    name, columns = "SAT", ("question", "correct_answer")
+    name = "SAT"
     image_keys = ("image_bytes", *IMAGE_KEYS)
     kind_keys = ("question_type",)
 
-    def __init__(self, path: Path, *, letters: bool = False):
-        super().__init__(path)
+    def __init__(self, path: Path, *, letters: bool = False, split: str = ""):
+        super().__init__(path, split=split)
+        names = self.records.column_names
+        if names and not ("question" in names and set(names) & set(TRUTHS)):
+            raise ValueError(f"{path}: SAT needs the columns question and correct_answer (or correct_answer_idx); it has {sorted(names)}")
         self._letters = letters
 
     def row(self, record: Mapping[str, Any], where: str, index: int) -> Row:
         """A question, its images and its options; BadRow when the question or answer is missing, or the answer is not among the options."""
-        refuse(record, ("question", "correct_answer", *CHOICE_COLUMNS, *self.image_keys, *self.kind_keys, "id"), where)
-        question, answer = (
-            text(record.get("question"), "question", where),
-            text(record.get("correct_answer"), "correct_answer", where).strip(),
-        )
+        meta = rest(record, ("question", *TRUTHS, *CHOICE_COLUMNS, *self.image_keys, *self.kind_keys, "id"), where)
+        question = text(record.get("question"), "question", where)
         if not question:
             raise BadRow(where, "empty question")
+        choices = next((list(texts(record[key], key, where)) for key in CHOICE_COLUMNS if not absent(record.get(key))), [])
+        answer = text(record.get("correct_answer"), "correct_answer", where).strip() or _numbered(record, choices, where)
         if not answer:
             raise BadRow(where, "empty answer")
-        choices = next((list(texts(record[key], key, where)) for key in CHOICE_COLUMNS if not absent(record.get(key))), [])
         if choices and answer not in choices:
             raise BadRow(where, f"the correct answer {answer!r} is not among the choices {choices}")
         if len(set(choices)) < len(choices):
@@ -78,4 +82,16 @@ class SatSource(Reader):
             choices=tuple(choices),
             id=name_of(record.get("id"), "id", where),
             where=where,
+            meta=meta,
         ).check()
+
+
+def _numbered(record: Mapping[str, Any], choices: Sequence[str], where: str) -> str:
+    """The choice whose number the record gives; '' when it gives none."""
+    given = record.get("correct_answer_idx")
+    if absent(given):
+        return ""
+    number = whole(given)
+    if number is None or not 0 <= number < len(choices):
+        raise BadRow(where, f"correct_answer_idx is {shortened(given, 40)}; there are {len(choices)} choices, counted from 0")
+    return choices[number]

@@ -1,13 +1,12 @@
 """Opening a data source by its format, and checking it as a whole.
 
 A source is anything with `__len__()`, `__getitem__(i) -> Row` (BadRow for a malformed row), `kind(i) -> str` and `images(i) -> tuple`;
-images stay encoded until picture.decode. One file per format: own, sharegpt, sat, verl, easyr1.
+images stay encoded until picture.decode. One file per format: own, sharegpt, sat, verl, easyr1; others are named as module:Reader.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import re
 from collections import Counter
@@ -18,18 +17,21 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from actial_fast.data.sources.files import writing
 from actial_fast.data.sources.jsonl import recover
 from actial_fast.data.sources.own import KEYS, OURS
 from actial_fast.data.sources.picture import decode
+from actial_fast.data.sources.plugins import find
 from actial_fast.data.sources.reader import Reader, is_table, open_records
 from actial_fast.data.sources.row import BadRow, Row
+from actial_fast.data.sources.task import find_task, prepared
 
-FORMATS = {  # name -> (module, source class): imported on first use, because parquet needs the `datasets` library
-    "jsonl": ("own", "JsonlSource"),
-    "sharegpt": ("sharegpt", "ShareGptSource"),
-    "sat": ("sat", "SatSource"),
-    "verl": ("verl", "VerlSource"),
-    "easyr1": ("easyr1", "EasyR1Source"),
+FORMATS = {  # imported on first use, because parquet needs pyarrow
+    "jsonl": "actial_fast.data.sources.own:JsonlSource",
+    "sharegpt": "actial_fast.data.sources.sharegpt:ShareGptSource",
+    "sat": "actial_fast.data.sources.sat:SatSource",
+    "verl": "actial_fast.data.sources.verl:VerlSource",
+    "easyr1": "actial_fast.data.sources.easyr1:EasyR1Source",
 }
 LOOKED_AT = 64  # records whose keys tell the format
 
@@ -41,7 +43,10 @@ class SourceConfig:
     path: str
     """The file: JSON, JSON Lines or parquet; or a folder of parquet files, or one written by datasets.save_to_disk."""
     format: str = "auto"
-    """jsonl (this project's rows), sharegpt, sat, verl, easyr1; auto looks at the file's name and columns."""
+    """jsonl (this project's rows), sharegpt, sat, verl, easyr1, or module:Reader for your own; auto is the task's, or else looks at the
+    file's name and columns."""
+    task: str = ""
+    """What the rows are for: jigsaw, jigsaw_turns, sparkle, boxes, or module:object for your own; empty for questions with an answer."""
     weight: float = 1.0
     """This source's share of the mixture, relative to the other sources' weights."""
     system: str = ""
@@ -52,6 +57,8 @@ class SourceConfig:
     """Question types to keep; empty keeps all."""
     limit: int = 0
     """Keep only the first so many rows (of those that `kinds` keeps); 0 keeps all."""
+    split: str = ""
+    """Of a folder that holds several, by the names of its files or subfolders: train, validation or test."""
 
 
 class Source(Protocol):
@@ -76,17 +83,19 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class View:
-    """Some rows of a source (`indices`, int64), under one system prompt."""
+    """Some rows of a source (`indices`, int64), of one task and under one system prompt."""
 
     source: Reader
     indices: np.ndarray
     system: str
+    task: str = ""
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Row:
-        return self.source[int(self.indices[index])].with_system(self.system)
+        row = self.source[int(self.indices[index])]
+        return (prepared(row, self.task) if self.task else row).with_system(self.system)
 
     def kind(self, index: int) -> str:
         return self.source.kind(int(self.indices[index]))
@@ -106,30 +115,44 @@ def open_source(config: SourceConfig) -> View:
         raise ValueError(
             f"data source {path} does not exist (looked from {Path.cwd()}); give the path of a .json, .jsonl or .parquet file or a folder"
         )
-    name = detect_format(path) if config.format == "auto" else config.format
-    if name not in FORMATS:
-        raise ValueError(f"data source {path}: unknown format {name!r}; use one of auto, {', '.join(FORMATS)}")
+    if config.split and not path.is_dir():
+        raise ValueError(f"data source {path}: split is for folders, and this is a file; take it away")
+    try:
+        name = find_task(config.task).format if config.format == "auto" else config.format
+    except ValueError as error:
+        raise ValueError(f"data source {path}: {error}") from error
+    name = detect_format(path, config.split) if name == "auto" else name
     if config.limit < 0:
         raise ValueError(f"data source {path}: limit is {config.limit}; use 0 for all rows or the number of rows to keep")
-    module, class_name = FORMATS[name]
     if config.letters and name != "sat":
         raise ValueError(f"data source {path}: letters is for SAT's options, and this is {name}")
-    extra = {"letters": True} if config.letters else {}
-    source = getattr(importlib.import_module(f"{__package__}.{module}"), class_name)(path, **extra)
+    extra: dict[str, Any] = ({"letters": True} if config.letters else {}) | ({"split": config.split} if config.split else {})
+    source = _reader(name, path)(path, **extra)
     indices = _of_kinds(source, config.kinds, path) if config.kinds else np.arange(len(source))
     if config.limit:
         indices = indices[: config.limit]
     if not len(indices):
         raise ValueError(f"data source {path} ({name}) has no rows")
-    return View(source, indices, config.system)
+    return View(source, indices, config.system, config.task)
 
 
-def detect_format(path: Path) -> str:
+def _reader(name: str, path: Path) -> type[Reader]:
+    """The class that reads a format."""
+    try:
+        found = find("format", name, FORMATS)
+    except ValueError as error:
+        raise ValueError(f"data source {path}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Reader)):
+        raise ValueError(f"data source {path}: format {name!r} is no Reader of actial_fast.data.sources.reader")
+    return found
+
+
+def detect_format(path: Path, split: str = "") -> str:
     """The format of a file or folder, from its suffix and its columns or the keys of its first records; ValueError if they do not tell."""
     hint = "; set format to one of " + ", ".join(FORMATS)
     if not is_table(path) and path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"data source {path}: the suffix {path.suffix!r} does not tell the format{hint}")
-    records = open_records(path)
+    records = open_records(path, split)
     keys = set(records.column_names)
     if not keys and len(records):
         try:
@@ -145,7 +168,7 @@ def detect_format(path: Path) -> str:
                 keys |= set(record) if isinstance(record, dict) else set()
     if {"prompt", "reward_model"} <= keys:
         return "verl"
-    if "question" in keys and keys & {"answers", "answer_choices", "correct_answer"}:
+    if "question" in keys and keys & {"answers", "answer_choices", "correct_answer", "correct_answer_idx"}:
         return "sat"
     if {"problem", "answer"} <= keys and not keys & {"messages", "conversations"}:
         return "easyr1"
@@ -276,5 +299,5 @@ class Rejects:
         self._known.add(error.where)
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as file:
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"where": error.where, "reason": error.reason}) + "\n")

@@ -17,7 +17,7 @@ import pytest
 import trimesh
 from PIL import Image
 
-from actial_fast.data.captures.colmap import read_capture
+from actial_fast.data.captures.capture import read_capture
 from actial_fast.data.captures.render import RenderConfig, render
 from actial_fast.data.captures.shapes import FAMILIES, load_mesh
 

