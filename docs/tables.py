@@ -41,7 +41,7 @@ def named_losses() -> str:
 
 
 def tasks_learned() -> str:
-    """First and last points of the curves of bench.tasks."""
+    """First and last points of the curves of bench.learning.tasks."""
     file = max(RESULTS.glob("tasks-*.json"))
     found = json.loads(file.read_text())
     rows = []

@@ -1,4 +1,4 @@
-"""bench.tasks: the recipes of the tasks that ship name the commands that make what they read, and what was measured says they learn."""
+"""bench.learning.tasks: recipes of the tasks name the commands that make what they read, and what was measured says they learn."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 from actial_fast.cli.main import make_parser
 from actial_fast.settings.config import load_recipe
-from bench.tasks import ROOT, TASKS, merged, preparation, risen
+from bench.learning.tasks import ROOT, TASKS, merged, preparation, risen
 
 RESULTS = sorted((ROOT / "bench/results/cpu-2core").glob("tasks-*.json"))
 

@@ -1,6 +1,6 @@
 """Whether the tasks that ship are learned: their recipes from data to the last evaluation, with the curves of reward and held-out metric.
 
-    python -m bench.tasks [TASK ...] [--folder DIR] [--json FILE]
+    python -m bench.learning.tasks [TASK ...] [--folder DIR] [--json FILE]
 
 For each of jigsaw, jigsaw-turns, sparkle and boxes: its rows and a tiny model are made by the commands that its recipe names, then
 recipes/TASK-sft.yaml and recipes/TASK-grpo.yaml are run as they are. A curve's points are the mean reward of every tenth of the GRPO steps
@@ -24,7 +24,7 @@ from actial_fast.cli.main import main as actial
 from actial_fast.report.metrics import read_events, read_metrics
 from bench.harness.timing import machine
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TASKS = ("jigsaw", "jigsaw-turns", "sparkle", "boxes")
 PARTS = 10  # of a reward's curve
 
@@ -110,7 +110,7 @@ def main() -> int:
         print(json.dumps(told | {"held_out": [point["score"] for point in found[-1]["held_out"]]}), flush=True)
         if out:
             before = json.loads(out.read_text())["tasks"] if out.exists() else []
-            out.write_text(json.dumps({"command": "python -m bench.tasks", "tasks": merged(before, found[-1])}, indent=1) + "\n")
+            out.write_text(json.dumps({"command": "python -m bench.learning.tasks", "tasks": merged(before, found[-1])}, indent=1) + "\n")
     return int(not all(each["reward_risen"] and each["held_out_risen"] for each in found))
 
 
