@@ -1,6 +1,7 @@
 # make quickstart   the whole job on a CPU: data, SFT, GRPO, evaluation, report (about 4 minutes after installation)
 # make test         all CPU tests, always the same (HYPOTHESIS_RANDOM=1: new examples); make test-slow adds the three full quickstart seeds
 #                   and 10,000 examples of each row format; make lint: ruff, mypy
+# make test-ranks   runs of several ranks, longer than those in make test (about 3 minutes)
 # make test-faults  runs on two ranks with faults planted in them: signals, killed ranks, full disks (about 8 minutes); KILLS=25: and so many
 #                   kill -9 at random moments in each of four cases (an hour)
 # make test-vllm    the engine that is vLLM, on a CPU, in an environment of its own (about 8 minutes with its installation); SLOW=1: and the
@@ -18,12 +19,15 @@ NEWEST_VENV ?= .venv-newest
 TRITON = 3.6.0
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-slow test-faults test-vllm test-newest docs package evidence gpu bench bench-data lint
+.PHONY: quickstart test test-ranks test-slow test-faults test-vllm test-newest docs package evidence gpu bench bench-data lint
 quickstart: $(VENV)/installed
 	$(VENV)/bin/actial quickstart
 
 test: $(VENV)/installed lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+
+test-ranks: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m 'ranks and not slow'
 
 test-slow: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m slow -s --ignore=tests/test_faults.py

@@ -112,6 +112,7 @@ def run_cases(folder: Path, cases: list[dict[str, Any]], seconds: float = 500) -
 # ---- in one process a rank: evaluations, numbers, signals
 
 
+@pytest.mark.ranks
 def test_evaluations_of_every_size_and_numbers_that_are_not_finite(recipes, undisturbed, lab, tmp_path):
     """20 sizes of an evaluation, one that fails on one rank inside of the model, a NaN in any forward pass of a step on
     either rank, and NaNs that do not end."""
@@ -172,6 +173,7 @@ ASKED = {
 }
 
 
+@pytest.mark.ranks
 def test_whoever_is_asked_to_stop_loses_nothing(recipes, undisturbed, lab, tmp_path):
     """SIGTERM anywhere: the run ends soon with what it had, and going on gives the weights of a run that was never stopped, bit for bit."""
     cases = []

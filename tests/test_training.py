@@ -472,6 +472,7 @@ def text_only(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "tolerance"), [({"offload": "always"}, 1e-6), ({"kind": "adamw8bit"}, 1e-4)], ids=["on the host", "in 8 bits"]
@@ -510,6 +511,7 @@ def test_two_ranks_equal_one(kind, fsdp, sft_recipe, grpo_recipe, tmp_path):
     assert_same(weights(tmp_path / "two" / kind / "final" / "model"), weights(one), atol=1e-6)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("rank", [0, 4], ids=["full", "adapters on a bf16 base"])
 def test_a_sharded_run_resumes_bit_for_bit(rank, sft_recipe, lab, tmp_path):
     model = replace(sft_recipe.model, checkpointing="full", tower_checkpointing="full")

@@ -92,6 +92,7 @@ def cursors(run: Path) -> list[dict]:
     return [json.loads((run / "grpo" / f"step-{step:06d}" / "state.json").read_text())["state"] for step in (1, 2, 3)]
 
 
+@pytest.mark.ranks
 def test_one_rank_equals_two_whatever_is_chosen(base, tmp_path):
     """The same positions, the same figures, the same place in the stream and pass rates to the last bit, the same update; on two ranks with
     whole weights, and sharded."""

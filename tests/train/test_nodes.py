@@ -18,6 +18,7 @@ def recipe(sft_recipe):
     return replace(sft_recipe, batch_size=6, pack_tokens=300, steps=3, dist=DistConfig(timeout=2))
 
 
+@pytest.mark.ranks
 def test_images_go_with_the_sequences(recipe, tmp_path):
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
     found = on_ranks("tests.train.sharded", "machines", tmp_path, tmp_path / "recipe.yaml", "shared")
@@ -26,6 +27,7 @@ def test_images_go_with_the_sequences(recipe, tmp_path):
     assert found["losses"] == pytest.approx([m["loss"] for m in read_metrics(tmp_path / "one")], abs=1e-5)
 
 
+@pytest.mark.ranks
 def test_a_run_folder_that_is_not_shared_is_refused(recipe, tmp_path):
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
     found = on_ranks("tests.train.sharded", "machines", tmp_path, tmp_path / "recipe.yaml", "apart")

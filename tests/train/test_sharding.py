@@ -72,6 +72,7 @@ def test_four_ranks_in_two_groups_have_the_gradients_of_one(models):
     check(found, names)
 
 
+@pytest.mark.ranks
 def test_two_by_two_ranks_have_the_gradients_of_one(models):
     """Weights are gathered within a group, gradients go between groups once a step."""
     names = ["model:whole:packed:block:pass:2"]

@@ -103,6 +103,7 @@ def test_one_reply_that_does_not_fit_ends_the_run_with_its_name(recipes, monkeyp
     assert len(tries) == 3, "whole, half, a quarter"
 
 
+@pytest.mark.ranks
 def test_no_rank_is_left_alone(recipes, tmp_path):
     """Memory runs out on one rank of two: while replies are drawn the other sees nothing of it, in an update it ends as well."""
     recipe = replace(recipes["grpo"], dist=DistConfig(fsdp=True, timeout=1), loss=GRPOSpec())
