@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import actial_fast
+from actial_fast.cli import bench
 from actial_fast.cli.main import make_parser
 from actial_fast.kernels import chunks
 from actial_fast.kernels.head import make_head
@@ -100,7 +101,10 @@ def test_a_command_is_one_that_there_is(page, line):
     words = words[1 : next((i for i, word in enumerate(words) if word in (">", "&&", "|")), None)]
     if words[0].startswith("--"):
         return
-    args, rest = make_parser().parse_known_args(words)
+    if "..." in words:  # as a line above it
+        return
+    parser, words = bench.below(words) or (make_parser(), words)
+    args, rest = parser.parse_known_args(words)
     assert all("=" in word for word in rest), rest
     recipe = getattr(args, "recipe", "")
     if recipe.startswith("recipes/"):
