@@ -38,7 +38,7 @@ def share_of(total_mb: float) -> float:
 
 def _total_mb(index: int | None) -> int:
     """The card's memory in MiB; 0 for one that only fake tensors are on."""
-    if not torch.backends.cuda.is_built():
+    if not torch.cuda.device_count():
         return 0
     return int(torch.cuda.get_device_properties(index).total_memory) >> 20
 

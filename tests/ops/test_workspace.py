@@ -21,7 +21,7 @@ def card(monkeypatch):
 
     def put(memory: int) -> SimpleNamespace:
         asked = []
-        monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: asked.append(index) or SimpleNamespace(total_memory=memory))
         return SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), asked=asked)
 
