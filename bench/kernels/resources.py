@@ -72,8 +72,9 @@ def _dot_findings(used: Usage) -> list[str]:
 
 
 def _access_findings(used: Usage) -> list[str]:
-    """Every large block must move 16 bytes at a time: a matrix kernel's tiles, whose sides are at least 16 (what is narrower is a few numbers
-    of each row); of others, what is at least half the largest block. A thin kernel's stores are left out: most of its 16 rows are masked."""
+    """Every large block must move 16 bytes at a time: a matrix kernel's tiles, whose sides are at least 16 (what is narrower is a few
+    numbers of each row); of others, what is at least half the largest block. A thin kernel's stores are left out: most of its 16 rows are
+    masked."""
     wrong = []
     if used.kind in ("matrix", "thin"):
         rows = [access for access in used.accesses if len(access.shape) > 1 and min(access.shape) >= 16]
