@@ -105,11 +105,11 @@ def test_b13_a_preflight_names_everything_at_once(grpo_recipe, tmp_path, capsys)
     told = found.value.problems
     assert [p.split(":")[0] for p in told] == ["data.sources", "eval.sources", "rewards", "save.wandb"], told
     assert not (Path(recipe.run) / "grpo" / "recipe.yaml").exists()
-    with pytest.raises(Unready, match="qwen3_vl, this project trains qwen2_5_vl"):
+    with pytest.raises(Unready, match="has model_type internvl; trained here are Qwen2-VL"):
         other = tmp_path / "other"
         shutil.copytree(grpo_recipe.model.path, other)
         config = (other / "config.json").read_text()
-        (other / "config.json").write_text(config.replace('"qwen2_5_vl"', '"qwen3_vl"'))
+        (other / "config.json").write_text(config.replace('"qwen2_5_vl"', '"internvl"'))
         grpo.train(replace(grpo_recipe, model=replace(grpo_recipe.model, path=str(other))))
 
 

@@ -214,7 +214,7 @@ def check_family(path: str, folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path: {path} is no checkpoint, its config.json cannot be read ({error})") from None
     if kind not in FAMILIES:
-        raise ValueError(f"model.path: {path} is a {kind}; trained here are {NAMES} (model_type {', '.join(FAMILIES)})")
+        raise ValueError(f"model.path: {path} has model_type {kind}; trained here are {NAMES} (model_type {', '.join(FAMILIES)})")
 
 
 def _some(names: Iterable[str]) -> str:

@@ -282,7 +282,7 @@ OTHERS = ["qwen3_vl_moe", "qwen3_5", "qwen2_5_omni", "llava_onevision", "qwen2",
 def test_other_families_are_refused_in_a_line_before_anything_is_read(kind, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({} if kind is None else {"model_type": kind}))
     names = "Qwen2-VL, Qwen2.5-VL, Qwen3-VL (model_type qwen2_vl, qwen2_5_vl, qwen3_vl)"
-    said = f"model.path: {tmp_path} is a {kind}; trained here are {names}"
+    said = f"model.path: {tmp_path} has model_type {kind}; trained here are {names}"
     assert check_checkpoint(str(tmp_path)) == [said]
     for way in (loaded, opened, benched, lambda folder: config_of(str(folder))):
         with pytest.raises(ValueError) as error:

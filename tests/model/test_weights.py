@@ -135,7 +135,7 @@ def test_another_family_is_refused_before_anything_else(broken):
     broken.config(model_type="qwen3_vl_moe")
     (broken.path / "model.safetensors").unlink()
     known = "Qwen2-VL, Qwen2.5-VL, Qwen3-VL (model_type qwen2_vl, qwen2_5_vl, qwen3_vl)"
-    expected = f"model.path: {broken.path} is a qwen3_vl_moe; trained here are {known}"
+    expected = f"model.path: {broken.path} has model_type qwen3_vl_moe; trained here are {known}"
     assert check_checkpoint(str(broken.path)) == [expected]
     with pytest.raises(ValueError) as error:
         load_policy(ModelConfig(path=str(broken.path)), CPU, 0)
