@@ -38,8 +38,7 @@ def seconds_of(case: Case, phases: list[Phase], rates: Rates) -> dict[str, Range
     if isinstance(recipe, GRPORecipe):
         if recipe.rollout.engine == "vllm":
             out["sync"] = _over(2.0 * numel, (rates.link / 4, rates.link))
-        replies = recipe.prompts * max(1.0, recipe.sampling.oversample) * recipe.sampling.n / case.machine.count
-        out["sample"] = drawing(case, replies, recipe.sampling.n, recipe.sampling.max_new_tokens, kv["sample"], rates)
+        out["sample"] = sampling(case, recipe, kv["sample"], rates)
     out["update"] = _update(case, rates)
     steps = Range(0, 0)
     for name in ("sync", "sample", "update"):
@@ -128,6 +127,12 @@ def sent(case: Case) -> float:
     reduced = 4.0 * trained * (steps if recipe.dist.reduce == "step" else passes)
     across = steps * 4.0 * trained / parts if recipe.dist.replicate > 1 else 0.0
     return share * (gathered + extra + reduced) + across
+
+
+def sampling(case: Case, recipe: GRPORecipe, kv_tokens: int, rates: Rates) -> Range:
+    """Drawing a step's replies."""
+    replies = recipe.prompts * max(1.0, recipe.sampling.oversample) * recipe.sampling.n / case.machine.count
+    return drawing(case, replies, recipe.sampling.n, recipe.sampling.max_new_tokens, kv_tokens, rates)
 
 
 def drawing(case: Case, replies: float, n: int, longest: int, kv_tokens: int, rates: Rates) -> Range:
