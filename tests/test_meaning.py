@@ -164,6 +164,7 @@ def _samples(tables, mine, recipe):
     return Groups(None, None, None, recipe, ALONE, None)._samples(begun, sorted(tables))
 
 
+@pytest.mark.ranks
 def test_one_rank_equals_two_for_every_named_loss(grpo_recipe, tmp_path):
     """And for statistics of the whole batch: weights after two steps of two updates."""
     base = replace(

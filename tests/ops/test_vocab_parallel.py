@@ -17,7 +17,7 @@ EXACT = {"cpu": 1e-7, "kernels": 2e-6}  # of the largest value: float64 with flo
     [
         (2, ",".join(CASES), "cpu"),
         (4, ",".join(CASES), "cpu"),
-        (2, "all,banned", "kernels"),
+        pytest.param(2, "all,banned", "kernels", marks=pytest.mark.ranks),
         pytest.param(2, "rows,half,sequences,buffer", "kernels", marks=pytest.mark.slow),
         pytest.param(4, "plain,all,sequences", "kernels", marks=pytest.mark.slow),
     ],

@@ -395,6 +395,7 @@ STOPS = {
 }
 
 
+@pytest.mark.ranks
 def test_whoever_is_asked_to_stop_goes_on_bit_for_bit(base, tmp_path):
     """Stopped on two ranks while groups are drawn, chosen or drawn ahead, with a checkpoint because of the stop only."""
     base = replace(base, dist=DistConfig(fsdp=True), steps=4)
