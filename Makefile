@@ -1,7 +1,7 @@
 # make quickstart   the whole job on a CPU: data, SFT, GRPO, evaluation, report (about 4 minutes after installation)
 # make test         all CPU tests, always the same (HYPOTHESIS_RANDOM=1: new examples); make test-slow adds the three full quickstart seeds
 #                   and 10,000 examples of each row format; make lint: ruff, mypy
-# make test-ranks   runs of several ranks, longer than those in make test (about 3 minutes)
+# make test-ranks   runs of several ranks, longer than those in make test (about 5 minutes)
 # make test-faults  runs on two ranks with faults planted in them: signals, killed ranks, full disks (about 8 minutes); KILLS=25: and so many
 #                   kill -9 at random moments in each of four cases (an hour)
 # make test-vllm    the engine that is vLLM, on a CPU, in an environment of its own (about 8 minutes with its installation); SLOW=1: and the
