@@ -91,6 +91,7 @@ def test_the_kl_of_an_adapted_tower_begins_at_zero_and_grows(grpo_recipe, deep):
 # ---- ranks, and a run that stopped
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("fsdp", "kill"),
     [(False, False), pytest.param(False, True, marks=pytest.mark.slow), pytest.param(True, True, marks=pytest.mark.slow)],

@@ -94,6 +94,7 @@ def test_replicated_ranks_write_a_part_each_and_any_number_reads_them(ranks, kin
     assert same(on, everything(policy, optimizer)), "the next step is that of a run which was not stopped"
 
 
+@pytest.mark.ranks
 def test_sharded_ranks_write_their_shards_and_one_rank_reads_them(tiny, tmp_path):
     found = on_ranks("tests.train.saved", "sharded", tmp_path, tiny)
     for kind in SHARDED:
