@@ -1,12 +1,12 @@
 # make quickstart   the whole job on a CPU: data, SFT, GRPO, evaluation, report (about 4 minutes after installation)
 # make test         all CPU tests, always the same (HYPOTHESIS_RANDOM=1: new examples); make test-slow adds the three full quickstart seeds
 #                   and 10,000 examples of each row format; make lint: ruff, mypy
-# make test-ranks   runs of several ranks, longer than those in make test (about 5 minutes)
+# make test-ranks   runs of several ranks, longer than those in make test (about 6 minutes)
 # make test-faults  runs on two ranks with faults planted in them: signals, killed ranks, full disks (about 8 minutes); KILLS=25: and so many
 #                   kill -9 at random moments in each of four cases (an hour)
 # make test-vllm    the engine that is vLLM, on a CPU, in an environment of its own (about 8 minutes with its installation); SLOW=1: and the
 #                   quickstart with it
-# make evidence     what is known of the kernels' speed without a GPU, against bench/results/evidence (about 5 minutes)
+# make evidence     what is known of the kernels' speed without a GPU, against bench/results/evidence (about 6 minutes)
 # make test-newest  kernels, ops and compile guard with the newest torch and Triton (constraints-newest.txt), in an environment of its own: 5.5 GB
 # make gpu          on one GPU, 12 minutes (MINUTES=7: the most telling in 7): build, GPU tests, sanitizers, ops beside the peers, one 7B step;
 #                   GPU_PYTHON=python3: that Python, as it is
