@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from actial_fast.budget.gpus import Machine
+from actial_fast.data.sources import cache
 
 SHARES = 0.3, 0.6  # assumed: of a datasheet's tflops that training reaches
 READS = 0.35, 0.75  # assumed: of its bandwidth that decoding reaches
@@ -28,7 +28,7 @@ class Rates:
 
 def folder() -> Path:
     """Where measured rates lie: a file for each GPU."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "actial_fast" / "rates"
+    return cache.folder() / "rates"
 
 
 def file_of(gpu: str) -> Path:

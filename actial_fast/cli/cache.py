@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from actial_fast.cli.shared import Commands, add_json, write_json
+from actial_fast.data.sources import cache
 
 DAY = 86400.0
 WHAT = {"images": "decoded images", "tables": "converted parquet files", "rates": "measured speeds"}
@@ -30,11 +31,11 @@ class Kept:
 
 def add(commands: Commands) -> None:
     """The commands of this group."""
-    cache = commands.add_parser("cache", help="what is kept between runs (decoded images, converted files), its size, and clearing it")
-    cache.add_argument("--clear", choices=("images", "tables", "rates", "all"), help="remove these; what a run has open stays")
-    cache.add_argument("--older-than", type=float, default=0, metavar="DAYS", help="with --clear: only what nobody has used for so long")
-    add_json(cache)
-    cache.set_defaults(run=_cache)
+    parser = commands.add_parser("cache", help="what is kept between runs (decoded images, converted files), its size, and clearing it")
+    parser.add_argument("--clear", choices=("images", "tables", "rates", "all"), help="remove these; what a run has open stays")
+    parser.add_argument("--older-than", type=float, default=0, metavar="DAYS", help="with --clear: only what nobody has used for so long")
+    add_json(parser)
+    parser.set_defaults(run=_cache)
 
 
 def _cache(args: argparse.Namespace) -> int:
@@ -44,7 +45,7 @@ def _cache(args: argparse.Namespace) -> int:
             shutil.rmtree(one.path) if os.path.isdir(one.path) else os.remove(one.path)
             everything.remove(one)
     if args.json != "-":
-        print(f"{root()}: {_size(sum(one.bytes for one in everything))}")
+        print(f"{cache.folder()}: {_size(sum(one.bytes for one in everything))}")
         for one in everything:
             told = "in use" if one.used else f"{one.days:.0f} days ago" if one.days >= 1 else "today"
             print(f"  {_size(one.bytes):>9}  {WHAT[one.what]:24}{told:>14}  {one.path}")
@@ -53,14 +54,9 @@ def _cache(args: argparse.Namespace) -> int:
     return 0
 
 
-def root() -> Path:
-    """The folder of all of it: $XDG_CACHE_HOME/actial_fast, or ~/.cache/actial_fast."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "actial_fast"
-
-
 def kept() -> Iterator[Kept]:
     """What is in the cache, largest first of its kind: a store of images for each way of resizing, a file for each table."""
-    folder, opened = root(), _opened()
+    folder, opened = cache.folder(), _opened()
     found = {
         "images": sorted(folder.glob("images/*/")),
         "tables": sorted(path for path in folder.glob("*") if path.is_file()),

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from actial_fast.data.sources.picture import glance, within
+from actial_fast.data.sources.picture import glance
 from actial_fast.data.sources.row import BadRow
 from actial_fast.data.sources.source import Rejects
 from actial_fast.data.sources.stream import Example
@@ -249,10 +249,7 @@ def _prompts(records: Sequence[Mapping[str, Any]], opened: Opened, asking: Askin
     for record in records:
         try:
             item = opened.items[record["index"]]
-            row = item.row(asking.system_of(opened.set))
-            if asking.engine == "server" and asking.max_pixels:  # which gets them as they are, and has a cap of its own at most
-                row = replace(row, images=tuple(within(image, row.where, asking.max_pixels) for image in row.images))
-            prompt = reader.encode_prompt(Example(row, record["index"]))
+            prompt = reader.encode_prompt(Example(item.row(asking.system_of(opened.set)), record["index"]))
         except BadRow as error:
             if asking.on_bad_row != "skip":
                 raise

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from actial_fast.data.sources.cache import folder as cache_folder
 from actial_fast.data.sources.picture import MAX_PIXELS, check_aspect, decode, read, shown
 
 VERSION = 2  # of the files and of what is in them
@@ -105,7 +106,7 @@ class ImageStore:
         self.settings, self.limit = settings, limit
         shape = (VERSION, settings.patch * settings.merge, settings.min_pixels, settings.max_pixels, settings.resample)
         self._salt = hashlib.blake2b(repr(shape).encode(), digest_size=8).digest()
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "actial_fast" / "images"
+        cache = cache_folder() / "images"
         self._root, self.folder = folder, (folder or cache) / self._salt.hex()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -66,14 +66,15 @@ def open_model(
 ) -> tuple[Engine, Reader]:
     """The engine that `rollout` names, asleep, with weights that are not trained, closed with `stack`, and what makes its prompts.
 
-    weights: of embedded and vllm, with pixel limits. max_prompt: tokens of the longest prompt, longest_reply: of the longest reply; a
-    server has its own. vLLM's copy is filled from one on the host, which stays there, because a sleep on CUDA loses vLLM's.
+    weights: of embedded and vllm; a server is sent pictures of at most their max_pixels. max_prompt: tokens of the longest prompt,
+    longest_reply: of the longest reply; a server has its own. vLLM's copy is filled from one on the host, which stays there, because a
+    sleep on CUDA loses vLLM's.
     """
     if rollout.engine == "server":
         from actial_fast.rollout.client import Client
         from actial_fast.rollout.server import Rows, Server
 
-        return Server(Client(rollout.url, rollout.model), rollout.workers), Rows()
+        return Server(Client(rollout.url, rollout.model), rollout.workers, weights.max_pixels), Rows()
     resolve(weights.path)  # as above
     processor = Processor.load(weights.path, min_pixels=weights.min_pixels, max_pixels=weights.max_pixels, max_prompt=max_prompt)
     engine: Engine

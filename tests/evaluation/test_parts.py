@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from actial_fast.data.sources.content import content
-from actial_fast.data.sources.picture import within
+from actial_fast.data.sources.picture import smaller
 from actial_fast.evaluation.export import stem
 from actial_fast.evaluation.identity import identity, label
 from actial_fast.evaluation.items import Item
@@ -95,9 +95,9 @@ def test_a_large_file_is_told_by_its_content_alone_where_asked(tmp_path, monkeyp
 
 def test_a_picture_for_a_server_keeps_its_shape_below_the_cap():
     data = png(np.zeros((40, 90, 3), np.uint8))
-    assert within(data, "row", 3600) is data
-    smaller = Image.open(io.BytesIO(within(data, "row", 900)))
-    assert smaller.size == (45, 20)
+    assert smaller(data, "row", 3600) is None
+    made = smaller(data, "row", 900)
+    assert made is not None and Image.open(io.BytesIO(made)).size == (45, 20)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(40, "40 s"), (720, "12 min"), (12600, "3.5 h")])

@@ -1,5 +1,7 @@
 """A benchmark put to the tiny model: what is kept, what goes on after a kill, what is refused."""
 
+import base64
+import io
 import json
 import os
 import signal
@@ -9,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from actial_fast.data.sources.row import BadRow
 from actial_fast.evaluation import bench as bench_module
@@ -210,6 +213,23 @@ def test_a_server_answers_is_asked_again_and_its_refusals_count_as_wrong(lab, tm
         (result,) = bench({"pairs": pairs(lab, 4)}, [served], tmp_path, QUIET)
         assert result["missing"] == 0 and len(requests) - before < 4, "only what had no reply"
     assert {r["text"] for r in replies_in(tmp_path / "pairs" / "served")} == {"The answer is B."}
+
+
+def test_a_server_is_sent_pictures_of_the_size_that_is_asked_for(lab, tmp_path):
+    def sizes(**keys):
+        sent = []
+
+        def answer(body, number):
+            urls = [part["image_url"]["url"] for part in body["messages"][-1]["content"] if part["type"] == "image_url"]
+            sent.extend(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size for url in urls)
+            return 200, {}, "A"
+
+        with server(answer) as (url, _):
+            served = asking(lab, model="m", name="-".join(["m", *keys]), engine="server", url=url, workers=1, **keys)
+            bench({"pairs": pairs(lab, 2)}, [served], tmp_path, QUIET)
+        return set(sent)
+
+    assert sizes() == {(28, 28)} and sizes(max_pixels=200) == {(14, 14)}
 
 
 @pytest.mark.parametrize(

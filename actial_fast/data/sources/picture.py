@@ -79,31 +79,17 @@ def glance(image: Path | bytes, where: str) -> None:
         decode(image, where)
 
 
-def within(image: Path | bytes, where: str, pixels: int) -> Path | bytes:
-    """The image itself, or where it has more pixels a PNG of it with about so many, sides in proportion; BadRow as decode raises it."""
-    picture = _fitted(image, where, pixels)
-    if picture is None:
-        return image
-    picture.save(buffer := io.BytesIO(), "PNG")
-    return buffer.getvalue()
-
-
 def smaller(image: Path | bytes, where: str, pixels: int) -> bytes | None:
-    """What `within` makes as JPEG, which is what one sends far away; None where the image has no more pixels."""
-    picture = _fitted(image, where, pixels)
-    if picture is None:
-        return None
-    picture.save(buffer := io.BytesIO(), "JPEG", quality=92)
-    return buffer.getvalue()
-
-
-def _fitted(image: Path | bytes, where: str, pixels: int) -> Image.Image | None:
+    """A JPEG of the image with about so many pixels, sides in proportion, for sending it away; None where it has no more. BadRow as decode
+    raises it."""
     picture, _ = _opened(image, where, MAX_PIXELS, None)
     width, height = picture.size
     if width * height <= pixels:
         return None
     scale = (pixels / (width * height)) ** 0.5
-    return picture.resize((max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.BICUBIC)
+    picture = picture.resize((max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.BICUBIC)
+    picture.save(buffer := io.BytesIO(), "JPEG", quality=92)
+    return buffer.getvalue()
 
 
 def read(file: Path, where: str) -> bytes:

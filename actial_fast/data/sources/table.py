@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
+from actial_fast.data.sources import cache
 from actial_fast.data.sources.content import content
 from actial_fast.data.sources.row import BadRow
 from actial_fast.data.sources.told import told
@@ -237,7 +238,7 @@ def _mapped(path: Path, file: Path) -> list[pa.RecordBatch]:
 
 def _converted(path: Path, *, anew: bool = False) -> Path:
     """The Arrow copy of a parquet file, made when it is missing, the file has changed, or it is to be `anew`."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "actial_fast"
+    folder = cache.folder()
     try:
         target = folder / f"{content(path)}-sums.arrow"
     except OSError as error:

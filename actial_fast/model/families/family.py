@@ -179,6 +179,12 @@ def sections(head_dim: int) -> list[int]:
     return [half - 2 * (half // 3), half // 3, half // 3]
 
 
+def first_rope(head_dim: int) -> dict[str, Any]:
+    """The rotary parameters of the families before Qwen3-VL."""
+    shares = [16, 24, 24] if head_dim == 128 else sections(head_dim)
+    return {"rope_type": "default", "rope_theta": 1e6, "mrope_section": shares}
+
+
 def old_name(module: str) -> str:
     """A weight's name in the files of the families that are older than transformers' own names."""
     return module.removeprefix("model.") if module.startswith("model.visual.") else module.replace("model.language_model.", "model.", 1)

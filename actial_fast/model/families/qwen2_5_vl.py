@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from actial_fast.model.families.family import Family, Grid, Layers, Widths, old_name, patches_of, sections, whole_pairs
+from actial_fast.model.families.family import Family, Grid, Layers, Widths, first_rope, old_name, patches_of, whole_pairs
 
 WINDOW = 112  # pixels along a side
 
@@ -66,8 +66,7 @@ class Qwen25VL(Family):
         }
 
     def rope(self, head_dim: int) -> dict[str, Any]:
-        shares = [16, 24, 24] if head_dim == 128 else sections(head_dim)
-        return {"rope_type": "default", "rope_theta": 1e6, "mrope_section": shares}
+        return first_rope(head_dim)
 
     def cut(self, blocks: int, levels: int) -> dict[str, Any]:
         return super().cut(blocks, levels) | {"fullatt_block_indexes": [blocks - 1] if blocks else []}

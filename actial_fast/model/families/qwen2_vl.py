@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from actial_fast.model.families.family import Family, Grid, Layers, Widths, old_name, patches_of, sections, whole_pairs
+from actial_fast.model.families.family import Family, Grid, Layers, Widths, first_rope, old_name, patches_of, whole_pairs
 
 
 def _widths(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int, tied: bool) -> Widths:
@@ -54,5 +54,4 @@ class Qwen2VL(Family):
         }
 
     def rope(self, head_dim: int) -> dict[str, Any]:
-        shares = [16, 24, 24] if head_dim == 128 else sections(head_dim)
-        return {"rope_type": "default", "rope_theta": 1e6, "mrope_section": shares}
+        return first_rope(head_dim)
