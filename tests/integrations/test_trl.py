@@ -5,12 +5,15 @@ B sequences, C the longest completion, V vocabulary.
 """
 
 import copy
+import importlib
 import importlib.metadata
 import inspect
 import itertools
 import math
 import os
+import re
 import socket
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -496,7 +499,7 @@ def test_softcaps_scales_biases_and_load_balancing_equal_trl(tmp_path, make):
 def test_a_head_with_another_scale_is_refused(tmp_path):
     from transformers import GraniteConfig, GraniteForCausalLM
 
-    with pytest.raises(ValueError, match=r"logits_scaling = 4.0; supported: TRL 1.16"):
+    with pytest.raises(ValueError, match=r"logits_scaling = 4.0; supported: TRL 1.15, 1.16"):
         make_trainer(FusedGRPOTrainer, tiny(GraniteConfig, GraniteForCausalLM, logits_scaling=4.0), tmp_path)
 
 
@@ -662,7 +665,7 @@ def test_a_head_that_cannot_be_served_is_refused(name, value):
     (hidden, weight, _), targets = head_case()
     if name == "ds_id":
         weight.ds_id = 3
-    with pytest.raises(ValueError, match=r"supported: TRL 1\.16"):
+    with pytest.raises(ValueError, match=r"supported: TRL 1\.15, 1\.16"):
         LogProbFunction.apply(hidden, weight, None, targets, 1.0, 16, None, 1.0 if value is None else value)
 
 
@@ -726,11 +729,23 @@ def test_a_trainer_with_its_own_loss_is_refused(unpatched, tmp_path):
         make_trainer(Own, text_model(), tmp_path)
 
 
-def test_another_version_of_trl_is_refused(unpatched, monkeypatch, tmp_path):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.17.0")
-    for call in (patch_trl, lambda: make_trainer(FusedGRPOTrainer, text_model(), tmp_path)):
-        with pytest.raises(ValueError, match=r"trl: version 1\.17\.0 is not supported; supported: TRL 1\.16"):
-            call()
+@pytest.mark.parametrize("version", ["1.14.2", "1.17.0", "0.29.1", "1.150.0", None])
+def test_another_version_of_trl_is_refused_at_import(version, monkeypatch):
+    """The message is short and says what to install."""
+
+    def found(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", found)
+    monkeypatch.delitem(sys.modules, "actial_fast.integrations.trl_loss")
+    monkeypatch.delitem(sys.modules, "actial_fast.integrations.trl")
+    monkeypatch.delattr("actial_fast.integrations.trl")
+    monkeypatch.delattr("actial_fast.integrations.trl_loss")
+    what = "not installed" if version is None else f"version {version} is installed"
+    with pytest.raises(ImportError, match=rf"^trl: {re.escape(what)}; .* of TRL 1\.15 and 1\.16: pip install trl==1\.16\.0$"):
+        importlib.import_module("actial_fast.integrations.trl")
 
 
 def test_an_unknown_level_is_refused(unpatched):
@@ -763,10 +778,11 @@ def test_a_cispo_cap_below_1_is_told_and_computed():
         assert spec_of(GRPOConfig(loss_type="cispo", bf16=False)).clip_high == pytest.approx(-0.8)
 
 
-def test_other_ways_to_distribute_are_refused(pairs):
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP"])
+def test_other_ways_to_distribute_are_refused_and_the_way_is_named(pairs, name):
     trainer = SimpleNamespace(**vars(pairs("text").ours))
-    trainer.accelerator = SimpleNamespace(distributed_type=SimpleNamespace(name="DEEPSPEED"))
-    with pytest.raises(ValueError, match="distributed_type: DEEPSPEED is not supported; supported"):
+    trainer.accelerator = SimpleNamespace(distributed_type=SimpleNamespace(name=name))
+    with pytest.raises(ValueError, match=rf"distributed_type: {name} is not supported: launch with .*DDP.*dist\.fsdp.*; supported"):
         ours.trl_loss.prepare(trainer, 700)
 
 
