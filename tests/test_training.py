@@ -352,8 +352,31 @@ def test_sigterm_saves_and_the_next_run_goes_on(sft_recipe, tmp_path):
 
 def test_another_recipe_in_the_same_folder_is_refused(sft_recipe):
     sft.train(replace(sft_recipe, steps=2))
-    with pytest.raises(ValueError, match=r"differs in optim.lr \(0.001 before, 0.01 now\), steps"):
+    with pytest.raises(ValueError, match=r"differs in optim.lr \(0.001 before, 0.01 now\); "):
         sft.train(replace(sft_recipe, optim=replace(sft_recipe.optim, lr=1e-2)))
+    with pytest.raises(ValueError, match=r"differs in steps \(2 before, 1 now\); "):
+        sft.train(replace(sft_recipe, steps=1))
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+@pytest.mark.usefixtures("one_thread")
+def test_a_finished_run_goes_on_where_more_steps_are_asked_for(kind, sft_recipe, grpo_recipe, tmp_path, caplog):
+    """As if it had had them from the start, where the learning rate is constant; its final model is never of fewer steps than its recipe."""
+    recipe, loop = (sft_recipe, sft) if kind == "sft" else (grpo_recipe, grpo)
+    recipe = replace(recipe, optim=replace(recipe.optim, schedule="constant"))
+    whole = loop.train(replace(recipe, run=str(tmp_path / "whole")))
+    few = replace(recipe, run=str(tmp_path / "few"), steps=recipe.steps - 1)
+    first = loop.train(few)
+    assert loop.train(few) == first and not caplog.messages, "it is finished"
+    longer = replace(few, steps=recipe.steps)
+    assert_same(weights(loop.train(longer)), weights(whole))
+    assert losses(few.run, kind) == losses(str(tmp_path / "whole"), kind)
+    assert [m for m in caplog.messages if "goes on beyond the end" in m] == [
+        f"{tmp_path / 'few' / kind} goes on beyond the end it had, from step {few.steps}: steps {few.steps} -> {recipe.steps}"
+    ]
+    decaying = replace(longer, steps=recipe.steps + 1, optim=replace(recipe.optim, schedule="cosine"))
+    with pytest.raises(ValueError, match=r"differs in optim.schedule \(constant before, cosine now\); "):
+        loop.train(decaying)
 
 
 def test_a_checkpoint_is_whole_or_absent(sft_recipe, monkeypatch):

@@ -80,7 +80,8 @@ def write_report(run_dir: Path) -> Path:
     summary, versions = (_json(run_dir / name) for name in ("summary.json", "versions.json"))
     recipes = {path.name: path.read_text(encoding="utf-8") for path in sorted(run_dir.glob("recipe*.yaml"))}
     last = (metrics or events)[-1]
-    state = "finished" if summary else f"unfinished: last record is {last['stage']} step {last['step']:,}"
+    done = (run_dir / last["stage"] / "final" / "model").is_dir()  # written whole or not at all, when a stage is over
+    state = "finished" if summary else f"{'finished' if done else 'unfinished'}: last record is {last['stage']} step {last['step']:,}"
 
     body = [
         f'<header><p class="muted">actial_fast run &middot; {time.strftime("%Y-%m-%d %H:%M")} &middot; {escape(state)}</p>',

@@ -53,11 +53,13 @@ def stage_folder(recipe: SFTRecipe | GRPORecipe) -> Path:
 
 
 def finished(recipe: SFTRecipe | GRPORecipe) -> Path | None:
-    """The final model's folder of a stage that is done, or None; ValueError when it was done by another recipe."""
-    if done := checkpoint.final(stage_folder(recipe)):
-        for problem in _changes(recipe, stage_folder(recipe)):
+    """The final model's folder of a stage that is done, or None, also where the recipe asks for more steps than it had; ValueError when
+    it was done by another recipe."""
+    folder = stage_folder(recipe)
+    if done := checkpoint.final(folder):
+        for problem in _changes(recipe, folder):
             raise ValueError(problem)
-    return done
+    return done if done and not _more(recipe, folder) else None
 
 
 def begin(recipe: SFTRecipe | GRPORecipe, where: World, encode: Encode, room: Room, stack: contextlib.ExitStack) -> int:
@@ -80,6 +82,7 @@ def begin(recipe: SFTRecipe | GRPORecipe, where: World, encode: Encode, room: Ro
             if old.is_dir() and not old.is_symlink():
                 shutil.rmtree(old)
         _tell_changed_data(recipe, folder)
+        _tell_more(recipe, folder)
         (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
         (Path(recipe.run) / "versions.json").write_text(json.dumps(versions(where), indent=1), encoding="utf-8")
     where.barrier()
@@ -95,13 +98,41 @@ def _tell_changed_data(recipe: SFTRecipe | GRPORecipe, folder: Path) -> None:
     written.write_text(json.dumps(now, indent=1), encoding="utf-8")
 
 
+def _more(recipe: SFTRecipe | GRPORecipe, folder: Path) -> list[str]:
+    """How the recipe asks for more than the run that the folder holds: its larger `steps`, or its larger `epochs`."""
+    written = folder / "recipe.yaml"
+    if not written.exists() or not checkpoint.steps(folder):
+        return []
+    before, now = (_length(each) for each in (load_recipe(written), recipe))
+    return [f"{key} {before[key]:g} -> {now[key]:g}" for key in now if key in before and now[key] > before[key]]
+
+
+def _length(recipe: SFTRecipe | GRPORecipe) -> dict[str, float]:
+    """The one key that says how long the stage is."""
+    return {"epochs": recipe.epochs} if isinstance(recipe, SFTRecipe) and not recipe.steps else {"steps": recipe.steps}
+
+
+def _tell_more(recipe: SFTRecipe | GRPORecipe, folder: Path) -> None:
+    """A run that goes on beyond its end: its final model goes, so that what is there is always of the recipe beside it (the checkpoint
+    that it was made from stays)."""
+    for more in _more(recipe, folder):
+        rate = (
+            ""
+            if recipe.optim.schedule == "constant"
+            else f"; its learning rate now follows optim.schedule={recipe.optim.schedule} to the new end"
+        )
+        log.warning("%s goes on beyond the end it had, from step %d: %s%s", folder, max(checkpoint.steps(folder)), more, rate)
+        shutil.rmtree(folder / "final", ignore_errors=True)
+
+
 def _changes(recipe: SFTRecipe | GRPORecipe, folder: Path) -> list[str]:
     """What the recipe of the run that the folder holds had otherwise."""
     written = folder / "recipe.yaml"
     if not written.exists() or not checkpoint.steps(folder):
         return []
     before, now = _kept(load_recipe(written)), _kept(recipe)
-    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    may = {more.split()[0] for more in _more(recipe, folder)}
+    changed = sorted(k for k in (before.keys() | now.keys()) - may if before.get(k) != now.get(k))
     shown = ", ".join(f"{k} ({before.get(k)} before, {now.get(k)} now)" for k in changed[:5])
     differs = f"run: {folder} holds a run of another recipe, which differs in {shown}; choose another run folder or delete it"
     return [differs] if changed else []

@@ -293,6 +293,8 @@ def test_partial_and_unfinished_runs(tmp_path, stages, steps):
     assert ("Supervised loss" in html) == ("sft" in stages)
     assert ("Reward and its parts" in html) == ("grpo" in stages)
     assert "Recipe" not in text
+    (tmp_path / "r" / stages[-1] / "final" / "model").mkdir(parents=True)
+    assert f" finished: last record is {stages[-1]} step {steps[-1]}" in page_of(tmp_path / "r")[2]
 
 
 @pytest.mark.parametrize(
