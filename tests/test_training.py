@@ -361,7 +361,7 @@ def test_another_recipe_in_the_same_folder_is_refused(sft_recipe):
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
 @pytest.mark.usefixtures("one_thread")
 def test_a_finished_run_goes_on_where_more_steps_are_asked_for(kind, sft_recipe, grpo_recipe, tmp_path, caplog):
-    """As if it had had them from the start, where the learning rate is constant; its final model is never of fewer steps than its recipe."""
+    """As if it had had them from the start, where the learning rate is constant; the final model is that of its recipe."""
     recipe, loop = (sft_recipe, sft) if kind == "sft" else (grpo_recipe, grpo)
     recipe = replace(recipe, optim=replace(recipe.optim, schedule="constant"))
     whole = loop.train(replace(recipe, run=str(tmp_path / "whole")))
