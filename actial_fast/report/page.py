@@ -22,6 +22,7 @@ from actial_fast.report.chart import Guide, Series, line_chart, moving_average, 
 from actial_fast.report.metrics import read_events, read_metrics
 from actial_fast.report.speed import TAKEN, speed_charts
 from actial_fast.report.style import CSS
+from actial_fast.report.troubles import signs, warned
 
 GRPO_CHARTS = (  # title, metrics drawn in one chart, whether they are shares on an axis from 0 to 100%
     ("Response length (tokens)", ("response_length",), False),
@@ -86,7 +87,8 @@ def write_report(run_dir: Path) -> Path:
     body = [
         f'<header><p class="muted">actial_fast run &middot; {time.strftime("%Y-%m-%d %H:%M")} &middot; {escape(state)}</p>',
         f"<h1>{escape(run_dir.resolve().name)}</h1>{_headline(tables, rl)}</header>",
-        _section("What went wrong", _troubles(events)),
+        _section("What went wrong", _list(warned(events))),
+        _section("Signs of trouble", _list(signs(metrics, evals))),
         _section("Evaluation", _evaluation(evals, tables, steps)),
         _section("Learning", _grid(_learning(metrics, evals, rl, steps))),
         _section("GRPO", _grid(_grpo(metrics, evals, rl, steps))),
@@ -126,20 +128,7 @@ def _folded(title: str, content: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
-def _troubles(events: Sequence[Mapping[str, Any]]) -> str:
-    """Evaluations that failed, steps that were skipped and whatever else a run warned of, a line each; "" when all went well."""
-    lines = []
-    for event in events:
-        where = f"{event['stage']} step {event['step']:,}"
-        if event["kind"] == "eval_failed":
-            told = event["eval_failed"]
-            lines.append(f"{where}: {told['name']} was not evaluated: {told['cause']}")
-        elif event["kind"] == "skipped":
-            rows = event["skipped"]["rows"]
-            more = f" and {len(rows) - 3:,} more" if len(rows) > 3 else ""
-            lines.append(f"{where}: loss or gradient was NaN or infinite and was not applied; rows {', '.join(rows[:3])}{more}")
-        elif event["kind"] in ("mismatch", "redrawn", "unscored"):
-            lines.append(f"{where}: {event[event['kind']]['text']}")
+def _list(lines: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
 
 
