@@ -182,7 +182,7 @@ def test_cameras_are_those_of_the_renderer(walked, tmp_path):
     for run, name in (("one", "box"), ("one", "tower"), ("frames", "box"), ("frames", "tower")):
         ours, true = read_capture(tmp_path / run / name), read_capture(walked / "true" / "meshes" / name)
         place = [[n.split(".")[0] for n in true.names].index(n.split(".")[0]) for n in ours.names]
-        assert len(ours.names) >= 24
+        assert len(ours.names) >= (24 if run == "one" else 16)  # the frames of a video do not know that the last meets the first
         off = ours.azimuth - (true.azimuth[place] - true.azimuth[place[0]])
         assert np.degrees(np.abs(np.angle(np.exp(1j * off)))).max() < 2
     shutil.rmtree(tmp_path / "one" / "tower")  # what is not there any more is made again, and only that
