@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actial_fast.cli import cot, made
+from actial_fast.cli import cot, made, reconstruct
 from actial_fast.cli.shared import Commands, add_format, add_overrides, check_model, one_line, progress, rows_of, settle
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def add(commands: Commands) -> None:
     render.add_argument("--meshes", default="", help="folder of OBJ, glTF, GLB or PLY files; without it, box-built families")
     add_overrides(render, "objects=100", below)
     render.set_defaults(run=_render)
+
+    reconstruct.add(data)
 
     viewpoint = data.add_parser(
         "viewpoint",

@@ -12,6 +12,7 @@ import binascii
 import json
 import math
 import numbers
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PureWindowsPath
@@ -39,6 +40,7 @@ MEANING: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("need_tools_kwargs", "tools_kwargs", "interaction_kwargs"), (False,)),
 }
 UNDESIRED = "label"  # as KTO's rows have it: false for an answer that is not to be learned; other values are someone's classes
+TEXTS, PICTURED = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")  # types of a content's parts
 MEDIA_KEYS = ("videos", "video", "audios", "audio")
 PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
@@ -158,14 +160,16 @@ def conversation(messages: Any, what: str, where: str) -> tuple[tuple[Turn, ...]
         role_key, content_key = spelling
         refuse(message, (role_key, content_key), where, f"message {number}")
         role = text(message[role_key], f"message {number}'s `{role_key}`", where)
-        content, found = _content(message[content_key], f"message {number}'s `{content_key}`", where)
+        content, found = contents(message[content_key], f"message {number}'s `{content_key}`", where)
         turns.append(Turn(ROLE_OF.get(role, role), content))
         images += found
     return tuple(turns), images
 
 
-def _content(value: Any, what: str, where: str) -> tuple[str, list[Any]]:
-    """A message's content as text with tags, and the images of its parts (null where a part only says that there is one)."""
+def contents(value: Any, what: str, where: str) -> tuple[str, list[Any]]:
+    """A message's content as text with tags, and the images of its parts (null where a part only says that there is one).
+
+    Parts are those of OpenAI's two interfaces: text, input_text, output_text; image_url, input_image, and image as transformers has it."""
     if not isinstance(value, list):
         if not isinstance(value, str):
             raise BadRow(where, f"{what} is not text but {'null' if absent(value) else kind_of(value)}")
@@ -175,18 +179,38 @@ def _content(value: Any, what: str, where: str) -> tuple[str, list[Any]]:
     for number, part in enumerate(value, 1):
         said = {key: each for key, each in part.items() if not absent(each)} if isinstance(part, Mapping) else {}
         form = said.get("type", "image" if "image" in said else "text" if "text" in said else None)
-        if form == "text" and said.keys() <= {"type", "text"}:
+        if form in TEXTS and said.keys() <= {"type", "text", "annotations"}:
             piece = text(said.get("text"), f"{what}, part {number}", where)
             if IMAGE_TAG in piece:
                 raise BadRow(where, f"{what}, part {number}: {IMAGE_TAG} in a text beside parts; make it a part of type image")
             pieces.append(piece)
-        elif form in ("image", "image_url", "input_image"):
+        elif form in PICTURED:
+            if "file_id" in said:
+                raise BadRow(where, f"{what}, part {number} names a file on OpenAI's servers; download it and give the file's path")
             pieces.append(IMAGE_TAG)
             sources = [said[key] for key in ("image", "image_url", "url", "path") if key in said]
             images.append(sources[0] if sources else None)
         else:
             raise BadRow(where, f"{what}, part {number} is neither a text nor an image: {shortened(part, 80)}")
     return "".join(pieces), images
+
+
+def inside(said: Any, where: str) -> tuple[str, ...]:
+    """The images in the parts of a content, or of a list of messages, as they are written, to tell rows apart; () where there are none."""
+    found: list[Any] = []
+    for each in said if isinstance(said, list) else []:
+        if isinstance(each, Mapping) and (
+            parts := next((each[key] for key in ("content", "value") if isinstance(each.get(key), list)), None)
+        ):
+            found += contents(parts, "content", where)[1]
+    if not found and isinstance(said, list) and any(isinstance(each, Mapping) and each.get("type") in PICTURED for each in said):
+        found = contents(said, "content", where)[1]
+    return as_written([_address(each) for each in found], where) if found and None not in found else ()
+
+
+def _address(image: Any) -> Any:
+    """An image as it is named, without what only asks for a resolution."""
+    return image.get("url", image) if isinstance(image, Mapping) else image
 
 
 def images_of(record: Mapping[str, Any], folder: Path, where: str, *, parts: list[Any] | None = None) -> tuple[Image, ...]:
@@ -273,6 +297,13 @@ def as_written(value: Any, where: str) -> tuple[str, ...]:
     if not all(isinstance(each, str | dict) for each in values):
         return ()
     return tuple(each if isinstance(each, str) else json.dumps(each, sort_keys=True) for each in values)
+
+
+def full_name(written: str, folder: Path) -> str:
+    """The full name of the file that an image is written as, the same however it is spelled; other forms as they are."""
+    if len(written) >= 4096 or written[:5].lower() == "data:":
+        return written
+    return os.path.normpath(folder / (unquote(urlsplit(written).path) if written[:5].lower() == "file:" else written))
 
 
 def first_name(record: Mapping[str, Any], keys: Collection[str], where: str) -> str:

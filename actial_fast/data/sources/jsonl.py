@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from actial_fast.data.sources.fields import absent, as_written
+from actial_fast.data.sources.fields import absent, as_written, full_name
 from actial_fast.data.sources.row import BadRow, shortened
 
 CHUNK = 1 << 24  # bytes read at a time while indexing
@@ -70,10 +70,7 @@ class JsonRecords:
 
     def pictures(self, index: int, keys: Sequence[str]) -> tuple[str, ...]:
         """The full names of the files under the first of these keys that has any; other forms as they are written."""
-        return tuple(
-            os.path.normpath(self.folder / name) if len(name) < 4096 and name[:5] != "data:" else name
-            for name in self.identity(index, keys)
-        )
+        return tuple(full_name(name, self.folder) for name in self.identity(index, keys))
 
     def _index_lines(self, skip: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         breaks, base = [], 0

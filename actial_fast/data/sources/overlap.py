@@ -59,7 +59,7 @@ def _prints(view: View) -> Prints:
     for place in view.indices[:MOST].tolist():
         try:
             values = view.source.records.some(place, (*ASKED, *ANSWERED, "meta"))
-            shown = view.source.records.pictures(place, view.source.image_keys)
+            shown = view.source.pictures(place)
         except BadRow:  # its own error, once it is drawn
             continue
         question, answer = _parts(values)

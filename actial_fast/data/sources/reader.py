@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from actial_fast.data.sources.fields import IMAGE_KEYS, first_name
+from actial_fast.data.sources.fields import IMAGE_KEYS, first_name, full_name, inside, parsed
 from actial_fast.data.sources.jsonl import JsonRecords
 from actial_fast.data.sources.row import BadRow, Row
 from actial_fast.data.sources.tsv import TsvRecords
+
+LOOKED_AT = 64  # first records, which tell what the others are like
 
 
 class Records(Protocol):
@@ -64,13 +68,14 @@ class Reader(ABC):
     """A source of rows; each format has one that makes a row of a record.
 
     name: for messages; columns: what a table must have; image_keys: where its images are; kind_keys: where its question type is, the first
-    that says something. ValueError for a table without these columns.
+    that says something; said_keys: whose parts may hold images where no field does. ValueError for a table without these columns.
     """
 
     name = ""
     columns: tuple[str, ...] = ()
     image_keys: tuple[str, ...] = IMAGE_KEYS
     kind_keys: tuple[str, ...] = ()
+    said_keys: tuple[str, ...] = ("messages", "conversations", "prompt", "problem", "question")
 
     def __init__(self, path: Path, *, split: str = ""):
         self.path, self.records = path, open_records(path, split)
@@ -98,4 +103,29 @@ class Reader(ABC):
 
     def images(self, index: int) -> tuple[Any, ...]:
         """What tells the images of row `index` from those of its neighbours; () when it has none, BadRow when it cannot be read."""
-        return self.records.identity(index, self.image_keys)
+        return self.records.identity(index, self.image_keys) or self._in_parts(index)
+
+    def pictures(self, index: int) -> tuple[str, ...]:
+        """A name for each image of row `index`, the same wherever it stands; BadRow when it cannot be read."""
+        if found := self.records.pictures(index, self.image_keys):
+            return found
+        return tuple(full_name(name, self.records.folder) for name in self._in_parts(index))
+
+    def _in_parts(self, index: int) -> tuple[str, ...]:
+        if not self._parts:
+            return ()
+        where = self.records.where(index)
+        return next((found for value in self._said(index) if (found := inside(parsed(value, "content", where), where))), ())
+
+    def _said(self, index: int) -> list[Any]:
+        return list(self.records.some(index, self.said_keys).values())
+
+    @functools.cached_property
+    def _parts(self) -> bool:
+        """Whether some of the first records have images in parts: looking into every one takes long, in a table above all."""
+        for index in range(min(LOOKED_AT, len(self.records))):
+            with contextlib.suppress(BadRow):
+                where = self.records.where(index)
+                if any(inside(parsed(value, "content", where), where) for value in self._said(index)):
+                    return True
+        return False

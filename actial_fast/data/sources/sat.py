@@ -15,7 +15,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from actial_fast.data.sources.fields import IMAGE_KEYS, absent, images_of, name_of, rest, text, texts, whole
+from actial_fast.data.sources.fields import IMAGE_KEYS, absent, contents, images_of, name_of, rest, text, texts, whole
 from actial_fast.data.sources.reader import Reader
 from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Row, Turn, shortened
 
@@ -51,9 +51,9 @@ class SatSource(Reader):
     def row(self, record: Mapping[str, Any], where: str, index: int) -> Row:
         """A question, its images and its options; BadRow when the question or answer is missing, or the answer is not among the options."""
         meta = rest(record, ("question", *TRUTHS, *CHOICE_COLUMNS, *self.image_keys, *self.kind_keys, "id"), where)
-        question = text(record.get("question"), "question", where)
-        if not question:
+        if absent(record.get("question")):
             raise BadRow(where, "empty question")
+        question, parts = contents(record["question"], "question", where)
         choices = next((list(texts(record[key], key, where)) for key in CHOICE_COLUMNS if not absent(record.get(key))), [])
         answer = text(record.get("correct_answer"), "correct_answer", where).strip() or _numbered(record, choices, where)
         if not answer:
@@ -64,7 +64,7 @@ class SatSource(Reader):
             raise BadRow(where, f"a choice is offered twice: {choices}")
         random.Random(f"{index} {question}").shuffle(choices)
         key = next((key for key in self.image_keys if not absent(record.get(key))), None)
-        images = images_of({"images": record[key]} if key else {}, self.records.folder, where)
+        images = images_of({"images": record[key]} if key else {}, self.records.folder, where, parts=parts)
         if not images and any(key in record for key in self.image_keys):
             raise BadRow(where, "no image")
         asked = question.strip() if IMAGE_TAG in question else IMAGE_TAG * len(images) + question.strip()

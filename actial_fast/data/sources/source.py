@@ -22,7 +22,7 @@ from actial_fast.data.sources.jsonl import recover
 from actial_fast.data.sources.own import KEYS, OURS
 from actial_fast.data.sources.picture import decode
 from actial_fast.data.sources.plugins import find
-from actial_fast.data.sources.reader import Reader, is_table, open_records
+from actial_fast.data.sources.reader import LOOKED_AT, Reader, is_table, open_records
 from actial_fast.data.sources.row import BadRow, Row
 from actial_fast.data.sources.task import find_task, prepared
 
@@ -33,7 +33,6 @@ FORMATS = {  # imported on first use, because parquet needs pyarrow
     "verl": "actial_fast.data.sources.verl:VerlSource",
     "easyr1": "actial_fast.data.sources.easyr1:EasyR1Source",
 }
-LOOKED_AT = 64  # records whose keys tell the format
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def detect_format(path: Path, split: str = "") -> str:
     if not is_table(path) and path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"data source {path}: the suffix {path.suffix!r} does not tell the format{hint}")
     records = open_records(path, split)
-    keys = set(records.column_names)
+    keys, parts = set(records.column_names), False
     if not keys and len(records):
         try:
             first = records[0]
@@ -161,11 +160,12 @@ def detect_format(path: Path, split: str = "") -> str:
             raise ValueError(f"data source {path}: the first record is {error.reason}, so the format cannot be told{hint}") from None
         if not isinstance(first, dict):
             raise ValueError(f"data source {path}: the first record is not an object, so the format cannot be told{hint}")
-        keys = set(first)
+        keys, parts = set(first), _in_parts(first)
         for index in range(1, min(LOOKED_AT, len(records))):
             with contextlib.suppress(BadRow):  # its own error, once it is drawn
                 record = records[index]
                 keys |= set(record) if isinstance(record, dict) else set()
+                parts = parts or _in_parts(record)
     if {"prompt", "reward_model"} <= keys:
         return "verl"
     if "question" in keys and keys & {"answers", "answer_choices", "correct_answer", "correct_answer_idx"}:
@@ -176,9 +176,17 @@ def detect_format(path: Path, split: str = "") -> str:
         return "sharegpt"  # our own rows are always one a line, in .jsonl
     if "messages" in keys and keys & set(OURS) and set(first) <= set(KEYS):
         return "jsonl"
+    if "messages" in keys and parts:
+        return "sharegpt"  # OpenAI's; ours are written with texts
     what = f"columns {sorted(keys)}" if is_table(path) else f"records with the keys {sorted(keys)}"
     either = " may be rows of ours or ShareGPT's" if "messages" in keys else " are no format's"
     raise ValueError(f"data source {path}: {what}{either}{hint}")
+
+
+def _in_parts(record: Any) -> bool:
+    """Whether a record's messages have content in parts."""
+    messages = record.get("messages") if isinstance(record, dict) else None
+    return isinstance(messages, list) and any(isinstance(each, dict) and isinstance(each.get("content"), list) for each in messages)
 
 
 def _of_kinds(source: Source, kinds: tuple[str, ...], path: Path) -> np.ndarray:

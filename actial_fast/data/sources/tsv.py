@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from actial_fast.data.sources.fields import absent, as_written
+from actial_fast.data.sources.fields import absent, as_written, full_name
 from actial_fast.data.sources.row import BadRow, shortened
 
 BOM = b"\xef\xbb\xbf"
@@ -84,7 +84,7 @@ class TsvRecords:
 
     def pictures(self, index: int, keys: Sequence[str]) -> tuple[str, ...]:
         """The full names of the files under the first of these keys that has any; other forms as they are written."""
-        return tuple(os.path.normpath(self.folder / name) if len(name) < 4096 else name for name in self.identity(index, keys))
+        return tuple(full_name(name, self.folder) for name in self.identity(index, keys))
 
 
 def _listed(cell: str) -> Any:

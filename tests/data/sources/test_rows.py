@@ -18,7 +18,7 @@ from actial_fast.data.sources import fields
 from actial_fast.data.sources.overlap import overlaps
 from actial_fast.data.sources.picture import decode
 from actial_fast.data.sources.row import BadRow, Row, Turn
-from actial_fast.data.sources.source import SourceConfig, open_source
+from actial_fast.data.sources.source import SourceConfig, open_source, runs
 from actial_fast.data.sources.table import Table
 from actial_fast.data.sources.told import Told
 
@@ -349,14 +349,15 @@ def test_bytes_of_a_table(tmp_path):
 PARTS = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{B64}"}}, {"type": "text", "text": "q"}]
 
 
-@pytest.mark.parametrize("form", ["jsonl", "sharegpt", "verl"])
+@pytest.mark.parametrize("form", list(GOOD))
 def test_content_in_parts(tmp_path, form):
-    record = {key: value for key, value in said(form, user=PARTS).items() if key != "images"}
+    record = {key: value for key, value in said(form, user=PARTS).items() if key not in ("images", "image_bytes")}
     row = read(tmp_path, form, record)
-    assert row.prompt[-1].content == "<image>q" and row.images == (DATA,)
+    options = "\nAnswer with one of these options: C or B" if form == "sat" else ""
+    assert sorted(row.prompt[-1].content) == sorted("<image>q" + options) and row.images == (DATA,)
     placeholders = said(form, user=[{"type": "text", "text": "q"}, {"type": "image"}])
     row = read(tmp_path, form, placeholders)
-    assert row.prompt[-1].content == "q<image>" and row.images == (tmp_path / "a.png",)
+    assert row.prompt[-1].content.startswith("q<image>") and row.images == (tmp_path / "a.png",)
     for parts, reason in (
         ([{"type": "video", "video": "a.mp4"}], "neither a text nor an image"),
         ([{"type": "text", "text": 3}], "not text"),
@@ -366,6 +367,41 @@ def test_content_in_parts(tmp_path, form):
     ):
         with pytest.raises(BadRow, match=reason):
             read(tmp_path, form, said(form, user=parts))
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        ({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{B64}", "detail": "high"}}, DATA),
+        ({"type": "image_url", "image_url": "a.png"}, "a.png"),
+        ({"type": "image_url", "image_url": {"url": "FILE"}}, "a.png"),
+        ({"type": "input_image", "image_url": "FILE", "detail": "auto"}, "a.png"),
+        ({"type": "image", "image": "a.png"}, "a.png"),
+        ({"type": "image", "path": "a.png", "text": None}, "a.png"),
+        ({"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}, "an address on a network"),
+        ({"type": "input_image", "file_id": "file-1"}, "a file on OpenAI's servers"),
+    ],
+)
+def test_images_of_parts(image, expected, tmp_path):
+    """OpenAI's two interfaces and transformers' template, two images a question: read by auto, told apart, known when trained on."""
+    image = json.loads(json.dumps(image).replace("FILE", (tmp_path / "a.png").as_uri()))
+    asked = [{"type": "input_text", "text": "First "}, image, {"type": "text", "text": " then "}, image, {"type": "text", "text": ""}]
+    answer = {"role": "assistant", "content": [{"type": "output_text", "text": "B"}]}
+    (tmp_path / "a.png").write_bytes(DATA)
+    rows = [{"messages": [{"role": "user", "content": asked}, answer]}] * 2 + [{"messages": [{"role": "user", "content": "q"}, answer]}]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_source(SourceConfig(str(tmp_path / "r.jsonl")))
+    if isinstance(expected, str) and " " in expected:
+        with pytest.raises(BadRow, match=expected):
+            source[0]
+        return
+    row = source[0]
+    assert (row.turns[0].content, row.truth) == ("First <image> then <image>", "B")
+    assert row.images == (tmp_path / expected if isinstance(expected, str) else expected,) * 2
+    assert source.images(0) == source.images(1) != source.images(2) == () and runs(source).tolist() == [0, 2, 3]
+    (tmp_path / "held.json").write_text(json.dumps([{"messages": [{"role": "user", "content": "<image>?"}, answer], "images": ["a.png"]}]))
+    told = list(overlaps([SourceConfig(str(tmp_path / "r.jsonl"))], [SourceConfig(str(tmp_path / "held.json"))]))
+    assert bool(told) == isinstance(expected, str), "by their names"
 
 
 def test_answers_in_parts(tmp_path):
@@ -415,6 +451,8 @@ def test_cells_that_python_does_not_have(tmp_path):
         ([GOOD["easyr1"]], "easyr1"),
         ([GOOD["verl"]], "verl"),
         ([GOOD["sat"]], "sat"),
+        ([{"messages": [{"role": "user", "content": PARTS}]}], "sharegpt"),
+        ([said("jsonl", user=PARTS)], "own"),
     ],
 )
 def test_the_format_is_told_or_asked_for(tmp_path, records, form):
