@@ -20,12 +20,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from actial_fast.model.families.family import Widths
 from actial_fast.model.families.known import FAMILIES
-from actial_fast.model.processor import VISION_TOKENS
+from actial_fast.model.processor import IMAGE_TEXT, VISION_TOKENS
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS)
+# a content is a string or OpenAI's list of parts, between which nothing stands: engines that see the loop hand parts over as they are
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{% if part.type in ('image', 'image_url') %}" + IMAGE_TEXT + "{% elif part.type == 'text' %}"
+    "{{ part.text }}{% else %}{{ raise_exception('parts of a message are text, image or image_url, not ' ~ part.type) }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # tags; an option's letter; a line break; a whole line that asks; a sentence (the space goes to the next one); the rest
 _PIECE = re.compile(r"<[^<>\n]+>|\n\(?[A-Z][.)] |\n|[^<\n]+\?(?=[<\n]|$)|[^<\n]+?[.?!:](?=[ <\n]|$)|[^<\n]+|<")

@@ -1,0 +1,17 @@
+"""The tiny model's tokenizer and chat template."""
+
+import pytest
+from jinja2.exceptions import TemplateError
+
+from actial_fast.model.processor import IMAGE_TEXT
+from actial_fast.model.tiny import build_tokenizer
+
+
+def test_its_chat_template_reads_strings_and_parts_alike():
+    tokenizer = build_tokenizer(["Which way?"], 10)
+    parts = [{"type": "image"}, {"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "Which way?"}]
+    asked = [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": c}] for c in (IMAGE_TEXT * 2 + "Which way?", parts)]
+    text, listed = (tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True) for each in asked)
+    assert text == listed and text.endswith(f"<|im_start|>user\n{IMAGE_TEXT * 2}Which way?<|im_end|>\n<|im_start|>assistant\n")
+    with pytest.raises(TemplateError, match="not audio"):
+        tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}], tokenize=False)
