@@ -79,6 +79,8 @@ def reconstruct(photos: Path, out: Path, config: ReconstructConfig, told: Told =
                 continue
             began = time.perf_counter()
             entry = _made(name, photographs, Path(out), config, lambda phase, name=name: told(name, phase, None))  # type: ignore[misc]
+            if entry["reason"] and there:
+                shutil.rmtree(out / name, ignore_errors=True)  # of photographs that are others now
             entries[name] = {**entry, "photographs": state, "seconds": round(time.perf_counter() - began, 1)}
             _write(out / RECORD, record)
             told(name, "done", entries[name])

@@ -128,6 +128,21 @@ def test_what_is_left_out_is_told_and_not_tried_again(tmp_path, capsys):
     assert main(["data", "reconstruct", str(tmp_path / "photos"), "-o", str(tmp_path / "photos" / "out")]) == 2
 
 
+def test_a_capture_of_other_photographs_does_not_stay(tmp_path, monkeypatch):
+    """Not where the object is left out now; and nothing goes that this command has not made."""
+    photograph(noise(0), tmp_path / "photos" / "mug" / "a.jpg")
+    photograph(noise(0), tmp_path / "photos" / "own" / "a.jpg")
+    (tmp_path / "out" / "own" / "sparse").mkdir(parents=True)
+    (tmp_path / "out" / "mug" / "sparse").mkdir(parents=True)
+    monkeypatch.setattr(module, "_made", lambda name, *_: {"reason": "" if name == "mug" else sfm.FEW_PHOTOGRAPHS})
+    reconstruct(tmp_path / "photos", tmp_path / "out", ReconstructConfig())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"mug", "own", "reconstruct.json"}
+    photograph(noise(1), tmp_path / "photos" / "mug" / "b.jpg")
+    monkeypatch.setattr(module, "_made", lambda *_: {"reason": sfm.FEW_PHOTOGRAPHS})
+    assert reconstruct(tmp_path / "photos", tmp_path / "out", ReconstructConfig())["mug"]["reason"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"own", "reconstruct.json"}
+
+
 def test_a_process_that_ends_and_a_full_disk(tmp_path, monkeypatch):
     """COLMAP may end its process, on checks of its own: the object is left out. What the disk says ends the command."""
     photograph(noise(0), tmp_path / "photos" / "a.jpg")
