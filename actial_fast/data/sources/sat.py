@@ -51,9 +51,10 @@ class SatSource(Reader):
     def row(self, record: Mapping[str, Any], where: str, index: int) -> Row:
         """A question, its images and its options; BadRow when the question or answer is missing, or the answer is not among the options."""
         meta = rest(record, ("question", *TRUTHS, *CHOICE_COLUMNS, *self.image_keys, *self.kind_keys, "id"), where)
-        if absent(record.get("question")):
+        said = record.get("question")
+        question, parts = ("", []) if absent(said) else contents(said, "question", where)
+        if not question.replace(IMAGE_TAG, "").strip():
             raise BadRow(where, "empty question")
-        question, parts = contents(record["question"], "question", where)
         choices = next((list(texts(record[key], key, where)) for key in CHOICE_COLUMNS if not absent(record.get(key))), [])
         answer = text(record.get("correct_answer"), "correct_answer", where).strip() or _numbered(record, choices, where)
         if not answer:

@@ -404,6 +404,20 @@ def test_images_of_parts(image, expected, tmp_path):
     assert bool(told) == isinstance(expected, str), "by their names"
 
 
+@pytest.mark.parametrize("form", ["sat", "easyr1"])
+@pytest.mark.parametrize("asked", ["", " ", [], [{"type": "text", "text": " "}]], ids=str)
+def test_a_question_that_says_nothing(form, asked, tmp_path):
+    with pytest.raises(BadRow, match="empty"):
+        read(tmp_path, form, said(form, user=asked))
+
+
+def test_a_question_of_a_picture_alone(tmp_path):
+    """SAT's options follow a question, which its picture is none of."""
+    alone = [{"type": "image_url", "image_url": {"url": "a.png"}}]
+    with pytest.raises(BadRow, match="empty question"):
+        read(tmp_path, "sat", {k: v for k, v in said("sat", user=alone).items() if k not in ("images", "image_bytes")})
+
+
 def test_answers_in_parts(tmp_path):
     messages = [GOOD["sharegpt"]["messages"][0], {"role": "assistant", "content": [{"type": "text", "text": "B"}]}]
     row = read(tmp_path, "sharegpt", changed("sharegpt", messages=messages))
