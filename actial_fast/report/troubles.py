@@ -18,13 +18,15 @@ Values = Sequence[tuple[int, float]]  # (step, value) of one metric in one stage
 
 @dataclass(frozen=True)
 class Sign:
-    """One rule. `found` gives the steps at which it holds, each with the figure that says so; `says` and `advice` are for people."""
+    """One rule. `found` gives the steps at which it holds, each with the figure that says so, of which `worst` is told; `says` and `advice`
+    are for people, and `unit` is how they are told the figure."""
 
     metric: str
     found: Callable[[Values], list[tuple[int, float]]]
     says: str
     advice: str
     unit: str = "share"
+    worst: Callable[[Iterable[float]], float] = max
 
 
 def _mean_beyond(bound: float, above: bool = True) -> Callable[[Values], list[tuple[int, float]]]:
@@ -47,15 +49,16 @@ def _spike(times: float, floor: float) -> Callable[[Values], list[tuple[int, flo
     return found
 
 
-def _any(values: Values) -> list[tuple[int, float]]:
-    return [max(((step, value) for step, value in values), key=lambda pair: pair[1])] if any(value > 0 for _, value in values) else []
+def _some(values: Values) -> list[tuple[int, float]]:
+    """The largest of a metric that should be 0, where it is not."""
+    return [pair for pair in [max(values, key=lambda pair: pair[1], default=(0, 0.0))] if pair[1] > 0]
 
 
 SIGNS = (
     Sign(
         "zero_variance_groups",
         _mean_beyond(0.5),
-        f"more than half of the groups had equal rewards (mean over {WINDOW} steps), and taught nothing",
+        f"more than half of the groups had equal rewards (mean over {WINDOW} steps), and no advantage",
         "take harder rows, a higher sampling.temperature, or sampling.oversample",
     ),
     Sign(
@@ -83,10 +86,11 @@ SIGNS = (
         _mean_beyond(0.9, above=False),
         f"more than a tenth of the replies were cut off (mean over {WINDOW} steps)",
         "raise sampling.max_new_tokens, or see whether the replies repeat themselves",
+        worst=min,
     ),
     Sign(
         "rejected_rows",
-        _any,
+        _some,
         "rows could not be used and were left out",
         "rejects.jsonl in the stage's folder has each with its reason",
         "count",
@@ -128,7 +132,7 @@ def signs(metrics: Iterable[Record], evaluations: Mapping[str, Mapping[str, Mapp
         for sign in SIGNS:
             values = of.get(sign.metric, [])
             if found := sign.found(values):
-                worst = (min if sign.metric == "finished" else max)(value for _, value in found)
+                worst = sign.worst(value for _, value in found)
                 where = _steps([step for step, _ in found], [step for step, _ in values])
                 lines.append(
                     f"{stage} {where}: {sign.says} (at worst {WRITTEN[sign.unit](worst)}). {sign.advice[0].upper()}{sign.advice[1:]}."
