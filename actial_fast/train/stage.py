@@ -98,30 +98,28 @@ def _tell_changed_data(recipe: SFTRecipe | GRPORecipe, folder: Path) -> None:
     written.write_text(json.dumps(now, indent=1), encoding="utf-8")
 
 
-def _more(recipe: SFTRecipe | GRPORecipe, folder: Path) -> list[str]:
-    """How the recipe asks for more than the run that the folder holds: its larger `steps`, or its larger `epochs`."""
+def _more(recipe: SFTRecipe | GRPORecipe, folder: Path) -> dict[str, tuple[float, float]]:
+    """Where the recipe asks for more than the run that the folder holds, the key of its length: before, now. Else nothing."""
     written = folder / "recipe.yaml"
     if not written.exists() or not checkpoint.steps(folder):
-        return []
-    before, now = (_length(each) for each in (load_recipe(written), recipe))
-    return [f"{key} {before[key]:g} -> {now[key]:g}" for key in now if key in before and now[key] > before[key]]
+        return {}
+    (was, before), (key, now) = _length(load_recipe(written)), _length(recipe)
+    return {key: (before, now)} if key == was and now > before else {}
 
 
-def _length(recipe: SFTRecipe | GRPORecipe) -> dict[str, float]:
-    """The one key that says how long the stage is."""
-    return {"epochs": recipe.epochs} if isinstance(recipe, SFTRecipe) and not recipe.steps else {"steps": recipe.steps}
+def _length(recipe: SFTRecipe | GRPORecipe) -> tuple[str, float]:
+    """The one key that says how long the stage is, and its value."""
+    return ("epochs", recipe.epochs) if isinstance(recipe, SFTRecipe) and not recipe.steps else ("steps", recipe.steps)
 
 
 def _tell_more(recipe: SFTRecipe | GRPORecipe, folder: Path) -> None:
     """A run that goes on beyond its end: its final model goes, so that what is there is always of the recipe beside it (the checkpoint
     that it was made from stays)."""
-    for more in _more(recipe, folder):
-        rate = (
-            ""
-            if recipe.optim.schedule == "constant"
-            else f"; its learning rate now follows optim.schedule={recipe.optim.schedule} to the new end"
-        )
-        log.warning("%s goes on beyond the end it had, from step %d: %s%s", folder, max(checkpoint.steps(folder)), more, rate)
+    schedule = recipe.optim.schedule
+    rate = "" if schedule == "constant" else f"; its learning rate now follows optim.schedule={schedule} to the new end"
+    for key, (before, now) in _more(recipe, folder).items():
+        step = max(checkpoint.steps(folder))
+        log.warning("%s goes on beyond the end it had, from step %d: %s %g -> %g%s", folder, step, key, before, now, rate)
         shutil.rmtree(folder / "final", ignore_errors=True)
 
 
@@ -131,8 +129,7 @@ def _changes(recipe: SFTRecipe | GRPORecipe, folder: Path) -> list[str]:
     if not written.exists() or not checkpoint.steps(folder):
         return []
     before, now = _kept(load_recipe(written)), _kept(recipe)
-    may = {more.split()[0] for more in _more(recipe, folder)}
-    changed = sorted(k for k in (before.keys() | now.keys()) - may if before.get(k) != now.get(k))
+    changed = sorted(k for k in (before.keys() | now.keys()) - _more(recipe, folder).keys() if before.get(k) != now.get(k))
     shown = ", ".join(f"{k} ({before.get(k)} before, {now.get(k)} now)" for k in changed[:5])
     differs = f"run: {folder} holds a run of another recipe, which differs in {shown}; choose another run folder or delete it"
     return [differs] if changed else []
@@ -144,7 +141,7 @@ def _kept(recipe: SFTRecipe | GRPORecipe) -> dict[str, Any]:
 
 
 def digest(recipe: SFTRecipe | GRPORecipe) -> str:
-    """Tells runs apart that would not continue each other."""
+    """Tells runs apart whose weights may differ at one step."""
     return hashlib.blake2b(repr(sorted(_kept(recipe).items())).encode(), digest_size=4).hexdigest()
 
 
