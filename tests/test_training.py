@@ -35,6 +35,7 @@ from actial_fast.train import checkpoint, offload
 from actial_fast.train.optim import build_optimizer
 from actial_fast.train.preflight import FIRST
 from actial_fast.train.samples import figures
+from actial_fast.train.stage import Stage
 from tests.loops import ALONE, accumulate, log_probs, sampled
 
 
@@ -360,8 +361,8 @@ def test_another_recipe_in_the_same_folder_is_refused(sft_recipe):
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
 @pytest.mark.usefixtures("one_thread")
-def test_a_finished_run_goes_on_where_more_steps_are_asked_for(kind, sft_recipe, grpo_recipe, tmp_path, caplog):
-    """As if it had had them from the start, where the learning rate is constant; the final model is that of its recipe."""
+def test_a_finished_run_goes_on_where_more_steps_are_asked_for(kind, sft_recipe, grpo_recipe, tmp_path, caplog, monkeypatch):
+    """As if it had had them from the start, where the learning rate is constant. Broken off, it is not taken for finished."""
     recipe, loop = (sft_recipe, sft) if kind == "sft" else (grpo_recipe, grpo)
     recipe = replace(recipe, optim=replace(recipe.optim, schedule="constant"))
     whole = loop.train(replace(recipe, run=str(tmp_path / "whole")))
@@ -369,6 +370,10 @@ def test_a_finished_run_goes_on_where_more_steps_are_asked_for(kind, sft_recipe,
     first = loop.train(few)
     assert loop.train(few) == first and not caplog.messages, "it is finished"
     longer = replace(few, steps=recipe.steps)
+    with monkeypatch.context() as broken:
+        broken.delattr(Stage, "finish")
+        with pytest.raises(AttributeError, match="finish"):
+            loop.train(longer)
     assert_same(weights(loop.train(longer)), weights(whole))
     assert losses(few.run, kind) == losses(str(tmp_path / "whole"), kind)
     assert [m for m in caplog.messages if "goes on beyond the end" in m] == [
