@@ -20,11 +20,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     The user's mistakes end in one line on stderr and status 2, without a traceback (-v, or ACTIAL_TRACEBACK=1, shows it). A run that was
     asked to stop and has saved ends with 130 (Ctrl-C) or 143 (SIGTERM), as schedulers that would start it again expect.
     """
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:  # `actial ... | head`
+        return 0
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Write what stdout still holds, help and versions too, while a reader that has gone is known for what it is."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(line: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads are ruinous where other programs run too
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what the locale cannot print is printed by its number
-    line = list(sys.argv[1:] if argv is None else argv)
     parser, words = bench.below(line) or (make_parser(), line)
     args, rest = parser.parse_known_args(words)
     # argparse gives an optional list of words up as soon as an option follows the words before it, so it leaves `... -o OUT key=value`
@@ -47,9 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.code:
             print(error.code, file=sys.stderr)
         return 128 + int(number)
-    except BrokenPipeError:  # `actial ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:
         print("actial: interrupted; the same command goes on from where it was", file=sys.stderr)
         return 130

@@ -136,4 +136,4 @@ def test_hostile_text_takes_linear_time(piece):
     response = "<think>" + piece * (400_000 // len(piece))
     start = time.process_time()
     assert score([response], [ROW]).sum() == 0
-    assert time.process_time() - start < 1.0
+    assert time.process_time() - start < 4  # takes a twentieth of it; in quadratic time half a minute and more
