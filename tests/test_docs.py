@@ -1,6 +1,8 @@
 """The pages: they build without a warning and without network, and say what the code does."""
 
 import ast
+import html
+import importlib.util
 import inspect
 import json
 import math
@@ -9,21 +11,26 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import MISSING, fields
+import typing
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import actial_fast
 from actial_fast.cli import bench
-from actial_fast.cli.main import make_parser
+from actial_fast.cli.main import main, make_parser
+from actial_fast.data.sources.picture import decode
+from actial_fast.data.sources.source import FORMATS, SourceConfig, open_source
 from actial_fast.kernels import chunks
 from actial_fast.kernels.head import make_head
+from actial_fast.ops import api
 from actial_fast.ops import chunks as chunks_cpu
 from actial_fast.ops.spec import NAMED, AdvantageSpec, GRPOSpec
-from actial_fast.settings.config import load_recipe
+from actial_fast.settings.config import RECIPES, field_docs, load_recipe, recipe_class
 from bench.kernels.accuracy import markdown
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +52,73 @@ def test_every_page_is_built_and_filled_in(site):
     assert {page.stem for page in PAGES} <= {page.stem for page in site.glob("*.html")}
     for page in PAGES:
         assert "{{" not in (site / f"{page.stem}.html").read_text().split("<article")[1], page
+
+
+def test_a_page_asks_no_other_host(site):
+    """Scripts, styles, pictures, frames and fonts lie beside the pages."""
+    for page in site.rglob("*.html"):
+        loaded = re.findall(r"<(?:script|link|img|iframe|source|video)\b[^>]*?\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>", page.read_text())
+        assert not loaded, (page, loaded)
+    for style in site.rglob("*.css"):
+        assert not re.search(r"url\(\s*[\"']?(https?:)?//|@import", style.read_text()), style
+
+
+def test_formulas_are_drawn_and_the_search_works_from_a_folder(site):
+    losses = (site / "losses.html").read_text()
+    written = re.findall(r"\\\((.*?)\\\)|\\\[(.*?)\\\]", (ROOT / "docs/losses.md").read_text(), flags=re.S)
+    assert losses.count("<math") == len(written) and "arithmatex" not in losses and "merror" not in losses
+    index = (site / "search/search_index.js").read_text()
+    assert index.startswith("var __index = {") and "dual_clip" in index
+    assert "IFrameWorker" in (site / "assets/iframe-worker.js").read_text() and "assets/iframe-worker.js" in losses
+
+
+def test_the_recipes_page_has_every_field(site):
+    """Those of every dataclass that a recipe reaches, with the words of its docstring."""
+    page, seen = (ROOT / "docs/recipes.md").read_text(), set()
+    assert "{{ recipe_fields }}" in page
+    text = html.unescape(re.sub(r"<[^>]+>", "", (site / "recipes.html").read_text()))
+    words = plain(text)
+    waiting = [recipe_class(kind) for kind in RECIPES]
+    while waiting:
+        cls = waiting.pop()
+        if cls in seen:
+            continue
+        seen.add(cls)
+        hints = typing.get_type_hints(cls)
+        for field, meaning in field_docs(cls).items():
+            assert f"\n{field}\n" in text and plain(meaning)[:60] in words, (cls, field)
+            waiting += [part for part in (hints[field], *typing.get_args(hints[field])) if is_dataclass(part)]
+    assert len(seen) > 20
+    assert "integer, at least 1" in text and "number, a share above 0 and up to 1" in text  # bounds are the refusals of the dataclasses
+
+
+def plain(text: str) -> str:
+    """Letters and digits alone: what Markdown does not change."""
+    return re.sub(r"\W", "", text)
+
+
+def test_the_command_page_has_every_command_and_option(site):
+    text = html.unescape(re.sub(r"<[^>]+>", "", (site / "command.html").read_text()))
+    for line, parser in described().commands():
+        assert f"\n{line}" in text, line
+        for action in parser._actions:
+            assert all(name in text for name in action.option_strings if action.dest not in ("help", "quiet", "verbose")), (line, action)
+    assert "\nactial data render" in text and "\nactial bench quiz" in text
+
+
+def described():
+    """The hook that writes these pages, as mkdocs loads it."""
+    spec = importlib.util.spec_from_file_location("described", ROOT / "docs/described.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_argument_of_an_op_has_a_row():
+    table = (ROOT / "docs/api.md").read_text().split("{ #arguments }")[1].split(":::")[0]
+    told = {name for row in re.findall(r"^\| (`.*?) \|", table, flags=re.M) for name in re.findall(r"`(\w+)`", row)}
+    ops = [getattr(api, name) for name in api.__all__ if inspect.isfunction(getattr(api, name)) and name != "token_weights"]
+    assert len(ops) == 8 and told == {name for op in ops for name in inspect.signature(op).parameters}
 
 
 def test_the_reference_has_every_public_name(site):
@@ -88,7 +162,7 @@ def test_no_measured_figure_is_written_by_hand(page):
 COMMANDS = [
     (page.name, line)
     for page in [*PAGES, ROOT / "README.md"]
-    for block in re.findall(r"```\w*\n(.*?)```", page.read_text(), flags=re.S)
+    for block in re.findall(r"```[^\n]*\n(.*?)```", page.read_text(), flags=re.S)
     for line in block.replace("\\\n", " ").splitlines()
     if line.startswith(("actial ", "$ actial "))
 ]
@@ -109,6 +183,83 @@ def test_a_command_is_one_that_there_is(page, line):
     recipe = getattr(args, "recipe", "")
     if recipe.startswith("recipes/"):
         load_recipe(ROOT / recipe, [*args.overrides, *rest])
+
+
+@pytest.fixture(scope="module")
+def pages_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pages")
+
+
+@pytest.mark.parametrize(
+    ("line", "smaller", "said"),
+    [
+        ("actial recipe list", "", "actial-7b-grpo"),
+        ("actial recipe init actial-1x24 -o mine.yaml", "", "mine.yaml"),
+        ("actial recipe show recipes/actial-7b-sft.yaml", "", "optim.lr=5.0e-06"),
+        ("actial bench --list", "", "blink"),
+        ("actial cache", "", "actial_fast: "),
+        ("actial data render -o runs/mine/captures objects=10", "objects=2 views=8", "8 captures"),
+        ("actial data viewpoint runs/mine/captures -o runs/mine/viewpoint", "examples=20 test_examples=8", "train.jsonl: 20 rows"),
+        ("actial data inspect runs/mine/viewpoint/train.jsonl -o runs/mine/sheet.png", "", "sheet.png"),
+        ("actial data check runs/mine/viewpoint/train.jsonl", "", "20 rows, 0 bad"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_a_quick_command_does_what_its_page_says(line, smaller, said, pages_folder, monkeypatch, capsys):
+    """As it stands on a page, one after the other, smaller where drawing would take long."""
+    assert any(re.sub(r"\s*#.*", "", on_page).removeprefix("$ ") == line for _, on_page in COMMANDS), line
+    monkeypatch.chdir(pages_folder)
+    assert main([*shlex.split(line)[1:], *smaller.split()]) == 0
+    assert said in capsys.readouterr().out
+
+
+# ---- the examples of data formats
+
+EXAMPLES = re.findall(r'```json title="(\S+)"\n(.*?)```', (ROOT / "docs/formats.md").read_text(), flags=re.S)
+
+
+def test_every_format_has_an_example():
+    assert {Path(name).stem for name, _ in EXAMPLES} >= {*FORMATS} - {"jsonl"} | {"rows", "parts"}
+
+
+@pytest.mark.parametrize(("name", "text"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
+def test_an_example_is_read_as_it_stands(name, text, tmp_path):
+    """Its rows come out of the reader that training uses, found by their keys, with pictures that decode and something to learn."""
+    for picture in ("a.png", "b.png"):
+        Image.new("RGB", (56, 56), "teal").save(tmp_path / picture)
+    (tmp_path / name).write_text(text)
+    rows = open_source(SourceConfig(str(tmp_path / name)))
+    count = len(json.loads(text)) if name.endswith(".json") else len(text.strip().splitlines())
+    assert len(rows) == count
+    for row in (rows[i] for i in range(count)):
+        assert row.images and all(decode(image, "row").shape == (56, 56, 3) for image in row.images)
+        assert row.truth or row.turns[-1].role == "assistant"
+
+
+# ---- troubleshooting
+
+
+def literals(folder: Path) -> list[str]:
+    """Every text of a package's source, NUL for what an f-string fills in."""
+    found = []
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_every_message_that_is_explained_can_be_said():
+    """Its words stand in one text of the source, in their order."""
+    texts = literals(ROOT / "actial_fast")
+    messages = re.findall(r"^\| `(.*?)` \|", (ROOT / "docs/troubleshooting.md").read_text(), flags=re.M)
+    assert len(messages) > 35
+    for message in messages:
+        words = [re.escape(part.strip()) for part in message.split("...") if part.strip()]
+        pattern = re.compile(".*?".join(words), re.S)
+        assert sum(map(len, words)) > 12 and any(pattern.search(text) for text in texts), message
 
 
 # ---- the memory page
@@ -220,7 +371,7 @@ def test_what_a_page_imports_exists(page, block):
 
 
 def test_what_the_table_of_imports_names_exists():
-    lines = re.findall(r"`(from actial_fast[\w.]* import [\w, ]+)`", (ROOT / "docs/index.md").read_text())
+    lines = re.findall(r"`(from actial_fast[\w.]* import [\w, ]+)`", (ROOT / "docs/import.md").read_text())
     assert len(lines) >= 4 and all(imported(line) for line in lines)
 
 
