@@ -70,7 +70,7 @@ def geometric_cot(row: Row, rng: random.Random, style: str = "full") -> str:
     """A chain of thought for a viewpoint row, in which the poses make every statement true; in short also for some spatial rows.
 
     Args:
-        row: as viewpoint.rows gives it: kind, choices, truth (a letter) and the pair's `meta`. Or a row of SAT's with a kind of
+        row: as questions.rows gives it: kind, choices, truth (a letter) and the pair's `meta`. Or a row of SAT's with a kind of
             SHORT_SPATIAL and answered by letter.
         rng: chooses the wordings.
         style: "full" follows the paper's steps (identify the images, compare from the camera's and the object's perspective, analyse

@@ -127,7 +127,7 @@ def test_rows_that_the_poses_cannot_explain():
 
 
 def test_rows_of_the_viewpoint_builder(tmp_path):
-    viewpoint = pytest.importorskip("actial_fast.data.captures.viewpoint")
+    viewpoint = pytest.importorskip("actial_fast.data.captures.questions")
     for seed in range(20):
         for meta in (pose("right", "left"), viewpoint.reverse(pose("right", "left"))):
             for row in viewpoint.rows(meta, tmp_path, seed):
