@@ -66,8 +66,8 @@ class RenderConfig:
     """Photographs from each place, of which there are views / shots. The first two look at the object, or nearly so; further ones are
     panned, to the one side and the other in turn."""
     pan_deg: float = 12.0
-    """Angle from one direction to look in to the next. With several shots these are the same all along the walk, so that there are pairs that
-    pan without moving, that move without turning, and that do neither."""
+    """Angle from one direction to look in to the next. With several shots these are the same all along the walk, so that some pairs pan
+    without moving, some move without turning, and some do neither."""
     elevation_deg: tuple[float, float] = (8.0, 32.0)
     """Lowest and highest elevation of a camera above the object's centre."""
     distance: tuple[float, float] = (2.8, 3.8)

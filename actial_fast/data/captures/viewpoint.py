@@ -100,7 +100,7 @@ def build(captures: Path, out: Path, config: ViewpointConfig, progress: bool = T
             kind: {side: n for side in OPTIONS[kind] if (n := counted[name][kind, side]) or side in OPPOSITE} for kind in KINDS
         }
         written |= {file: counts.total() for file, counts in counted.items()}
-    report, leaks = leak_report(out, config) if config.probes else (None, [])
+    report, leaks = leak_report(out, config)
     seconds = time.perf_counter() - start
     summary = {
         "config": asdict(config),
@@ -198,7 +198,7 @@ def _wanted(config: ViewpointConfig) -> str:
     if config.composition == "paper":
         return f"{config.min_angle} to {config.max_angle} degrees apart"
     return "none from which there is another one for each of left, right and no move with each of left, right and no turn; " + (
-        "smaller crops pan further" if config.crops else "set crops, or render with shots"
+        "smaller crops pan further" if config.crops else "set crops, or render with shots=6 and more views"
     )
 
 
