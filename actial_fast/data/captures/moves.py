@@ -7,9 +7,12 @@
     static  neither moved nor turned; tilted, rolled or cropped otherwise at most
 
 A pair is used only where each of its three answers is clear: a move or turn is far from none, or is next to none. The paper's composition
-has walks alone, so that the turn is the mirror of the move, and neither is ever none. The balanced one takes nines: one first photograph,
-and for each of left, right and no move with each of left, right and no turn a second one. Whatever is seen in the first photograph, all
-answers are then as likely, and knowing the move says nothing of the turn; the walks to either side are as far, as mirror images are.
+has walks alone, so that the turn is the mirror of the move, and neither is ever none. The balanced one takes nines: one photograph, and
+for each of left, right and no move with each of left, right and no turn another one. Whatever is seen in the one that they share, all
+answers are then as likely, and knowing the move says nothing of the turn; what goes to either side goes about as far.
+
+That the shared photograph tells nothing has its price: it is taken amid a walk, the others lie to either side, and show it (on an arc by
+where they are, on any walk by how far from the middle the object is). Pairs that lead everywhere from everywhere do not exist there.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import numpy as np
 from actial_fast.data.captures.capture import Capture
 from actial_fast.data.captures.frame import angle_errors
 from actial_fast.data.captures.geometry import Motion, motion, qvec
-from actial_fast.data.captures.questions import NO_MOVE, NO_TURN, SIDES
+from actial_fast.data.captures.questions import NO_MOVE, NO_TURN, SIDES, reverse
 from actial_fast.data.captures.settings import ViewpointConfig
 
 NINE = 9  # pairs in one of the balanced composition
@@ -105,9 +108,11 @@ def _balanced(capture: Capture, config: ViewpointConfig) -> list[dict[str, Any]]
         here = [m for m in clear[starts[i] : starts[i + 1]] if frozenset((i, int(second[m]))) not in taken]
         nine = _nine(np.array(here, int), move, turn, there, draw)
         taken |= {frozenset((i, int(second[m]))) for m in nine}
+        turned_round = config.anchor == "either" and draw.random() < 0.5
         for m in nine:
-            centre = [True, ways.both_sides(i, second[m], there.azimuth[m])[1]]  # the nine has the first one's other ways
-            out.append(_meta(capture, i, second[m], there, m, move[m], turn[m]) | {"centre": centre})
+            centre = [True, ways.both_sides(i, second[m], there.azimuth[m])[1]]  # the nine has the shared one's other ways
+            meta = _meta(capture, i, second[m], there, m, move[m], turn[m]) | {"centre": centre}
+            out.append(reverse(meta) if turned_round else meta)
     return out
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 COMPOSITIONS = ("paper", "balanced")
+ANCHORS = ("first", "either")
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,11 @@ class ViewpointConfig:
     max_test_fraction: float = 0.1
     """at most this share of the objects, and at least one, goes to the test set; it is smaller than test_examples if they do not suffice"""
     composition: str = "paper"
-    """paper: pairs that walk round the object and turn towards it, as in the paper; balanced: nines of one first photograph and a second
+    """paper: pairs that walk round the object and turn towards it, as in the paper; balanced: nines of one photograph and another
     one for every mixture of left, right and no move with left, right and no turn"""
+    anchor: str = "first"
+    """balanced: the photograph that the pairs of a nine share. first: that one tells nothing, and the second more than it would have to;
+    either: the first in one half of the nines, the second in the other, so that each tells about half as much"""
     pairs_per_object: int = 10
     """pairs drawn per object at most; balanced: as many whole nines as that holds, but one at least"""
     test_pairs_per_object: int = 3
@@ -75,6 +79,8 @@ class ViewpointConfig:
             raise ValueError(f"min_yaw={self.min_yaw} must be in [0, 90) degrees, min_translation={self.min_translation} at least 0")
         if self.composition not in COMPOSITIONS:
             raise ValueError(f"composition={self.composition!r}; expected {' or '.join(map(repr, COMPOSITIONS))}")
+        if self.anchor not in ANCHORS:
+            raise ValueError(f"anchor={self.anchor!r}; expected {' or '.join(map(repr, ANCHORS))}")
         if not 0 <= self.max_still_translation < max(self.min_translation, 1e-9):
             raise ValueError(f"max_still_translation={self.max_still_translation}: need at least 0 and less than min_translation")
         if not 0 <= self.max_still_yaw < max(self.min_yaw, 1e-9):

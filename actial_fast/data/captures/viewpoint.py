@@ -26,6 +26,7 @@ from typing import Any, TextIO, TypeVar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from actial_fast.data.captures.capture import find_captures, object_id, read_capture, state
+from actial_fast.data.captures.crops import crops, write_crops
 from actial_fast.data.captures.moves import pairs
 from actial_fast.data.captures.photos import BadCapture
 from actial_fast.data.captures.probes import leak_report
@@ -41,6 +42,7 @@ CODE = (
     "capture",
     "co3d",
     "colmap",
+    "crops",
     "frame",
     "geometry",
     "matches",
@@ -155,12 +157,12 @@ def _read_all(paths: list[Path], root: Path, cache: Path, config: ViewpointConfi
                 part = json.loads(line)
             except json.JSONDecodeError:
                 continue  # the line that was being written when the build was killed
-            if keys.get(part["object"]) == part["key"]:
+            if keys.get(part["object"]) == part["key"] and (not config.crops or _has_crops(part, root)):
                 parts[part["object"]] = part
     reused = len(parts)
     with _atomic(cache) as file:
         file.writelines(json.dumps(part) + "\n" for part in parts.values())
-    todo = [(path, root, free, keys[name]) for name, path in zip(keys, paths, strict=True) if name not in parts]
+    todo = [(path, root, cache.parent, free, keys[name]) for name, path in zip(keys, paths, strict=True) if name not in parts]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with writing(cache), cache.open("a", encoding="utf-8") as file, Progress(*columns, disable=not progress) as bar:
         task = bar.add_task("captures", total=len(paths), completed=reused)
@@ -177,15 +179,25 @@ def _key(path: Path, settings: str) -> str:
     return hashlib.sha256(repr((settings, state(path))).encode()).hexdigest()[:16]
 
 
-def _read_one(job: tuple[Path, Path, ViewpointConfig, str]) -> dict[str, Any]:
+def _has_crops(part: Mapping[str, Any], root: Path) -> bool:
+    """Whether a capture's crops are still where they were written."""
+    return all((root / part["folder"] / name).is_file() for pair in part.get("pairs", ()) for name in pair["pair"])
+
+
+def _read_one(job: tuple[Path, Path, Path, ViewpointConfig, str]) -> dict[str, Any]:
     """One capture's part: at most pairs_per_object pairs in random order, or the reason there are none."""
-    path, root, config, key = job
+    path, root, out, config, key = job
     name = object_id(path, root)
     part: dict[str, Any] = {"object": name, "key": key, "left_out": {}}
     try:
         capture = read_capture(path, root, min_images=config.min_images, max_elevation_deg=config.max_elevation, verify=config.verify)
-        part["left_out"], part["folder"] = capture.left_out, os.path.relpath(capture.folder, root)
-        part["pairs"] = pairs(capture, config)
+        part["left_out"] = capture.left_out
+        made = crops(capture, config.crops, out / "crops" / name, config.seed) if config.crops else None
+        part["folder"] = os.path.relpath((made.capture if made else capture).folder, root)
+        part["pairs"] = pairs(made.capture if made else capture, config)
+        if made and part["pairs"]:
+            write_crops(capture, made, {name for pair in part["pairs"] for name in pair["pair"]})
+            part["pairs"] = [pair | {"cameras": made.cameras(pair["pair"])} for pair in part["pairs"]]
         if not part["pairs"]:
             raise BadCapture(path, NO_PAIR, f"among {len(capture.names)} images, {_wanted(config)}")
     except BadCapture as error:
