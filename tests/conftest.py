@@ -86,8 +86,9 @@ def _poisoned(empty, *arguments, **kinds) -> torch.Tensor:
 def lab(tmp_path_factory) -> SimpleNamespace:
     """root, captures, questions (train.jsonl, test.jsonl), spatial (parquet) and model: small, and the same for every test."""
     from actial_fast.data.captures.render import RenderConfig, render
+    from actial_fast.data.captures.settings import ViewpointConfig
     from actial_fast.data.captures.spatial import SpatialConfig, spatial_questions, viewpoint_test_objects
-    from actial_fast.data.captures.viewpoint import ViewpointConfig, build
+    from actial_fast.data.captures.viewpoint import build
     from actial_fast.data.sources.own import JsonlSource
     from actial_fast.model.tiny import TinyConfig, create
 

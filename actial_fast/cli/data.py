@@ -88,7 +88,8 @@ def _render(args: argparse.Namespace) -> int:
 
 
 def _viewpoint(args: argparse.Namespace) -> int:
-    from actial_fast.data.captures.viewpoint import ViewpointConfig, build
+    from actial_fast.data.captures.settings import ViewpointConfig
+    from actial_fast.data.captures.viewpoint import build
 
     done = build(args.captures, args.out, _config(ViewpointConfig, args.overrides))
     for split, rows in done["examples"].items():

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from actial_fast.data.captures.render import RenderConfig, render
-from actial_fast.data.captures.viewpoint import ViewpointConfig, build
+from actial_fast.data.captures.settings import ViewpointConfig
+from actial_fast.data.captures.viewpoint import build
 from actial_fast.data.sources.source import SourceConfig, open_source, scan
 
 

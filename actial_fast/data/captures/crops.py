@@ -89,8 +89,8 @@ def crops(capture: Capture, share: float, folder: Path, seed: int) -> Crops:
 
 
 def write_crops(capture: Capture, made: Crops, wanted: set[str]) -> None:
-    """Write the wanted ones of a capture's crops and their cameras, each file under its name only when it is complete; others that are there
-    from before are removed."""
+    """Write the wanted ones of a capture's crops and their cameras, each file under its name only when it is complete; what else is
+    there, of an earlier build, is removed."""
     folder = made.capture.folder
     folder.mkdir(parents=True, exist_ok=True)
     record = {}

@@ -18,6 +18,7 @@ where they are, on any walk by how far from the middle the object is). Pairs tha
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -87,44 +88,64 @@ def _sure(capture: Capture, first: np.ndarray, second: np.ndarray, config: Viewp
     return np.degrees(errors) <= config.max_angle_error
 
 
-def _balanced(capture: Capture, config: ViewpointConfig) -> list[dict[str, Any]]:
-    """As many nines as pairs_per_object holds, one at least if there is one, each of another first photograph."""
-    first, second = (side.ravel() for side in np.indices((len(capture.names),) * 2))
-    near = np.abs(np.angle(np.exp(1j * (capture.azimuth[second] - capture.azimuth[first])))) <= np.radians(config.max_angle)
-    first, second = first[near & (first != second)], second[near & (first != second)]
+@dataclass(frozen=True, eq=False)
+class _From:
+    """The usable pairs (M,) of one photograph as the first: the second ones, the motion to each, and the sides of its move and turn."""
+
+    second: np.ndarray
+    there: Motion
+    move: np.ndarray
+    turn: np.ndarray
+
+    def leads(self, azimuth: float) -> bool:
+        """Whether one of them goes about that far round the object, radians."""
+        return bool((self.move != 0)[np.degrees(np.abs(self.there.azimuth - azimuth)) <= MIRROR].any())
+
+
+def _from(capture: Capture, i: int, config: ViewpointConfig) -> _From:
+    round_it = np.abs(np.angle(np.exp(1j * (capture.azimuth - capture.azimuth[i]))))
+    second = np.flatnonzero((round_it <= np.radians(config.max_angle)) & (np.arange(len(capture.names)) != i))
+    first = np.full(len(second), i)
     there, move, turn = _sides(capture, first, second, config)
     usable = (move != UNCLEAR) & (turn != UNCLEAR) & _far_enough(there, (move * turn) == -1, config)
-    clear = np.flatnonzero(usable)
     if config.max_angle_error:
-        clear = clear[_sure(capture, first[clear], second[clear], config)]
-    ways = _Ways(first[clear], second[clear], there.azimuth[clear])
-    starts = np.searchsorted(first[clear], np.arange(len(capture.names) + 1))
+        clear = np.flatnonzero(usable)
+        usable[clear] = _sure(capture, first[clear], second[clear], config)
+    some = Motion(*(side[usable] for side in (there.azimuth, there.yaw, there.ego, there.object)))
+    return _From(second[usable], some, move[usable], turn[usable])
+
+
+def _balanced(capture: Capture, config: ViewpointConfig) -> list[dict[str, Any]]:
+    """As many nines as pairs_per_object holds, one at least if there is one, each about another photograph."""
     draw = random.Random(f"{config.seed}/{capture.object}")
     taken: set[frozenset[int]] = set()
     out: list[dict[str, Any]] = []
     for i in draw.sample(range(len(capture.names)), len(capture.names)):
         if len(out) >= NINE * max(1, config.pairs_per_object // NINE):
             break
-        here = [m for m in clear[starts[i] : starts[i + 1]] if frozenset((i, int(second[m]))) not in taken]
-        nine = _nine(np.array(here, int), move, turn, there, draw)
-        taken |= {frozenset((i, int(second[m]))) for m in nine}
+        ways = _from(capture, i, config)
+        free = np.array([frozenset((i, int(j))) not in taken for j in ways.second], bool)
+        nine = _nine(ways, np.flatnonzero(free), draw)
         turned_round = config.anchor == "either" and draw.random() < 0.5
         for m in nine:
-            centre = [True, ways.both_sides(i, second[m], there.azimuth[m])[1]]  # the nine has the shared one's other ways
-            meta = _meta(capture, i, second[m], there, m, move[m], turn[m]) | {"centre": centre}
+            j = int(ways.second[m])
+            taken.add(frozenset((i, j)))
+            meta = _meta(capture, i, j, ways.there, m, ways.move[m], ways.turn[m])
+            # The nine has the shared photograph's other ways.
+            meta["centre"] = [True, not ways.move[m] or _from(capture, j, config).leads(ways.there.azimuth[m])]
             out.append(reverse(meta) if turned_round else meta)
     return out
 
 
-def _nine(here: np.ndarray, move: np.ndarray, turn: np.ndarray, there: Motion, draw: random.Random) -> list[int]:
-    """One pair of every cell, of the pairs `here` of one first photograph, in random order, with mirrored ones of about the same angle; []
-    where that cannot be."""
-    cells = {cell: here[(move[here] == cell[0]) & (turn[here] == cell[1])] for cell in CELLS}
+def _nine(ways: _From, free: np.ndarray, draw: random.Random) -> list[int]:
+    """One pair of every cell, of the numbers `free`, in random order, with mirrored ones of about the same angle; [] where that cannot
+    be."""
+    cells = {cell: free[(ways.move[free] == cell[0]) & (ways.turn[free] == cell[1])] for cell in CELLS}
     if not all(map(len, cells.values())):
         return []
     chosen = [int(draw.choice(cells[0, 0]))]
     for cell in CELLS[CELLS.index((0, 0)) + 1 :]:
-        angle = np.degrees(np.abs(there.azimuth if cell[0] else there.yaw))
+        angle = np.degrees(np.abs(ways.there.azimuth if cell[0] else ways.there.yaw))
         couple = _mirrored(cells[cell], cells[-cell[0], -cell[1]], angle, draw)
         if not couple:
             return []

@@ -88,7 +88,8 @@ def build(captures: Path, out: Path, config: ViewpointConfig, progress: bool = T
     taken = split(good, config, captures)
     folder = {name: captures / found[name]["folder"] for name in good}
     presuming = config.composition == "paper"
-    balance, written = {}, {}
+    balance: dict[str, dict[str, dict[str, int]]] = {}
+    written: dict[str, int] = {}
     for name, chosen in taken.items():
         limit = config.test_examples if name == "test" else config.examples
         lines = (
