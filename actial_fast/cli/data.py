@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,8 +97,18 @@ def _viewpoint(args: argparse.Namespace) -> int:
         asked = done["examples_asked"][split]
         short = f" ({asked} were asked for: more captures or pairs per object are needed)" if asked and rows < asked else ""
         print(f"{args.out / split}.jsonl: {rows} rows, {done['pairs'][split]} pairs, {_objects(done['objects'][split])}{short}")
+    if done["examples"]["test"]:
+        print(
+            f"{args.out / 'test-centre.jsonl'}: {done['centre_examples']} of these test rows, whose first photograph is from amid the walk"
+        )
     _rejected(done["rejected"], f"; each is named in {args.out / 'build.json'}")
     print(f"{sum(done['examples'].values())} rows in {_speed(done, 'examples')}")
+    if skipped := done["probes"].get("skipped"):
+        print(f"shortcuts were not looked for: {skipped}")
+    for warning in done["warnings"]:
+        print(f"warning: a shortcut: {warning}", file=sys.stderr)
+    if done["warnings"]:
+        print(f"warning: {args.out / 'build.json'} has all probes; composition=balanced has fewer shortcuts", file=sys.stderr)
     return 0
 
 

@@ -57,17 +57,20 @@ def crops(capture: Capture, share: float, folder: Path, seed: int) -> Crops:
     sources = [_to_size(capture.cameras[k], capture.image(k)) for k in range(len(capture.names))]
     intrinsics = [_narrow(camera, capture.turns[k], share) for k, camera in enumerate(sources)]
     pans = np.repeat(np.arange(-WIDEST, WIDEST + STEP / 2, STEP), 2)
+    panned = np.stack([_about(capture.up, -pan) for pan in pans])
     kept = np.unique(np.linspace(0, len(sources) - 1, MOST_PHOTOGRAPHS).round().astype(int))
     for k in kept.tolist():
         if min(intrinsics[k].width, intrinsics[k].height) < MIN_SIDE:
             continue
-        for pan, tilt, roll in zip(pans, *rng.uniform(-TILT, TILT, (2, len(pans))), strict=True):
-            shown = _spin(tilt, 0) @ _spin(roll, 2) @ capture.rotations[k] @ _about(capture.up, -pan)
-            if _inside(sources[k], capture.turns[k].T @ capture.rotations[k] @ shown.T, intrinsics[k]):
-                mark = hashlib.sha256(f"{capture.names[k]} {pan} {tilt} {roll} {share}".encode()).hexdigest()[:12]
-                names.append(f"{mark}.jpg")
-                rotations.append(shown)
-                photograph.append(k)
+        tilts, rolls = rng.uniform(-TILT, TILT, (2, len(pans)))
+        spins = np.stack([_spin(tilt, 0) @ _spin(roll, 2) for tilt, roll in zip(tilts, rolls, strict=True)])
+        shown = spins @ capture.rotations[k] @ panned
+        inside = _inside(sources[k], capture.turns[k].T @ capture.rotations[k] @ shown.transpose(0, 2, 1), intrinsics[k])
+        for n in np.flatnonzero(inside):
+            mark = hashlib.sha256(f"{capture.names[k]} {pans[n]} {tilts[n]} {rolls[n]} {share}".encode()).hexdigest()[:12]
+            names.append(f"{mark}.jpg")
+            rotations.append(shown[n])
+            photograph.append(k)
     order = np.argsort(names)
     of = np.array(photograph, int)[order]
     turned = np.array(rotations).reshape(-1, 3, 3)[order]
@@ -188,14 +191,14 @@ def _rays(camera: pycolmap.Camera, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.stack([(x - cx) / fx, (y - cy) / fy, np.ones(np.shape(x))], -1)
 
 
-def _inside(camera: pycolmap.Camera, rotation: np.ndarray, crop: pycolmap.Camera) -> bool:
-    """Whether the whole edge of a crop lies in its photograph; rotation: from the crop's axes to the photograph's."""
+def _inside(camera: pycolmap.Camera, rotations: np.ndarray, crop: pycolmap.Camera) -> np.ndarray:
+    """Which crops lie in their photograph with their whole edge, bool (P,). rotations (P, 3, 3): from the crop's axes to the photograph's."""
     along = np.linspace(0, 1, EDGE)
     x, y = np.concatenate([along, along, 0 * along, 0 * along + 1]), np.concatenate([0 * along, 0 * along + 1, along, along])
-    rays = _rays(crop, x * crop.width, y * crop.height) @ rotation.T
-    if (rays[:, 2] < 0.2).any():  # beyond a lens's view, where its model may fold back
-        return False
-    pixels = camera.img_from_cam(rays)
-    flat = rays[:, :2] / rays[:, 2:] * camera.mean_focal_length()
-    seen = (np.abs(flat) <= 0.75 * np.array([camera.width, camera.height])).all()
-    return bool(seen and (pixels >= 0).all() and (pixels <= [camera.width, camera.height]).all())
+    rays = _rays(crop, x * crop.width, y * crop.height) @ rotations.transpose(0, 2, 1)  # (P, 4 * EDGE, 3)
+    ahead = rays[..., 2:] >= 0.2  # beyond a lens's view its model may fold back
+    flat = np.where(ahead, rays[..., :2] / np.where(ahead, rays[..., 2:], 1), np.inf)
+    size = np.array([camera.width, camera.height])
+    seen = (np.abs(flat) * camera.mean_focal_length() <= 0.75 * size).all(-1)
+    pixels = camera.img_from_cam(np.where(seen[..., None], rays, [0.0, 0, 1]).reshape(-1, 3)).reshape(flat.shape)
+    return (seen & (pixels >= 0).all(-1) & (pixels <= size).all(-1)).all(1)
