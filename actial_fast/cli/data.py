@@ -108,7 +108,8 @@ def _viewpoint(args: argparse.Namespace) -> int:
     for warning in done["warnings"]:
         print(f"warning: a shortcut: {warning}", file=sys.stderr)
     if done["warnings"]:
-        print(f"warning: {args.out / 'build.json'} has all probes; composition=balanced has fewer shortcuts", file=sys.stderr)
+        hint = "; composition=balanced has fewer shortcuts" if done["config"]["composition"] == "paper" else ""
+        print(f"warning: {args.out / 'build.json'} has all probes{hint}", file=sys.stderr)
     return 0
 
 

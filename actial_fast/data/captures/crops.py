@@ -192,7 +192,7 @@ def _rays(camera: pycolmap.Camera, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _inside(camera: pycolmap.Camera, rotations: np.ndarray, crop: pycolmap.Camera) -> np.ndarray:
-    """Which crops lie in their photograph with their whole edge, bool (P,). rotations (P, 3, 3): from the crop's axes to the photograph's."""
+    """Which crops lie in their photograph with their whole edge, bool (P,). rotations (P, 3, 3): from a crop's axes to the photograph's."""
     along = np.linspace(0, 1, EDGE)
     x, y = np.concatenate([along, along, 0 * along, 0 * along + 1]), np.concatenate([0 * along, 0 * along + 1, along, along])
     rays = _rays(crop, x * crop.width, y * crop.height) @ rotations.transpose(0, 2, 1)  # (P, 4 * EDGE, 3)
