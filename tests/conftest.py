@@ -98,7 +98,7 @@ def lab(tmp_path_factory) -> SimpleNamespace:
     build(
         captures,
         questions,
-        ViewpointConfig(pairs_per_object=6, test_examples=18, max_test_fraction=0.3, ask_letter=False, workers=1),
+        ViewpointConfig(pairs_per_object=6, test_examples=18, max_test_fraction=0.3, ask_letter=False, workers=1, probes=False),
         progress=False,
     )
     held_out = viewpoint_test_objects(questions / "test.jsonl")

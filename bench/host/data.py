@@ -77,7 +77,7 @@ def _render(out: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _build(captures: Path, out: Path, args: argparse.Namespace) -> dict[str, Any]:
-    done = build(captures, out, ViewpointConfig(pairs_per_object=args.pairs, workers=args.workers), progress=False)
+    done = build(captures, out, ViewpointConfig(pairs_per_object=args.pairs, workers=args.workers, probes=False), progress=False)
     assert not done["rejected"], done["rejected"]
     return {
         "objects": done["captures"],

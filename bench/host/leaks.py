@@ -40,7 +40,7 @@ SETS: list[tuple[str, str, dict[str, Any]]] = [  # what a row of the table is ca
     ("arc of 180 degrees, balanced, crops=0.4", "arc, wide", {"composition": "balanced", "crops": 0.4}),
 ]
 HEAD = (
-    "| set | objects, pairs | text | image 1: move, turn | image 2: move, turn | side of the move: image 1, image 2 | order | turn as move |",
+    "| set | objects, pairs | text | image 1: move, turn | image 2: move, turn | move's side: image 1, image 2 | order | turn as move |",
     "|---|---|---|---|---|---|---|---|",
 )
 

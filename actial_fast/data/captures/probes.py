@@ -32,6 +32,7 @@ NOT_INSTALLED = "scikit-learn is not installed: pip install 'actial-fast[probes]
 SIDE = 16  # pixels
 MOST_PAIRS = 6000  # that are looked at
 FOLDS = 3
+RARE = 10  # pairs of a move and a turn, of which fewer teach nothing
 FEWEST_OBJECTS, FEWEST_PAIRS = 30, 200  # with fewer, chance itself is off by as much as a leak
 
 
@@ -155,6 +156,11 @@ def _answers(pairs: Sequence[_Pair], seen: np.ndarray, model: Callable[[int], An
     names = np.unique(cells)
     scores = np.zeros((len(pairs), len(names)))
     for here, rest in _folds(pairs, seed):
+        common = [name for name in names if (cells[rest] == name).sum() >= RARE]
+        rest = rest[np.isin(cells[rest], common)]
+        if len(common) < 2:  # there is nothing to tell apart
+            scores[here, np.searchsorted(names, common[:1])] = 1
+            continue
         fitted = model(seed).fit(seen[rest], cells[rest])
         scores[np.ix_(here, np.searchsorted(names, fitted.classes_))] = fitted.predict_proba(seen[here])
     report = {}
@@ -180,6 +186,9 @@ def _text(pairs: Sequence[_Pair], seed: int) -> dict[str, Any]:
     for k in range(len(KINDS)):
         texts, letters = [pair.texts[k] for pair in pairs], np.array([pair.letters[k] for pair in pairs])
         for here, rest in _folds(pairs, seed):
+            if len(np.unique(letters[rest])) < 2:
+                right[here, k] = letters[here] == letters[rest][0]
+                continue
             counted = CountVectorizer(token_pattern=r"\S+", ngram_range=(1, 3), min_df=3, lowercase=False)
             fitted = make_pipeline(counted, LogisticRegression(max_iter=500)).fit([texts[n] for n in rest], letters[rest])
             right[here, k] = fitted.predict([texts[n] for n in here]) == letters[here]

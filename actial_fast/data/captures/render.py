@@ -312,9 +312,10 @@ def _same_settings(out: Path, config: RenderConfig) -> None:
     record = out / "render.json"
     if record.exists():
         theirs = json.loads(record.read_text(encoding="utf-8"))
-        changed = [k for k in ours if theirs.get(k) != ours[k]]
+        theirs = asdict(RenderConfig()) | theirs  # a field that there was not yet had its default
+        changed = [k for k in ours if json.loads(json.dumps(theirs[k])) != ours[k]]
         if changed:
-            told = "; ".join(f"{k} was {theirs.get(k)!r}, now {ours[k]!r}" for k in changed)
+            told = "; ".join(f"{k} was {theirs[k]!r}, now {ours[k]!r}" for k in changed)
             raise ValueError(f"{out} holds captures made with other settings ({told}): render into another folder, or remove this one")
     else:
         out.mkdir(parents=True, exist_ok=True)

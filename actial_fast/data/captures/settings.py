@@ -81,10 +81,9 @@ class ViewpointConfig:
             raise ValueError(f"composition={self.composition!r}; expected {' or '.join(map(repr, COMPOSITIONS))}")
         if self.anchor not in ANCHORS:
             raise ValueError(f"anchor={self.anchor!r}; expected {' or '.join(map(repr, ANCHORS))}")
-        if not 0 <= self.max_still_translation < max(self.min_translation, 1e-9):
-            raise ValueError(f"max_still_translation={self.max_still_translation}: need at least 0 and less than min_translation")
-        if not 0 <= self.max_still_yaw < max(self.min_yaw, 1e-9):
-            raise ValueError(f"max_still_yaw={self.max_still_yaw}: need at least 0 degrees and less than min_yaw")
+        for name, above in (("max_still_translation", "min_translation"), ("max_still_yaw", "min_yaw")):
+            if self.composition == "balanced" and not 0 <= getattr(self, name) < getattr(self, above):
+                raise ValueError(f"{name}={getattr(self, name)}: need at least 0 and less than {above}={getattr(self, above)}")
         if not 0 <= self.crops < 1 or (self.crops and self.composition != "balanced"):
             raise ValueError(f"crops={self.crops}: a share below 1 of a photograph's width and height, with composition=balanced only")
         if not 0 <= self.max_leak < 100:

@@ -164,8 +164,8 @@ def test_rows_of_a_pair_that_stays(walks, tmp_path):
         ({"anchor": "second"}, "anchor='second'"),
         ({"crops": 0.5}, "crops=0.5: .* composition=balanced only"),
         ({"crops": 1.0, "composition": "balanced"}, "crops=1.0"),
-        ({"max_still_yaw": 10.0}, "max_still_yaw"),
-        ({"max_still_translation": 0.2}, "max_still_translation"),
+        ({"max_still_yaw": 10.0, "composition": "balanced"}, "max_still_yaw"),
+        ({"max_still_translation": 0.2, "composition": "balanced"}, "max_still_translation"),
         ({"max_leak": -1.0}, "max_leak"),
     ],
 )
