@@ -27,6 +27,10 @@ IDENTIFY = (
     "I have two photos of one object. Nothing but the camera changes between them, so I can read its motion from how the view changes.",
     "Image 1 is the starting view and image 2 the view after the move. It is the same object both times, and it has not moved.",
 )
+IDENTIFY_STILL = (
+    "Both images show one object, which stands still, so every difference between them comes from the camera.",
+    IDENTIFY[1],
+)
 COMPARE_CAMERA = (
     "From the camera's perspective: the flank of the object that lay towards the {ego} in the first image faces the camera more in the "
     "second, and the flank towards the {other} turns away.",
@@ -149,7 +153,7 @@ def geometric_cot(row: Row, rng: random.Random, style: str = "full") -> str:
     moved, turned, none = facts["ego"] in SIDES, facts["turn"] in SIDES, choice not in SIDES
     if style == "short":
         return f"<think>{(SHORT_NONE if none else SHORT)[row.kind].format(**facts)}</think><answer>{letter}</answer>"
-    steps = [rng.choice(IDENTIFY)]
+    steps = [rng.choice(IDENTIFY if moved else IDENTIFY_STILL)]
     steps.append(f"{rng.choice(COMPARE_CAMERA)} {rng.choice(COMPARE_OBJECT)}" if moved else rng.choice(COMPARE_STILL))
     steps.append(rng.choice((ANALYSE_NONE if none else ANALYSE)[row.kind]))
     if row.kind == "ego_rotation" and moved and turned and facts["turn"] != facts["ego"]:  # any other turn did not keep the object in view
