@@ -119,8 +119,8 @@ class RenderConfig:
             raise ValueError(f"views is {self.views}, shots {self.shots}: views has to be a multiple of shots, two places at least")
         if not 0 < self.arc_deg < 360 or (self.azimuths != "front" and self.arc_deg != 180):
             raise ValueError(f"arc_deg is {self.arc_deg}: give an angle below 360 degrees, with azimuths=front")
-        if not 1 <= self.pan_deg <= 45:
-            raise ValueError(f"pan_deg is {self.pan_deg}: give 1 to 45 degrees")
+        if not 1 <= self.pan_deg <= 45 or (self.shots == 1 and self.pan_deg != RenderConfig.pan_deg):
+            raise ValueError(f"pan_deg is {self.pan_deg}: give 1 to 45 degrees, with several shots")
         if self.shots > 2 and (widest := self.pan_deg * ((self.shots - 1) // 2 + 0.5)) > self.fov_deg / 2 + 10:
             raise ValueError(
                 f"shots is {self.shots}, pan_deg {self.pan_deg}: cameras panned by {widest:g} degrees do not see the object; "

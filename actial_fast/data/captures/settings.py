@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 COMPOSITIONS = ("paper", "balanced")
 ANCHORS = ("first", "either")
@@ -81,11 +81,17 @@ class ViewpointConfig:
             raise ValueError(f"composition={self.composition!r}; expected {' or '.join(map(repr, COMPOSITIONS))}")
         if self.anchor not in ANCHORS:
             raise ValueError(f"anchor={self.anchor!r}; expected {' or '.join(map(repr, ANCHORS))}")
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("anchor", "max_still_translation", "max_still_yaw", "crops"):
+            if self.composition != "balanced" and getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name}={getattr(self, name)}: has a meaning with composition=balanced only")
+        if not 0 <= self.crops < 1:
+            raise ValueError(f"crops={self.crops}: need a share below 1 of a photograph's width and height")
         for name, above in (("max_still_translation", "min_translation"), ("max_still_yaw", "min_yaw")):
             if self.composition == "balanced" and not 0 <= getattr(self, name) < getattr(self, above):
                 raise ValueError(f"{name}={getattr(self, name)}: need at least 0 and less than {above}={getattr(self, above)}")
-        if not 0 <= self.crops < 1 or (self.crops and self.composition != "balanced"):
-            raise ValueError(f"crops={self.crops}: a share below 1 of a photograph's width and height, with composition=balanced only")
+        if not self.probes and self.max_leak != defaults["max_leak"]:
+            raise ValueError(f"max_leak={self.max_leak}: has a meaning with probes=true only")
         if not 0 <= self.max_leak < 100:
             raise ValueError(f"max_leak={self.max_leak}: need points in [0, 100)")
         if self.verify not in ("tracks", "off"):

@@ -147,7 +147,7 @@ def _read_all(paths: list[Path], root: Path, cache: Path, config: ViewpointConfi
     """What each capture gives, {object: part} in the order of `paths`, and how many were found in `cache`."""
     # What a part depends on; the rest of the config only decides which parts are used.
     free = replace(config, examples=None, test_examples=0, max_test_fraction=0.0, test_pairs_per_object=1, ask_letter=False, workers=0)
-    free = replace(free, probes=False, max_leak=0.0)
+    free = replace(free, probes=True, max_leak=ViewpointConfig.max_leak)
     code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in CODE)
     settings = f"{free} {hashlib.sha256(code).hexdigest()}"
     keys = {object_id(path, root): _key(path, settings) for path in paths}
