@@ -15,17 +15,19 @@ from actial_fast.report import chart
 from actial_fast.report.chart import Guide, Series, line_chart, moving_average, number
 from actial_fast.report.metrics import MetricLog
 from actial_fast.report.page import write_report
+from actial_fast.report.paired import paired
 
 KINDS = ("ego_translation", "object_translation", "ego_rotation")
 VOID = {"meta", "br", "img", "line", "path", "circle"}
 
 
-def result(rng, right, formed, n=300):
+def result(rng, right, formed, n=300, rows=False):
     records = []
     for i in range(n):
         well = bool(rng.random() < formed)
         truth = ("left", "right")[rng.integers(2)]
-        records.append(Record(KINDS[i % 3], bool(rng.random() < right), well, 24 if well else 2, truth, 3))
+        row = f"row{i:05d}" if rows else ""
+        records.append(Record(KINDS[i % 3], bool(rng.random() < right), well, 24 if well else 2, truth, 3, (f"{i // 3}",), row=row))
     return accuracy_table(records)
 
 
@@ -175,13 +177,13 @@ def test_table_gives_the_figures_of_the_events(whole):
     for kind in (*KINDS, "all"):
         (row,) = re.findall(rf"<th>{kind}</th>(.*?)</tr>", table)
         figures = [shown[label]["overall"] if kind == "all" else shown[label]["kinds"][kind] for label in labels]
-        assert re.findall("<td>([^<]*)", row) == [str(figures[-1]["n"]), "33.3", percent(figures[-1]["majority"])]
-        cells = re.findall("<td class=.*?><b>([^<]*)</b>.*?<small>([^<]*)</small>", row)
+        assert re.findall("<td data-label=.*?>([^<]*)", row) == [str(figures[-1]["n"]), "33.3", percent(figures[-1]["majority"])]
+        cells = re.findall('<td class="share.*?><b>([^<]*)</b>.*?<small>([^<]*)</small>', row)
         pairs = (("accuracy", "interval"), ("well_formed_and_correct", "well_formed_and_correct_interval"))
         assert cells == [(percent(f[share]), "&ndash;".join(map(percent, f[ends]))) for f in figures for share, ends in pairs]
-        bars = re.findall(r"class=\"share first\"><b>([\d.]+)</b><span class='bar'>.*?<b style='left:([\d.]+)%'>", row)
+        bars = re.findall(r"class=\"share first\" data-label=.*?><b>([\d.]+)</b><span class='bar'>.*?<b style='left:([\d.]+)%'>", row)
         assert bars == [(percent(f["accuracy"]),) * 2 for f in figures] and row.count("'bar'") == len(figures)
-    changes = [f"{percent(shown[label]['overall']['accuracy'])}%</b> {label}" for label in labels[-2:]]
+    changes = [f"{percent(shown[label]['overall']['accuracy'])}%</b> {label}" for label in labels[-4:]]
     assert f"Accuracy on <i>held-out</i>: <b>{' &rarr; <b>'.join(changes)} <span" in html
     assert f"after sft <small>well-formed {percent(last['sft']['overall']['format_rate'])}%" in table
 
@@ -198,8 +200,8 @@ def log_evals(run, stage, *tables):
 def stages_with_their_own(tmp_path_factory):
     """Two stages that evaluate something of their own, then sft and grpo; the sampled evaluation is logged before the greedy one."""
     run, rng, warm = tmp_path_factory.mktemp("runs") / "r", np.random.default_rng(3), "v at temperature 1"
-    tables = {"sft": result(rng, 0.9, 0.0), "grpo": result(rng, 0.95, 1.0)}
-    sampled = {"sft": result(rng, 0.8, 0.1), "start": result(rng, 0.8, 0.1, 150), "grpo": result(rng, 0.85, 0.9)}
+    tables = {"sft": result(rng, 0.9, 0.0, rows=True), "grpo": result(rng, 0.95, 1.0, rows=True)}
+    sampled = {"sft": result(rng, 0.8, 0.1, rows=True), "start": result(rng, 0.8, 0.1, 150), "grpo": result(rng, 0.7, 0.9, 240, rows=True)}
     assert len({percent(t["overall"]["accuracy"]) for t in (*tables.values(), *sampled.values())}) == 5
     for stage in ("front", "ring"):
         log_evals(run, stage, *((step, f"r/{stage}-test", result(rng, 0.9, 0.0)) for step in (1, 2)))
@@ -216,6 +218,36 @@ def test_headline_is_greedy_accuracy_and_sampled_format(stages_with_their_own):
     assert f"Accuracy on v: {a}% after sft \u2192 {b}% after grpo (chance 33.3%, majority {majority}%)." in text
     assert f"Well-formed and correct on v at temperature 1: {c}% after sft \u2192 {d}% after grpo." in text
     assert html.count('class="lead"') == 2
+
+
+def test_first_lines_and_tables_compare_stages_on_the_same_rows(stages_with_their_own):
+    tables, sampled, html, _, text = stages_with_their_own
+    lines = re.findall("<li>(after sft .*?)</li>", html)
+    told = [paired(tables["sft"], tables["grpo"]), paired(sampled["sft"], sampled["grpo"], "well_formed_and_correct")]
+    for line, change, verdict in zip(lines, told, ("no clear change", "better"), strict=True):
+        ends = [f"{100 * share:+.1f}".replace("-", "&minus;") for share in (change.difference, change.low, change.high)]
+        assert line.startswith("after sft &rarr; after grpo: <b>{} points</b>, 95% interval {} to {}: ".format(*ends))
+        assert f">{verdict}<" in line and f"right only before: {change.only_first}, only after: {change.only_second})" in line
+    assert "(the same 300 rows;" in lines[0] and "(the same 240 rows;" in lines[1], "only those that both moments had"
+    (table,) = re.findall("<h3>v</h3>(.*?)</table>", html, re.DOTALL)
+    shown = [paired(tables["sft"], tables["grpo"], kind=kind) for kind in (*sorted(KINDS), None)]
+    cells = re.findall('<td class="change first" data-label="change of accuracy"><b class="[a-z]*">([^<]*)</b><small>([^<]*)', table)
+    assert [c[0].replace("&minus;", "-") for c in cells] == [f"{100 * change.difference:+.1f}" for change in shown]
+    assert "change <small>of accuracy on the same rows,<br>since after sft<" in table and html.count("since after sft<") == 2
+    assert "recorded without their rows" not in text
+
+
+def test_stages_that_cannot_be_compared_are_no_change(tmp_path):
+    """Runs from before evaluations had their rows, stages of other rows, and rows that all hang together."""
+    rng = np.random.default_rng(7)
+    log_evals(tmp_path / "old", "sft", (2, "v", result(rng, 0.9, 0.0)))
+    log_evals(tmp_path / "old", "grpo", (2, "v", result(rng, 0.9, 0.9)))
+    html, _, text = page_of(tmp_path / "old")
+    assert "recorded without their rows" in text and " points" not in text and "since after sft" not in html
+    one = [accuracy_table([Record("a", right, True, 1, "x", 2, ("same",), row=f"row{k:05d}") for k in range(9)]) for right in (False, True)]
+    log_evals(tmp_path / "one", "sft", (2, "v", one[0]))
+    log_evals(tmp_path / "one", "grpo", (2, "v", one[1]))
+    assert "+100.0 points: no interval, as all rows hang together" in page_of(tmp_path / "one")[2]
 
 
 def test_greedy_stands_before_sampled_and_what_no_later_stage_repeats_is_folded(stages_with_their_own):
