@@ -6,11 +6,12 @@ meaning), and from events.jsonl those of kind "phases", which have a step's chec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from actial_fast.report.chart import Series, line_chart, stacked_bars
+from actial_fast.report.bars import stacked_bars
+from actial_fast.report.chart import Chart, Series, lines
 
 OTHER = "other"
 # Phases that there may be, from the bottom of a bar to its top, each with its place among the page's colours. There are more than colours:
@@ -30,26 +31,25 @@ COLOUR = {
 }
 FAINT = 7  # from here on: the colours again, at half their strength
 TAKEN = ("seconds/", "tokens_per_s/", "tflops", "mfu", "peak_gib", "mismatch/")  # beginnings of what is drawn here, or need not be
-Chart = Callable[..., str]
 
 
 def speed_charts(metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]], steps: Mapping[str, int]) -> Iterator[Chart]:
-    """Charts that take `wide` alone; those of nothing are empty. steps: last step per stage."""
+    """Those of nothing are empty. steps: last step per stage."""
     for stage, last in steps.items():
         parts = _seconds(metrics, events, stage)
         colours = {name: _css(COLOUR[name]) if name in COLOUR else "var(--dim)" for name in parts}
-        yield partial(stacked_bars, f"Seconds of a step, {stage}", parts, stage, last, colours)
-    yield partial(line_chart, "Tokens per second and device, by phase", _lines(metrics, "tokens_per_s/", steps), steps, may_log=True)
+        yield Chart(partial(stacked_bars, f"Seconds of a step, {stage}", parts, stage, last, colours))
+    yield lines("Tokens per second and device, by phase", _lines(metrics, "tokens_per_s/", steps), steps, may_log=True)
     whole = [Series("whole step", _stages(metrics, "mfu", steps), 6)]
-    yield partial(line_chart, "MFU: share of the measured matmul rate", [*whole, *_lines(metrics, "mfu/", steps)], steps)
-    yield partial(line_chart, "Peak memory (GiB)", [Series("peak_gib", _stages(metrics, "peak_gib", steps))], steps)
+    yield lines("MFU: share of the measured matmul rate", [*whole, *_lines(metrics, "mfu/", steps)], steps)
+    yield lines("Peak memory (GiB)", [Series("peak_gib", _stages(metrics, "peak_gib", steps))], steps)
     for title, name in (
         ("Sampler against trainer: mean |d log p|", "mismatch/mean_abs"),
         ("Sampler against trainer: KL per token", "mismatch/kl"),
         ("Sampler against trainer: largest ratio", "mismatch/max_ratio"),
         ("Sampler against trainer: importance weights outside the bounds", "mismatch/outside"),
     ):
-        yield partial(line_chart, title, [Series(name, _stages(metrics, name, steps))], steps, may_log=True)
+        yield lines(title, [Series(name, _stages(metrics, name, steps))], steps, may_log=True)
 
 
 def _seconds(metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]], stage: str) -> dict[str, dict[int, float]]:
@@ -68,8 +68,8 @@ def _seconds(metrics: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str,
 
 def _lines(metrics: Sequence[Mapping[str, Any]], prefix: str, steps: Mapping[str, int]) -> list[Series]:
     names = dict.fromkeys(key for m in metrics for key in m if key.startswith(prefix))
-    lines = {key.removeprefix(prefix): _stages(metrics, key, steps) for key in names}
-    return [Series(name, lines[name], COLOUR.get(name, 6)) for name in sorted(lines, key=lambda n: [*COLOUR, n].index(n))]
+    found = {key.removeprefix(prefix): _stages(metrics, key, steps) for key in names}
+    return [Series(name, found[name], COLOUR.get(name, 6)) for name in sorted(found, key=lambda n: [*COLOUR, n].index(n))]
 
 
 def _stages(metrics: Sequence[Mapping[str, Any]], name: str, steps: Mapping[str, int]) -> dict[str, list[tuple[float, float]]]:

@@ -21,7 +21,16 @@ h3{font-size:15px;margin:18px 0 4px}p{margin:6px 0}.lead{font-size:18px;max-widt
 .muted{font-size:13px}.lead .muted{font-size:15px}.bad{color:var(--bad)}.good{color:var(--good)}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,460px),1fr));gap:26px 28px}
 figure{margin:0;display:flex;flex-direction:column}.whole{grid-column:1/-1;overflow-x:auto}.whole svg{min-width:640px}
-figcaption{font-weight:600;font-size:14px}svg{margin-top:auto}
+figcaption{font-weight:600;font-size:14px;display:flex;flex-wrap:wrap;gap:2px 8px;align-items:baseline}svg{margin-top:auto}
+figure{position:relative}figure svg{touch-action:pan-y pinch-zoom}svg:focus-visible{outline:1px solid var(--dim);outline-offset:4px}
+.tools{margin-left:auto;display:flex;gap:4px}.tools>*,.choices>*{font:inherit;color:inherit;background:var(--card);
+ border:1px solid var(--edge);border-radius:5px}.tools>*{font-size:11.5px;font-weight:400;padding:0 6px;color:var(--dim);cursor:pointer}
+.tools [aria-pressed=true]{color:var(--fg);border-color:var(--dim)}[hidden]{display:none!important}
+.legend [role=button]{cursor:pointer}.legend [aria-pressed=false]{opacity:.4;text-decoration:line-through}
+.told{position:absolute;z-index:2;pointer-events:none;background:var(--card);border:1px solid var(--edge);border-radius:6px;padding:5px 9px;
+ font-size:12px;box-shadow:0 2px 8px #0003;max-width:100%}.told span{display:block}.told>b{display:block}
+.told i{display:inline-block;width:9px;height:9px;border-radius:2px;margin-right:6px}
+svg .here{stroke:var(--dim);stroke-dasharray:2 2}svg .chosen{fill:var(--c0);opacity:.15}
 .legend{font-size:12px;color:var(--dim)}.legend span{margin-right:12px;white-space:nowrap}.legend b{color:var(--fg);font-weight:600}
 .legend i{display:inline-block;width:14px;height:3px;border-radius:2px;margin-right:5px;vertical-align:3px}
 .legend i.dash{height:0;border-top:2px dashed var(--dim);border-radius:0}
@@ -54,6 +63,7 @@ article{background:var(--card);border:1px solid var(--edge);border-radius:8px;pa
 .marks span:last-child{margin-left:auto}
 article p{font-size:13px}dl{display:grid;grid-template-columns:minmax(160px,max-content) 1fr;gap:3px 22px;margin:0}
 dt{color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
-@media print{body{max-width:none;padding:0}figure,article,tr{break-inside:avoid}}
+.changes{margin:2px 0 12px;padding-left:20px}
+@media print{.tools,.told,.choices{display:none}body{max-width:none;padding:0}figure,article,tr{break-inside:avoid}}
 """
 )

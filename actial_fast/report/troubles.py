@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
+from actial_fast.report.paired import paired
+
 WINDOW = 20  # steps that a mean is over, and that a spike is compared with
 
 Record = Mapping[str, Any]
@@ -143,15 +145,22 @@ def signs(metrics: Iterable[Record], evaluations: Mapping[str, Mapping[str, Mapp
 
 
 def _fallen(name: str, stage: str, steps: Mapping[int, Record]) -> list[str]:
-    """Whether the last evaluation of a stage lies below its best one, so far that their 95% intervals do not meet."""
-    best = max(steps, key=lambda step: (steps[step]["overall"]["accuracy"], step))
+    """Whether the last evaluation of a stage lies below its best one of as many rows: on the rows of both, by the paired interval, or where
+    these were not recorded, so far that their 95% intervals do not meet."""
     last = max(steps)
-    top, end = steps[best]["overall"], steps[last]["overall"]
-    if end["interval"][1] >= top["interval"][0]:
+    end = steps[last]["overall"]
+    alike = [step for step in steps if steps[step]["overall"].get("n") == end.get("n")]
+    best = max(alike, key=lambda step: (steps[step]["overall"]["accuracy"], step))
+    top, change = steps[best]["overall"], paired(steps[best], steps[last])
+    if change is not None:
+        fell, why = change.clusters > 1 and change.high < 0, "the paired 95% interval of the change lies below 0"
+    else:
+        fell, why = end["interval"][1] < top["interval"][0], "the 95% intervals do not meet"
+    if not fell:
         return []
     return [
         f"{stage} step {last:,}: accuracy on {name} fell from {100 * top['accuracy']:.1f}% at step {best:,} to {100 * end['accuracy']:.1f}%"
-        f", and the intervals do not meet. The checkpoint of step {best:,} is the better model, if save.keep left it."
+        f", and {why}. The checkpoint of step {best:,} is the better model, if save.keep left it."
     ]
 
 

@@ -1,8 +1,10 @@
 """The report of synthetic runs: whole, partial, broken off; nothing fetched, nothing unescaped, the figures those of the events."""
 
 import base64
+import hashlib
 import io
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -106,14 +108,19 @@ class Page(HTMLParser):
         assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
 
     def handle_data(self, data):
-        self.text.append(data)
+        if self.open[-1:] not in (["script"], ["style"]):
+            self.text.append(data)
 
 
 def page_of(run):
     html = write_report(run).read_text(encoding="utf-8")
     page = Page(html)
     assert all(source.startswith("data:image/") for source in page.sources)
-    assert not re.search(r"https?:|@import|url\(|<script|<link", html)
+    assert not re.search(r"https?:|@import|url\(|<link", html)
+    scripts = [attrs for tag, attrs in page.tags if tag == "script"]
+    assert scripts[-1] == {} and all(attrs == {"type": "application/json"} for attrs in scripts[:-1]), "values, and one script of ours"
+    digest = base64.b64encode(hashlib.sha256(html.rpartition("<script>")[2].partition("</script>")[0].encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}';" in html
     return html, page, " ".join("".join(page.text).split())
 
 
@@ -253,7 +260,7 @@ def test_stages_that_cannot_be_compared_are_no_change(tmp_path):
 def test_greedy_stands_before_sampled_and_what_no_later_stage_repeats_is_folded(stages_with_their_own):
     _, _, html, _, _ = stages_with_their_own
     assert re.findall("<h3>([^<]*)", html) == ["v", "v at temperature 1", "s", "r/ring-test", "r/front-test"]
-    (folded,) = re.findall("<details>(.*?)</details>", html, re.DOTALL)
+    folded = re.findall("<details>(.*?)</details>", html, re.DOTALL)[0]
     assert re.findall("<h3>([^<]*)", folded) == ["r/ring-test", "r/front-test"]
     assert "Accuracy by type (r/ring-test)" in folded and "Format and correctness" not in folded
     assert html.count('aria-label="Accuracy by type (s)"') == 0 and html.count('aria-label="Accuracy by type (v)"') == 1
@@ -347,6 +354,58 @@ def test_evaluation_alone_is_a_report(tmp_path):
         log.event("eval", {"<blink>": result(np.random.default_rng(1), 0.9, 0.9)})
     html, _, text = page_of(tmp_path)
     assert "before eval" not in text and "Accuracy on <blink>: " in text and "% eval (chance 33.3%" in text and "<blink>" not in html
+
+
+def test_charts_of_one_value_are_folded_under_what_they_say(tmp_path):
+    with MetricLog(tmp_path, stage="grpo", total=9, tensorboard=False) as log:
+        for step in range(1, 10):
+            log.step(step, {"reward": step / 9, "clip_fraction": 0.0, "finished": 1.0, "ratio": 1.0 + step / 9, "kl": math.nan})
+    html, _, _ = page_of(tmp_path)
+    (section,) = re.findall("<h2>GRPO</h2>(.*?)</section>", html, re.DOTALL)
+    shown, folded = section.split("<details>")
+    assert folded.startswith("<summary>Always the same: Finished replies 100%, Clip fraction 0</summary>")
+    assert re.findall("<figcaption>([^<]*)", folded) == ["Finished replies", "Clip fraction"]
+    assert re.findall("<figcaption>([^<]*)", shown) == ["Reward and its parts", "KL to the reference, per token", "Probability ratio"]
+
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+def test_whatever_a_run_holds_stays_text(tmp_path):
+    """Names, replies, notes and files that try to be more: only our script is one, and it does not hold them."""
+    folder = tmp_path / "<img src=x onerror=alert(3)>"
+    with MetricLog(folder, stage=f"s{HOSTILE}", total=2, tensorboard=False) as log:
+        for step in (1, 2):
+            log.step(step, {"reward": step, f"m{HOSTILE}": step, f"seconds/{HOSTILE}": 1.0, "loss": 1.0})
+            log.event("eval", {f"e{HOSTILE}": accuracy_table([Record(f"k{HOSTILE}", step == 2, True, 1, "x", 2, row="row00000")])}, step)
+        log.event("rollouts", [{"images": ["data:" + HOSTILE], "prompt": HOSTILE, "response": HOSTILE, "reward": 1.0, "truth": HOSTILE}])
+        log.event("skipped", {"rows": [HOSTILE]})
+        log.event("rate", {"tflops": 1.0, "what": HOSTILE})
+    (folder / "summary.json").write_text(json.dumps({HOSTILE: HOSTILE}))
+    (folder / "recipe.yaml").write_text(HOSTILE)
+    html, page, _ = page_of(folder)
+    assert html.count("<script>") == 1 and "<img src=x" not in html and "alert(1)" not in html.rpartition("<script>")[2]
+    assert not [attrs for tag, attrs in page.tags if tag == "img"] and not [
+        a for _, attrs in page.tags for a in attrs if a.startswith("on")
+    ]
+
+
+def test_values_lie_beside_a_chart(tmp_path):
+    """Every step up to 5,000 of a line; of more, the extremes; what is not finite is null; lines that are told apart stay apart."""
+    losses = [None if step == 7 else 1000 if step == 4321 else 2 + step % 3 for step in range(1, 6001)]
+    records = [{"stage": "sft", "step": k, "loss": loss, "one": 1 + k * 1e-7} for k, loss in enumerate(losses, 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    html, _, _ = page_of(tmp_path)
+    data = {
+        title: json.loads(values)
+        for title, values in re.findall(r'aria-label="([^"]*)">.*?<script type="application/json">(.*?)</script>', html)
+    }
+    loss = data["Supervised loss, all stages (nats per answer token)"]
+    ((steps, values),) = loss["lines"][0]["stages"].values()
+    assert len(steps) == len(values) <= 5001 and dict(zip(steps, values, strict=True))[4321] == 1000 and None in values
+    assert loss["spans"] == [["sft", chart.LEFT, chart.WIDTH - chart.RIGHT, 6000]]
+    assert len(set(data["one"]["lines"][0]["stages"]["sft"][1])) > 2000
+    assert len(html) < 1_000_000
 
 
 def test_lost_and_large_images_and_data_uris(tmp_path):

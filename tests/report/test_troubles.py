@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from actial_fast.evaluation.statistics import Record, accuracy_table
 from actial_fast.report.troubles import SIGNS, signs, warned
 
 
@@ -70,6 +71,28 @@ def test_steps_that_are_logged_now_and_then_are_one_range():
 def test_accuracy_after_its_peak(accuracies, told):
     lines = signs([], table(*accuracies))
     assert [line.startswith("sft step 100: accuracy on v fell from 90.0% at step 50 to 80.0%") for line in lines] == [True] * told
+
+
+def answered(right, of=40, pairs=True):
+    """An evaluation in which the first `right` of `of` rows are."""
+    records = [Record("a", k < right, True, 1, "x", 2, (f"{k}",), row=f"row{k:05d}" if pairs else "") for k in range(of)]
+    return accuracy_table(records)
+
+
+@pytest.mark.parametrize(
+    ("best", "last", "why"),
+    [
+        (answered(36), answered(30), "the paired 95% interval of the change lies below 0"),  # their own intervals meet
+        (answered(36, pairs=False), answered(30, pairs=False), ""),
+        (answered(36, pairs=False), answered(10, pairs=False), "the 95% intervals do not meet"),
+        (answered(36), answered(35), ""),
+        (answered(36), answered(40, of=80), ""),  # other rows: no fall of anything
+    ],
+    ids=["paired", "not paired", "not paired, far", "one row", "other rows"],
+)
+def test_accuracy_is_compared_on_the_same_rows(best, last, why):
+    lines = signs([], {"v": {"sft": {50: best, 100: last}}})
+    assert [why in line for line in lines] == [True] * bool(why)
 
 
 def test_what_a_run_warned_of():
