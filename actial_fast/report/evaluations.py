@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 from typing import Any
@@ -13,7 +13,6 @@ from actial_fast.report.paired import Paired, paired
 from actial_fast.report.run import Moment, Run, source_of
 
 TOLD = 4  # moments in a sentence of the page's beginning: the last ones
-SHARES = ("accuracy", "well_formed_and_correct")
 
 
 def headline(run: Run) -> str:
@@ -25,38 +24,46 @@ def headline(run: Run) -> str:
     compared = [name for name, moments in tables.items() if len(moments) > 1 and any(m.stage in run.rl and m.step for m in moments)]
     name = min(compared or tables, key=lambda n: n != source_of(n))
     base = tables[name][-1].result["overall"]
-    guess = f" (chance {_percent(base['chance'])}, majority {_percent(base['majority'])})"
-    out = _sentence("Accuracy", name, tables[name], "accuracy", guess)
+    guess = f"(chance {_percent(base['chance'])}, majority {_percent(base['majority'])})"
+    told = tables[name][-TOLD:]
+    out = sentence(f"Accuracy on <i>{escape(name)}</i>", told, pairwise(told), "accuracy", guess)
     same = [n for n in tables if source_of(n) == source_of(name) and len(tables[n]) > 1]
     trained = [n for n in same if tables[n][-1].stage in run.rl and tables[n][-1].step]
     if trained:
         name = max(trained, key=lambda n: n != source_of(n))
-        out += _sentence("Well-formed and correct", name, tables[name], "well_formed_and_correct")
+        told = tables[name][-TOLD:]
+        out += sentence(f"Well-formed and correct on <i>{escape(name)}</i>", told, pairwise(told), "well_formed_and_correct")
     return out
 
 
-def _sentence(title: str, name: str, moments: Sequence[Moment], share: str, guess: str = "") -> str:
-    told = moments[-TOLD:]
-    path = " &rarr; ".join(f"<b>{_percent(m.result['overall'][share])}</b> {escape(m.label)}" for m in told)
-    guess = f' <span class="muted">{guess.strip()}</span>' if guess else ""
-    changes = [(a, b, paired(a.result, b.result, share)) for a, b in pairwise(told)]
-    lines = "".join(f"<li>{escape(a.label)} &rarr; {escape(b.label)}: {_change(change)}</li>" for a, b, change in changes if change)
+def sentence(title: str, moments: Sequence[Moment], pairs: Iterable[tuple[Moment, Moment]], share: str, guess: str = "") -> str:
+    """A share at each moment, and a line for each pair, the second against the first. title: HTML."""
+    path = " &rarr; ".join(f"<b>{_percent(m.result['overall'][share])}</b> {escape(m.label)}" for m in moments)
+    guess = f' <span class="muted">{guess}</span>' if guess else ""
+    changes = [(a, b, paired(a.result, b.result, share)) for a, b in pairs]
+    lines = "".join(f"<li>{escape(a.label)} &rarr; {escape(b.label)}: {_change(a, b, change)}</li>" for a, b, change in changes if change)
     if lines:
         lines = f'<ul class="changes">{lines}</ul>'
     elif changes:
-        lines = '<p class="muted">The stages cannot be compared row by row: these evaluations were recorded without their rows.</p>'
-    return f'<p class="lead">{title} on <i>{escape(name)}</i>: {path}{guess}.</p>{lines}'
+        lines = f'<p class="muted">No comparison row by row: {_why(*changes[-1][:2])}.</p>'
+    return f'<p class="lead">{title}: {path}{guess}.</p>{lines}'
 
 
-def _change(change: Paired) -> str:
-    """A paired difference in words: "+0.9 points, 95% interval -0.3 to +2.1: no clear change; of 900 rows ..."."""
+def _why(first: Moment, second: Moment) -> str:
+    kept = "rows" in first.result and "rows" in second.result
+    return "they have no row in common" if kept else "these evaluations were recorded without their rows"
+
+
+def _change(first: Moment, second: Moment, change: Paired) -> str:
+    """A paired difference in words: "+0.9 points, 95% interval -0.3 to +2.1: no clear change (the same 900 rows; ...)"."""
     verdict, css = ("better", "good") if change.low > 0 else ("worse", "bad") if change.high < 0 else ("no clear change", "muted")
     if change.clusters < 2:  # all rows show one picture, or are linked: nothing is known of the spread
         verdict, css, interval = "no interval, as all rows hang together", "muted", ""
     else:
         interval = f", 95% interval {_points(change.low)} to {_points(change.high)}"
-    counts = f"(the same {change.n:,} rows; right only before: {change.only_first:,}, only after: {change.only_second:,})"
-    return f'<b>{_points(change.difference)} points</b>{interval}: <span class="{css}">{verdict}</span> <span class="muted">{counts}</span>'
+    told = f"the same {change.n:,} rows; right only {first.label}: {change.only_first:,}, only {second.label}: {change.only_second:,}"
+    verdict = f'<span class="{css}">{verdict}</span> <span class="muted">({escape(told)})</span>'
+    return f"<b>{_points(change.difference)} points</b>{interval}: {verdict}"
 
 
 def _points(share: float) -> str:
@@ -75,18 +82,25 @@ def evaluation(run: Run) -> str:
     last = max((stage for stages in evals.values() for stage in stages), key=list(steps).index)
     reach = {source_of(name): {s for n in evals if source_of(n) == source_of(name) for s in evals[n]} for name in evals}
     passing = [name for name in evals if len(reach[source_of(name)]) == 1 and last not in evals[name]]
-    out = "".join(_figure_table(name, tables[name]) for name in evals if name not in passing)
+    out = "".join(_stages_table(name, tables[name]) for name in evals if name not in passing)
     out += (
         "<p class='muted'>In percent, with 95% intervals (rows that show the same picture are not taken for independent). Bars, 0 to 100%: "
         "the interval, the accuracy (dot) and chance (tick). Majority: always giving the most frequent answer of a type.</p>"
     )
-    inner = "".join(_figure_table(name, tables[name]) + grid(eval_charts(run, name, evals[name])) for name in passing)
+    inner = "".join(
+        figure_table(name, tables[name], list(pairwise(tables[name]))[-1:]) + grid(eval_charts({"": run}, name, evals[name]))
+        for name in passing
+    )
     return out + (folded(f"Evaluations of earlier stages only: {', '.join(passing)}", inner) if inner else "")
 
 
-def _figure_table(name: str, moments: Sequence[Moment]) -> str:
+def _stages_table(name: str, moments: Sequence[Moment]) -> str:
+    return figure_table(name, moments, list(pairwise(moments))[-1:])
+
+
+def figure_table(name: str, moments: Sequence[Moment], pairs: Sequence[tuple[Moment, Moment]]) -> str:
     """One line a question type and one for all; for each moment the accuracy, with the marks beside it where a task gives some in part,
-    and, if any reply was so, well-formed and correct; at the end what changed from the last moment but one."""
+    and, if any reply was so, well-formed and correct; at the end, for each pair, what changed from its first to its second."""
     shares = [("accuracy", "accuracy", "interval")]
     overall = [m.result["overall"] for m in moments]
     if any(f.get("partial") for f in overall) and all("score" in f for f in overall):  # not in runs from before there were marks
@@ -94,7 +108,7 @@ def _figure_table(name: str, moments: Sequence[Moment]) -> str:
     if any(m.result["overall"]["format_rate"] for m in moments):
         shares.append(("well-formed<br>and correct", "well_formed_and_correct", "well_formed_and_correct_interval"))
     count = moments[-1].result["overall"]["n"]
-    paired_with = moments[-2] if len(moments) > 1 and paired(moments[-2].result, moments[-1].result) else None
+    pairs = [pair for pair in pairs if paired(pair[0].result, pair[1].result)]
     lines = []
     for kind in (*dict.fromkeys(kind for m in moments for kind in m.result["kinds"]), None):
         figures = [m.result["overall"] if kind is None else m.result["kinds"].get(kind) for m in moments]
@@ -107,9 +121,10 @@ def _figure_table(name: str, moments: Sequence[Moment]) -> str:
                 f'<td class="share{"" if i else " first"}" data-label="{escape(m.label)}, {title.replace("<br>", " ")}">{cell}</td>'
                 for i, (title, cell) in enumerate(cells)
             )
-        if paired_with:
-            change = paired(paired_with.result, moments[-1].result, kind=kind)
-            row += f'<td class="change first" data-label="change of accuracy">{_short(change) if change else "&ndash;"}</td>'
+        for first, second in pairs:
+            change = paired(first.result, second.result, kind=kind)
+            label = f"change of accuracy, {first.label} to {second.label}"
+            row += f'<td class="change first" data-label="{escape(label)}">{_short(change) if change else "&ndash;"}</td>'
         label = "all" if kind is None else kind or "(no type)"
         lines.append(f'<tr class="{"all" if kind is None else ""}"><th>{escape(label)}</th>{row}</tr>')
     heads = "".join(f'<th rowspan="2">{head}</th>' for head in ("question type", "n", "chance", "majority"))
@@ -117,10 +132,9 @@ def _figure_table(name: str, moments: Sequence[Moment]) -> str:
         f = m.result["overall"]
         note = f"well-formed {_percent(f['format_rate'])}, {f['mean_response_length']:.0f} tokens" + f", n {f['n']:,}" * (f["n"] != count)
         heads += f'<th class="moment" colspan="{len(shares)}">{escape(m.label)} <small>{note}</small></th>'
-    if paired_with:
-        heads += (
-            f'<th class="moment" rowspan="2">change <small>of accuracy on the same rows,<br>since {escape(paired_with.label)}</small></th>'
-        )
+    for first, second in pairs:
+        about = f"of accuracy on the same rows,<br>{escape(first.label)} &rarr; {escape(second.label)}"
+        heads += f'<th class="moment" rowspan="2">change <small>{about}</small></th>'
     titles = "".join(f'<th class="share{"" if i else " first"}">{title}</th>' for _ in moments for i, (title, *_) in enumerate(shares))
     return (
         f'<h3>{escape(name)}</h3><div class="wide"><table class="figures narrow"><thead><tr>{heads}</tr><tr>{titles}</tr></thead>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
@@ -39,3 +40,11 @@ def folded(title: str, content: str) -> str:
 def bullets(lines: Sequence[str]) -> str:
     """Plain lines as a list; "" of none."""
     return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
+
+
+def write(path: Path, page: str) -> Path:
+    """Write a page whole or not at all; return its path."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(page, encoding="utf-8", errors="replace")
+    os.replace(temporary, path)
+    return path

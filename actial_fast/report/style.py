@@ -52,6 +52,7 @@ svg path{fill:none;stroke-linejoin:round;stroke-linecap:round}svg .raw{stroke-wi
 .bar i{position:absolute;top:0;height:6px;background:var(--c0);opacity:.4;border-radius:3px}
 .bar u{position:absolute;top:-2px;height:10px;border-left:1.5px solid var(--dim)}
 .bar b{position:absolute;top:-1px;width:8px;height:8px;margin-left:-4px;border-radius:50%;background:var(--c0)}
+.texts td,.texts th{white-space:normal;overflow-wrap:anywhere;text-align:left!important;vertical-align:top!important}
 details{margin:16px 0}summary{cursor:pointer;font-weight:600;font-size:14px}details>*{margin-top:12px}
 pre{font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
 details>pre{background:var(--card);border:1px solid var(--edge);border-radius:8px;padding:14px 16px}
