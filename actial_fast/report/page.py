@@ -9,9 +9,9 @@ import time
 from html import escape
 from pathlib import Path
 
-from actial_fast.report.cards import rollout_cards
 from actial_fast.report.curves import grid, grpo, learning, optimisation, speed
 from actial_fast.report.evaluations import evaluation, headline
+from actial_fast.report.gallery import gallery
 from actial_fast.report.html import bullets, document, folded, section, write
 from actial_fast.report.run import read_run
 from actial_fast.report.stages import pairs, stage_table
@@ -33,7 +33,7 @@ def write_report(run_dir: Path, path: Path | None = None) -> Path:
         section("Evaluation", evaluation(run)),
         section("Learning", grid(learning(alone))),
         section("GRPO", grid(grpo(alone))),
-        *(section(f"Sampled replies: {stage}", rollout_cards(run.folder, stage, run.events)) for stage in run.steps),
+        *(section(f"Sampled replies: {stage}", gallery(run.folder, stage, run.events)) for stage in run.steps),
         section("Where the time goes", grid(speed(alone))),
         section("Speed and optimisation", grid(optimisation(alone))),
         section("Stages", stage_table(run)),

@@ -64,6 +64,8 @@ article{background:var(--card);border:1px solid var(--edge);border-radius:8px;pa
 .marks span:last-child{margin-left:auto}
 article p{font-size:13px}dl{display:grid;grid-template-columns:minmax(160px,max-content) 1fr;gap:3px 22px;margin:0}
 dt{color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
+.choices{display:flex;flex-wrap:wrap;gap:8px;margin:10px 0 16px}.choices>*{padding:3px 8px;max-width:100%}
+.choices output{border:0;background:none}article>.muted:first-child{margin:0 0 6px}
 .changes{margin:2px 0 12px;padding-left:20px}
 @media print{.tools,.told,.choices{display:none}body{max-width:none;padding:0}figure,article,tr{break-inside:avoid}}
 """
