@@ -11,6 +11,8 @@ from typing import Any
 from actial_fast.report.chart import number
 from actial_fast.report.run import Run
 
+COLUMNS = ("steps", "seconds in steps", "tokens/s, median", "MFU, median", "of measured TFLOP/s", "peak GiB")
+
 
 def stage_table(run: Run) -> str:
     """A line a stage: its steps, seconds, speed and memory."""
@@ -29,10 +31,10 @@ def stage_table(run: Run) -> str:
             f"{number(rates[stage]['tflops'])}<small> {escape(rates[stage]['what'])}</small>" if stage in rates else "&ndash;",
             f"{max(peak):.2f}" if peak else "&ndash;",
         )
-        rows.append(f"<tr><th>{escape(stage)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    names = ("stage", "steps", "seconds in steps", "tokens/s, median", "MFU, median", "of measured TFLOP/s", "peak GiB")
-    head = f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
-    return f'<table class="figures"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
+        told = "".join(f'<td data-label="{name}">{cell}</td>' for name, cell in zip(COLUMNS, cells, strict=True))
+        rows.append(f"<tr><th>{escape(stage)}</th>{told}</tr>")
+    head = f"<tr>{''.join(f'<th>{name}</th>' for name in ('stage', *COLUMNS))}</tr>"
+    return f'<div class="wide"><table class="figures narrow"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

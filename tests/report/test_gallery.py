@@ -64,16 +64,16 @@ def test_pictures_inside_a_question_are_numbered(tmp_path):
 
 def test_two_thousand_long_replies_with_pictures_stay_bounded(tmp_path):
     large = "data:image/png;base64," + "iVBORw0KGgo" * 4000
-    events = [event(step, *([[WRONG + "x" * 2500] * 10] * 100), images=["view.png", large]) for step in (1, 2)]
+    events = [event(step, *([[WRONG + "x" * 1500] * 10] * 100), images=["view.png", large]) for step in (1, 2)]
     for step in events:
         for k, rollout in enumerate(step["rollouts"]):
-            rollout["prompt"] = f"Question {step['step']} {k // 10} " + "y" * 2500
+            rollout["prompt"] = f"Question {step['step']} {k // 10} " + "y" * 1500
     html = gallery(tmp_path, "grpo", events)
     found = cards(html)
     assert len(found) == CARDS and html.count('class="reply"') == CARDS * REPLIES and f"<summary>{CARDS - OPEN} more</summary>" in html
     assert "2,000 replies to 200 questions" in html and html.count("2 more replies in events.jsonl") == CARDS
     assert len(html) < PICTURES + CARDS * (REPLIES + 1) * (LONGEST + 500)
-    assert f"[... {2500 + len(WRONG) - LONGEST:,} characters ...]" in html
+    assert f"[... {1500 + len(WRONG) - LONGEST:,} characters ...]" in html
 
 
 @pytest.mark.parametrize("count", [1, 3])
