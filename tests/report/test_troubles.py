@@ -10,7 +10,15 @@ from actial_fast.report.troubles import SIGNS, signs, warned
 
 def run(**changed):
     """120 quiet steps of GRPO, but for those metrics: {step: value}."""
-    quiet = {"zero_variance_groups": 0.3, "kl": 0.02, "grad_norm": 0.4, "clip_fraction": 0.05, "finished": 0.99, "rejected_rows": 0}
+    quiet = {
+        "zero_variance_groups": 0.3,
+        "kl": 0.02,
+        "grad_norm": 0.4,
+        "clip_fraction": 0.05,
+        "finished": 0.99,
+        "rejected_rows": 0,
+        "response_length": 90,
+    }
     return [{"stage": "grpo", "step": i} | {k: changed.get(k, {}).get(i, v) for k, v in quiet.items()} for i in range(1, 121)]
 
 
@@ -32,9 +40,10 @@ def table(*accuracies):
         ({"grad_norm": {77: 4.1}}, "grpo step 77: the gradient's norm", "(at worst 4.1)"),
         ({"clip_fraction": span(1, 20, 0.25)}, "grpo steps 20 to 24: more than a fifth", "(at worst 25%)"),
         ({"finished": span(101, 120, 0.5)}, "grpo steps 104 to 120: more than a tenth of the replies", "(at worst 50%)"),
+        ({"response_length": span(61, 120, 800)}, "grpo steps 66 to 120: replies were more than 3 times as long", "(at worst 800)"),
         ({"rejected_rows": span(30, 120, 3)}, "grpo step 30: rows could not be used", "(at worst 3)"),
     ],
-    ids=["equal rewards", "kl", "kl, often", "gradient", "clipped", "cut off", "rejected"],
+    ids=["equal rewards", "kl", "kl, often", "gradient", "clipped", "cut off", "long", "rejected"],
 )
 def test_planted(changed, begins, worst):
     (line,) = signs(run(**changed), {})
@@ -49,11 +58,17 @@ def test_planted(changed, begins, worst):
         {"kl": {40: 0.09}},
         {"kl": span(1, 120, 0.0) | {60: 0.009}},  # nothing grows to next to nothing
         {"grad_norm": {5: 40.0}},  # the first steps have nothing to be compared with
-        {"kl": span(1, 120, float("nan"))},
+        {"response_length": span(1, 60, 8.0)},  # longer than it was, and short
     ],
 )
 def test_quiet(changed):
     assert signs(run(**changed), {}) == []
+
+
+def test_figures_that_are_no_numbers():
+    (line,) = signs(run(kl=span(7, 9, float("nan")) | {50: float("inf")}), {})
+    assert line.startswith("grpo steps 7 to 9, 50: kl was NaN or infinite.")
+    assert signs(run(entropy=span(1, 120, float("nan"))), {}) == [], "and others are not asked about"
 
 
 def test_a_short_run_has_no_means():
