@@ -674,6 +674,14 @@ def test_contact_sheet_takes_rows_of_other_sources(built, tmp_path):
         (Turn("user", "<image>What is it? " + "word " * 200), Turn("assistant", "a pot")), (path.read_bytes(),), truth="a pot", where="x:1"
     )
     assert Image.open(contact_sheet([row, built[2]["train"][0]], tmp_path / "mixed.png")).width > 500
+    heights = []
+    for said in ("a pot", "<think>It has a lid for $5 and $6.\n" + "So it goes on. " * 40 + "</think><answer>a pot</answer>", "x " * 9000):
+        told = Row((Turn("user", "<image>What is it?"), Turn("assistant", said)), (path.read_bytes(),), truth="a pot", where="x:3")
+        pixels = np.asarray(Image.open(contact_sheet([told], tmp_path / "told.png")).convert("RGB")).astype(int)
+        blue = np.abs(pixels[:, pixels.shape[1] // 4 :] - [int(FIRST[i : i + 2], 16) for i in (1, 3, 5)]).sum(-1) < 60
+        heights.append((len(pixels), blue.any(1).sum()))
+    assert heights[0][0] < heights[1][0] < heights[2][0] < 2000, "a chain has its own lines, up to a page of them"
+    assert heights[0][1] == 0 < 50 < heights[1][1], "and is told in a colour of its own; what says no more than the truth is not repeated"
     missing = Row(row.turns, (tmp_path / "gone.png",), where="x:2")
     with pytest.raises(BadRow, match="x:2"):
         contact_sheet([missing], tmp_path / "bad.png")
