@@ -19,8 +19,10 @@ class ViewpointConfig:
     """rows in train.jsonl, three a pair; none: all there are"""
     test_examples: int = 1000
     """rows in test.jsonl, from objects that train.jsonl has none of; 0: no test set"""
+    validation_examples: int = 0
+    """rows in validation.jsonl, from objects that neither of the other two has: what stages stop on; 0: no such file"""
     max_test_fraction: float = 0.1
-    """at most this share of the objects, and at least one, goes to the test set; it is smaller than test_examples if they do not suffice"""
+    """at most this share of the objects, and at least one, goes to the test set, and as many to validation; fewer rows if they have few"""
     composition: str = "paper"
     """paper: pairs that walk round the object and turn towards it, as in the paper; balanced: nines of one photograph and another
     one for every mixture of left, right and no move with left, right and no turn"""
@@ -73,8 +75,9 @@ class ViewpointConfig:
             raise ValueError(f"max_test_fraction={self.max_test_fraction}: need a share in [0, 1)")
         if self.pairs_per_object < 1 or self.test_pairs_per_object < 1:
             raise ValueError("pairs_per_object and test_pairs_per_object must be at least 1")
-        if self.test_examples < 0 or (self.examples is not None and self.examples < 1):
-            raise ValueError(f"examples={self.examples}, test_examples={self.test_examples}: ask for at least one row")
+        if min(self.test_examples, self.validation_examples) < 0 or (self.examples is not None and self.examples < 1):
+            asked = f"examples={self.examples}, test_examples={self.test_examples}, validation_examples={self.validation_examples}"
+            raise ValueError(f"{asked}: ask for at least one row")
         if not 0 <= self.min_yaw < 90 or self.min_translation < 0:
             raise ValueError(f"min_yaw={self.min_yaw} must be in [0, 90) degrees, min_translation={self.min_translation} at least 0")
         if self.composition not in COMPOSITIONS:

@@ -19,18 +19,28 @@ BAND = 20  # degrees of the bands that pairs are counted in
 def split(good: Mapping[str, list[Pair]], config: ViewpointConfig, captures: Path) -> dict[str, list[Pair]]:
     """The pairs of each split, at most one partial pair more than the rows asked for, taken evenly over the split's objects.
 
-    good: {object: its pairs}. ValueError where a test set is asked for and there is one object."""
+    good: {object: its pairs}. ValueError where there are fewer objects than splits that are asked for."""
     objects = _shuffled(sorted(good), config)
-    wanted = -(-config.test_examples // len(KINDS))
-    if wanted and len(objects) < 2:
-        raise ValueError(f"{captures} has one usable object, which cannot be split by object; add captures or set test_examples=0")
-    most = max(1, int(config.max_test_fraction * len(objects))) if wanted else 0
+    asked = {"test": config.test_examples, "validation": config.validation_examples}
+    held = {name: -(-rows // len(KINDS)) for name, rows in asked.items() if rows}
+    if len(objects) < 1 + len(held):
+        keys = " and ".join(f"{name}_examples=0" for name in held)
+        number = "one usable object" if len(objects) == 1 else f"{len(objects)} usable objects"
+        raise ValueError(
+            f"{captures} has {number}, which cannot be split by object into train, {', '.join(held)}; add captures or set {keys}"
+        )
+    most = max(1, min(int(config.max_test_fraction * len(objects)), (len(objects) - 1) // max(1, len(held))))
     unit = 1 if config.composition == "paper" else NINE
-    count = min(most, -(-wanted // max(unit, config.test_pairs_per_object)))
-    while count < most and sum(len(good[name]) for name in objects[:count]) < wanted:
-        count += 1
+    taken: dict[str, list[Pair]] = {"train": [], "test": []}
+    for name, wanted in held.items():
+        count = min(most, -(-wanted // max(unit, config.test_pairs_per_object)))
+        while count < most and sum(len(good[each]) for each in objects[:count]) < wanted:
+            count += 1
+        taken[name] = _evenly(good, objects[:count], wanted, unit)
+        objects = objects[count:]
     train = None if config.examples is None else -(-config.examples // len(KINDS))
-    return {"train": _evenly(good, objects[count:], train, unit), "test": _evenly(good, objects[:count], wanted, unit)}
+    taken["train"] = _evenly(good, objects, train, unit)
+    return taken
 
 
 def class_of(name: str) -> str:

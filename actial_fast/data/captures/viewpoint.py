@@ -62,14 +62,14 @@ _Result = TypeVar("_Result")
 
 
 def build(captures: Path, out: Path, config: ViewpointConfig, progress: bool = True) -> dict[str, Any]:
-    """Write out/train.jsonl, out/test.jsonl (see row.py) and out/build.json, whose contents are returned.
+    """Write out/train.jsonl, out/test.jsonl, validation.jsonl if asked for (see row.py) and out/build.json, whose contents are returned.
 
     Beside them stands out/test-centre.jsonl: the test rows whose first photograph was taken amid the walk, from where the camera could
     have gone about as far to either side.
 
     Captures that cannot be used are counted by reason in build.json, with each one's message. What a capture gave is kept in
     out/.captures.jsonl: a build that was killed, or is repeated with other `examples`, reads only captures that are new or changed.
-    ValueError when `captures` holds no usable capture, or only one while a test set is asked for."""
+    ValueError when `captures` holds no usable capture, or fewer than the splits asked for."""
     start = time.perf_counter()
     captures, out = Path(captures), Path(out)
     paths = find_captures(captures)
@@ -85,20 +85,22 @@ def build(captures: Path, out: Path, config: ViewpointConfig, progress: bool = T
             f"none of the {len(paths)} captures below {captures} is usable: {dict(rejected)}; first: {next(iter(bad.values()))['message']}"
         )
 
+    asked = {"train": config.examples, "test": config.test_examples, "validation": config.validation_examples}
     taken = split(good, config, captures)
+    if not config.validation_examples:
+        (out / "validation.jsonl").unlink(missing_ok=True)  # of an earlier build: its objects may be in train.jsonl now
     folder = {name: captures / found[name]["folder"] for name in good}
     presuming = config.composition == "paper"
     balance: dict[str, dict[str, dict[str, int]]] = {}
     written: dict[str, int] = {}
     for name, chosen in taken.items():
-        limit = config.test_examples if name == "test" else config.examples
         lines = (
             row
             for pair in ordered(chosen, config, name)
             for row in rows(pair, folder[pair["object"]], config.seed, config.ask_letter, presuming)
         )
         files = {name: lambda row: True, **({CENTRE: lambda row: row.meta["centre"][0]} if name == "test" else {})}
-        counted = _write(out, files, islice(lines, limit))
+        counted = _write(out, files, islice(lines, asked[name]))
         balance[name] = {
             kind: {side: n for side in OPTIONS[kind] if (n := counted[name][kind, side]) or side in OPPOSITE} for kind in KINDS
         }
@@ -112,7 +114,7 @@ def build(captures: Path, out: Path, config: ViewpointConfig, progress: bool = T
         "objects": {name: len({pair["object"] for pair in chosen}) for name, chosen in taken.items()},
         "pairs": {name: len(chosen) for name, chosen in taken.items()},
         "examples": {name: written[name] for name in taken},
-        "examples_asked": {"train": config.examples, "test": config.test_examples},
+        "examples_asked": {name: asked[name] for name in taken},
         "centre_examples": written[CENTRE],
         "balance": balance,
         "strata": {name: strata(chosen) for name, chosen in taken.items()},
@@ -122,7 +124,7 @@ def build(captures: Path, out: Path, config: ViewpointConfig, progress: bool = T
         "rejected_captures": {name: part["message"] for name, part in sorted(bad.items())},
         "images_left_out": dict(sorted(sum((Counter(part["left_out"]) for part in found.values()), Counter()).items())),
         "seconds": round(seconds, 3),
-        "examples_per_second": round((written["train"] + written["test"]) / seconds, 1),
+        "examples_per_second": round(sum(written[name] for name in taken) / seconds, 1),
     }
     with _atomic(out / "build.json") as file:
         file.write(json.dumps(summary, indent=2) + "\n")
@@ -146,8 +148,14 @@ def _write(out: Path, files: Mapping[str, Callable[[Row], bool]], lines: Iterabl
 def _read_all(paths: list[Path], root: Path, cache: Path, config: ViewpointConfig, progress: bool) -> tuple[dict[str, dict[str, Any]], int]:
     """What each capture gives, {object: part} in the order of `paths`, and how many were found in `cache`."""
     # What a part depends on; the rest of the config only decides which parts are used.
-    free = replace(config, examples=None, test_examples=0, max_test_fraction=0.0, test_pairs_per_object=1, ask_letter=False, workers=0)
-    free = replace(free, probes=True, max_leak=ViewpointConfig.max_leak)
+    sizes: dict[str, Any] = {
+        "examples": None,
+        "test_examples": 0,
+        "validation_examples": 0,
+        "max_test_fraction": 0.0,
+        "test_pairs_per_object": 1,
+    }
+    free = replace(config, **sizes, ask_letter=False, workers=0, probes=True, max_leak=ViewpointConfig.max_leak)
     code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in CODE)
     settings = f"{free} {hashlib.sha256(code).hexdigest()}"
     keys = {object_id(path, root): _key(path, settings) for path in paths}
