@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from itertools import permutations
 from pathlib import Path
@@ -341,6 +342,23 @@ def test_asked_numbers_of_rows_are_met_evenly_over_objects(world, tmp_path):
     per_object = Counter(row.meta["object"] for row in read_rows(tmp_path / "train.jsonl") if row.kind == "ego_translation")
     assert max(per_object.values()) - min(per_object.values()) <= 1 and sum(per_object.values()) == 34
     assert summary["objects"]["test"] == 3  # 7 pairs, 3 an object
+
+
+def test_validation_has_objects_of_its_own(world, tmp_path):
+    config = ViewpointConfig(workers=1, test_examples=20, validation_examples=30, max_test_fraction=0.2)
+    summary = build(world[0], tmp_path, config, progress=False)
+    objects = {split: {row.meta["object"] for row in read_rows(tmp_path / f"{split}.jsonl")} for split in ("train", "validation", "test")}
+    assert summary["examples"]["validation"] == summary["examples_asked"]["validation"] == 30 and summary["examples"]["test"] == 20
+    assert summary["objects"] == {split: len(names) for split, names in objects.items()}
+    assert len(set().union(*objects.values())) == sum(map(len, objects.values())), "an object is in two splits"
+
+    # the other two are what they would be without, but for the objects that left train; and a stale file goes
+    before = content(tmp_path)
+    build(world[0], tmp_path, replace(config, validation_examples=0), progress=False)
+    assert not (tmp_path / "validation.jsonl").exists() and content(tmp_path)["test.jsonl"] == before["test.jsonl"]
+    assert {row.meta["object"] for row in read_rows(tmp_path / "train.jsonl")} == objects["train"] | objects["validation"]
+    greedy = replace(config, max_test_fraction=0.99, test_examples=900, validation_examples=900)
+    assert build(world[0], tmp_path, greedy, progress=False)["objects"]["train"] >= 1
 
 
 def test_thresholds_are_obeyed(world):
