@@ -7,6 +7,7 @@ or was killed, can be looked at as well.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from actial_fast.report.metrics import read_events, read_metrics
 from actial_fast.report.paired import Result
 
 SAMPLED = " at temperature "  # in an evaluation's name, after the source's: replies were sampled, not greedy
+VALIDATION = {"val", "valid", "validation", "dev"}  # words in the name of rows that stages are stopped by
 
 Record = Mapping[str, Any]
 Evals = dict[str, dict[str, dict[int, Result]]]  # name -> stage -> step -> result
@@ -101,8 +103,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _evals(events: Sequence[Record], order: Sequence[str], rl: frozenset[str]) -> Evals:
     """The last result of every step. Sources in the order in which the last stage before GRPO evaluated them: its data are what the run is
-    about, while a stage of pretraining may look in passing at any of them. Then those of other stages, later ones first; greedy before
-    sampled."""
+    about, while a stage of pretraining may look in passing at any of them. Then those of other stages, later ones first; what a stage was
+    chosen by after what it was not; greedy before sampled."""
     found: Evals = {}
     first: dict[str, dict[str, int]] = {}  # source -> stage -> place of its first evaluation there
     for place, event in enumerate(e for e in events if e["kind"] == "eval"):
@@ -112,10 +114,11 @@ def _evals(events: Sequence[Record], order: Sequence[str], rl: frozenset[str]) -
     evaluated = sorted({stage for stages in first.values() for stage in stages}, key=order.index)
     main = ([stage for stage in evaluated if order.index(stage) < begin] or evaluated)[-1:]
 
-    def rank(name: str) -> tuple[bool, int, int, str]:
+    def rank(name: str) -> tuple[bool, bool, int, int, str]:
         stages = first[source_of(name)]
         stage = next((s for s in main if s in stages), max(stages, key=order.index))
-        return stage not in main, -order.index(stage), stages[stage], name
+        words = set(re.split(r"[^a-z]+", source_of(name).lower()))
+        return stage not in main, bool(words & VALIDATION), -order.index(stage), stages[stage], name
 
     return {name: {stage: dict(sorted(steps.items())) for stage, steps in found[name].items()} for name in sorted(found, key=rank)}
 

@@ -296,6 +296,16 @@ def test_last_supervised_stage_orders_the_evaluations_and_names_the_headline(tmp
     assert f"Accuracy on <i>{order[0]}</i>" in html
 
 
+def test_rows_that_stages_are_stopped_by_make_no_headline(tmp_path):
+    rng = np.random.default_rng(8)
+    for stage, right in (("sft", 0.8), ("grpo", 0.9)):
+        names = ("set/validation", "set/test", "dev set", "devices")
+        log_evals(tmp_path, stage, *((2, name, result(rng, right, 0.0)) for name in names))
+    html, _, _ = page_of(tmp_path)
+    assert re.findall("<h3>([^<]*)", html) == ["set/test", "devices", "set/validation", "dev set"]
+    assert "Accuracy on <i>set/test</i>" in html
+
+
 @pytest.mark.parametrize(("kinds", "whole"), [((), 0), (("a",), 1), (("a", "b"), 0)])
 def test_last_chart_of_an_odd_number_takes_its_row(tmp_path, kinds, whole):
     """Learning draws the loss of sft, an accuracy an evaluation and the loss of all stages: 2, 3 or 4 charts."""
