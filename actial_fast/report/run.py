@@ -1,14 +1,14 @@
 """A run's folder as the report reads it: its record, its stages in their order, and its evaluations in the order of their weight.
 
-It reads metrics.jsonl, events.jsonl, summary.json, recipe*.yaml and versions.json, whichever are there, so that a run that still goes on,
-or was killed, can be looked at as well.
+It reads metrics.jsonl, events.jsonl, summary.json, the recipes and versions.json, whichever are there, so that a run that still goes on, or
+was killed, can be looked at as well.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,11 +55,14 @@ class Run:
     @property
     def state(self) -> str:
         """Whether it is over, and where it stands if that is not known of the whole."""
+        if self.summary:
+            return "finished"
         last = (self.metrics or self.events)[-1]
-        done = (self.folder / last["stage"] / "final" / "model").is_dir()  # written whole or not at all, when a stage is over
-        return (
-            "finished" if self.summary else f"{'finished' if done else 'unfinished'}: last record is {last['stage']} step {last['step']:,}"
-        )
+        stage, where = self.folder / last["stage"], f"last record is {last['stage']} step {last['step']:,}"
+        if (stage / "final" / "model").is_dir():  # written whole or not at all, when a stage is over
+            return f"finished: {where}"
+        kept = [int(name) for path in stage.glob("step-*") if (name := path.name.removeprefix("step-")).isdecimal()]
+        return f"unfinished: {where}" + (f", last checkpoint step {max(kept):,}" if kept else "")
 
 
 def read_run(folder: Path) -> Run:
@@ -82,8 +85,14 @@ def read_run(folder: Path) -> Run:
         {name: _moments(stages, steps) for name, stages in evals.items()},
         _json(folder / "summary.json"),
         _json(folder / "versions.json"),
-        {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("recipe*.yaml"))},
+        _recipes(folder, steps),
     )
+
+
+def _recipes(folder: Path, stages: Iterable[str]) -> dict[str, str]:
+    """The run's recipe, or where it has none of its own, those of its stages."""
+    own = sorted(folder.glob("recipe*.yaml")) or [path for stage in stages if (path := folder / stage / "recipe.yaml").is_file()]
+    return {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in own}
 
 
 def source_of(name: str) -> str:
