@@ -12,7 +12,7 @@ import yaml
 
 from actial_fast.report.curves import Runs, grid, grpo, learning, optimisation, speed
 from actial_fast.report.evaluations import figure_table, sentence
-from actial_fast.report.html import bullets, document, folded, section, write
+from actial_fast.report.html import bullets, contents, document, folded, section, write
 from actial_fast.report.run import Moment, Run, read_run
 from actial_fast.report.stages import stage_table
 from actial_fast.report.troubles import signs, warned
@@ -34,9 +34,7 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     states = "".join(f"<li><b>{escape(label)}</b>: {escape(run.state)} ({escape(str(run.folder))})</li>" for label, run in runs.items())
     first = next(iter(runs))
     about = f"Runs compared with {first}; what is said of a change is said of the other run against it."
-    body = [
-        f'<header><p class="muted">actial_fast runs</p><h1>{escape(" / ".join(runs))}</h1><p>{escape(about)}</p><ul>{states}</ul>',
-        f"{_headline(runs)}</header>",
+    sections = [
         section("What differs in the recipes", _differences({label: _settings(run) for label, run in runs.items()})),
         section("Evaluation, each run's last", "".join(_tables(runs))),
         section("Learning", grid(learning(runs))),
@@ -47,7 +45,9 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
         section("What differs in versions and machine", _differences({label: dict(_leaves(run.versions)) for label, run in runs.items()})),
         section("Signs of trouble", _troubles(runs)),
     ]
-    return write(path, document(" / ".join(runs), "".join(body)))
+    title = f'<p class="muted">actial_fast runs</p><h1>{escape(" / ".join(runs))}</h1><p>{escape(about)}</p><ul>{states}</ul>'
+    head = f"<header>{title}{_headline(runs)}</header>{contents(sections)}"
+    return write(path, document(" / ".join(runs), head + "".join(sections)))
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
