@@ -41,7 +41,7 @@ def _run(line: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what the locale cannot print is printed by its number
-    parser, words = bench.below(line) or (make_parser(), line)
+    parser, words = bench.below(line) or export.below(line) or (make_parser(), line)
     args, rest = parser.parse_known_args(words)
     # argparse gives an optional list of words up as soon as an option follows the words before it, so it leaves `... -o OUT key=value`
     if rest and hasattr(args, "words") and not any(word.startswith("-") for word in rest):
