@@ -7,7 +7,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from actial_fast.handover.overrides import Override, hydra, overrides
 from actial_fast.handover.refusals import check, told
 from actial_fast.handover.rows import Limits, copies, named, shares, write
 from actial_fast.settings.recipe import GRPORecipe
+from actial_fast.tasks.rewards import RewardConfig
 from actial_fast.tasks.verl import score_function
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -129,7 +130,7 @@ def _write(recipe: GRPORecipe, name: str, folder: Path, limits: Limits, progress
     listed = [file for file, number in zip(trained, numbers, strict=True) for _ in range(number)]
     (folder / "run.sh").write_text(_script(name, overrides(recipe, listed, validation, limits.pixels), lines), encoding="utf-8")
     (folder / "run.sh").chmod(0o755)
-    rewards = "".join(f"        {reward!r},\n" for reward in recipe.rewards).rstrip("\n")
+    rewards = "\n".join(f"        {_said(reward)}," for reward in recipe.rewards)
     text = REWARD.format(recipe=name, rewards=rewards, strict=recipe.eval.strict)
     (folder / "reward.py").write_text(text, encoding="utf-8")
     files |= {"reward.py": "the reward, by actial_fast", "run.sh": "starts verl's trainer with the recipe's settings"}
@@ -149,9 +150,15 @@ def _script(name: str, settings: list[Override], lines: list[str]) -> str:
 def _word(override: Override) -> str:
     """An override as one word of a shell, with $here left to it."""
     text = f"{override.key}={hydra(override.value)}"
-    if "$here" not in text:
-        return shlex.quote(text)
-    return '"' + text + '"'  # names that this project gave, and nothing else that a shell reads
+    ours = "$here" in text  # with names that this project gave, and nothing else that a shell reads
+    return f'"{text}"' if ours or ("'" in text and not set('"$`\\!') & set(text)) else shlex.quote(text)
+
+
+def _said(reward: RewardConfig) -> str:
+    """A reward as Python makes it, without what is at its default."""
+    values = {field.name: getattr(reward, field.name) for field in fields(reward)}
+    usual = {field.name: field.default for field in fields(reward)}
+    return f"RewardConfig({', '.join(f'{key}={value!r}' for key, value in values.items() if value != usual[key])})"
 
 
 def _pixels(recipe: GRPORecipe) -> tuple[int, int]:

@@ -68,8 +68,11 @@ class Limits:
 
 
 def named(sources: Sequence[SourceConfig]) -> list[str]:
-    """A data_source for each, by which verl tells figures apart: the file's name, numbered where two have the same."""
-    names = [Path(source.path).stem for source in sources]
+    """A data_source for each, by which verl tells figures apart: its file's name, the folder's before it where two have the same, and a
+    number where these have too."""
+    paths = [Path(source.path).expanduser().resolve() for source in sources]
+    stems = [path.stem for path in paths]
+    names = [stem if stems.count(stem) == 1 else f"{path.parent.name}-{stem}" for path, stem in zip(paths, stems, strict=True)]
     return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, 1)]
 
 
@@ -146,7 +149,7 @@ def _of_file(image: Path, most: int) -> bytes:
 def copies(rows: Sequence[int], weights: Sequence[float]) -> list[int]:
     """How often each source's file stands in a list of files, so that its share of all rows comes near its share of the weights.
 
-    The first list, by its length in the source that needs most, whose every share is within 1% of what is wanted, or else the nearest with
+    The first list, by its length in the source that needs most, whose every share is within 2% of what is wanted, or else the nearest with
     up to 32 copies of a file.
     """
     wanted = [weight / sum(weights) for weight in weights]
@@ -162,7 +165,7 @@ def copies(rows: Sequence[int], weights: Sequence[float]) -> list[int]:
     for error, numbers in tried():
         if best is None or error < best[0]:
             best = error, numbers
-        if error < 0.01:
+        if error < 0.02:
             break
     assert best is not None
     return best[1]
