@@ -84,6 +84,8 @@ def _of_objective(recipe: GRPORecipe) -> Iterator[str]:
         yield f"loss.aggregation: its sapo takes the mean of sequences' means, not {spec.aggregation}; set aggregation to sequence"
     if spec.objective in ("sapo", "cispo") and spec.ratio == "sequence":
         yield f"loss.ratio: its {spec.objective} takes the ratio of tokens"
+    if spec.ratio == "sequence" and recipe.importance_correction != "off" and spec.importance.startswith("token"):
+        yield "loss.importance: its gspo weighs each token's own gradient, not the sequence's; set it to sequence_truncate or sequence_mask"
     if spec.clip_delta is not None:
         yield "loss.clip_delta: it has no bound on the unclipped ratio"
     if spec.dual_clip is not None and spec.ratio == "sequence":

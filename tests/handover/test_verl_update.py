@@ -21,6 +21,7 @@ pytest.importorskip("hydra", reason="verl's own environment has it: make test-ve
 GROUPS, N, L, H, V = 2, 4, 9, 8, 31
 LENGTHS = (9, 4, 7, 1, 3, 8, 2, 6)
 
+GSPO = {"aggregation": "sequence", "ratio": "sequence", "clip_low": 0.02, "clip_high": 0.03}
 RECIPES = {
     "the paper's": {},
     "another size of steps": {"loss": {"clip_low": 0.1, "clip_high": 0.3, "beta": 0.2}, "advantages": {"scale": "none"}},
@@ -29,8 +30,9 @@ RECIPES = {
     "entropy, k2": {"loss": {"entropy_coef": 0.02, "kl": "k2", "beta": 0.1, "aggregation": "sequence_sum"}},
     "dr_grpo": {"loss": {"aggregation": "constant"}, "advantages": {"scale": "none"}},
     "rloo": {"advantages": {"baseline": "leave_one_out", "scale": "none"}},
-    "gspo": {"loss": {"aggregation": "sequence", "ratio": "sequence", "clip_low": 0.02, "clip_high": 0.03}},
-    "gspo, by tokens": {"loss": {"aggregation": "token", "ratio": "sequence", "clip_low": 0.02, "clip_high": 0.03}},
+    "gspo": {"loss": GSPO | {"importance": "sequence_truncate"}},
+    "gspo, by tokens": {"loss": GSPO | {"aggregation": "token", "importance": "sequence_mask"}},
+    "gspo, no weights": {"loss": GSPO, "importance_correction": "off"},
     "cispo": {"loss": {"objective": "cispo", "clip_high": 0.2, "beta": 0.0}},
     "sapo": {"loss": {"objective": "sapo", "aggregation": "sequence", "sapo_temperature_neg": 1.3}},
     "masked weights": {"loss": {"importance": "token_mask", "importance_min": 0.8, "importance_max": 1.2}},
@@ -292,7 +294,7 @@ def test_verl_takes_the_configuration(fields, folder_of, tmp_path):
     recipe, folder = folder_of(**fields)
     config = composed(folder)
     OmegaConf.resolve(config)
-    for part in ("actor", "rollout", "ref"):
+    for part in ("actor", "rollout"):
         omega_conf_to_dataclass(config.actor_rollout_ref[part])
     assert config.trainer.nnodes == 1 and config.trainer.n_gpus_per_node == 8
     with open(folder / "run.sh") as file:
