@@ -84,11 +84,12 @@ def _of_objective(recipe: GRPORecipe) -> Iterator[str]:
         yield f"loss.aggregation: its sapo takes the mean of sequences' means, not {spec.aggregation}; set aggregation to sequence"
     if spec.objective in ("sapo", "cispo") and spec.ratio == "sequence":
         yield f"loss.ratio: its {spec.objective} takes the ratio of tokens"
-    if spec.ratio == "sequence" and recipe.importance_correction != "off" and spec.importance.startswith("token"):
+    gspo = spec.objective == "clip" and spec.ratio == "sequence"
+    if gspo and recipe.importance_correction != "off" and spec.importance.startswith("token"):
         yield "loss.importance: its gspo weighs each token's own gradient, not the sequence's; set it to sequence_truncate or sequence_mask"
     if spec.clip_delta is not None:
         yield "loss.clip_delta: it has no bound on the unclipped ratio"
-    if spec.dual_clip is not None and spec.ratio == "sequence":
+    if gspo and spec.dual_clip is not None:
         yield "loss.dual_clip: its loss of sequence ratios, gspo, has none"
     if spec.kl_bias_correction:
         yield "loss.kl_bias_correction: its penalty is not weighted by the ratio"
@@ -160,7 +161,8 @@ def _differences(recipe: GRPORecipe) -> Iterator[str]:
     if recipe.sampling.oversample:
         yield "sampling.oversample: groups that differ are taken as they end, not in the stream's order; it draws until there are enough"
     if recipe.eval.sources and recipe.eval.max_new_tokens != recipe.sampling.max_new_tokens:
-        yield f"eval.max_new_tokens: replies of evaluations may have sampling.max_new_tokens, {recipe.sampling.max_new_tokens}, tokens"
+        here, there = recipe.eval.max_new_tokens, recipe.sampling.max_new_tokens
+        yield f"eval.max_new_tokens: replies of evaluations may have {there} tokens, as those of training, not {here}"
     if own := [reward.name for reward in recipe.rewards if reward.name not in SHIPPED]:
         yield f"rewards: {', '.join(own)} must be importable where verl scores (PYTHONPATH), and see rows without images"
         yield f"rewards: of some replies to a prompt that {' or '.join(own)} gives None for, the term is the others' mean here, and 0 there"

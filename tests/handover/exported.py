@@ -33,6 +33,7 @@ def write_rows(folder: Path, count: int = 12, name: str = "rows.jsonl", **more) 
                 "images": [f"{i % 4}.png", f"{(i + 1) % 4}.png"],
                 "truth": [ANSWERS[i % 4], "none of them"] if i % 3 == 0 else ANSWERS[i % 4],
                 "kind": "way" if i % 2 else "other",
+                "choices": ["left", "right", "up", "down"],
                 "meta": {"turn": i / 3, "seen": [i, None]},
             } | more
             file.write(json.dumps(row) + "\n")
