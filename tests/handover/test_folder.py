@@ -312,7 +312,12 @@ ROWS = {f"{place}.{key}" for place in ("data.sources.0", "eval.sources.0") for k
     "eval.limit",
 }
 """Keys that the rows themselves follow."""
-NOTHING = {"kind", "model.quantize_twice", *(f"loss.vespo_{name}_{side}" for name in ("k", "lambda") for side in ("pos", "neg"))}
+NOTHING = {
+    "kind",
+    "model.quantize_twice",
+    *(f"sampling.gate.{name}" for name in ("reward", "retry", "window")),
+    *(f"loss.vespo_{name}_{side}" for name in ("k", "lambda") for side in ("pos", "neg")),
+}
 """A key without another value, and those of what is refused by another key's name."""
 
 
