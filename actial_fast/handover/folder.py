@@ -81,7 +81,7 @@ def hand_over(recipe: GRPORecipe, name: str, out: Path, progress: Progress = sil
         raise ValueError(f"--out {out}: there is something already; name a folder that is new or empty")
     check(recipe)
     score_function(recipe.rewards)
-    pixels = _pixels(recipe)
+    pixels, out = _pixels(recipe), out.resolve()
     temporary = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -98,6 +98,7 @@ def _write(recipe: GRPORecipe, name: str, folder: Path, limits: Limits, progress
     files, bad, rows, skip = {}, [], [], recipe.data.on_bad_row == "skip"
     parts = recipe.data.sources
     sources = dict(zip(named(parts), map(open_source, parts), strict=True))
+    looked_at: dict[str, Source] = dict(zip(named(recipe.eval.sources), map(open_source, recipe.eval.sources), strict=True))
     trained = ["train.parquet"] if len(parts) == 1 else [f"train-{i}.parquet" for i in range(1, len(parts) + 1)]
     for file, (source, opened) in zip(trained, sources.items(), strict=True):
         with progress(file, len(opened)) as advance:
@@ -106,9 +107,8 @@ def _write(recipe: GRPORecipe, name: str, folder: Path, limits: Limits, progress
         rows.append(done.rows)
         bad += done.bad
     validation = ""
-    if recipe.eval.sources:
+    if looked_at:
         validation, limit = "val.parquet", recipe.eval.limit
-        looked_at: dict[str, Source] = dict(zip(named(recipe.eval.sources), map(open_source, recipe.eval.sources), strict=True))
         total = sum(min(limit or len(each), len(each)) for each in looked_at.values())
         with progress(validation, total) as advance:
             done = write(folder / validation, looked_at, limits, split="validation", limit=limit, skip=skip, advance=advance)

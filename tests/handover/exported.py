@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 from PIL import Image
 
 from actial_fast.handover.folder import Handed, hand_over
@@ -51,6 +52,11 @@ def recipe_of(rows: Path | list[Path], **fields) -> GRPORecipe:
 
 def handed(recipe: GRPORecipe, out: Path) -> Handed:
     return hand_over(recipe, "recipe.yaml", out)
+
+
+def parquet(file: Path) -> list[dict]:
+    """The rows of a file, as plain values."""
+    return pq.read_table(file).to_pylist()
 
 
 def words_of(folder: Path, *more: str, **environment: str) -> list[str]:

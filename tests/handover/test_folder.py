@@ -24,7 +24,7 @@ from actial_fast.settings.config import describe, from_dict, to_yaml
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.tasks.rewards import RewardConfig, score
 from actial_fast.tasks.verl import score_function
-from tests.handover.exported import handed, overrides_of, recipe_of, words_of, write_rows
+from tests.handover.exported import handed, overrides_of, parquet, recipe_of, words_of, write_rows
 
 REPLIES = (
     "<think>-</think><answer>A</answer>",
@@ -49,12 +49,6 @@ def compute_score_of(folder: Path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.compute_score
-
-
-def parquet(file: Path) -> list[dict]:
-    import pyarrow.parquet as pq
-
-    return pq.read_table(file).to_pylist()
 
 
 def test_the_rows_open_again(rows, tmp_path):
