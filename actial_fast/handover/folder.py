@@ -13,7 +13,7 @@ from pathlib import Path
 
 from actial_fast.data.sources.row import BadRow
 from actial_fast.data.sources.source import Source, open_source
-from actial_fast.handover.overrides import Override, hydra, overrides
+from actial_fast.handover.overrides import Override, hydra, overrides, place_of
 from actial_fast.handover.refusals import check, told
 from actial_fast.handover.rows import Limits, copies, named, shares, write
 from actial_fast.settings.recipe import GRPORecipe
@@ -168,10 +168,13 @@ def _pixels(recipe: GRPORecipe) -> tuple[int, int]:
         return model.min_pixels, model.max_pixels
     from actial_fast.model.processor import pixel_limits  # brings transformers, of which verl's environment has another one
 
+    path, problem = place_of(model.path), "there is no such folder"
     try:
-        return pixel_limits(model.path, model.min_pixels, model.max_pixels)
+        if path == model.path or Path(path).is_dir():
+            return pixel_limits(path, model.min_pixels, model.max_pixels)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.min_pixels, model.max_pixels: the limits of images are the checkpoint's where they are 0, and that of {model.path} "
-            f"cannot be read ({str(error).strip().splitlines()[0]}); set both"
-        ) from None
+        problem = str(error).strip().splitlines()[0]
+    raise ValueError(
+        f"model.min_pixels, model.max_pixels: where they are 0 the limits of images are the checkpoint's, and {path} cannot be read "
+        f"({problem}); set both"
+    )

@@ -104,7 +104,7 @@ def _of_objective(recipe: GRPORecipe) -> Iterator[str]:
 def _of_rewards(recipe: GRPORecipe) -> Iterator[str]:
     for number, reward in enumerate(recipe.rewards):
         if reward.call == "group":
-            yield f"rewards.{number}.call: {reward.name} is called with all replies to a prompt, and it scores one reply at a time"
+            yield f"rewards.{number}.call: {reward.name} is called with all replies to a prompt, and verl scores one at a time"
         if reward.on_error == "nan":
             yield f"rewards.{number}.on_error: a reply cannot go without a reward there; set it to error"
     if recipe.overlong.mask:
@@ -149,7 +149,7 @@ def _differences(recipe: GRPORecipe) -> Iterator[str]:
     if spec.beta and spec.kl == "k3":
         yield "loss.kl: k3 of a token stops at 10 and has no gradient beyond, where reference and policy are a factor of 14 apart"
     if optim.warmup_steps:
-        yield "optim.warmup_steps: the rise begins at 0, so that a step of it has the rate that the step before has here"
+        yield "optim.warmup_steps: the rise begins at 0: each of its steps has the rate that the step before it has here"
     if optim.weight_decay:
         yield "optim.weight_decay: vectors (norms, biases) decay as well, here matrices alone"
     if model.dtype == "bfloat16" and not optim.master:
