@@ -170,7 +170,7 @@ def _pixels(recipe: GRPORecipe) -> tuple[int, int]:
 
     path, problem = place_of(model.path), "there is no such folder"
     try:
-        if path == model.path or Path(path).is_dir():
+        if Path(path).is_dir() or not Path(path).is_absolute():
             return pixel_limits(path, model.min_pixels, model.max_pixels)
     except (OSError, ValueError) as error:
         problem = str(error).strip().splitlines()[0]
