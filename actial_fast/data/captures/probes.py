@@ -79,12 +79,12 @@ def leak_report(out: Path, config: ViewpointConfig) -> tuple[dict[str, Any], lis
 
 
 def _warnings(report: dict[str, Any], most: float) -> list[str]:
-    """A sentence for each probe, but that of the names, that is further above chance than `most` points, and than chance explains."""
+    """A sentence for each probe, but that of the names, that is further above chance than `most` points and three standard errors."""
     out = []
     for name in ("text", "image 1", "image 2", "order"):
         for kind, found in report[name].items():
             above = found["accuracy"] - found["chance"]
-            if above > max(most, found["error"]):
+            if above > max(most, 1.5 * found["error"]):  # three standard errors: a dozen figures are looked at
                 out.append(
                     f"{name} alone: {kind} is right in {found['accuracy']}%, by chance {found['chance']}% (max_leak={most:g} points)"
                 )
