@@ -24,7 +24,7 @@ from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Turn
 from actial_fast.data.sources.stream import Example
 from actial_fast.data.sources.tags import TAG
 from actial_fast.packing.batch import Sequence, mrope_positions
-from actial_fast.packing.images import ImageSettings, ImageStore
+from actial_fast.packing.images import GB, MOST, ImageSettings, ImageStore
 
 IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -59,17 +59,19 @@ class Processor:
         room: int = 0,
         max_patches: int = 0,
         image_cache: str = "",
+        image_cache_gb: float = MOST / GB,
         max_image_pixels: int = MAX_PIXELS,
     ) -> Processor:
         """From a checkpoint folder or hub name; the pixel limits replace the checkpoint's where they are not 0.
 
-        image_cache: folder of the ImageStore, empty for its default; max_image_pixels: of an image before it is resized. ValueError for a
-        chat template that writes what a reply has to begin with.
+        image_cache: folder of the ImageStore, empty for its default; image_cache_gb: what it may take, 0 for any; max_image_pixels: of an
+        image before it is resized. ValueError for a chat template that writes what a reply has to begin with.
         """
         images = Qwen2VLImageProcessorPil.from_pretrained(path)
         size = dict(images.size)
         images.size = {"shortest_edge": min_pixels or size["shortest_edge"], "longest_edge": max_pixels or size["longest_edge"]}
-        store = ImageStore(ImageSettings.of(images), Path(image_cache).expanduser() if image_cache else None, max_image_pixels)
+        folder = Path(image_cache).expanduser() if image_cache else None
+        store = ImageStore(ImageSettings.of(images), folder, max_image_pixels, round(image_cache_gb * GB))
         tokenizer = AutoTokenizer.from_pretrained(path)
         tokenizer.chat_template = tokenizer.chat_template or _template(path)
         processor = Processor(tokenizer, images, store, max_prompt, max_tokens, room, max_patches, _ends(path, len(tokenizer)))
