@@ -55,6 +55,11 @@ def check_model(name: str) -> None:
         raise ValueError(f"model {name}: no such folder (looked from {Path.cwd()}), nor a hub name such as Qwen/Qwen2.5-VL-7B-Instruct")
 
 
+def is_recipe(path: str) -> bool:
+    """Whether a command that takes rows or a recipe was given a recipe."""
+    return Path(path).suffix in (".yaml", ".yml")
+
+
 def one_line(error: Exception) -> str:
     """What an error says, without line breaks or a library's paragraphs of advice."""
     if isinstance(error, ModuleNotFoundError):

@@ -157,6 +157,32 @@ def stacked_bars(
     return _figure(title, legend, caption, out, width, note)
 
 
+def histogram(title: str, edges: Sequence[float], counts: Sequence[int], marks: Mapping[str, float]) -> str:
+    """An HTML `<figure>` of how often values lie between each edge and the next. edges: n + 1, ascending, for n counts; marks: values that
+    a dashed line and the legend show, by name."""
+    low, high, top = edges[0], edges[-1], max(counts) or 1
+    y = _y_scale(0.0, 1.04 * top, False)
+
+    def x(value: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (value - low) / (high - low)
+
+    out = []
+    for tick in (tick for tick in _ticks(0.0, 1.04 * top, 5) if tick == int(tick)):
+        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        out.append(f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}">{number(tick)}</text>')
+    for tick in _ticks(low, high, 6):
+        out.append(f'<text class="tick" text-anchor="middle" x="{x(tick):.1f}" y="{HEIGHT - 8}">{number(tick, 4)}</text>')
+    bars = []
+    for left, right, count in zip(edges, edges[1:], counts, strict=False):
+        if count:
+            bars.append(f"M{x(left):.1f},{y(count):.1f}H{max(x(right) - 1, x(left) + 0.5):.1f}V{y(0):.1f}H{x(left):.1f}z")
+    out.append(f'<path class="bars" style="fill:var(--c0)" d="{"".join(bars)}"/>')
+    for value in marks.values():
+        out.append(f'<line class="guide" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{TOP - 8}" y2="{HEIGHT - BOTTOM}"/>')
+    legend = [f"<span>{escape(name)} <b>{number(value, 4)}</b></span>" for name, value in marks.items()]
+    return _figure(title, legend, "", out, WIDTH, "")
+
+
 def _frame(
     spans: Mapping[str, tuple[float, float, int]],
     width: float,

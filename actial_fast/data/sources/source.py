@@ -237,7 +237,7 @@ class Scan:
     @property
     def reasons(self) -> dict[str, int]:
         """Bad rows per reason, commonest first; figures and file names are left out of the reason so that like counts with like."""
-        return dict(Counter(_outline(error.reason) for error in self.bad).most_common())
+        return dict(Counter(outline(error.reason) for error in self.bad).most_common())
 
 
 def scan(source: Source, door: Callable[[Row, int], object] | None = None, *, progress: Callable[[int], None] | None = None) -> Scan:
@@ -284,7 +284,8 @@ def _decoder() -> Callable[[Row, int], None]:
     return look
 
 
-def _outline(reason: str) -> str:
+def outline(reason: str) -> str:
+    """A bad row's reason without figures and file names, so that like counts with like."""
     reason = re.sub(r"^image .*? (?=does not exist|is |cannot be decoded|cannot be read)", "image ", reason)
     return re.sub(r"\d+", "#", re.sub(r"'[^']*'|<_io\S+ object at \S+>", "...", reason))
 
