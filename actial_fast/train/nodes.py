@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
+from actial_fast.data.sources.places import files_of, is_remote
 from actial_fast.packing.images import ImageStore
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.train.dist import World
@@ -25,12 +26,13 @@ def unseen(recipe: SFTRecipe | GRPORecipe, folder: Path, where: World) -> list[s
     if where.mesh is None:
         return []
     mark, there = folder / f".tmp-seen-{secrets.token_hex(4)}", []
-    paths = [recipe.model.path, *(source.path for source in (*recipe.data.sources, *recipe.eval.sources))]
+    sources = [source.path for source in (*recipe.data.sources, *recipe.eval.sources) if not is_remote(source.path)]
     if where.main:
         with contextlib.suppress(OSError):  # told by who wanted to write there
             mark.mkdir(parents=True)
             there.append(str(mark))
-        there += [path for path in paths if Path(path).exists()]
+        with contextlib.suppress(ValueError):  # told by who opens them
+            there += [str(file) for path in (recipe.model.path, *sources) for file in files_of(Path(path))]
     try:
         marks = where.gather(there)  # as rank 0 names them
         found = where.gather([] if where.main else list(_missing(marks, folder)))  # a machine's ranks say the same
