@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
+import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from actial_fast.data.sources import cache
+from actial_fast.data.sources.told import told
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -108,33 +110,42 @@ def of_split(splits: dict[str, list[Path]], split: str, path: Path) -> list[Path
 
 @functools.cache
 def _fetched(address: str) -> Path:
-    """A folder of links to the files that were fetched, or the link of the only one, under their names there."""
-    from datasets import DownloadConfig, DownloadManager  # takes a second
-    from datasets.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    try:
-        addresses = list(_addresses(address))
-        if not addresses:
-            raise FileNotFoundError("nothing is there by this name")
-        files = DownloadManager(download_config=DownloadConfig(max_retries=3, disable_tqdm=True)).download(addresses)
-    except Exception as error:  # of the network, the server, or whatever fsspec loads for an address
-        raise ValueError(
-            f"data source {address}: it cannot be fetched ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
-        ) from None
+    """A folder of links to the files that were fetched, or the link of the only one, under their names there. Where it cannot be fetched
+    now, as it was before."""
     folder = cache.folder() / "fetched" / hashlib.blake2b(address.encode(), digest_size=8).hexdigest()
+    whole = folder / ".whole"
+    try:
+        links = _linked(folder, address)
+        whole.write_text(json.dumps(links))
+    except ImportError as error:
+        raise ValueError(f"data source {address}: {error}; for http:// and https:// that is pip install 'fsspec[http]'") from None
+    except Exception as error:  # of the network, the server, or whatever fsspec loads for an address
+        reason = f"it cannot be fetched ({type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]})"
+        links = json.loads(whole.read_text()) if whole.exists() else []
+        if not links or not all((folder / link).exists() for link in links):
+            raise ValueError(f"data source {address}: {reason}") from None
+        told(f"{reason}: what was fetched before is read", address)
+    return folder / links[0] if len(links) == 1 else folder
+
+
+def _linked(folder: Path, address: str) -> list[str]:
+    """Fetch the files of an address, those that are new, and link them in the folder; their names there, in order."""
+    from datasets import DownloadConfig, DownloadManager  # takes a second
+
+    addresses = list(_addresses(address))
+    files = DownloadManager(download_config=DownloadConfig(max_retries=3, disable_tqdm=True)).download(addresses)
     folder.mkdir(parents=True, exist_ok=True)
     parts = [PurePosixPath(one.partition("://")[2].partition("?")[0]).parts for one in addresses]
-    names = Counter(part[-1] for part in parts)
-    links = [folder / (part[-1] if names[part[-1]] == 1 else "-".join(part)) for part in parts]
-    for link, file in zip(links, files, strict=True):
-        unnamed = folder / f".{link.name}.{os.getpid()}"
+    bases = Counter(part[-1] for part in parts)
+    names = [part[-1] if bases[part[-1]] == 1 else "-".join(part) for part in parts]
+    for name, file in zip(names, files, strict=True):
+        unnamed = folder / f".{name}.{os.getpid()}"
         unnamed.symlink_to(file)
-        os.replace(unnamed, link)  # ranks that fetch at the same time each put the same link there
-    for other in set(folder.iterdir()) - set(links):
-        if not other.name.startswith("."):
-            other.unlink(missing_ok=True)  # no longer there
-    return links[0] if len(links) == 1 else folder
+        os.replace(unnamed, folder / name)  # ranks that fetch at the same time each put the same link there
+    for other in folder.iterdir():
+        if other.name not in names and not other.name.startswith("."):
+            other.unlink(missing_ok=True)  # it is there no longer
+    return names
 
 
 def _addresses(address: str) -> Iterator[str]:

@@ -65,6 +65,8 @@ def open_records(path: Path, split: str = "") -> Records:
         from actial_fast.data.sources.table import Table  # needs pyarrow
 
         return Table(path, split)
+    if not path.exists():
+        raise ValueError(f"{path}: a pattern is for parquet files and tar shards; give these files one by one, each as a source")
     return TsvRecords(path) if path.suffix.lower() in (".tsv", ".csv") else JsonRecords(path)
 
 

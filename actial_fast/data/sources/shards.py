@@ -234,11 +234,11 @@ def _headers(file: Path) -> Iterator[tuple[str, int, int]]:
                 except tarfile.TarError as error:
                     told(f"a shard is damaged or cut off ({error}): what is whole before that is read", str(file))
                     return
+                if _damaged(file, end, member.offset if member else file.stat().st_size) and found:
+                    told("a shard has damage between its members: what is whole is read", str(file))
                 if member is None:
                     break
                 found += 1
-                if _damaged(file, end, member.offset):
-                    told("a shard has damage between its members: what is whole is read", str(file))
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 shard.members = []  # type: ignore[attr-defined]  # all of them would take a lot of memory
                 if member.isreg() and not member.issparse():
