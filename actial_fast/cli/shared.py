@@ -22,8 +22,8 @@ Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 def add_format(parser: argparse.ArgumentParser) -> None:
     """The options --format, --task and --split of a source of rows."""
-    parser.add_argument("--format", default="auto", help="jsonl, sharegpt, sat, verl, easyr1, or module:Reader for your own (default: the "
-                        "task's, or what the file looks like)")  # fmt: skip
+    parser.add_argument("--format", default="auto", help="jsonl, sharegpt, sat, verl, easyr1, webdataset, or module:Reader for your own "
+                        "(default: the task's, or what the file looks like)")  # fmt: skip
     parser.add_argument("--task", default="", help="what the rows are for: jigsaw, jigsaw_turns, sparkle, boxes, or module:object for your "
                         "own (default: questions with an answer)")  # fmt: skip
     parser.add_argument("--split", default="", help="of a folder that holds several: train, validation or test")
