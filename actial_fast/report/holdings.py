@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
-from actial_fast.report.chart import histogram, number
+from actial_fast.report.bars import histogram
+from actial_fast.report.chart import number
 from actial_fast.report.style import CSS
 
 LENGTHS = {  # of stats(), in the order in which they are shown
