@@ -34,6 +34,7 @@ def _stats(args: argparse.Namespace) -> int:
     from actial_fast.data.sources.stats import stats
     from actial_fast.data.sources.told import told
     from actial_fast.report.holdings import holdings_page, holdings_text
+    from actial_fast.report.html import write
 
     if args.rows < 0:
         raise ValueError(f"--rows {args.rows}: how many rows to look at, 0 for all")
@@ -49,7 +50,7 @@ def _stats(args: argparse.Namespace) -> int:
         print("without --model, tokens and patches were not counted")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(holdings_page(figures), encoding="utf-8", errors="replace")
+        write(args.out, holdings_page(figures))
         if args.json != "-":
             print(args.out)
     if args.json:

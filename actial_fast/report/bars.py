@@ -1,4 +1,5 @@
-"""Stacked bars over the steps of one stage, as inline SVG like chart.py's lines; many steps share a bar, which has their mean."""
+"""Bars as inline SVG like chart.py's lines: stacked ones over the steps of one stage, of which many share a bar with their mean, and
+histograms."""
 
 from __future__ import annotations
 
