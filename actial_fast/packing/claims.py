@@ -13,6 +13,7 @@ import fcntl
 import os
 import struct
 import threading
+import weakref
 from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,7 @@ class Claims:
         self._path = path
         self._file: int | None = None
         self._begin()
+        _ALL.add(self)
 
     def __del__(self) -> None:
         file, self._file = self._file, None  # claims may be collected after this
@@ -66,8 +68,6 @@ class Claims:
 
     def claim(self, key: str) -> Claim:
         """A claim on an image, whether it is there or not. OSError where files cannot be locked."""
-        if self._process != os.getpid():
-            self._begin()
         key = str(key)
         with self._mutex:
             self._settle()
@@ -86,7 +86,7 @@ class Claims:
                 self._mutex.release()
 
     def _begin(self) -> None:
-        """Of a new process, a forked one included: its own description of the file, and no claims."""
+        """Of a new process, a forked one included: its own description of the file, and no claims yet."""
         if self._file is not None:
             os.close(self._file)
         try:
@@ -103,6 +103,17 @@ class Claims:
                 del self._held[key]
                 if self._file is not None:
                     lock(self._file, fcntl.F_UNLCK, key)
+
+
+_ALL: weakref.WeakSet[Claims] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for claims in list(_ALL):
+        claims._begin()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 @contextlib.contextmanager

@@ -272,9 +272,7 @@ class ImageStore:
         return decode(data, where, self.limit, file=image if isinstance(image, Path) else None)
 
 
-def _packed(key: str, image: np.ndarray) -> memoryview:
-    """What the file of an image holds."""
-    data = bytearray(HEADER.size + image.nbytes)
-    data[HEADER.size :] = image.data.cast("B")
-    HEADER.pack_into(data, 0, bytes.fromhex(key), *image.shape[:2], zlib.crc32(image.data.cast("B")))
-    return memoryview(data)
+def _packed(key: str, image: np.ndarray) -> tuple[bytes, memoryview]:
+    """What the file of an image holds: its header and its pixels."""
+    pixels = image.data.cast("B")
+    return HEADER.pack(bytes.fromhex(key), *image.shape[:2], zlib.crc32(pixels)), pixels

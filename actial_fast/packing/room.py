@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,18 +51,19 @@ def kept(store: Path) -> Iterator[Kept]:
                     yield Kept(Path(entry.path), status.st_size, status.st_mtime)
 
 
-def add(store: Path, key: str, data: bytes | memoryview, limit: int) -> int:
+def add(store: Path, key: str, parts: Sequence[bytes | memoryview], limit: int) -> int:
     """Write the file of an image that the caller has claimed, making room for it where the stores of the folder would take more than
     `limit` bytes. By how much they do nevertheless, since the rest is claimed; without a limit, which is 0, by nothing. OSError when it
     cannot be written."""
-    over = _take(store.parent, len(data), limit)
+    over = _take(store.parent, sum(map(len, parts)), limit)
     target = place(store, key)
     unfinished = target.with_name(key + UNFINISHED)
     target.parent.mkdir(exist_ok=True)
     try:
         with open(unfinished, "wb", buffering=0) as file:
-            while data:
-                data = data[file.write(data) :]
+            for part in parts:
+                while part:
+                    part = part[file.write(part) :]
         os.replace(unfinished, target)
     except OSError:
         unfinished.unlink(missing_ok=True)  # what is left of it would take room on a full disk
