@@ -396,12 +396,13 @@ def test_what_is_told_depends_on_the_recipe():
 
 
 def test_the_command(rows, tmp_path, capsys):
-    recipe = tmp_path / "recipe.yaml"
+    recipe = tmp_path / 'mine "one"\n\\x.yaml'
     recipe.write_text(to_yaml(recipe_of(rows)))
     assert main(["-q", "export", "verl", str(recipe), "-o", str(tmp_path / "out"), "optim.lr=3e-6", "optim.schedule=cosine"]) == 0
     out = capsys.readouterr().out
     assert f"{tmp_path / 'out/train.parquet'}: 12 rows of rows with 24 images" in out and "verl does otherwise than `actial grpo`:" in out
     assert overrides_of(tmp_path / "out")["actor_rollout_ref.actor.optim.lr"] == "3e-06"
+    assert "mine 'one' /x.yaml" in (tmp_path / "out/run.sh").read_text() and callable(compute_score_of(tmp_path / "out"))
     assert main(["export", "verl", str(recipe), "-o", str(tmp_path / "no"), "optim.schedule=linear", "overlong.mask=true"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(line.startswith("actial: verl 0.9.1 cannot do this: ") for line in lines)
