@@ -530,13 +530,17 @@ def assert_trained_alike(folder, **settings) -> SimpleNamespace:
     text_model().save_pretrained(folder / "model")
     TOKENIZER.save_pretrained(folder / "model")
     want, got = (trained(kind, folder, **settings) for kind in (GRPOTrainer, FusedGRPOTrainer))
+    assert_same_training(want, got)
+    return got
+
+
+def assert_same_training(want: SimpleNamespace, got: SimpleNamespace) -> None:
     assert len(want.logs) == 5 and {"kl", "entropy", "loss", "grad_norm", "clip_ratio/region_mean"} <= set(want.logs[0])
     assert want.logs[-2]["kl"] > 1e-3, "the policy never moved"
     for entry, mine in zip(want.logs, got.logs, strict=True):
         assert mine == pytest.approx(entry, rel=1e-4, abs=1e-5, nan_ok=True)
     for name, weight in want.weights.items():
         assert difference(got.weights[name], weight) < 1e-4, name
-    return got
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "peft"])
@@ -778,11 +782,14 @@ def test_a_cispo_cap_below_1_is_told_and_computed():
         assert spec_of(GRPOConfig(loss_type="cispo", bf16=False)).clip_high == pytest.approx(-0.8)
 
 
-@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP"])
-def test_other_ways_to_distribute_are_refused_and_the_way_is_named(pairs, name):
+@pytest.mark.parametrize(("name", "told"), [("DEEPSPEED", "DEEPSPEED"), ("FSDP", "FSDP1")])
+def test_other_ways_to_distribute_are_refused_and_the_way_is_named(pairs, name, told):
     trainer = SimpleNamespace(**vars(pairs("text").ours))
-    trainer.accelerator = SimpleNamespace(distributed_type=SimpleNamespace(name=name))
-    with pytest.raises(ValueError, match=rf"distributed_type: {name} is not supported: launch with .*DDP.*dist\.fsdp.*; supported"):
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
+    trainer.accelerator = SimpleNamespace(distributed_type=SimpleNamespace(name=name), state=state)
+    with pytest.raises(
+        ValueError, match=rf"distributed_type: {told} is not supported: set accelerate's fsdp_version to 2, .*DDP.*; supported"
+    ):
         ours.trl_loss.prepare(trainer, 700)
 
 
