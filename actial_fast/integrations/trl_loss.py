@@ -48,8 +48,8 @@ CISPO_CAP = (
 DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP2")
 SUPPORTED = (
     f"supported: TRL {', '.join(SUPPORTED_TRL)}; loss_type {', '.join(LOSS_TYPES)}; importance_sampling_level token, sequence; "
-    "one process, DDP or FSDP2, not compiled; full weights or PEFT adapters outside of the head; heads with final_logit_softcapping or a positive "
-    "logit_scale"
+    "one process, DDP or FSDP2, not compiled; full weights or PEFT adapters outside of the head; heads with final_logit_softcapping or a "
+    "positive logit_scale"
 )
 MODEL_INPUTS = (
     *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles", "image_sizes"),

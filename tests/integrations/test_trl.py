@@ -643,6 +643,21 @@ def test_the_per_token_function_takes_a_head_of_another_dtype():
     assert torch.autograd.grad(out[0].sum(), weight)[0].dtype == torch.float32
 
 
+def test_the_per_token_function_takes_targets_of_minus_100():
+    """TRL leaves such rows out before the call, and fills their fields with 0."""
+    (hidden, weight, _), targets = head_case()
+    gone = torch.arange(len(targets)) % 3 == 1
+    got, want = (
+        LogProbFunction.apply(hidden, weight, None, targets.masked_fill(gone, -100), 0.8, 16),
+        LogProbFunction.apply(hidden[~gone], weight, None, targets[~gone], 0.8, 16),
+    )
+    for a, b in zip(got[:2], want[:2], strict=True):
+        torch.testing.assert_close(a[~gone], b)
+        assert (a[gone] == 0).all()
+    gradients = [torch.autograd.grad(x[0].sum() + x[1].sum(), [hidden, weight]) for x in (got, want)]
+    assert all(difference(a, b) < TOLERANCE for a, b in zip(*gradients, strict=True))
+
+
 def test_the_first_of_equal_logits_is_the_top_one():
     hidden, weight = torch.ones(2, 3), torch.ones(5, 3)
     for function in (ChunkedLogProbFunction, LogProbFunction):
