@@ -66,7 +66,7 @@ def _train(recipe: SFTRecipe, where: World) -> Path:
         try:
             for step in range(start + 1, total + 2):
                 mark = stage.mark()
-                results = held_out(engine, processor, recipe, where, log, step - 1, stop, phases)
+                results = held_out(engine, policy, processor, recipe, where, log, step - 1, stop, phases)
                 if phases.used:
                     log.event("phases", phases.metrics(), step - 1)
                 if step > total or (results and _reached(results, recipe, step - 1)):

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 from actial_fast.report.cards import rollout_cards
 from actial_fast.report.chart import Guide, Series, line_chart, moving_average, number
-from actial_fast.report.metrics import read_events, read_metrics
+from actial_fast.report.held_out import loss_charts, loss_line, loss_table, losses_of, risen
+from actial_fast.report.metrics import LOSSES, read_events, read_metrics
 from actial_fast.report.speed import TAKEN, speed_charts
 from actial_fast.report.style import CSS
 from actial_fast.report.troubles import signs, warned
@@ -77,6 +78,7 @@ def write_report(run_dir: Path) -> Path:
         steps[record["stage"]] = max(steps.get(record["stage"], 0), record["step"])
     rl = {m["stage"] for m in metrics if "reward" in m}
     evals = _evals(events, list(steps), rl)
+    losses = losses_of(metrics)
     tables = {name: _moments(stages, steps) for name, stages in evals.items()}
     summary, versions = (_json(run_dir / name) for name in ("summary.json", "versions.json"))
     recipes = {path.name: path.read_text(encoding="utf-8") for path in sorted(run_dir.glob("recipe*.yaml"))}
@@ -86,11 +88,11 @@ def write_report(run_dir: Path) -> Path:
 
     body = [
         f'<header><p class="muted">actial_fast run &middot; {time.strftime("%Y-%m-%d %H:%M")} &middot; {escape(state)}</p>',
-        f"<h1>{escape(run_dir.resolve().name)}</h1>{_headline(tables, rl)}</header>",
+        f"<h1>{escape(run_dir.resolve().name)}</h1>{_headline(tables, rl) or loss_line(losses)}</header>",
         _section("What went wrong", _list(warned(events))),
-        _section("Signs of trouble", _list(signs(metrics, evals))),
-        _section("Evaluation", _evaluation(evals, tables, steps)),
-        _section("Learning", _grid(_learning(metrics, evals, rl, steps))),
+        _section("Signs of trouble", _list([*signs(metrics, evals), *risen(losses)])),
+        _section("Evaluation", _evaluation(evals, tables, steps) + loss_table(losses)),
+        _section("Learning", _grid([*loss_charts(losses, metrics, steps, rl), *_learning(metrics, evals, rl, steps)])),
         _section("GRPO", _grid(_grpo(metrics, evals, rl, steps))),
         *(_section(f"Sampled replies: {stage}", rollout_cards(run_dir, stage, events)) for stage in steps),
         _section("Where the time goes", _grid(speed_charts(metrics, events, steps))),
@@ -184,9 +186,10 @@ def _percent(share: float) -> str:
 
 
 def _headline(tables: Mapping[str, list[Moment]], rl: set[str]) -> str:
-    """Two sentences: accuracy before and after the last stage beside chance, and well-formed-and-correct before and after GRPO."""
+    """Two sentences: accuracy before and after the last stage beside chance, and well-formed-and-correct before and after GRPO. "" where
+    no replies were drawn."""
     if not tables:
-        return '<p class="lead">No evaluation yet.</p>'
+        return ""
 
     def change(name: str, share: str) -> str:
         return " &rarr; ".join(f"<b>{_percent(m.result['overall'][share])}</b> {escape(m.label)}" for m in tables[name][-2:])
@@ -337,7 +340,7 @@ def _optimisation(metrics: Sequence[Mapping[str, Any]], steps: Mapping[str, int]
     for title, keys in ALL_CHARTS:
         yield partial(line_chart, title, _series(metrics, keys, list(steps)), steps, may_log=keys[0] in MAY_LOG)
     drawn = {"stage", "step", "time", "loss", *(key for _, keys, *_ in (*GRPO_CHARTS, *ALL_CHARTS) for key in keys)}
-    for key in dict.fromkeys(key for m in metrics for key in m if key not in drawn and not key.startswith(("reward", *TAKEN))):
+    for key in dict.fromkeys(key for m in metrics for key in m if key not in drawn and not key.startswith(("reward", LOSSES, *TAKEN))):
         yield partial(line_chart, key, _series(metrics, [key], list(steps)), steps)
 
 

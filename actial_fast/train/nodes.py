@@ -25,7 +25,8 @@ def unseen(recipe: SFTRecipe | GRPORecipe, folder: Path, where: World) -> list[s
     if where.mesh is None:
         return []
     mark, there = folder / f".tmp-seen-{secrets.token_hex(4)}", []
-    paths = [recipe.model.path, *(source.path for source in (*recipe.data.sources, *recipe.eval.sources))]
+    sources = (*recipe.data.sources, *recipe.eval.sources, *recipe.eval.loss_sources)
+    paths = list(dict.fromkeys([recipe.model.path, *(source.path for source in sources)]))
     if where.main:
         with contextlib.suppress(OSError):  # told by who wanted to write there
             mark.mkdir(parents=True)

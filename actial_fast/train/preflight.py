@@ -55,7 +55,7 @@ def problems_of(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, fold
     encode: what the loop makes of each row; room: says what memory and disk are too small for; folder: the stage's.
     """
     with contextlib.suppress(ValueError, OSError):  # a source that cannot be opened is one of the problems
-        for line in overlaps(recipe.data.sources, recipe.eval.sources):
+        for line in overlaps(recipe.data.sources, list(dict.fromkeys((*recipe.eval.sources, *recipe.eval.loss_sources)))):
             log.warning(line)
     return [" ".join(problem.split()) for problem in _problems(recipe, encode, room, folder, where)]
 
@@ -98,6 +98,9 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, folder
     for source in recipe.eval.sources:
         rows, problems = _first(source, processor, Processor.encode_prompt, skip=recipe.data.on_bad_row == "skip", truths=True)
         yield from (f"eval.sources: {problem}" for problem in problems)
+    for source in recipe.eval.loss_sources:
+        _, problems = _first(source, processor, Processor.encode, skip=recipe.data.on_bad_row == "skip")
+        yield from (f"eval.loss_sources: {problem}" for problem in problems)
     if isinstance(recipe, GRPORecipe) and row is not None and not any(map(_opens_with_truth, recipe.data.sources)):
         if any(reward.name == "accuracy" and reward.weight for reward in recipe.rewards):
             yield f"rewards: accuracy can score nothing: none of the first {TRUTHS} rows of any source has a truth"
@@ -186,6 +189,8 @@ def doors(recipe: SFTRecipe | GRPORecipe, processor: Processor) -> Iterator[tupl
         yield source, functools.partial(encode, processor)
     for source in recipe.eval.sources:
         yield source, processor.encode_prompt
+    for source in recipe.eval.loss_sources:
+        yield source, processor.encode
 
 
 def _first(
