@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from actial_fast import ops
-from actial_fast.budget.fits import lacking
+from actial_fast.budget.fits import Budget
 from actial_fast.evaluation.evaluate import held_out
 from actial_fast.model.policy import Policy, load_reference
 from actial_fast.model.processor import Processor
@@ -46,6 +46,7 @@ from actial_fast.train.shortage import keys_of, over, told
 from actial_fast.train.stage import (
     Stage,
     begin,
+    device_name,
     digest,
     finished,
     open_clock,
@@ -73,7 +74,8 @@ def train(recipe: GRPORecipe) -> Path:
 
 def _train(recipe: GRPORecipe, where: World) -> Path:
     with contextlib.ExitStack() as stack:
-        start = begin(recipe, where, Processor.encode_prompt, lacking, stack)
+        budget = Budget()
+        start = begin(recipe, where, Processor.encode_prompt, budget.lacking, stack)
         stage = open_stage(recipe, start, where, Processor.encode_prompt, stack)
         policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
         parameters, guard, total = parameters_of(policy), Guard(optimizer, recipe.optim.max_skipped), recipe.steps
@@ -83,6 +85,7 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
             with told("load", keys_of(recipe)):
                 reference = load_reference(recipe.model, where.device, packed=recipe.packing == "packed", place=place)
         log, stop = stack.enter_context(open_log(recipe, start, total, where)), stack.enter_context(Stop(where))
+        log.opening(budget.opening(stream.sizes, device_name(where), start, total))
         scorer, replies = stack.enter_context(Scorer(recipe.rewards)), Kept(stage.folder, digest(recipe))
         phases, window = open_clock(recipe, start, where, log, stack)
         account, engine = Account(phases), open_engine(recipe, policy, processor, where, stack, optimizer, reference)

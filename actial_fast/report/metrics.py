@@ -20,7 +20,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -127,6 +127,12 @@ class MetricLog:
         """The results of an evaluation at `step` of this stage that was recorded before, by name; nothing on ranks that do not write."""
         events = read_events(self._run_dir) if self.enabled else []
         return {e["name"]: e["result"] for e in events if (e["kind"], e["stage"], e["step"]) == ("eval", self.stage, step)}
+
+    def opening(self, lines: Iterable[str]) -> None:
+        """The first lines in the terminal, with the stage's name; not where only results are wanted."""
+        if self.enabled and not self._progress.quiet:
+            for line in lines:
+                self._progress.say(f"{self.stage}: {line}")
 
     def say(self, text: str) -> None:
         """A line in the terminal, beside the progress."""
