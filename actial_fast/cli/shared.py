@@ -55,6 +55,11 @@ def check_model(name: str) -> None:
         raise ValueError(f"model {name}: no such folder (looked from {Path.cwd()}), nor a hub name such as Qwen/Qwen2.5-VL-7B-Instruct")
 
 
+def text_or_file(word: str) -> str:
+    """A text as it was given, or, as @FILE, what the file holds."""
+    return Path(word[1:]).read_text(encoding="utf-8").strip() if word.startswith("@") else word
+
+
 def one_line(error: Exception) -> str:
     """What an error says, without line breaks or a library's paragraphs of advice."""
     if isinstance(error, ModuleNotFoundError):
