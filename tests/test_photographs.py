@@ -26,7 +26,7 @@ SMALLER = {  # what a command of the page is given besides, by its first words
     "grpo": ["steps=1", "prompts=2", "minibatch=2", "sampling.n=2", "sampling.max_new_tokens=8", *HELD],
     "eval": ["--limit", "6", "--max-new-tokens", "4"],
 }
-MODEL = ["image_size=56", "hidden=32", "layers=2", "vision_hidden=32"]
+MODEL = ["image_size=56", "hidden=32", "heads=4", "layers=2", "vision_hidden=32"]
 
 
 def walk(capsys, *, left_out: tuple[str, ...]) -> dict[str, str]:

@@ -69,7 +69,8 @@ def opening(made: Plan, sizes: Sequence[int], device: str, start: int, total: in
     yield f"{rows}; {total:,} steps of {step}{left}"
     fullest = max(made.phases, key=lambda phase: phase.held)
     room = "usable" if case.machine.cuda else "free" if case.machine.count == 1 else "free for each"
-    memory = f"{'at most ' if bounds else ''}{gb(fullest.held)} of memory a rank, in {fullest.name}, of {gb(case.machine.usable)} {room}"
+    held = f"{'at most ' if bounds else ''}{gb(fullest.held)} a rank for the model and its passes"
+    memory = f"{held}, in {fullest.name}, of {gb(case.machine.usable)} {room}"
     if made.rates is None:
         yield f"expected: {memory}; no time before the first steps, since nothing is known of this machine's speed"
         return

@@ -6,23 +6,24 @@ Of metrics.jsonl are read `eval/NAME/loss` and its fellows (MetricLog.losses).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from html import escape
-from typing import Any
 
-from actial_fast.report.chart import Series, line_chart
+from actial_fast.report.chart import Chart, Series, lines
+from actial_fast.report.curves import Runs, series, steps_of
 from actial_fast.report.metrics import LOSSES
+from actial_fast.report.run import Record
 
 RISEN = 1.02  # of the least loss, from which it counts as risen
 Losses = dict[str, dict[str, dict[int, Mapping[str, float]]]]  # name -> stage -> step -> loss, perplexity, answer_tokens, rows
 
 
-def losses_of(metrics: Sequence[Mapping[str, Any]]) -> Losses:
+def losses_of(metrics: Iterable[Record]) -> Losses:
     """The losses of every source, stage and step."""
     out: Losses = {}
     for record in metrics:
-        for key in (key for key in record if key.startswith(LOSSES) and key.endswith("/loss")):
+        for key in filter(_is_loss, record):
             whole = key.removesuffix("loss")
             figures = {key.removeprefix(whole): value for key, value in record.items() if key.startswith(whole)}
             out.setdefault(whole[len(LOSSES) : -1], {}).setdefault(record["stage"], {})[record["step"]] = figures
@@ -61,26 +62,39 @@ def loss_table(losses: Losses) -> str:
     return table if rows else ""
 
 
-def loss_charts(
-    losses: Losses, metrics: Sequence[Mapping[str, Any]], steps: Mapping[str, int], rl: set[str]
-) -> Iterator[Callable[..., str]]:
-    """The losses of every source, beside those of the steps where these are supervised (rl: the stages that are not). steps: last step per
-    stage."""
-    if not losses:
-        return
-    lines = [
-        Series(name, {s: [(n, f["loss"]) for n, f in at.items()] for s, at in of.items()}, i + 1, True)
-        for i, (name, of) in enumerate(losses.items())
+def loss_charts(runs: Runs) -> Iterator[Chart]:
+    """The losses of every source, beside those of the steps where these are supervised."""
+    steps = steps_of(runs)
+    names = list(dict.fromkeys(key for run in runs.values() for m in run.metrics for key in m if _is_loss(key)))
+    measured = {m["stage"] for run in runs.values() for m in run.metrics if any(name in m for name in names)}
+    supervised = [s for s in steps if s in measured and not any(s in run.rl for run in runs.values())]
+    own = _of_one("training rows", 0, series(runs, ["loss"], supervised), runs)
+    held = [
+        each
+        for place, name in enumerate(names)
+        for each in _of_one(name.removeprefix(LOSSES).removesuffix("/loss"), place + 1, series(runs, [name], steps), runs)
     ]
-    stages = [s for s in steps if s not in rl and any(s in of for of in losses.values())]
-    trained = {s: [(m["step"], m["loss"]) for m in metrics if m["stage"] == s and "loss" in m] for s in stages}
-    own = [Series("training rows", {s: points for s, points in trained.items() if points})]
-    yield partial(line_chart, "Loss of held-out rows (nats per answer token)", [*own, *lines], steps, may_log=True)
+    if held:
+        yield lines(
+            "Loss of held-out rows (nats per answer token)", [*own, *(replace(each, dots=True) for each in held)], steps, may_log=True
+        )
+
+
+def _of_one(title: str, colour: int, found: list[Series], runs: Runs) -> list[Series]:
+    """The lines of one metric, in one colour, with the runs' dashes and, of several, their labels."""
+    order = list(runs)
+    if len(runs) == 1:
+        return [replace(each, name=title, colour=colour) for each in found]
+    return [replace(each, name=f"{title}, {each.name}", colour=colour, dash=order.index(each.name)) for each in found]
+
+
+def _is_loss(key: str) -> bool:
+    return key.startswith(LOSSES) and key.endswith("/loss")
 
 
 def risen(losses: Losses) -> list[str]:
     """A line for each source whose last loss lies above its least one, by more than a fiftieth."""
-    lines = []
+    told = []
     for name, stages in losses.items():
         for stage, steps in stages.items():
             best, last = _least(steps), max(steps)
@@ -88,10 +102,10 @@ def risen(losses: Losses) -> list[str]:
             if end > RISEN * top:
                 rise = f"the loss of {name} has risen from {top:.4f} at step {best:,} to {end:.4f}"
                 why = "the stage learns its rows by heart: train fewer epochs or take more rows"
-                lines.append(
+                told.append(
                     f"{stage} step {last:,}: {rise}; {why}. The checkpoint of step {best:,} is the better model, if save.keep left it."
                 )
-    return lines
+    return told
 
 
 def _least(steps: Mapping[int, Mapping[str, float]]) -> int:

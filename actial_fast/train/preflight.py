@@ -55,7 +55,9 @@ def problems_of(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, fold
     encode: what the loop makes of each row; room: says what memory and disk are too small for; folder: the stage's.
     """
     with contextlib.suppress(ValueError, OSError):  # a source that cannot be opened is one of the problems
-        for line in overlaps(recipe.data.sources, list(dict.fromkeys((*recipe.eval.sources, *recipe.eval.loss_sources)))):
+        asked = {source: "eval.sources" for source in recipe.eval.sources}
+        held = {source: "eval.loss_sources" for source in recipe.eval.loss_sources} | asked  # one that is in both is told once
+        for line in overlaps(recipe.data.sources, [(key, source) for source, key in held.items()]):
             log.warning(line)
     return [" ".join(problem.split()) for problem in _problems(recipe, encode, room, folder, where)]
 

@@ -55,11 +55,8 @@ def test_the_first_lines_say_what_a_run_is(kind, sft_recipe, grpo_recipe, no_tra
     rows = sum(len(open_source(source)) for source in recipe.data.sources)
     counts = (f"{rows} rows", "8 rows") if kind == "sft" else (f"{rows} rows of 2 sources", "4 prompts x 4 replies")
     assert second == f"{kind}: {counts[0]}; 1 steps of {counts[1]}"
-    assert re.fullmatch(
-        rf"{kind}: expected: at most [\d.]+ [GM]B of memory a rank, in \w+, of [\d.]+ GB free; no time before the first steps, "
-        "since nothing is known of this machine's speed",
-        third,
-    )
+    held = r"at most [\d.]+ [GM]B a rank for the model and its passes, in \w+, of [\d.]+ GB free"
+    assert re.fullmatch(rf"{kind}: expected: {held}; no time before the first steps, since nothing is known of this machine's speed", third)
     assert not any(line.startswith(f"{kind}: ") for line in rest)
     loop.train(replace(recipe, steps=2))
     assert f"{kind}: {counts[0]}; 2 steps of {counts[1]}; 1 are left, from step 1\n" in capsys.readouterr().out
@@ -82,7 +79,9 @@ def test_on_a_gpu_the_first_lines_have_the_plans_memory_and_time():
     assert first == "3.78e9 parameters, 29.9e6 of them trained (0.791%), on NVIDIA GeForce RTX 4090"
     assert second == "1,020 rows of 2 sources; 150 steps of 64 prompts x 8 replies; 100 are left, from step 50"
     fullest = max(made.phases, key=lambda phase: phase.held)
-    assert third.startswith(f"expected: {gb(fullest.held)} of memory a rank, in {fullest.name}, of {gb(machine.usable)} usable; a step ")
+    assert third.startswith(
+        f"expected: {gb(fullest.held)} a rank for the model and its passes, in {fullest.name}, of {gb(machine.usable)} usable; a step "
+    )
     each = made.seconds["step"]
     assert (
         f"a step {spoken(each)}, 100 of them {spoken(Range(100 * each.low, 100 * each.high))}, checkpoints and evaluations aside" in third
