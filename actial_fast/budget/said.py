@@ -74,8 +74,7 @@ def opening(made: Plan, sizes: Sequence[int], device: str, start: int, total: in
     if made.rates is None:
         yield f"expected: {memory}; no time before the first steps, since nothing is known of this machine's speed"
         return
-    words = {"save": "checkpoints", "eval": "evaluations"}
-    aside = [words[phase.name] for phase in made.phases if phase.name in words]
+    aside = ["checkpoints"] + (["evaluations"] if recipe.eval.sources or recipe.eval.loss_sources else [])
     each = made.seconds["step"]
     took = f"a step {spoken(each)}, {total - start:,} of them {spoken(each * (total - start))}, {' and '.join(aside)} aside"
     yield f"expected: {memory}; {took} ({made.rates.about})"

@@ -143,6 +143,20 @@ def test_rows_that_cannot_be_measured_are_told(sft_recipe, lab, tmp_path, capsys
     assert read_metrics(Path(skipping.run))[-1][f"eval/{tmp_path.name}/late/rows"] == 5
 
 
+def test_one_file_is_held_out_in_part(sft_recipe, tmp_path, caplog):
+    """What `skip` leaves out of the training rows is what `limit` measures: nothing is said of rows in both."""
+    source = texts(tmp_path, [f"{'AB'[i % 2]} {'B' * i}" for i in range(9)])
+    data = replace(sft_recipe.data, sources=(replace(source, skip=4),))
+    sft.train(replace(sft_recipe, data=data, steps=1, eval=EvalConfig(loss_sources=(replace(source, limit=4),))))
+    assert not caplog.messages and read_metrics(Path(sft_recipe.run))[-1][f"eval/{tmp_path.name}/own/rows"] == 4
+    sft.train(
+        replace(
+            sft_recipe, run=str(tmp_path / "both"), data=replace(data, sources=(source,)), steps=1, eval=EvalConfig(loss_sources=(source,))
+        )
+    )
+    assert [m.partition(":")[0] for m in caplog.messages] == ["eval.loss_sources"] and "9 of 9 rows" in caplog.text
+
+
 def test_too_little_memory_costs_the_measurement_alone(sft_recipe, lab, tmp_path, monkeypatch):
     policy, processor = load_policy(sft_recipe.model, ALONE.device, 0, packed=True), Processor.load(str(lab.model))
 
