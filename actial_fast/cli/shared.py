@@ -60,6 +60,11 @@ def is_recipe(path: str) -> bool:
     return Path(path).suffix in (".yaml", ".yml")
 
 
+def text_or_file(word: str) -> str:
+    """A text as it was given, or, as @FILE, what the file holds."""
+    return Path(word[1:]).read_text(encoding="utf-8").strip() if word.startswith("@") else word
+
+
 def one_line(error: Exception) -> str:
     """What an error says, without line breaks or a library's paragraphs of advice."""
     if isinstance(error, ModuleNotFoundError):

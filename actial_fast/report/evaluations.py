@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from actial_fast.report.curves import eval_charts, grid
+from actial_fast.report.held_out import loss_line, losses_of
 from actial_fast.report.html import folded
 from actial_fast.report.paired import Paired, paired
 from actial_fast.report.run import Moment, Run, source_of
@@ -20,7 +21,7 @@ def headline(run: Run) -> str:
     changed from stage to stage on the same rows."""
     tables = run.tables
     if not tables:
-        return '<p class="lead">No evaluation yet.</p>'
+        return loss_line(losses_of(run.metrics))
     compared = [name for name, moments in tables.items() if len(moments) > 1 and any(m.stage in run.rl and m.step for m in moments)]
     name = min(compared or tables, key=lambda n: n != source_of(n))
     base = tables[name][-1].result["overall"]

@@ -21,7 +21,10 @@ class EvalConfig:
     """Held-out evaluation."""
 
     sources: tuple[SourceConfig, ...] = ()
-    """What to evaluate on; empty = no evaluation."""
+    """What to evaluate on, by replies to its rows; empty = no replies are drawn."""
+    loss_sources: tuple[SourceConfig, ...] = ()
+    """What to measure the loss on, without a reply: of the answers in its rows, in nats per token, and its exponential, the perplexity. For
+    text that has no one right answer; a source may stand here and in `sources`."""
     every: int = 0
     """Steps between evaluations; 0 = only after the last step."""
     before: bool = False

@@ -26,7 +26,8 @@ def unseen(recipe: SFTRecipe | GRPORecipe, folder: Path, where: World) -> list[s
     if where.mesh is None:
         return []
     mark, there = folder / f".tmp-seen-{secrets.token_hex(4)}", []
-    sources = [source.path for source in (*recipe.data.sources, *recipe.eval.sources) if not is_remote(source.path)]
+    read = (*recipe.data.sources, *recipe.eval.sources, *recipe.eval.loss_sources)
+    sources = [source.path for source in read if not is_remote(source.path)]
     if where.main:
         with contextlib.suppress(OSError):  # told by who wanted to write there
             mark.mkdir(parents=True)

