@@ -70,8 +70,7 @@ class Processor:
         size = dict(images.size)
         images.size = {"shortest_edge": min_pixels or size["shortest_edge"], "longest_edge": max_pixels or size["longest_edge"]}
         store = ImageStore(ImageSettings.of(images), Path(image_cache).expanduser() if image_cache else None, max_image_pixels)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        tokenizer.chat_template = tokenizer.chat_template or _template(path)
+        tokenizer = load_tokenizer(path)
         processor = Processor(tokenizer, images, store, max_prompt, max_tokens, room, max_patches, _ends(path, len(tokenizer)))
         if TAG.search(opening := processor._render([{"role": "user", "content": "-"}], open_reply=True)):
             raise ValueError(
@@ -236,6 +235,13 @@ class Processor:
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder or hub name, with its chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = tokenizer.chat_template or _template(path)
+    return tokenizer
 
 
 def _template(path: str) -> str | None:
