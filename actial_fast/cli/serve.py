@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -15,7 +16,7 @@ from actial_fast.cli.shared import Commands, add_json, settle, write_json
 if TYPE_CHECKING:
     from actial_fast.rollout.serving import Command, Device, Served
 
-PHOTO = '{"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,%s"}}'
+PHOTO = "<PHOTO>"
 
 
 def add(commands: Commands) -> None:
@@ -99,15 +100,13 @@ def _notes(served: Served, made: Command) -> list[str]:
         notes.append(
             f"the adapters were trained beside a base in 4 bits (see {served.adapter / 'README.md'}): the merged model is what was"
         )
-    body = (
-        f'{{"model": "{name}", "temperature": 0, "messages": [{{"role": "user", "content": [{PHOTO}, '
-        '{"type": "text", "text": "What do you see?"}]}]}'
-    )
+    content = [{"type": "image_url", "image_url": {"url": PHOTO}}, {"type": "text", "text": "What do you see?"}]
+    asked = json.dumps({"model": name, "temperature": 0, "messages": [{"role": "user", "content": content}]})
+    form = shlex.quote(asked.replace("\\", r"\\").replace("%", "%%").replace(PHOTO, "data:image/jpeg;base64,%s"))
     return [
         *notes,
         "ask it about PHOTO.jpg:",
-        f"""  printf '{body}' "$(base64 -w 0 PHOTO.jpg)" | curl -s {url}/chat/completions """
-        "-H 'Content-Type: application/json' -d @-",
+        f"""  printf {form} "$(base64 -w 0 PHOTO.jpg)" | curl -s {url}/chat/completions -H 'Content-Type: application/json' -d @-""",
         "ask it what the checkpoint was evaluated on:",
         f"  {shlex.join(['actial', 'eval', name, rows, '--server', url])}",
     ]

