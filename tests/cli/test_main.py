@@ -27,6 +27,7 @@ COMMANDS = [
     ["grpo"],
     ["eval"],
     ["export"],
+    ["serve"],
     ["report"],
     ["doctor"],
     ["recipe"],

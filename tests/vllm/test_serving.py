@@ -1,0 +1,197 @@
+"""`actial serve`: what its command asks and answers, against plain transformers, and the server that it becomes."""
+
+import base64
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from vllm import LLM, SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from actial_fast.data.sources.row import IMAGE_TAG, Row, Turn
+from actial_fast.data.sources.stream import Example
+from actial_fast.model.processor import Processor
+from actial_fast.rollout.client import Client
+from actial_fast.rollout.protocol import Draw
+from actial_fast.rollout.server import Rows, Server, messages_of
+from actial_fast.rollout.serving import Options, command, find
+from tests.conftest import png
+from tests.loops import generate
+from tests.vllm.shared import policy_of
+
+ROOT = Path(__file__).parents[2]
+SYSTEM = 'Answer with "A" or "B".\nNothing else.'
+ROWS, LENGTH = 60, 12
+OWN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"  # takes no parts
+
+
+@pytest.fixture(scope="module")
+def folder(model, processor, tmp_path_factory) -> Path:
+    """The model as a stage leaves it, with the limits of image sizes that it was trained with. The head's rows of vision tokens are zero,
+    so that nobody wants those: no other engine than ours bans them."""
+    place = tmp_path_factory.mktemp("served") / "model"
+    place.mkdir()
+    for name in ("config.json", "generation_config.json"):
+        (place / name).write_text((model / name).read_text())
+    processor.save(place)
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"][list(processor.banned_tokens)] = 0
+    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    return place
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    """Texts with blanks around up to three images of sizes within and beyond the limits, in one turn and in several."""
+    rng = np.random.default_rng(0)
+    texts = [
+        "<image>Which way?",
+        "<image><image>\nLeft?",
+        "<image>\n<image>\n\nA. left B. right",
+        " First <image>,  <image><image> ",
+        "Left?\n",
+    ]
+    made = []
+    for number in range(ROWS):
+        text = texts[number % len(texts)]
+        sizes = [(28 * int(rng.integers(1, 5)), 28 * int(rng.integers(1, 5))) if number % 2 else tuple(rng.integers(20, 200, 2))
+                 for _ in range(text.count(IMAGE_TAG))]  # fmt: skip
+        coarse = [Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)) for _ in sizes]
+        images = tuple(png(np.asarray(image.resize((w, h), Image.Resampling.BICUBIC))) for image, (h, w) in zip(coarse, sizes, strict=True))
+        turns = (Turn("user", text), Turn("assistant", "A"), Turn("user", "Why?")) if number % 4 == 3 else (Turn("user", text),)
+        own = (Turn("system", "Be brief."),) if number % 3 == 2 else ()
+        made.append(Row((*own, *turns), images, where=f"rows:{number}"))
+    return made
+
+
+def under(row: Row) -> Row:
+    """As it is asked: under the system prompt, where it has none of its own."""
+    return row if row.turns[0].role == "system" else row.with_system(SYSTEM)
+
+
+def transformers_replies(folder: Path, rows: list[Row]) -> list[tuple[list[int], list[int]]]:
+    """Prompt and greedy reply of plain transformers, from the folder alone."""
+    processor = AutoProcessor.from_pretrained(folder)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    found = []
+    for row in rows:
+        messages = messages_of(under(row))
+        for message in messages:
+            if isinstance(message["content"], list):
+                message["content"] = [
+                    {"type": "image", "image": Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].partition(",")[2])))}
+                    if part["type"] == "image_url"
+                    else part
+                    for part in message["content"]
+                ]
+        prompt = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
+        reply = model.generate(**prompt, do_sample=False, max_new_tokens=LENGTH)[0].tolist()
+        found.append((prompt["input_ids"][0].tolist(), reply[len(prompt["input_ids"][0]) :]))
+    return found
+
+
+@pytest.mark.parametrize("template", ["", OWN], ids=["parts", "texts alone"])
+def test_it_answers_as_plain_transformers(folder, rows, template, tmp_path, monkeypatch):
+    """Prompts and greedy replies through vLLM's chat, with the arguments and the template of the command, are token by token those of
+    transformers' AutoProcessor and generate, of all rows; and those of the trainer's own engine where no image is resized (the image
+    processors' resizing differs in the last bit). Also where the checkpoint's own template takes no parts."""
+    if template:
+        rows = rows[:10]
+        plain = {file.name: file for file in folder.iterdir() if file.name != "chat_template.jinja"}
+        folder = tmp_path / "model"
+        folder.mkdir()
+        for name, file in plain.items():
+            (folder / name).symlink_to(file.resolve())
+        (folder / "chat_template.jinja").write_text(template)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    more = ("--max-model-len", "512", "--distributed-executor-backend", "uni")  # in this process
+    words = command(find(str(folder)), Options("cpu", system=SYSTEM, template=tmp_path / "t.jinja", more=more)).words
+    told = make_arg_parser(FlexibleArgumentParser()).parse_args(words[3:])
+    llm = LLM.from_engine_args(EngineArgs.from_cli_args(told))
+    greedy = SamplingParams(temperature=0, max_tokens=LENGTH, skip_special_tokens=False)
+    said = llm.chat([messages_of(row) for row in rows], greedy, chat_template=Path(told.chat_template).read_text(), use_tqdm=False)
+    del llm
+    served = [(list(each.prompt_token_ids), list(each.outputs[0].token_ids)) for each in said]
+
+    processor, policy = Processor.load(str(folder)), policy_of(folder)
+    prompts = [processor.encode_prompt(Example(under(row), n)) for n, row in enumerate(rows)]
+    ours = generate(policy, processor, prompts, 1, temperature=0.0, max_new_tokens=LENGTH)
+    assert [prompt for prompt, _ in served] == [prompt.ids.tolist() for prompt in prompts]
+    as_they_are = [n for n, row in enumerate(rows) if n % 2 or not row.images]
+    assert [served[n][1] for n in as_they_are] == [ours[n][0].ids.tolist() for n in as_they_are] and len(as_they_are) >= len(rows) // 2
+    if not template:  # transformers cannot read parts without a template that does
+        expected = transformers_replies(folder, rows)
+        same = sum(a == b for a, b in zip(served, expected, strict=True))
+        assert same == len(rows) == ROWS
+        replies = {tuple(reply) for _, reply in served}
+        assert len(replies) > ROWS // 2, "replies depend on what is asked and shown"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.timeout(900)
+def test_the_server_answers_with_the_system_prompt_and_stops_when_asked(folder, rows, tmp_path):
+    port, place = free_port(), tmp_path / "t.jinja"
+    line = [
+        sys.executable,
+        "-m",
+        "actial_fast.cli",
+        "serve",
+        str(folder),
+        "--run",
+        "--device",
+        "cpu",
+        "--system",
+        SYSTEM,
+        "--template",
+        place,
+    ]
+    further = ["--port", str(port), "--host", "127.0.0.1", "--max-model-len", "512", "--distributed-executor-backend", "uni"]
+    with open(tmp_path / "log", "w+") as log:
+        server = subprocess.Popen([*line, "--", *further], cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        try:
+            wait_for(f"http://127.0.0.1:{port}/health", server, tmp_path / "log")
+            row = rows[1]
+            prompt = Processor.load(str(folder)).encode_prompt(Example(under(row), 0))
+            ours = generate(policy_of(folder), Processor.load(str(folder)), [prompt], 1, temperature=0.0, max_new_tokens=LENGTH)[0][0]
+            client = Client(f"http://127.0.0.1:{port}/v1", folder.name)
+            question = Rows().encode_prompt(Example(row, 0))
+            (reply,) = Server(client, 1).generate([question], Draw(1, 0.0, LENGTH), [])[0]
+            assert reply.text == Processor.load(str(folder)).decode(ours.ids).strip() and client.used.read == len(prompt)
+        finally:
+            server.send_signal(signal.SIGTERM)
+            try:
+                server.wait(60)
+            finally:
+                if server.poll() is None:
+                    os.killpg(server.pid, signal.SIGKILL)
+    assert "Shutting down" in (tmp_path / "log").read_text() or server.returncode in (0, -signal.SIGTERM)
+
+
+def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
+    while server.poll() is None:
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(log.read_text()[-3000:])
