@@ -214,17 +214,20 @@ class Processor:
         for i, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            opened = self._render(messages[:i], open_reply=True)
-            if not opened.startswith(done):
-                raise ValueError(
-                    "the chat template rewrites earlier turns (it drops their reasoning, say), so that they cannot be trained on"
-                )
+            opened = self._after(done, messages[:i])
             answer = turn.content + self.tokenizer.convert_ids_to_tokens(self.eos)
-            pieces += [(opened[len(done) :], False), (answer, True)]
-            done = opened + answer
+            pieces += [(opened, False), (answer, True)]
+            done += opened + answer
         if not pieces or turns[-1].role != "assistant":
-            pieces.append((self._render(messages, open_reply=True)[len(done) :], False))
+            pieces.append((self._after(done, messages), False))
         return pieces
+
+    def _after(self, done: str, messages: list[dict[str, str]]) -> str:
+        """What the template writes behind `done`, up to where the next reply begins."""
+        opened = self._render(messages, open_reply=True)
+        if not opened.startswith(done):
+            raise ValueError("the chat template rewrites earlier turns (it drops their reasoning, say), so that they cannot be trained on")
+        return opened[len(done) :]
 
     @functools.cached_property
     def _special(self) -> tuple[str, ...]:

@@ -24,7 +24,10 @@ from tests.loops import ALONE
 from tests.train.saved import config, trained
 
 SYSTEM = 'Think in <think> tags.\nSay "it\'s 5 µm" \\ {{ no }} {% raw %} %} 😀\u2028'
-OWN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"  # texts alone
+OWN = (  # takes texts alone
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 DEFAULT = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"  # as Qwen2.5-VL's
 
 

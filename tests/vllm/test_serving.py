@@ -36,7 +36,10 @@ from tests.vllm.shared import policy_of
 ROOT = Path(__file__).parents[2]
 SYSTEM = 'Answer with "A" or "B".\nNothing else.'
 ROWS, LENGTH = 60, 12
-OWN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"  # takes no parts
+OWN = (  # takes texts alone
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
