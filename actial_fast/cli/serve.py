@@ -35,7 +35,9 @@ def add(commands: Commands) -> None:
     serve.add_argument("--device", choices=("cuda", "cpu"), help="what vLLM computes on (default: CUDA where this machine has it)")
     serve.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="", help="of the computation (default: bfloat16 on "
                        "CUDA, float32 on a CPU, as in training)")  # fmt: skip
-    serve.add_argument("--recipe", help="the recipe that it was trained with (default: its stage's, where the folder lies in a run)")
+    serve.add_argument(
+        "--recipe", default="", help="the recipe that it was trained with (default: its stage's, where the folder lies in a run)"
+    )
     serve.add_argument("--system", help="system prompt of requests that have none, or @FILE with it (default: the recipe's; '' for none)")
     serve.add_argument("--template", type=Path, metavar="FILE", help="where a chat template is written, if one is needed (default: "
                        "serve.jinja in the stage's or the model's folder)")  # fmt: skip

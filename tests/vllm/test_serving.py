@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from actial_fast.rollout.server import Rows, Server, messages_of
 from actial_fast.rollout.serving import Options, command, find
 from tests.conftest import png
 from tests.loops import generate
-from tests.vllm.shared import policy_of
+from tests.vllm.shared import SHAPE, create_model, policy_of, processor_of
 
 ROOT = Path(__file__).parents[2]
 SYSTEM = 'Answer with "A" or "B".\nNothing else.'
@@ -143,6 +144,32 @@ def test_it_answers_as_plain_transformers(folder, rows, template, tmp_path, monk
         assert same == len(rows) == ROWS
         replies = {tuple(reply) for _, reply in served}
         assert len(replies) > ROWS // 2, "replies depend on what is asked and shown"
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_folder_opens_in_plain_transformers(family, tmp_path):
+    """AutoProcessor makes the inputs of training: ids, grids, and pixels, but for one step of 255 where an image is resized."""
+    folder = create_model(tmp_path / "model", replace(SHAPE, family=family, layers=1))
+    ours = processor_of(folder)
+    ours.save(folder)
+    plain, side = AutoProcessor.from_pretrained(folder), ours.store.settings.patch * ours.merge
+    rng = np.random.default_rng(0)
+    for step, sizes in ((1e-5, [(2 * side, 3 * side), (side, 4 * side)]), (1.01, [(33, 150), (401, 300)])):
+        coarse = [Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)) for _ in sizes]
+        images = [image.resize((w, h), Image.Resampling.BICUBIC) for image, (h, w) in zip(coarse, sizes, strict=True)]
+        row = Row((Turn("user", "<image>\n<image> Which?"),), tuple(map(np.asarray, images)))
+        prompt = ours.encode_prompt(Example(row, 0))
+        first, second = ({"type": "image", "image": image} for image in images)
+        content = [first, {"type": "text", "text": "\n"}, second, {"type": "text", "text": " Which?"}]
+        theirs = plain.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+        )
+        assert theirs["input_ids"][0].tolist() == prompt.ids.tolist() and list(map(tuple, theirs["image_grid_thw"].tolist())) == [
+            *prompt.grids
+        ]
+        expected = ours.image_processor(images, return_tensors="pt")["pixel_values"]
+        away = (theirs["pixel_values"] - expected).abs().max() * 255 * max(ours.image_processor.image_std)
+        assert away < step
 
 
 def free_port() -> int:
