@@ -31,7 +31,7 @@ def add(commands: Commands) -> None:
     )
     serve.add_argument("--run", dest="start", action="store_true", help="run the command, in the place of this one")
     serve.add_argument("--adapter", action="store_true", help="the adapters beside their base, instead of the model they are merged into")
-    serve.add_argument("--gpus", type=int, default=1, metavar="N", help="that hold the model together (default: %(default)s)")
+    serve.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs that share the model (default: %(default)s)")
     serve.add_argument("--device", choices=("cuda", "cpu"), help="what vLLM computes on (default: CUDA where this machine has it)")
     serve.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="", help="of the computation (default: bfloat16 on "
                        "CUDA, float32 on a CPU, as in training)")  # fmt: skip

@@ -149,8 +149,8 @@ def _beside_base(adapter: Path, model: Path, recipe: Recipe | None, name: str, f
             "as base_model_name_or_path"
         )
     problem = ""
-    if about.get("use_dora"):
-        problem = "vLLM takes no DoRA"
+    if about.get("peft_type") != "LORA" or about.get("use_dora"):
+        problem = f"vLLM takes plain LoRA, not {'DoRA' if about.get('use_dora') else about.get('peft_type')}"
     elif re.search("visual|merger", json.dumps(about.get("target_modules"))):
         problem = "vLLM takes adapters of the language model alone, and these are on the vision tower too"
     elif about["r"] > RANKS[-1]:

@@ -93,7 +93,8 @@ def test_adapters_beside_their_base(run, tiny):
     about = run / "sft/final/adapter/adapter_config.json"
     plain = about.read_text()
     for change, says in (
-        ({"use_dora": True}, "no DoRA"),
+        ({"use_dora": True}, "plain LoRA, not DoRA"),
+        ({"peft_type": "IA3"}, "plain LoRA, not IA3"),
         ({"target_modules": "model\\.visual\\.x|y"}, "vision tower too"),
         ({"r": 600}, "ranks up to 512, got 600"),
         ({"base_model_name_or_path": "gone"}, "its base, gone, is not there"),

@@ -29,7 +29,7 @@ from actial_fast.model.processor import Processor
 from actial_fast.rollout.client import Client
 from actial_fast.rollout.protocol import Draw
 from actial_fast.rollout.server import Rows, Server, messages_of
-from actial_fast.rollout.serving import Options, command, find
+from actial_fast.rollout.serving import Options, command, find, template_for
 from tests.conftest import png
 from tests.loops import generate
 from tests.vllm.shared import SHAPE, create_model, policy_of, processor_of
@@ -72,7 +72,7 @@ def rows() -> list[Row]:
     made = []
     for number in range(ROWS):
         text = texts[number % len(texts)]
-        sizes = [(28 * int(rng.integers(1, 5)), 28 * int(rng.integers(1, 5))) if number % 2 else tuple(rng.integers(20, 200, 2))
+        sizes = [(28 * int(rng.integers(2, 5)), 28 * int(rng.integers(2, 5))) if number % 2 else tuple(rng.integers(20, 200, 2))
                  for _ in range(text.count(IMAGE_TAG))]  # fmt: skip
         coarse = [Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)) for _ in sizes]
         images = tuple(png(np.asarray(image.resize((w, h), Image.Resampling.BICUBIC))) for image, (h, w) in zip(coarse, sizes, strict=True))
@@ -108,42 +108,37 @@ def transformers_replies(folder: Path, rows: list[Row]) -> list[tuple[list[int],
     return found
 
 
-@pytest.mark.parametrize("template", ["", OWN], ids=["parts", "texts alone"])
-def test_it_answers_as_plain_transformers(folder, rows, template, tmp_path, monkeypatch):
+def test_it_answers_as_plain_transformers(folder, rows, tmp_path, monkeypatch):
     """Prompts and greedy replies through vLLM's chat, with the arguments and the template of the command, are token by token those of
     transformers' AutoProcessor and generate, of all rows; and those of the trainer's own engine where no image is resized (the image
-    processors' resizing differs in the last bit). Also where the checkpoint's own template takes no parts."""
-    if template:
-        rows = rows[:10]
-        plain = {file.name: file for file in folder.iterdir() if file.name != "chat_template.jinja"}
-        folder = tmp_path / "model"
-        folder.mkdir()
-        for name, file in plain.items():
-            (folder / name).symlink_to(file.resolve())
-        (folder / "chat_template.jinja").write_text(template)
+    processors' resizing differs in the last bit). Prompts also where the checkpoint's own template takes no parts."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     more = ("--max-model-len", "512", "--distributed-executor-backend", "uni")  # in this process
     words = command(find(str(folder)), Options("cpu", system=SYSTEM, template=tmp_path / "t.jinja", more=more)).words
     told = make_arg_parser(FlexibleArgumentParser()).parse_args(words[3:])
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(told))
-    greedy = SamplingParams(temperature=0, max_tokens=LENGTH, skip_special_tokens=False)
-    said = llm.chat([messages_of(row) for row in rows], greedy, chat_template=Path(told.chat_template).read_text(), use_tqdm=False)
-    del llm
-    served = [(list(each.prompt_token_ids), list(each.outputs[0].token_ids)) for each in said]
+
+    def served(rows: list[Row], template: str, length: int) -> list[tuple[list[int], list[int]]]:
+        greedy = SamplingParams(temperature=0, max_tokens=length)
+        said = llm.chat([messages_of(row) for row in rows], greedy, chat_template=template, use_tqdm=False)
+        return [(list(each.prompt_token_ids), list(each.outputs[0].token_ids)) for each in said]
 
     processor, policy = Processor.load(str(folder)), policy_of(folder)
     prompts = [processor.encode_prompt(Example(under(row), n)) for n, row in enumerate(rows)]
     ours = generate(policy, processor, prompts, 1, temperature=0.0, max_new_tokens=LENGTH)
-    assert [prompt for prompt, _ in served] == [prompt.ids.tolist() for prompt in prompts]
+    theirs = served(rows, Path(told.chat_template).read_text(), LENGTH)
+    assert [prompt for prompt, _ in theirs] == [prompt.ids.tolist() for prompt in prompts]
     as_they_are = [n for n, row in enumerate(rows) if n % 2 or not row.images]
-    assert [served[n][1] for n in as_they_are] == [ours[n][0].ids.tolist() for n in as_they_are] and len(as_they_are) >= len(rows) // 2
-    if not template:  # transformers cannot read parts without a template that does
-        expected = transformers_replies(folder, rows)
-        same = sum(a == b for a, b in zip(served, expected, strict=True))
-        assert same == len(rows) == ROWS
-        replies = {tuple(reply) for _, reply in served}
-        assert len(replies) > ROWS // 2, "replies depend on what is asked and shown"
+    assert [theirs[n][1] for n in as_they_are] == [ours[n][0].ids.tolist() for n in as_they_are]
+    same = sum(a == b for a, b in zip(theirs, transformers_replies(folder, rows), strict=True))
+    assert same == len(rows) == ROWS
+    assert len({tuple(reply) for _, reply in theirs}) > ROWS // 2, "replies depend on what is shown"
+
+    processor.tokenizer.chat_template = OWN
+    made = template_for(processor.tokenizer, SYSTEM)
+    prompts = [processor.encode_prompt(Example(under(row), n)) for n, row in enumerate(rows)]
+    assert [prompt for prompt, _ in served(rows, made, 1)] == [prompt.ids.tolist() for prompt in prompts]
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
