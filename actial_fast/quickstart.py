@@ -20,7 +20,7 @@ from typing import Any, Literal
 from actial_fast import grpo, sft
 from actial_fast.data.captures.basics import write_basics
 from actial_fast.data.captures.render import RenderConfig, render
-from actial_fast.data.captures.spatial import SpatialConfig, spatial_questions, viewpoint_test_objects
+from actial_fast.data.captures.spatial import SpatialConfig, spatial_questions, viewpoint_objects
 from actial_fast.data.captures.viewpoint import ViewpointConfig, build
 from actial_fast.data.cot.poses import geometric_cot
 from actial_fast.data.cot.writer import one_by_one, write_cot
@@ -68,7 +68,7 @@ class QuickstartRecipe:
     grpo: GRPORecipe = GRPORecipe(name="grpo")
     """Stage 2: reinforcement on viewpoint and other spatial questions."""
     test: EvalConfig = EvalConfig()
-    """Held-out evaluation after each of the two stages, greedy."""
+    """Evaluation after each of the two stages, greedy, on test objects: no stage trains on these, and none stops on them."""
     sampled: EvalConfig = EvalConfig(temperature=1.0)
     """The same, sampled at temperature 1: where the share of well-formed and correct replies is read."""
 
@@ -85,8 +85,8 @@ def run(recipe: QuickstartRecipe) -> dict[str, Any]:
 
     rendered = steps.do("render", lambda: render(captures, recipe.render))
     built = steps.do("viewpoint", lambda: build(captures, questions, recipe.viewpoint))
-    held_out = viewpoint_test_objects(questions / "test.jsonl")
-    steps.do("spatial", lambda: spatial_questions(captures, root / "spatial", recipe.spatial, held_out))
+    test, validation = (viewpoint_objects(questions / f"{split}.jsonl") for split in ("test", "validation"))
+    steps.do("spatial", lambda: spatial_questions(captures, root / "spatial", recipe.spatial, test, validation))
     spatial = SourceConfig(str(root / "spatial/train.parquet"), letters=True)
     steps.do("cot", lambda: _cold_start(SourceConfig(str(train)), root / "cot.jsonl", recipe.cot_rows, recipe.seed))
     steps.do("spatial cot", lambda: _cold_start(spatial, root / "spatial-cot.jsonl", recipe.spatial_cot_rows, recipe.seed))
@@ -173,7 +173,7 @@ def _basics(questions: Path, captures: Path, root: Path, seed: int) -> dict[str,
             questions / f"{split}.jsonl", captures, root / f"{ring}-{split}.jsonl", front=ring == "front", seed=seed
         )
         for ring in ("front", "ring")
-        for split in ("train", "test")
+        for split in ("train", "validation")
     }
 
 

@@ -39,7 +39,7 @@ def reward(completions, bright, **_):
 def main() -> None:
     """Train, and print the mean reward along the way."""
     with tempfile.TemporaryDirectory() as folder:
-        create(Path(folder), [], TinyConfig(hidden=64, layers=2, vision_hidden=32), seed=0)
+        create(Path(folder), [], TinyConfig(hidden=64, layers=2, vision_hidden=32, heads=4, vision_depth=0, image_size=28), seed=0)
         processor = Processor(Qwen2VLImageProcessorPil.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), TEMPLATE)
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
         shades = [16 * i for i in range(16)]

@@ -86,7 +86,7 @@ def _poisoned(empty, *arguments, **kinds) -> torch.Tensor:
 def lab(tmp_path_factory) -> SimpleNamespace:
     """root, captures, questions (train.jsonl, test.jsonl), spatial (parquet) and model: small, and the same for every test."""
     from actial_fast.data.captures.render import RenderConfig, render
-    from actial_fast.data.captures.spatial import SpatialConfig, spatial_questions, viewpoint_test_objects
+    from actial_fast.data.captures.spatial import SpatialConfig, spatial_questions, viewpoint_objects
     from actial_fast.data.captures.viewpoint import ViewpointConfig, build
     from actial_fast.data.sources.own import JsonlSource
     from actial_fast.model.tiny import TinyConfig, create
@@ -100,12 +100,12 @@ def lab(tmp_path_factory) -> SimpleNamespace:
         ViewpointConfig(pairs_per_object=6, test_examples=18, max_test_fraction=0.3, ask_letter=False, workers=1),
         progress=False,
     )
-    held_out = viewpoint_test_objects(questions / "test.jsonl")
+    held_out = viewpoint_objects(questions / "test.jsonl")
     spatial_questions(captures, spatial, SpatialConfig(train_per_kind=10, test_per_kind=3), held_out, progress=False)
     rows = JsonlSource(questions / "train.jsonl")
     texts = [turn.content.replace("<image>", "") for i in range(len(rows)) for turn in rows[i].turns]
     thoughts = ["<think>The camera moved to the left. So the answer is B.</think><answer>B</answer>"]
-    create(model, [*texts, *thoughts], TinyConfig(hidden=32, vision_hidden=32, layers=2), seed=0)
+    create(model, [*texts, *thoughts], TinyConfig(hidden=32, vision_hidden=32, layers=2, heads=4, vision_depth=0, image_size=28), seed=0)
     return SimpleNamespace(root=root, captures=captures, questions=questions, spatial=spatial, model=model)
 
 
@@ -115,7 +115,12 @@ def tiny(tmp_path_factory) -> Path:
     from actial_fast.model.tiny import TinyConfig, create
 
     folder: Path = tmp_path_factory.mktemp("tiny") / "model"
-    create(folder, ["Which way? A. left B. right", "<answer>A</answer>"] * 2, TinyConfig(hidden=32, vision_hidden=32, layers=2), seed=0)
+    create(
+        folder,
+        ["Which way? A. left B. right", "<answer>A</answer>"] * 2,
+        TinyConfig(hidden=32, vision_hidden=32, layers=2, heads=4, vision_depth=0, image_size=28),
+        seed=0,
+    )
     return folder
 
 

@@ -39,7 +39,7 @@ def deep(lab, tmp_path_factory):
     rows = open_source(SourceConfig(str(lab.questions / "train.jsonl")))
     texts = [turn.content.replace("<image>", "") for i in range(len(rows)) for turn in rows[i].turns]
     folder: Path = tmp_path_factory.mktemp("deep") / "model"
-    create(folder, texts, TinyConfig(hidden=32, vision_hidden=32, layers=2, vision_depth=2), seed=0)
+    create(folder, texts, TinyConfig(hidden=32, vision_hidden=32, layers=2, vision_depth=2, heads=4, image_size=28), seed=0)
     return folder
 
 

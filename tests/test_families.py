@@ -26,7 +26,7 @@ def test_a_family_goes_through_both_loops(kind, lab, sft_recipe, grpo_recipe, tm
     rows = open_source(SourceConfig(str(lab.questions / "train.jsonl")))
     texts = [turn.content.replace("<image>", "") for i in range(len(rows)) for turn in rows[i].turns]
     base, test = tmp_path / "base", (SourceConfig(str(lab.questions / "test.jsonl")),)
-    create(base, texts, TinyConfig(family=kind, hidden=32, vision_hidden=32, layers=3, vision_depth=2), seed=0)
+    create(base, texts, TinyConfig(family=kind, hidden=32, vision_hidden=32, layers=3, vision_depth=2, heads=4, image_size=28), seed=0)
     losses: dict[str, list[float]] = {}
     for packing in ("packed", "plain"):
         short = {"packing": packing, "steps": 2, "save": SaveConfig(every=2, tensorboard=False)}
@@ -49,7 +49,12 @@ def test_a_family_goes_through_both_loops(kind, lab, sft_recipe, grpo_recipe, tm
 def test_adapters_on_every_part_begin_where_the_model_is(sft_recipe, tmp_path):
     """And train: two steps of a 4-bit base move adapters of the language model, of the tower, and of all of its mergers."""
     base = tmp_path / "base"
-    create(base, ["A", "B"], TinyConfig(family="qwen3_vl", hidden=32, vision_hidden=32, layers=3, vision_depth=2), seed=0)
+    create(
+        base,
+        ["A", "B"],
+        TinyConfig(family="qwen3_vl", hidden=32, vision_hidden=32, layers=3, vision_depth=2, heads=4, image_size=28),
+        seed=0,
+    )
     lora = LoRAConfig(rank=2, tower=True, merger=True)
     recipe = replace(sft_recipe, steps=2, model=replace(sft_recipe.model, path=str(base), lora=lora, quantize="nf4"))
     fresh = load_policy(recipe.model, ALONE.device, recipe.seed).trained()

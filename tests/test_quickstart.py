@@ -26,13 +26,15 @@ SHORT = [
     "render.workers=1",
     "viewpoint.workers=1",
     "viewpoint.test_examples=12",
-    "viewpoint.max_test_fraction=0.3",
+    "viewpoint.validation_examples=12",
+    "viewpoint.max_test_fraction=0.2",
     "spatial.train_per_kind=12",
     "spatial.test_per_kind=12",
+    "spatial.validation_per_kind=12",
     "spatial.turn_tolerance_deg=14",
     "cot_rows=20",
     "spatial_cot_rows=10",
-    "model.hidden=32",
+    *("model.heads=2", "model.hidden=32"),
     "model.vision_hidden=32",
     "model.layers=2",
     *(f"{stage}.{key}" for stage in ("front", "ring", "sft") for key in ("steps=5", "batch_size=8", "eval.every=3", "save.every=2")),
@@ -68,6 +70,7 @@ def test_short_run_killed_anywhere_continues_to_the_same_end(tmp_path):
         "total_seconds",
     }
     assert {"ego_translation", "object_translation", "ego_rotation", "turn_size"} <= set(whole["accuracy_after_sft"])
+    assert_splits_share_no_object(tmp_path / "whole")
 
     run = tmp_path / "killed"
     kills = 0
@@ -92,6 +95,46 @@ def test_short_run_killed_anywhere_continues_to_the_same_end(tmp_path):
     assert "http://" not in page.replace("http://www.w3.org", "") and "data:image/png;base64," in page
     model = run / "grpo/final/model"
     assert Qwen2_5_VLForConditionalGeneration.from_pretrained(model) and AutoTokenizer.from_pretrained(model)
+
+
+def assert_splits_share_no_object(run: Path) -> None:
+    """Neither the viewpoint rows, nor what pretraining stands on, nor the parquet files, whose pictures are told apart by their bytes."""
+    read = {
+        split: [row for name in names for row in rows_of(run / name)]
+        for split, names in {
+            "train": (
+                "viewpoint/train.jsonl",
+                "front-train.jsonl",
+                "ring-train.jsonl",
+                "cot.jsonl",
+                "spatial-cot.jsonl",
+                "spatial/train.parquet",
+            ),
+            "validation": ("viewpoint/validation.jsonl", "front-validation.jsonl", "ring-validation.jsonl", "spatial/validation.parquet"),
+            "test": ("viewpoint/test.jsonl", "spatial/test.parquet"),
+        }.items()
+    }
+    objects = {path.read_bytes(): path.parts[-4:-2] for path in (run / "captures").glob("*/*/images/*")}
+    seen = {}
+    for split, rows in read.items():
+        pictures = [image if isinstance(image, bytes) else Path(image).read_bytes() for row in rows for image in row.images]
+        seen[split] = {objects[picture] for picture in pictures}
+        assert len(seen[split]) >= 2, split
+    assert not seen["train"] & seen["validation"] and not seen["train"] & seen["test"] and not seen["validation"] & seen["test"]
+
+
+def rows_of(path: Path) -> list:
+    source = open_source(SourceConfig(str(path)))
+    return [source[i] for i in range(len(source))]
+
+
+def test_no_stage_trains_or_stops_on_a_test_row():
+    recipe = load_recipe(ROOT / "recipes/quickstart.yaml")
+    for stage in (recipe.front, recipe.ring, recipe.sft, recipe.grpo):
+        assert all("train" in source.path or "cot" in source.path for source in stage.data.sources), stage.name
+        assert stage.eval.sources and all("validation" in source.path for source in stage.eval.sources), stage.name
+    for tables in (recipe.test, recipe.sampled):
+        assert all("test" in source.path and not source.limit for source in tables.sources)
 
 
 def test_stages_share_the_run_folder_the_seed_and_each_other_s_weights():

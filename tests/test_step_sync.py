@@ -121,7 +121,7 @@ def test_a_decoding_step_never_waits(model, lab, processor):
 def deep(tmp_path_factory) -> SimpleNamespace:
     """A Qwen3-VL, whose tower gives features for the first layers too, and its processor."""
     folder = tmp_path_factory.mktemp("deep") / "model"
-    shape = TinyConfig(family="qwen3_vl", hidden=32, vision_hidden=32, layers=3, vision_depth=2)
+    shape = TinyConfig(family="qwen3_vl", hidden=32, vision_hidden=32, layers=3, vision_depth=2, heads=4, image_size=28)
     create(folder, ["Which way?", "<answer>A</answer>"], shape, seed=0)
     return SimpleNamespace(model=folder, processor=Processor.load(str(folder), min_pixels=32 * 32, max_pixels=32 * 32 * 20))
 

@@ -51,6 +51,9 @@ def add(commands: Commands) -> None:
     spatial.add_argument(
         "--test-objects", type=Path, required=True, help="test.jsonl of a viewpoint build: its objects are held out here too"
     )
+    spatial.add_argument(
+        "--validation-objects", type=Path, help="its validation.jsonl, for validation_per_kind questions about those objects"
+    )
     add_overrides(spatial, "seed=1", below)
     spatial.set_defaults(run=_spatial)
 
@@ -101,14 +104,16 @@ def _viewpoint(args: argparse.Namespace) -> int:
 
 
 def _spatial(args: argparse.Namespace) -> int:
-    from actial_fast.data.captures.spatial import SpatialConfig, spatial_questions, viewpoint_test_objects
+    from actial_fast.data.captures.spatial import SpatialConfig, spatial_questions, viewpoint_objects
 
-    try:
-        held_out = viewpoint_test_objects(args.test_objects)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"--test-objects {args.test_objects}: not the test.jsonl of a viewpoint build ({error!r})") from None
-    done = spatial_questions(args.captures, args.out, _config(SpatialConfig, args.overrides), held_out)
-    for split in ("train", "test"):
+    held: dict[str, set[str]] = {}
+    for split, path in (("test", args.test_objects), ("validation", args.validation_objects)):
+        try:
+            held[split] = viewpoint_objects(path) if path else set()
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"--{split}-objects {path}: not the {split}.jsonl of a viewpoint build ({error!r})") from None
+    done = spatial_questions(args.captures, args.out, _config(SpatialConfig, args.overrides), held["test"], held["validation"])
+    for split in done["objects"]:
         kinds = ", ".join(f"{kind} {rows}" for kind, rows in done[split].items())
         print(f"{args.out / split}.parquet: {sum(done[split].values())} rows ({kinds}), {_objects(done['objects'][split])}")
     _rejected(done["rejected"])

@@ -62,5 +62,5 @@ def _eval(args: argparse.Namespace) -> int:
             for name, table in results.items():
                 print(render_table(table, name))
         if args.json:
-            write_json(results, args.json)
+            write_json({name: {key: table[key] for key in ("kinds", "overall")} for name, table in results.items()}, args.json)
     return 0

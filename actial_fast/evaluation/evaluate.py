@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from actial_fast.data.sources.task import score_of, task_of
 from actial_fast.evaluation.statistics import Record, accuracy_table
 from actial_fast.model.processor import Processor
 from actial_fast.report.metrics import MetricLog
+from actial_fast.report.paired import KEY
 from actial_fast.rollout.engines import open_checkpoint
 from actial_fast.rollout.episodes import play, text_of
 from actial_fast.rollout.protocol import Draw, Engine, Reader, Reply, Watch, awake
@@ -199,7 +201,20 @@ def _record(row: Row, response: str, length: int, strict: bool) -> Record | None
         truth=row.choices[index] if 0 <= index < len(row.choices) else row.truth,
         choices=len(row.choices),
         images=tuple(str(i) if isinstance(i, Path) else hashlib.blake2b(i, digest_size=16).hexdigest() for i in row.images),
+        row=_key(row),
     )
+
+
+def _key(row: Row) -> str:
+    """What tells a row from others wherever it lies: its question and answer, and of its images the bytes, or the file's name and size.
+
+    Under another system prompt it is the same row.
+    """
+    turns = [(turn.role, turn.content) for turn in row.prompt if turn.role != "system"]
+    told = hashlib.blake2b(repr((row.id, turns, row.truth, row.accepted, row.task)).encode(), digest_size=KEY * 3 // 4)
+    for image in row.images:
+        told.update(image if isinstance(image, bytes) else repr((image.name, image.stat().st_size if image.is_file() else 0)).encode())
+    return base64.urlsafe_b64encode(told.digest()).decode()
 
 
 def _named(config: EvalConfig) -> list[tuple[str, SourceConfig]]:

@@ -1,7 +1,7 @@
-"""How far the figures of a benchmark may be off, and whether one model is better than another on the same questions.
+"""How far the figures of a benchmark may be off.
 
 A set's figures may be any function of its scores (means of means, products over rotated options), so their intervals come from leaving
-clusters of questions out, not from a formula for each. Two models that answered the same questions are compared question by question.
+clusters of questions out, not from a formula for each. Two models that answered the same questions are compared in report/paired.py.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from actial_fast.evaluation.items import Figure, Item, Metric
-from actial_fast.evaluation.statistics import linked, wilson
+from actial_fast.evaluation.statistics import wilson
+from actial_fast.report.paired import linked
 
 BLOCKS = 64  # of clusters, that are left out one after the other
-RESAMPLES = 4999
-BATCH = 512  # resamples held at once
 
 
 def clusters_of_items(items: Sequence[Item]) -> list[int]:
@@ -65,69 +63,3 @@ def intervals(items: Sequence[Item], scores: Sequence[float], metric: Metric) ->
         low, high = wilson(share * worth, worth, z)
         told.append((figure, low, high))
     return told
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Two models on the same items. n: items; clusters: of them. difference: the second's mean score minus the first's; low, high: its
-    95% interval, of a bootstrap over clusters. only_first, only_second: items that one alone has right, and mcnemar: the exact two-sided
-    p-value of these two numbers, which takes items for independent; None where scores are not just right or wrong. by_clusters: the p-value
-    of a test that swaps the models in whole clusters, which does not."""
-
-    n: int
-    clusters: int
-    difference: float
-    low: float
-    high: float
-    only_first: int
-    only_second: int
-    mcnemar: float | None
-    by_clusters: float
-
-
-def compare(first: Sequence[float], second: Sequence[float], clusters: Sequence[int], seed: int = 0) -> Paired:
-    """The paired comparison of two models' scores, item by item. clusters: the number of each item's, as clusters_of_items gives it.
-
-    ValueError without items, or for scores of different items. Source of the exact test: Q. McNemar, Psychometrika 12 (1947).
-    """
-    from scipy.stats import binomtest, bootstrap, permutation_test
-
-    if not len(first) == len(second) == len(clusters):
-        raise ValueError(f"compare: {len(first)} and {len(second)} scores of {len(clusters)} items; compare the items that both answered")
-    if not len(first):
-        raise ValueError("compare: the models have no item in common; run both on the same set with the same --limit and --seed")
-    a, b = np.asarray(first, float), np.asarray(second, float)
-    number = np.unique(np.asarray(clusters), return_inverse=True)[1]
-    sums_a, sums_b, sizes = (np.bincount(number, weights) for weights in (a, b, np.ones(len(a))))
-    difference = float((b - a).mean())
-    low = high = difference
-    p = 1.0
-    if len(sizes) > 1 and np.ptp((sums_b - sums_a) / sizes) > 0:
-        found = bootstrap(
-            (sums_b - sums_a, sizes),
-            lambda d, n, axis: d.sum(axis) / n.sum(axis),
-            paired=True,
-            vectorized=True,
-            n_resamples=RESAMPLES,
-            batch=BATCH,
-            method="percentile",
-            random_state=np.random.default_rng(seed),
-        ).confidence_interval
-        low, high = float(found.low), float(found.high)
-    if len(sizes) > 1 and (sums_a != sums_b).any():
-        p = float(
-            permutation_test(
-                (sums_a, sums_b),
-                lambda x, y, axis: x.sum(axis) - y.sum(axis),
-                permutation_type="samples",
-                vectorized=True,
-                n_resamples=RESAMPLES,
-                batch=BATCH,
-                random_state=np.random.default_rng(seed),
-            ).pvalue
-        )
-    right_a, right_b = a == 1, b == 1
-    plain = bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())
-    only_a, only_b = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
-    exact = float(binomtest(only_a, only_a + only_b).pvalue) if plain and only_a + only_b else 1.0 if plain else None
-    return Paired(len(a), len(sizes), difference, low, high, only_a, only_b, exact, p)

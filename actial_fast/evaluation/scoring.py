@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from actial_fast.evaluation.intervals import clusters_of_items, compare, intervals
+from actial_fast.evaluation.intervals import clusters_of_items, intervals
 from actial_fast.evaluation.items import BenchmarkSet, Extract, Item
 from actial_fast.evaluation.judging import Judge, readings
 from actial_fast.evaluation.replies import RESULT, Folder, Kept
+from actial_fast.report.paired import compare
 from actial_fast.rollout.protocol import nobody
 
 Result = dict[str, Any]

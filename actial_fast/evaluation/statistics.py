@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any
 
+from actial_fast.report.paired import linked, packed
+
 
 @dataclass(frozen=True)
 class Record:
@@ -23,7 +25,8 @@ class Record:
     response_length: tokens. truth: what `majority` counts; give the option's TEXT ("left"), not its letter: letters are shuffled, so only
     the text shows that "always left" earns one half; empty where a task has no one truth. choices: number of options, 0 for a free-form
     question (chance 0). images: what tells its images from others; records that share one are of one cluster, and so are those that are
-    linked through others. score: the metric's marks from 0 to 1, of which 1 is correct; None where there are no others than 0 and 1.
+    linked through others. score: the metric's marks from 0 to 1, of which 1 is correct; None where there are no others than 0 and 1. row:
+    paired.KEY characters that are the same wherever this row is asked; empty where evaluations of it are not to be paired.
     """
 
     kind: str
@@ -34,6 +37,7 @@ class Record:
     choices: int
     images: tuple[str, ...] = ()
     score: float | None = None
+    row: str = ""
 
     @property
     def marks(self) -> float:
@@ -92,23 +96,6 @@ def clusters_of(records: Sequence[Record]) -> list[int]:
     return linked([record.images for record in records])
 
 
-def linked(labels: Sequence[Iterable[str]]) -> list[int]:
-    """The number of each one's cluster, given its labels: those that have one in common, or are linked through others that do. (n,)"""
-    above = list(range(len(labels)))
-
-    def top(k: int) -> int:
-        while above[k] != k:
-            above[k] = above[above[k]]
-            k = above[k]
-        return k
-
-    first: dict[str, int] = {}
-    for k, own in enumerate(labels):
-        for label in own:
-            above[top(k)] = top(first.setdefault(label, k))
-    return [top(k) for k in range(len(labels))]
-
-
 def _interval(outcomes: Sequence[float], clusters: list[int]) -> list[float]:
     by_cluster: dict[int, list[float]] = {}
     for outcome, cluster in zip(outcomes, clusters, strict=True):
@@ -140,7 +127,8 @@ def _figures(rows: list[Record], clusters: list[int], majority_correct: int) -> 
 
 
 def accuracy_table(records: Iterable[Record]) -> dict[str, Any]:
-    """Figures per question type and over all rows, ready for JSON: `{"kinds": {kind: figures}, "overall": figures}`, kinds by name.
+    """Figures per question type and over all rows, ready for JSON: `{"kinds": {kind: figures}, "overall": figures}`, kinds by name; and
+    "rows" of paired.packed, where every record says which row it is of.
 
     figures: n, correct, clusters (counts); accuracy, score (mean marks: the accuracy where none is partial), chance, majority, format_rate,
     well_formed_and_correct (shares in [0, 1]); partial (whether any reply has marks between); interval, score_interval,
@@ -158,12 +146,23 @@ def accuracy_table(records: Iterable[Record]) -> dict[str, Any]:
     clusters = clusters_of(everything)
     truths = {kind: Counter(everything[k].truth for k in of if everything[k].truth) for kind, of in by_kind.items()}
     majority = {kind: max(counts.values(), default=0) for kind, counts in truths.items()}
-    return {
+    table: dict[str, Any] = {
         "kinds": {
             kind: _figures([everything[k] for k in of], [clusters[k] for k in of], majority[kind]) for kind, of in sorted(by_kind.items())
         },
         "overall": _figures(everything, clusters, sum(majority.values())),
     }
+    if all(record.row for record in everything):
+        place = {kind: k for k, kind in enumerate(table["kinds"])}
+        table["rows"] = packed(
+            [r.row for r in everything],
+            clusters,
+            [place[r.kind] for r in everything],
+            [r.correct for r in everything],
+            [r.well_formed for r in everything],
+            [r.marks for r in everything],
+        )
+    return table
 
 
 def render_table(result: Mapping[str, Any], title: str = "") -> str:

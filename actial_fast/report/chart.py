@@ -1,27 +1,30 @@
-"""Charts over the steps of a run's stages, as inline SVG: a few kilobytes each, coloured by the page's CSS, readable without a script.
+"""Line charts over the steps of a run's stages, as inline SVG coloured by the page's CSS, readable and printable without a script.
 
 The x axis gives every stage its own steps and its own stretch, at least half the mean width, so that 60 steps of GRPO beside 2,000 of SFT
 stay visible; a rule and a name mark where a stage begins. Many points of a line are drawn as their per-bucket extremes: no spike gets
-lost. Stacked bars are of one stage, and many steps share a bar, which has their mean.
+lost. Beside its SVG a chart has its values as JSON, from which page.js tells them and draws the chart anew, zoomed, smoothed, or on a log
+axis.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
-from statistics import median
+from typing import Any
 
 WIDTH, WIDE, HEIGHT = 470.0, 965.0, 240.0  # viewBox units, about CSS pixels; WIDE fills a row of two charts and the gap between them
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 20.0, 26.0
 MIN_SHARE = 0.5
 BUCKETS = 300
-BARS = 120
+VALUES = 5000  # of a line in a stage, that go along as numbers; of more, the lowest and the highest of each bucket
 SMOOTHED = 15  # fewer points than this are not averaged
-TALL = 4.0  # medians of the bars, that a bar may be high
 LOG_RATIO = 10.0  # positive values spanning more than this go on a log axis
 COLOURS = 7  # --c0 ... --c6 in the page's CSS
+DASHES = ("", "6 4", "2 3", "9 3 2 3")  # of lines of the page's run, and of those that it is compared with
 
 Points = Sequence[tuple[float, float]]
 
@@ -29,12 +32,14 @@ Points = Sequence[tuple[float, float]]
 @dataclass(frozen=True)
 class Series:
     """One line. stages: per stage (step, value) in order of step, NaN where there is no finite value. dots: mark each point and do not
-    smooth (evaluations); else the raw line is faint and a centred moving average lies over it."""
+    smooth (evaluations); else the raw line is faint and a centred moving average lies over it. dash: the place in
+    DASHES, round and round."""
 
     name: str
     stages: Mapping[str, Points]
     colour: int = 0
     dots: bool = False
+    dash: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,22 @@ class Guide:
     name: str
     value: float
     colour: int | None = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart to be drawn. draw: gives its `<figure>`, "" without a point; takes `wide`. constant: what it says if that is one number."""
+
+    draw: Callable[..., str]
+    constant: str = ""
+
+
+def lines(title: str, series: Sequence[Series], steps: Mapping[str, int], **how: Any) -> Chart:
+    """The Chart of line_chart with these arguments."""
+    values = [v for s in series for points in s.stages.values() for _, v in points]
+    same = len(values) > 1 and all(math.isfinite(v) and f"{v:.6g}" == f"{values[0]:.6g}" for v in values)
+    told = f"{100 * values[0]:.3g}%" if same and how.get("percent") else number(values[0]) if same else ""
+    return Chart(partial(line_chart, title, series, steps, **how), f"{title} {told}" if same else "")
 
 
 def line_chart(
@@ -76,22 +97,23 @@ def line_chart(
         caption += f'<p class="muted">{len(above):,} of {len(values):,} values above the axis, up to {number(max(above))}</p>'
     if not finite:
         return f"<figure{css}><figcaption>{escape(title)}</figcaption>{caption}</figure>"
-    spans = _spans({stage: last for stage, last in steps.items() if any(s.stages.get(stage) for s in shown)}, width)
+    placed_at = spans({stage: last for stage, last in steps.items() if any(s.stages.get(stage) for s in shown)}, width)
     log = may_log and not percent and min(finite) > 0 and max(finite) / min(finite) > LOG_RATIO
     low, high = (0.0, 1.0) if percent else _range([*(min(v, top) for v in finite), *(g.value for g in guides)], log)
     label: Callable[[float], str] = (lambda v: f"{100 * v:.3g}%") if percent else number
-    y = _y_scale(low, high, log)
+    y = y_scale(low, high, log)
 
-    out = _frame(spans, width, _log_ticks(low, high) if log else _ticks(low, high, 5), y, label if percent else None)
+    out = frame(placed_at, width, _logticks(low, high) if log else ticks(low, high, 5), y, label if percent else None)
     for guide in guides:
         style = f' style="stroke:var(--c{guide.colour % COLOURS})"' if guide.colour is not None else ""
         out.append(f'<line class="guide"{style} x1="{LEFT}" x2="{width - RIGHT}" y1="{y(guide.value):.1f}" y2="{y(guide.value):.1f}"/>')
 
     legend = []
     for s in shown:
-        stroke, last_value = f"stroke:var(--c{s.colour % COLOURS})", math.nan
+        colour, dash, last_value = f"var(--c{s.colour % COLOURS})", DASHES[s.dash % len(DASHES)], math.nan
+        stroke = f"stroke:{colour};stroke-dasharray:{dash}" if dash else f"stroke:{colour}"
         for stage, points in s.stages.items():
-            x0, x1, last = spans[stage]
+            x0, x1, last = placed_at[stage]
             placed = [(x0 + (x1 - x0) * step / max(1, last), value) for step, value in points]
             smooth = placed if s.dots else moving_average(placed)
             if smooth is not placed:
@@ -99,82 +121,70 @@ def line_chart(
             out.append(f'<path class="line" style="{stroke}" d="{_path(_thin(_under(top, smooth)), y)}"/>')
             if s.dots or len(placed) == 1:
                 dots = ((x, v) for x, v in _under(top, placed) if math.isfinite(v))
-                out += [f'<circle r="2.6" style="fill:var(--c{s.colour % COLOURS})" cx="{x:.1f}" cy="{y(v):.1f}"/>' for x, v in dots]
+                out += [f'<circle r="2.6" style="fill:{colour}" cx="{x:.1f}" cy="{y(v):.1f}"/>' for x, v in dots]
             last_value = next((v for _, v in reversed(smooth) if math.isfinite(v)), last_value)
-        legend.append(f'<span><i style="background:var(--c{s.colour % COLOURS})"></i>{escape(s.name)} <b>{label(last_value)}</b></span>')
+        mark = f'<i class="dash" style="border-color:{colour}"></i>' if dash else f'<i style="background:{colour}"></i>'
+        legend.append(f"<span data-line>{mark}{escape(s.name)} <b>{label(last_value)}</b></span>")
     for guide in guides:
         style = f' style="border-color:var(--c{guide.colour % COLOURS})"' if guide.colour is not None else ""
         legend.append(f'<span><i class="dash"{style}></i>{escape(guide.name)} <b>{label(guide.value)}</b></span>')
-    return _figure(title, legend, caption, out, width, ' <span class="muted">(log scale)</span>' if log else "")
-
-
-def stacked_bars(
-    title: str, parts: Mapping[str, Mapping[int, float]], stage: str, last: int, colours: Mapping[str, str], *, wide: bool = False
-) -> str:
-    """An HTML `<figure>` of a bar per step of one stage, its parts on top of one another in their order; "" when there are none.
-
-    parts: per part (step -> value), from 1, none negative; a step without a part has 0 of it, and one that no part has, no bar. last: step
-    at the right end; more than BARS steps are put together in bars of equally many, each with the mean of those that there are. colours:
-    of each part, a CSS colour. Bars end where they rise above several times the median; how many do, and how far, is said.
-    """
-    steps = sorted({step for values in parts.values() for step in values})
-    if not steps:
-        return ""
-    width = WIDE if wide else WIDTH
-    together = math.ceil(last / BARS)
-    members: dict[int, list[int]] = {}
-    for step in steps:
-        members.setdefault((step - 1) // together, []).append(step)
-    heights = {
-        name: {bar: math.fsum(v for s in of if math.isfinite(v := values.get(s, 0.0))) / len(of) for bar, of in members.items()}
-        for name, values in parts.items()
+    data = {
+        "spans": [[stage, round(x0, 2), round(x1, 2), last] for stage, (x0, x1, last) in placed_at.items()],
+        "percent": percent,
+        "log": log,
+        "top": top if math.isfinite(top) else None,
+        "lines": [_values(s) for s in shown],
+        "guides": [[g.name, g.value, None if g.colour is None else g.colour % COLOURS] for g in guides],
     }
-    totals = {bar: math.fsum(heights[name][bar] for name in parts) for bar in members}
-    highest = max(totals.values())
-    top = min(highest, TALL * median(totals.values())) or highest or 1.0
-    (x0, x1, _), y = _spans({stage: last}, width)[stage], _y_scale(0.0, 1.04 * top, False)
-    out = _frame({stage: (x0, x1, last)}, width, _ticks(0.0, 1.04 * top, 5), y)
-    step_wide = (x1 - x0) / max(1, last)
-    gap = min(1.0, 0.15 * step_wide * together)
-    base, legend = dict.fromkeys(members, 0.0), []
-    for name in parts:
-        shapes = []
-        for bar, value in heights[name].items():
-            low, base[bar] = base[bar], base[bar] + value
-            tall = y(min(low, top)) - y(min(base[bar], top))
-            if tall >= 0.05:
-                left, right = x0 + step_wide * bar * together, x0 + step_wide * min(last, (bar + 1) * together)
-                shapes.append(
-                    f"M{left:.1f},{y(min(base[bar], top)):.1f}h{max(right - left - gap, (right - left) / 2):.1f}v{tall:.1f}H{left:.1f}z"
-                )
-        if shapes:
-            out.append(f'<path class="bars" style="fill:{colours[name]}" d="{"".join(shapes)}"/>')
-        mean = math.fsum(v for v in parts[name].values() if math.isfinite(v)) / len(steps)
-        legend.append(f'<span><i style="background:{colours[name]}"></i>{escape(name)} <b>{number(mean)}</b></span>')
-    above = [total for total in totals.values() if total > top]
-    caption = f'<p class="muted">{len(above):,} of {len(totals):,} bars above the axis, up to {number(max(above))}</p>' if above else ""
-    note = f' <span class="muted">(a bar is the mean of {together:,} steps)</span>' if together > 1 else ""
-    return _figure(title, legend, caption, out, width, note)
+    return figure(title, legend, caption, out, width, ' <span class="muted">(log scale)</span>' if log else "", data)
 
 
-def _frame(
-    spans: Mapping[str, tuple[float, float, int]],
+def _values(series: Series) -> dict[str, Any]:
+    """A line for page.js: stage -> [steps, values]; steps that follow on one another are told by the first."""
+    stages: dict[str, list[Any]] = {}
+    finite = [v for points in series.stages.values() for _, v in points if math.isfinite(v)] or [0.0]
+    spread, size = max(finite) - min(finite), max(map(abs, finite))
+    digits = min(9, 4 + max(0, math.floor(math.log10(size / spread)))) if spread else 4  # 1.0002 and 1.0004 differ
+    for stage, points in series.stages.items():
+        kept = _thin(points, VALUES // 2)
+        steps = [round(step) for step, _ in kept]
+        follow = bool(steps) and steps == list(range(steps[0], steps[0] + len(steps)))
+        stages[stage] = [steps[0] if follow else steps, [short(value, digits) for _, value in kept]]
+    return {
+        "name": series.name,
+        "colour": series.colour % COLOURS,
+        "dash": DASHES[series.dash % len(DASHES)],
+        "dots": series.dots,
+        "stages": stages,
+    }
+
+
+def short(value: float, digits: int = 4) -> float | int | None:
+    """A value for page.js, as JSON has it; null where it is not finite."""
+    if not math.isfinite(value):
+        return None
+    rounded = float(f"{value:.{digits}g}")
+    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e6 else rounded
+
+
+def frame(
+    stages: Mapping[str, tuple[float, float, int]],
     width: float,
-    ticks: Sequence[float],
+    rules: Sequence[float],
     y: Callable[[float], float],
     label: Callable[[float], str] | None = None,
 ) -> list[str]:
     """Grid, ticks and the stages' names. label: of a tick, a number with as many digits as tell them apart when None."""
     out = []
-    digits = next((d for d in range(3, 9) if len({number(tick, d) for tick in ticks}) == len(ticks)), 9)  # 0.9996 and 0.9998 differ
-    for tick in ticks:
+    digits = next((d for d in range(3, 9) if len({number(tick, d) for tick in rules}) == len(rules)), 9)  # 0.9996 and 0.9998 differ
+    for tick in rules:
         text = label(tick) if label else number(tick, digits)
         out.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         out.append(f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}">{text}</text>')
-    for index, (stage, (x0, x1, last)) in enumerate(spans.items()):
-        first, final = ("start", x0 + 3) if index else ("middle", x0), ("end", x1 - 3 if index < len(spans) - 1 else x1)
+    for index, (stage, (x0, x1, last)) in enumerate(stages.items()):
+        first, final = ("start", x0 + 3) if index else ("middle", x0), ("end", x1 - 3 if index < len(stages) - 1 else x1)
         labels: list[tuple[float, str, float]] = [(0, *first), (last, *final)] if last else [(0, *first)]
-        between = ((tick, "middle", x0 + (x1 - x0) * tick / max(1, last)) for tick in _ticks(0, last, int((x1 - x0) / 70)))
+        between = ((tick, "middle", x0 + (x1 - x0) * tick / max(1, last)) for tick in ticks(0, last, int((x1 - x0) / 70)))
         labels += [(tick, anchor, x) for tick, anchor, x in between if x0 + 34 < x < x1 - 44 and tick == int(tick)]
         out += [f'<text class="tick" text-anchor="{how}" x="{x:.1f}" y="{HEIGHT - 8}">{tick:,.0f}</text>' for tick, how, x in labels]
         if index:
@@ -183,12 +193,20 @@ def _frame(
     return out
 
 
-def _figure(title: str, legend: Sequence[str], caption: str, shapes: Sequence[str], width: float, note: str) -> str:
+def figure(title: str, legend: Sequence[str], caption: str, shapes: Sequence[str], width: float, note: str, data: Mapping[str, Any]) -> str:
+    """The `<figure>` around a chart's shapes. data: what page.js needs to draw them anew."""
     css = ' class="whole"' if width == WIDE else ""
+    margins = {"margins": [LEFT, RIGHT, TOP, BOTTOM]}
     return (
         f'<figure{css}><figcaption>{escape(title)}{note}</figcaption><div class="legend">{"".join(legend)}</div>{caption}'
-        f'<svg viewBox="0 0 {width:g} {HEIGHT:g}" role="img" aria-label="{escape(title)}">{"".join(shapes)}</svg></figure>'
+        f'<svg viewBox="0 0 {width:g} {HEIGHT:g}" role="img" aria-label="{escape(title)}">{"".join(shapes)}</svg>'
+        f'<script type="application/json">{as_json({**data, **margins})}</script></figure>'
     )
+
+
+def as_json(value: Any) -> str:
+    """JSON that may stand in a <script> element, whatever its texts hold."""
+    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -230,12 +248,12 @@ def _under(top: float, points: Points) -> Points:
     return [(x, value if value <= top else math.nan) for x, value in points]
 
 
-def _thin(points: Points) -> Points:
+def _thin(points: Points, buckets: int = BUCKETS) -> Points:
     """At most 2 points a bucket, its lowest and its highest in order of x; a bucket that holds a NaN keeps it as a gap."""
-    if len(points) <= 2 * BUCKETS:
+    if len(points) <= 2 * buckets:
         return points
     out: list[tuple[float, float]] = []
-    size = math.ceil(len(points) / BUCKETS)
+    size = math.ceil(len(points) / buckets)
     for start in range(0, len(points), size):
         bucket = points[start : start + size]
         finite = [p for p in bucket if math.isfinite(p[1])]
@@ -257,7 +275,7 @@ def _path(points: Points, y: Callable[[float], float]) -> str:
     return "".join(parts)
 
 
-def _spans(steps: Mapping[str, int], width: float) -> dict[str, tuple[float, float, int]]:
+def spans(steps: Mapping[str, int], width: float) -> dict[str, tuple[float, float, int]]:
     """Per stage (left x, right x, last step): widths by number of steps, none under MIN_SHARE of an equal share."""
     total, least = sum(steps.values()) or 1, MIN_SHARE / len(steps)
     shares = [max(last / total, least) for last in steps.values()]
@@ -280,7 +298,8 @@ def _range(values: Sequence[float], log: bool) -> tuple[float, float]:
     return (low - room if low else 0.0), high + room
 
 
-def _y_scale(low: float, high: float, log: bool) -> Callable[[float], float]:
+def y_scale(low: float, high: float, log: bool) -> Callable[[float], float]:
+    """Value -> y in the picture."""
     bottom, span = HEIGHT - BOTTOM, HEIGHT - BOTTOM - TOP
     if log:
         low, high = math.log10(low), math.log10(high)
@@ -288,7 +307,7 @@ def _y_scale(low: float, high: float, log: bool) -> Callable[[float], float]:
     return lambda v: bottom - span * (v - low) / (high - low)
 
 
-def _ticks(low: float, high: float, most: int) -> list[float]:
+def ticks(low: float, high: float, most: int) -> list[float]:
     """Round values (1, 2, 2.5 or 5 times a power of ten apart) in [low, high], about `most` of them."""
     if not high > low or most < 1:
         return [low]
@@ -299,7 +318,7 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
     return [round(i * gap, 12) for i in range(first, math.floor(high / gap + 1e-9) + 1)]
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def _logticks(low: float, high: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     tens = [10.0**d for d in decades if low <= 10.0**d <= high]
     if len(tens) >= 3:

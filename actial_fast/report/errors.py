@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from actial_fast.report.cards import picture_html
+from actial_fast.report.pictures import picture_html
 from actial_fast.report.style import CSS
 
 VERDICTS = {"wrong": "wrong", "part": "partly right", "unread": "no answer found", "cut": "no answer found, cut by the limit"}

@@ -4,7 +4,7 @@ The two JSONL files are the record; report.py and everything else reads those. O
     {"stage": "sft", "step": 12, "time": 1700000000.123, "loss": 1.2, ...}               time: Unix seconds; a NaN or infinity is null
 and of RUN/events.jsonl:
     {"kind": "eval", "stage": "sft", "step": 12, "time": ..., "name": "test", "result": {... of statistics.accuracy_table}}
-    {"kind": "rollouts", "stage": "grpo", "step": 1, "time": ..., "rollouts": [{"images", "prompt", "response", "reward", "truth"}, ...]}
+    {"kind": "rollouts", "stage": "grpo", "step": 1, "time": ..., "rollouts": [{"images", "prompt", "response", "reward", "truth", "kind"}]}
     {"kind": "phases", "stage": "grpo", "step": 10, "time": ..., "phases": {"seconds/save": 9.5, "seconds/eval": 61.0, ...}}
     {"kind": "rate", "stage": "grpo", "step": 0, "time": ..., "rate": {"tflops": 702.0, "what": "median of ..."}}
 A step's line has the figures of train.phases up to its end; its checkpoint and evaluation, which come when the line is safe, have the
@@ -80,7 +80,7 @@ class MetricLog:
         """Record what happened at `step` (the last one recorded when None).
 
         kind "eval": payload `{name: result of accuracy_table}`, one line a name, shown in the terminal as well. kind "rollouts": payload is
-        a list of `{"images": [path relative to RUN, or data URI], "prompt", "response", "reward", "truth"}`. kind "phases": payload
+        a list of `{"images": [path relative to RUN, or data URI], "prompt", "response", "reward", "truth", "kind"}`. kind "phases": payload
         `{name: number}`, which TensorBoard has as well. Any other kind: any JSON value, stored under the kind's name.
         """
         if not self.enabled:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from actial_fast.report.cards import picture_html
+from actial_fast.report.pictures import picture_html
 from actial_fast.report.style import CSS
 
 SIDE = 640  # pixels of a picture's longer side

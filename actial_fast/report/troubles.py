@@ -5,11 +5,15 @@ A sign is a rule of thumb: it names steps, what was seen there, and what is usua
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
+from actial_fast.report.paired import paired
+
+DEFINED = ("loss", "reward", "kl", "grad_norm")  # what is a number at every step
 WINDOW = 20  # steps that a mean is over, and that a spike is compared with
 
 Record = Mapping[str, Any]
@@ -45,6 +49,16 @@ def _spike(times: float, floor: float) -> Callable[[Values], list[tuple[int, flo
     def found(values: Values) -> list[tuple[int, float]]:
         before = [(step, value, [v for _, v in values[i - WINDOW : i]]) for i, (step, value) in enumerate(values) if i >= WINDOW]
         return [(step, value) for step, value, window in before if value > floor and value > times * median(window)]
+
+    return found
+
+
+def _grown(times: float, floor: float) -> Callable[[Values], list[tuple[int, float]]]:
+    """Where the mean over the last WINDOW steps is `times` that of the stage's first WINDOW, and above `floor`."""
+
+    def found(values: Values) -> list[tuple[int, float]]:
+        first = mean(v for _, v in values[:WINDOW]) if values else 0.0
+        return [pair for pair in _mean_beyond(floor)(values) if pair[1] > times * first]
 
     return found
 
@@ -89,6 +103,14 @@ SIGNS = (
         worst=min,
     ),
     Sign(
+        "response_length",
+        _grown(3, 100),
+        f"replies were more than 3 times as long as in the first {WINDOW} steps (mean over {WINDOW} steps)",
+        "read the replies of these steps: where length earns nothing, lower sampling.max_new_tokens or take an objective that does not "
+        "reward it, such as dr_grpo",
+        "count",
+    ),
+    Sign(
         "rejected_rows",
         _some,
         "rows could not be used and were left out",
@@ -116,7 +138,7 @@ def warned(events: Iterable[Record]) -> list[str]:
     return lines
 
 
-def signs(metrics: Iterable[Record], evaluations: Mapping[str, Mapping[str, Mapping[int, Record]]]) -> list[str]:
+def signs(metrics: Sequence[Record], evaluations: Mapping[str, Mapping[str, Mapping[int, Record]]]) -> list[str]:
     """A line for each rule that holds somewhere in a stage: where, what was seen, what to do.
 
     metrics: records of metrics.jsonl in order; evaluations: name -> stage -> step -> statistics.accuracy_table's result.
@@ -125,9 +147,9 @@ def signs(metrics: Iterable[Record], evaluations: Mapping[str, Mapping[str, Mapp
     for record in metrics:
         for sign in SIGNS:
             value = record.get(sign.metric)
-            if isinstance(value, int | float) and value == value:  # NaN is told elsewhere
+            if isinstance(value, int | float) and math.isfinite(value):  # NaN has its own line
                 stages.setdefault(record["stage"], {}).setdefault(sign.metric, []).append((record["step"], float(value)))
-    lines = []
+    lines = _undefined(metrics)
     for stage, of in stages.items():
         for sign in SIGNS:
             values = of.get(sign.metric, [])
@@ -142,16 +164,38 @@ def signs(metrics: Iterable[Record], evaluations: Mapping[str, Mapping[str, Mapp
     ]
 
 
+def _undefined(metrics: Sequence[Record]) -> list[str]:
+    """A line for each figure that must be a number and was none at some step."""
+    lines = []
+    for stage in dict.fromkeys(record["stage"] for record in metrics):
+        for name in DEFINED:
+            values = [(record["step"], record[name]) for record in metrics if record["stage"] == stage and name in record]
+            if bad := [step for step, value in values if not math.isfinite(value)]:
+                where = _steps(bad, [step for step, _ in values])
+                lines.append(
+                    f"{stage} {where}: {name} was NaN or infinite. A step whose loss or gradient is so is not applied; look at the rows of "
+                    "the first one, and lower optim.lr if it comes again."
+                )
+    return lines
+
+
 def _fallen(name: str, stage: str, steps: Mapping[int, Record]) -> list[str]:
-    """Whether the last evaluation of a stage lies below its best one, so far that their 95% intervals do not meet."""
-    best = max(steps, key=lambda step: (steps[step]["overall"]["accuracy"], step))
+    """Whether the last evaluation of a stage lies below its best one of as many rows: on the rows of both, by the paired interval, or where
+    these were not recorded, so far that their 95% intervals do not meet."""
     last = max(steps)
-    top, end = steps[best]["overall"], steps[last]["overall"]
-    if end["interval"][1] >= top["interval"][0]:
+    end = steps[last]["overall"]
+    alike = [step for step in steps if steps[step]["overall"].get("n") == end.get("n")]
+    best = max(alike, key=lambda step: (steps[step]["overall"]["accuracy"], step))
+    top, change = steps[best]["overall"], paired(steps[best], steps[last])
+    if change is not None:
+        fell, why = change.clusters > 1 and change.high < 0, "the paired 95% interval of the change lies below 0"
+    else:
+        fell, why = end["interval"][1] < top["interval"][0], "the 95% intervals do not meet"
+    if not fell:
         return []
     return [
         f"{stage} step {last:,}: accuracy on {name} fell from {100 * top['accuracy']:.1f}% at step {best:,} to {100 * end['accuracy']:.1f}%"
-        f", and the intervals do not meet. The checkpoint of step {best:,} is the better model, if save.keep left it."
+        f", and {why}. The checkpoint of step {best:,} is the better model, if save.keep left it."
     ]
 
 

@@ -95,7 +95,8 @@ def shown(store: ImageStore, examples: Many[Example], samples: Many[Sample], rec
         prompt = "\n".join(turn.content for turn in example.row.prompt if turn.role != "system")
         for sample in samples[g * recipe.sampling.n :][:2]:
             said = "\n".join(replies_of(sample.text))
-            found.append({"images": images, "prompt": prompt, "response": said, "reward": sample.reward, "truth": example.row.truth})
+            told = {"images": images, "prompt": prompt, "response": said, "reward": sample.reward, "truth": example.row.truth}
+            found.append(told | {"kind": example.row.kind})
     return found
 
 

@@ -158,7 +158,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or Path(folder, "model")
         if not args.model:
-            tiny.create(model, ["Which way? A. left B. right"] * 2, tiny.TinyConfig(heads=args.heads), seed=0)
+            shape = tiny.TinyConfig(heads=args.heads, vision_depth=0, image_size=28)
+            tiny.create(model, ["Which way? A. left B. right"] * 2, shape, seed=0)
         processor = Processor.load(str(model), image_cache=folder)
         policy = load_policy(ModelConfig(path=str(model)), DEVICE, seed=0, packed=True).eval()
         if args.model:

@@ -107,7 +107,7 @@ def model(tmp_path_factory):
     from actial_fast.model.tiny import TinyConfig, create
 
     folder = tmp_path_factory.mktemp("model")
-    create(folder, ["a text"], TinyConfig(hidden=32, vision_hidden=32, layers=1), seed=0)
+    create(folder, ["a text"], TinyConfig(hidden=32, vision_hidden=32, layers=1, heads=4, vision_depth=0, image_size=28), seed=0)
     return folder
 
 

@@ -340,6 +340,12 @@ def test_data_from_captures_to_a_checked_file(tmp_path, actial):
     assert re.search(rf"train\.parquet: {len(rows)} rows \(facing_side \d+, closer \d+, .*\), from 2 objects", out)
     assert re.search(r"test\.parquet: \d+ rows .*, from 1 object$", out.strip())
 
+    out, _ = actial("data", "viewpoint", captures, "-o", questions, "test_examples=6", "validation_examples=6", "workers=1")
+    assert re.search(r"validation\.jsonl: 6 rows, 2 pairs, from 1 object$", out, re.M)
+    held = ("--test-objects", questions / "test.jsonl", "--validation-objects", questions / "validation.jsonl")
+    out, _ = actial("data", "spatial", captures, "-o", spatial, *held, "train_per_kind=3", "validation_per_kind=3")
+    assert re.search(r"validation\.parquet: [1-9]\d* rows .*, from 1 object$", out, re.M)
+
     for path in (questions / "train.jsonl", spatial / "train.parquet"):
         out, _ = actial("data", "check", path)
         lines, source = out.splitlines(), open_source(SourceConfig(str(path)))

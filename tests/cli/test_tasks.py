@@ -40,7 +40,7 @@ def test_rows_are_made_checked_and_seen(task, actial, tmp_path):
 def test_a_tiny_model_of_ones_rows(actial, tmp_path):
     actial("data", "jigsaw", "-o", tmp_path / "data", *SMALL, "turns=4")
     train = tmp_path / "data/train.jsonl"
-    told = actial("tiny", train, tmp_path / "data/turns.jsonl", "image_size=56", "-o", tmp_path / "model", "hidden=32", "layers=1")
+    told = actial("tiny", train, tmp_path / "data/turns.jsonl", "image_size=56", "-o", tmp_path / "model", "hidden=48", "layers=1")
     assert "MB of weights" in told
     processor = Processor.load(str(tmp_path / "model"))
     rows = open_source(SourceConfig(str(train), task="jigsaw"))
@@ -62,6 +62,7 @@ def test_a_tiny_model_of_ones_rows(actial, tmp_path):
         (("tiny", "hidden=3", "-o", "out"), "no source"),
         (("tiny", "rows.jsonl", "-o", "."), "is not empty"),
         (("tiny", "rows.jsonl", "-o", "out", "hiden=3"), "did you mean 'hidden'"),
+        (("tiny", "rows.jsonl", "-o", "out", "hidden=32"), "hidden=32 is no multiple of heads=3"),
     ],
 )
 def test_mistakes(args, problem, actial, tmp_path, monkeypatch):

@@ -1,10 +1,9 @@
-"""Intervals of any figure by leaving clusters out, and the paired comparison of two models."""
+"""Intervals of any figure by leaving clusters out."""
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 
-from actial_fast.evaluation.intervals import clusters_of_items, compare, intervals
+from actial_fast.evaluation.intervals import clusters_of_items, intervals
 from actial_fast.evaluation.items import Figure, Item
 from actial_fast.evaluation.statistics import wilson
 
@@ -82,41 +81,3 @@ def test_a_figure_of_some_clusters_is_as_sure_as_these():
 def test_a_group_is_a_cluster_whatever_its_items_say():
     assert len(set(clusters_of_items(items(12, size=3, groups=4)))) == 1, "chained: 0-3, 3-5, 4-7, ..."
     assert len(set(clusters_of_items(items(12, size=3)))) == 4 and len(set(clusters_of_items(items(12, groups=4)))) == 3
-
-
-def test_what_is_compared_is_told_exactly():
-    a, b = [1.0] * 6 + [0.0] * 4, [0.0] * 1 + [1.0] * 8 + [0.0]
-    told = compare(a, b, list(range(10)))
-    assert (told.n, told.clusters, told.only_first, told.only_second) == (10, 10, 1, 3)
-    assert told.difference == pytest.approx(0.2) and told.mcnemar == binomtest(1, 4).pvalue == 0.625
-    assert told.low < 0.2 < told.high and told == compare(a, b, list(range(10))), "the same numbers every time"
-    back = compare(b, a, list(range(10)))
-    assert (
-        back.difference == pytest.approx(-0.2)
-        and back.mcnemar == told.mcnemar
-        and back.by_clusters == pytest.approx(told.by_clusters, abs=0.05)
-    )
-
-
-def test_clusters_take_away_what_mcnemar_makes_too_much_of():
-    """Ten pairs of three questions, eight of them better: for items 24 against 6, for pairs 8 against 2."""
-    a, b = np.repeat([0.0] * 8 + [1.0] * 2, 3).tolist(), np.repeat([1.0] * 8 + [0.0] * 2, 3).tolist()
-    told = compare(a, b, np.repeat(range(10), 3).tolist())
-    assert told.mcnemar == pytest.approx(binomtest(6, 30).pvalue) and told.mcnemar < 0.002
-    assert told.by_clusters == pytest.approx(binomtest(2, 10).pvalue, abs=0.02) and told.by_clusters > 0.05
-    assert told.high - told.low > 0.7
-
-
-def test_scores_in_between_have_no_mcnemar_and_equal_models_no_difference():
-    told = compare([0.5, 1.0, 0.0], [1.0, 1.0, 0.2], [0, 1, 2])
-    assert told.mcnemar is None and told.difference == pytest.approx(0.7 / 3)
-    same = compare([1.0, 0.0], [1.0, 0.0], [0, 1])
-    assert (same.difference, same.low, same.high, same.mcnemar, same.by_clusters) == (0, 0, 0, 1, 1)
-    one = compare([1.0, 1.0], [0.0, 0.0], [7, 7])
-    assert (one.clusters, one.by_clusters) == (1, 1.0)
-
-
-@pytest.mark.parametrize(("first", "second", "match"), [([1.0], [1.0, 0.0], "items that both answered"), ([], [], "no item in common")])
-def test_other_items_are_refused(first, second, match):
-    with pytest.raises(ValueError, match=match):
-        compare(first, second, [0] * len(first))

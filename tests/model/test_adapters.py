@@ -41,7 +41,12 @@ KINDS = {
 def model(tmp_path_factory):
     """A tiny model whose tower has blocks; its widths are whole blocks of NF4, which transformers needs on a CPU."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    create(folder, ["Which way?", "left", "right"] * 2, TinyConfig(hidden=192, vision_hidden=32, layers=1, vision_depth=1), seed=3)
+    create(
+        folder,
+        ["Which way?", "left", "right"] * 2,
+        TinyConfig(hidden=192, vision_hidden=32, layers=1, vision_depth=1, heads=4, image_size=28),
+        seed=3,
+    )
     return folder
 
 

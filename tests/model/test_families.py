@@ -38,7 +38,7 @@ from tests.train.test_rounds import assert_same, run, samples_of
 
 CPU = torch.device("cpu")
 KEYS = [(0, k) for k in range(4)]
-SHAPE = TinyConfig(hidden=64, layers=4, vision_hidden=64, vision_depth=3)  # widths are whole blocks of NF4
+SHAPE = TinyConfig(hidden=64, layers=4, vision_hidden=64, vision_depth=3, heads=4, image_size=28)  # widths are whole blocks of NF4
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

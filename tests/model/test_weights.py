@@ -23,7 +23,12 @@ CPU = torch.device("cpu")
 def model(tmp_path_factory):
     """A tiny model whose tower has blocks."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    create(folder, ["a question?", "an answer"], TinyConfig(hidden=32, vision_hidden=32, layers=2, vision_depth=2), seed=3)
+    create(
+        folder,
+        ["a question?", "an answer"],
+        TinyConfig(hidden=32, vision_hidden=32, layers=2, vision_depth=2, heads=4, image_size=28),
+        seed=3,
+    )
     return folder
 
 

@@ -1,8 +1,10 @@
 """The report of synthetic runs: whole, partial, broken off; nothing fetched, nothing unescaped, the figures those of the events."""
 
 import base64
+import hashlib
 import io
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -15,23 +17,25 @@ from actial_fast.report import chart
 from actial_fast.report.chart import Guide, Series, line_chart, moving_average, number
 from actial_fast.report.metrics import MetricLog
 from actial_fast.report.page import write_report
+from actial_fast.report.paired import paired
 
 KINDS = ("ego_translation", "object_translation", "ego_rotation")
-VOID = {"meta", "br", "img", "line", "path", "circle"}
+VOID = {"meta", "br", "img", "line", "path", "circle", "input"}
 
 
-def result(rng, right, formed, n=300):
+def result(rng, right, formed, n=300, rows=False):
     records = []
     for i in range(n):
         well = bool(rng.random() < formed)
         truth = ("left", "right")[rng.integers(2)]
-        records.append(Record(KINDS[i % 3], bool(rng.random() < right), well, 24 if well else 2, truth, 3))
+        row = f"row{i:05d}" if rows else ""
+        records.append(Record(KINDS[i % 3], bool(rng.random() < right), well, 24 if well else 2, truth, 3, (f"{i // 3}",), row=row))
     return accuracy_table(records)
 
 
-def write_run(run, stages=("base", "sft", "grpo"), steps=(240, 400, 80), finished=True):
+def write_run(run, stages=("base", "sft", "grpo"), steps=(240, 400, 80), finished=True, rows=False, seed=0):
     """A run as the quickstart would leave it: a plateau and a drop in SFT, the format rate rising in GRPO."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     run.mkdir(parents=True, exist_ok=True)
     for i in range(2):
         pixels = np.add.outer(np.arange(28) * 4, np.arange(28) * 3)[..., None] + np.array([40 * i, 60, 20])
@@ -46,9 +50,9 @@ def write_run(run, stages=("base", "sft", "grpo"), steps=(240, 400, 80), finishe
                     drop = 1 / (1 + np.exp(18 * (done - 0.45)))
                     log.step(step, {"loss": float((0.06 + 0.66 * drop) * rng.lognormal(0, 0.1)), "answer_tokens": 130.0, **common})
                     if step == 1 and stage == "base":
-                        log.event("eval", {"held-out": result(rng, 0.33, 0.0)}, step=0)
+                        log.event("eval", {"held-out": result(rng, 0.33, 0.0, rows=rows)}, step=0)
                     if step % 40 == 0:
-                        log.event("eval", {"held-out": result(rng, 0.5 + 0.46 * (1 - drop), 0.1)})
+                        log.event("eval", {"held-out": result(rng, 0.5 + 0.46 * (1 - drop), 0.1, rows=rows)})
                     continue
                 formed = 0.12 + 0.8 * (1 - np.exp(-4 * done))
                 parts = {"reward/format": float(np.clip(rng.normal(formed, 0.05), 0, 1)), "reward/accuracy": float(formed * 0.93)}
@@ -56,7 +60,7 @@ def write_run(run, stages=("base", "sft", "grpo"), steps=(240, 400, 80), finishe
                 grpo |= {"response_length": 10 + 12 * done, "entropy": 0.8 - 0.5 * done, "clip_fraction": 0.02, "ratio_max": 1.0}
                 log.step(step, {**grpo, "zero_variance_groups": 0.3 * done, **common})
                 if step % 20 == 0 or step == 1:
-                    log.event("eval", {"held-out": result(rng, 0.94, formed)}, step=step if step > 1 else 0)
+                    log.event("eval", {"held-out": result(rng, 0.94, formed, rows=rows)}, step=step if step > 1 else 0)
                 if step in (1, total // 2, total):
                     log.event("rollouts", rollouts(step / total))
     if finished:
@@ -104,14 +108,23 @@ class Page(HTMLParser):
         assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
 
     def handle_data(self, data):
-        self.text.append(data)
+        if self.open[-1:] not in (["script"], ["style"]):
+            self.text.append(data)
 
 
 def page_of(run):
-    html = write_report(run).read_text(encoding="utf-8")
+    return whole_page(write_report(run))
+
+
+def whole_page(path):
+    html = path.read_text(encoding="utf-8")
     page = Page(html)
     assert all(source.startswith("data:image/") for source in page.sources)
-    assert not re.search(r"https?:|@import|url\(|<script|<link", html)
+    assert not re.search(r"https?:|@import|url\(|<link", html)
+    scripts = [attrs for tag, attrs in page.tags if tag == "script"]
+    assert scripts[-1] == {} and all(attrs == {"type": "application/json"} for attrs in scripts[:-1]), "values, and one script of ours"
+    digest = base64.b64encode(hashlib.sha256(html.rpartition("<script>")[2].partition("</script>")[0].encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}';" in html
     return html, page, " ".join("".join(page.text).split())
 
 
@@ -143,9 +156,9 @@ def test_whole_run_shows_every_part(whole):
         "seconds / base 61.25",
         "torch 2.13.0+cpu",
         "# <angle> & ampersand",
-        "Step 1",
-        "Step 40",
-        "Step 80",
+        "step 1",
+        "step 40",
+        "step 80",
         "finished",
     ):
         assert words in text, words
@@ -175,13 +188,13 @@ def test_table_gives_the_figures_of_the_events(whole):
     for kind in (*KINDS, "all"):
         (row,) = re.findall(rf"<th>{kind}</th>(.*?)</tr>", table)
         figures = [shown[label]["overall"] if kind == "all" else shown[label]["kinds"][kind] for label in labels]
-        assert re.findall("<td>([^<]*)", row) == [str(figures[-1]["n"]), "33.3", percent(figures[-1]["majority"])]
-        cells = re.findall("<td class=.*?><b>([^<]*)</b>.*?<small>([^<]*)</small>", row)
+        assert re.findall("<td data-label=.*?>([^<]*)", row) == [str(figures[-1]["n"]), "33.3", percent(figures[-1]["majority"])]
+        cells = re.findall('<td class="share.*?><b>([^<]*)</b>.*?<small>([^<]*)</small>', row)
         pairs = (("accuracy", "interval"), ("well_formed_and_correct", "well_formed_and_correct_interval"))
         assert cells == [(percent(f[share]), "&ndash;".join(map(percent, f[ends]))) for f in figures for share, ends in pairs]
-        bars = re.findall(r"class=\"share first\"><b>([\d.]+)</b><span class='bar'>.*?<b style='left:([\d.]+)%'>", row)
+        bars = re.findall(r"class=\"share first\" data-label=.*?><b>([\d.]+)</b><span class='bar'>.*?<b style='left:([\d.]+)%'>", row)
         assert bars == [(percent(f["accuracy"]),) * 2 for f in figures] and row.count("'bar'") == len(figures)
-    changes = [f"{percent(shown[label]['overall']['accuracy'])}%</b> {label}" for label in labels[-2:]]
+    changes = [f"{percent(shown[label]['overall']['accuracy'])}%</b> {label}" for label in labels[-4:]]
     assert f"Accuracy on <i>held-out</i>: <b>{' &rarr; <b>'.join(changes)} <span" in html
     assert f"after sft <small>well-formed {percent(last['sft']['overall']['format_rate'])}%" in table
 
@@ -198,8 +211,8 @@ def log_evals(run, stage, *tables):
 def stages_with_their_own(tmp_path_factory):
     """Two stages that evaluate something of their own, then sft and grpo; the sampled evaluation is logged before the greedy one."""
     run, rng, warm = tmp_path_factory.mktemp("runs") / "r", np.random.default_rng(3), "v at temperature 1"
-    tables = {"sft": result(rng, 0.9, 0.0), "grpo": result(rng, 0.95, 1.0)}
-    sampled = {"sft": result(rng, 0.8, 0.1), "start": result(rng, 0.8, 0.1, 150), "grpo": result(rng, 0.85, 0.9)}
+    tables = {"sft": result(rng, 0.9, 0.0, rows=True), "grpo": result(rng, 0.95, 1.0, rows=True)}
+    sampled = {"sft": result(rng, 0.8, 0.1, rows=True), "start": result(rng, 0.8, 0.1, 150), "grpo": result(rng, 0.7, 0.9, 240, rows=True)}
     assert len({percent(t["overall"]["accuracy"]) for t in (*tables.values(), *sampled.values())}) == 5
     for stage in ("front", "ring"):
         log_evals(run, stage, *((step, f"r/{stage}-test", result(rng, 0.9, 0.0)) for step in (1, 2)))
@@ -218,10 +231,43 @@ def test_headline_is_greedy_accuracy_and_sampled_format(stages_with_their_own):
     assert html.count('class="lead"') == 2
 
 
+def test_first_lines_and_tables_compare_stages_on_the_same_rows(stages_with_their_own):
+    tables, sampled, html, _, text = stages_with_their_own
+    lines = re.findall("<li>(after sft .*?)</li>", html)
+    told = [paired(tables["sft"], tables["grpo"]), paired(sampled["sft"], sampled["grpo"], "well_formed_and_correct")]
+    for line, change, verdict in zip(lines, told, ("no clear change", "better"), strict=True):
+        ends = [f"{100 * share:+.1f}".replace("-", "&minus;") for share in (change.difference, change.low, change.high)]
+        assert line.startswith("after sft &rarr; after grpo: <b>{} points</b>, 95% interval {} to {}: ".format(*ends))
+        assert f">{verdict}<" in line and f"right only after sft: {change.only_first}, only after grpo: {change.only_second})" in line
+    assert "(the same 300 rows;" in lines[0] and "(the same 240 rows;" in lines[1], "only those that both moments had"
+    (table,) = re.findall("<h3>v</h3>(.*?)</table>", html, re.DOTALL)
+    shown = [paired(tables["sft"], tables["grpo"], kind=kind) for kind in (*sorted(KINDS), None)]
+    cells = re.findall(
+        '<td class="change first" data-label="change of accuracy, after sft to after grpo"><b class="[a-z]*">([^<]*)</b><small>([^<]*)',
+        table,
+    )
+    assert [c[0].replace("&minus;", "-") for c in cells] == [f"{100 * change.difference:+.1f}" for change in shown]
+    assert "change <small>of accuracy on the same rows,<br>after sft &rarr; after grpo<" in table and html.count("change <small>") == 2
+    assert "recorded without their rows" not in text
+
+
+def test_stages_that_cannot_be_compared_are_no_change(tmp_path):
+    """Runs from before evaluations had their rows, stages of other rows, and rows that all hang together."""
+    rng = np.random.default_rng(7)
+    log_evals(tmp_path / "old", "sft", (2, "v", result(rng, 0.9, 0.0)))
+    log_evals(tmp_path / "old", "grpo", (2, "v", result(rng, 0.9, 0.9)))
+    html, _, text = page_of(tmp_path / "old")
+    assert "recorded without their rows" in text and " points" not in text and "change <small>" not in html
+    one = [accuracy_table([Record("a", right, True, 1, "x", 2, ("same",), row=f"row{k:05d}") for k in range(9)]) for right in (False, True)]
+    log_evals(tmp_path / "one", "sft", (2, "v", one[0]))
+    log_evals(tmp_path / "one", "grpo", (2, "v", one[1]))
+    assert "+100.0 points: no interval, as all rows hang together" in page_of(tmp_path / "one")[2]
+
+
 def test_greedy_stands_before_sampled_and_what_no_later_stage_repeats_is_folded(stages_with_their_own):
     _, _, html, _, _ = stages_with_their_own
     assert re.findall("<h3>([^<]*)", html) == ["v", "v at temperature 1", "s", "r/ring-test", "r/front-test"]
-    (folded,) = re.findall("<details>(.*?)</details>", html, re.DOTALL)
+    folded = re.findall("<details>(.*?)</details>", html, re.DOTALL)[0]
     assert re.findall("<h3>([^<]*)", folded) == ["r/ring-test", "r/front-test"]
     assert "Accuracy by type (r/ring-test)" in folded and "Format and correctness" not in folded
     assert html.count('aria-label="Accuracy by type (s)"') == 0 and html.count('aria-label="Accuracy by type (v)"') == 1
@@ -281,7 +327,7 @@ def test_replies_are_escaped_marked_and_have_their_images(whole):
         (("bad", "bad"), "(empty)"),
     }
     images = [attrs for tag, attrs in page.tags if tag == "img"]
-    assert len(images) == 3 * 3 * 2 and all("pixels" in attrs["class"] for attrs in images)
+    assert len(images) == 3 * 4 * 2 and all("pixels" in attrs["class"] for attrs in images)
     shown = Image.open(io.BytesIO(base64.b64decode(images[0]["src"].partition(",")[2])))
     assert shown.size == (28, 28)
 
@@ -315,6 +361,58 @@ def test_evaluation_alone_is_a_report(tmp_path):
         log.event("eval", {"<blink>": result(np.random.default_rng(1), 0.9, 0.9)})
     html, _, text = page_of(tmp_path)
     assert "before eval" not in text and "Accuracy on <blink>: " in text and "% eval (chance 33.3%" in text and "<blink>" not in html
+
+
+def test_charts_of_one_value_are_folded_under_what_they_say(tmp_path):
+    with MetricLog(tmp_path, stage="grpo", total=9, tensorboard=False) as log:
+        for step in range(1, 10):
+            log.step(step, {"reward": step / 9, "clip_fraction": 0.0, "finished": 1.0, "ratio": 1.0 + step / 9, "kl": math.nan})
+    html, _, _ = page_of(tmp_path)
+    (section,) = re.findall("<h2>GRPO</h2>(.*?)</section>", html, re.DOTALL)
+    shown, folded = section.split("<details>")
+    assert folded.startswith("<summary>Always the same: Finished replies 100%, Clip fraction 0</summary>")
+    assert re.findall("<figcaption>([^<]*)", folded) == ["Finished replies", "Clip fraction"]
+    assert re.findall("<figcaption>([^<]*)", shown) == ["Reward and its parts", "KL to the reference, per token", "Probability ratio"]
+
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+def test_whatever_a_run_holds_stays_text(tmp_path):
+    """Names, replies, notes and files that try to be more: only our script is one, and it does not hold them."""
+    folder = tmp_path / "<img src=x onerror=alert(3)>"
+    with MetricLog(folder, stage=f"s{HOSTILE}", total=2, tensorboard=False) as log:
+        for step in (1, 2):
+            log.step(step, {"reward": step, f"m{HOSTILE}": step, f"seconds/{HOSTILE}": 1.0, "loss": 1.0})
+            log.event("eval", {f"e{HOSTILE}": accuracy_table([Record(f"k{HOSTILE}", step == 2, True, 1, "x", 2, row="row00000")])}, step)
+        log.event("rollouts", [{"images": ["data:" + HOSTILE], "prompt": HOSTILE, "response": HOSTILE, "reward": 1.0, "truth": HOSTILE}])
+        log.event("skipped", {"rows": [HOSTILE]})
+        log.event("rate", {"tflops": 1.0, "what": HOSTILE})
+    (folder / "summary.json").write_text(json.dumps({HOSTILE: HOSTILE}))
+    (folder / "recipe.yaml").write_text(HOSTILE)
+    html, page, _ = page_of(folder)
+    assert html.count("<script>") == 1 and "<img src=x" not in html and "alert(1)" not in html.rpartition("<script>")[2]
+    assert not [attrs for tag, attrs in page.tags if tag == "img"] and not [
+        a for _, attrs in page.tags for a in attrs if a.startswith("on")
+    ]
+
+
+def test_values_lie_beside_a_chart(tmp_path):
+    """Every step up to 5,000 of a line; of more, the extremes; what is not finite is null; lines that are told apart stay apart."""
+    losses = [None if step == 7 else 1000 if step == 4321 else 2 + step % 3 for step in range(1, 6001)]
+    records = [{"stage": "sft", "step": k, "loss": loss, "one": 1 + k * 1e-7} for k, loss in enumerate(losses, 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    html, _, _ = page_of(tmp_path)
+    data = {
+        title: json.loads(values)
+        for title, values in re.findall(r'aria-label="([^"]*)">.*?<script type="application/json">(.*?)</script>', html)
+    }
+    loss = data["Supervised loss, all stages (nats per answer token)"]
+    ((steps, values),) = loss["lines"][0]["stages"].values()
+    assert len(steps) == len(values) <= 5001 and dict(zip(steps, values, strict=True))[4321] == 1000 and None in values
+    assert loss["spans"] == [["sft", chart.LEFT, chart.WIDTH - chart.RIGHT, 6000]]
+    assert len(set(data["one"]["lines"][0]["stages"]["sft"][1])) > 500
+    assert len(html) < 1_000_000
 
 
 def test_lost_and_large_images_and_data_uris(tmp_path):

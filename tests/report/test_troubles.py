@@ -4,12 +4,21 @@ from pathlib import Path
 
 import pytest
 
+from actial_fast.evaluation.statistics import Record, accuracy_table
 from actial_fast.report.troubles import SIGNS, signs, warned
 
 
 def run(**changed):
     """120 quiet steps of GRPO, but for those metrics: {step: value}."""
-    quiet = {"zero_variance_groups": 0.3, "kl": 0.02, "grad_norm": 0.4, "clip_fraction": 0.05, "finished": 0.99, "rejected_rows": 0}
+    quiet = {
+        "zero_variance_groups": 0.3,
+        "kl": 0.02,
+        "grad_norm": 0.4,
+        "clip_fraction": 0.05,
+        "finished": 0.99,
+        "rejected_rows": 0,
+        "response_length": 90,
+    }
     return [{"stage": "grpo", "step": i} | {k: changed.get(k, {}).get(i, v) for k, v in quiet.items()} for i in range(1, 121)]
 
 
@@ -31,9 +40,10 @@ def table(*accuracies):
         ({"grad_norm": {77: 4.1}}, "grpo step 77: the gradient's norm", "(at worst 4.1)"),
         ({"clip_fraction": span(1, 20, 0.25)}, "grpo steps 20 to 24: more than a fifth", "(at worst 25%)"),
         ({"finished": span(101, 120, 0.5)}, "grpo steps 104 to 120: more than a tenth of the replies", "(at worst 50%)"),
+        ({"response_length": span(61, 120, 800)}, "grpo steps 66 to 120: replies were more than 3 times as long", "(at worst 800)"),
         ({"rejected_rows": span(30, 120, 3)}, "grpo step 30: rows could not be used", "(at worst 3)"),
     ],
-    ids=["equal rewards", "kl", "kl, often", "gradient", "clipped", "cut off", "rejected"],
+    ids=["equal rewards", "kl", "kl, often", "gradient", "clipped", "cut off", "long", "rejected"],
 )
 def test_planted(changed, begins, worst):
     (line,) = signs(run(**changed), {})
@@ -48,11 +58,17 @@ def test_planted(changed, begins, worst):
         {"kl": {40: 0.09}},
         {"kl": span(1, 120, 0.0) | {60: 0.009}},  # nothing grows to next to nothing
         {"grad_norm": {5: 40.0}},  # the first steps have nothing to be compared with
-        {"kl": span(1, 120, float("nan"))},
+        {"response_length": span(1, 60, 8.0)},  # longer than it was, and short
     ],
 )
 def test_quiet(changed):
     assert signs(run(**changed), {}) == []
+
+
+def test_figures_that_are_no_numbers():
+    (line,) = signs(run(kl=span(7, 9, float("nan")) | {50: float("inf")}), {})
+    assert line.startswith("grpo steps 7 to 9, 50: kl was NaN or infinite.")
+    assert signs(run(entropy=span(1, 120, float("nan"))), {}) == [], "and others are not asked about"
 
 
 def test_a_short_run_has_no_means():
@@ -70,6 +86,28 @@ def test_steps_that_are_logged_now_and_then_are_one_range():
 def test_accuracy_after_its_peak(accuracies, told):
     lines = signs([], table(*accuracies))
     assert [line.startswith("sft step 100: accuracy on v fell from 90.0% at step 50 to 80.0%") for line in lines] == [True] * told
+
+
+def answered(right, of=40, pairs=True):
+    """An evaluation in which the first `right` of `of` rows are."""
+    records = [Record("a", k < right, True, 1, "x", 2, (f"{k}",), row=f"row{k:05d}" if pairs else "") for k in range(of)]
+    return accuracy_table(records)
+
+
+@pytest.mark.parametrize(
+    ("best", "last", "why"),
+    [
+        (answered(36), answered(30), "the paired 95% interval of the change lies below 0"),  # their own intervals meet
+        (answered(36, pairs=False), answered(30, pairs=False), ""),
+        (answered(36, pairs=False), answered(10, pairs=False), "the 95% intervals do not meet"),
+        (answered(36), answered(35), ""),
+        (answered(36), answered(40, of=80), ""),  # other rows: no fall of anything
+    ],
+    ids=["paired", "not paired", "not paired, far", "one row", "other rows"],
+)
+def test_accuracy_is_compared_on_the_same_rows(best, last, why):
+    lines = signs([], {"v": {"sft": {50: best, 100: last}}})
+    assert [why in line for line in lines] == [True] * bool(why)
 
 
 def test_what_a_run_warned_of():

@@ -402,7 +402,7 @@ def test_no_rank_holds_more_than_its_shard_and_a_tensor(tiny, tmp_path):
 
     Prints the figures: pytest -m slow -s tests/train/test_checkpoint.py
     """
-    shape = TinyConfig(hidden=1536, heads=16, layers=5, vision_hidden=64)
+    shape = TinyConfig(hidden=1536, heads=16, layers=5, vision_hidden=64, vision_depth=0, image_size=28)
     create(tmp_path / "model", ["a question?", "an answer"], shape, seed=0)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "model")  # as on the hub; it is trained in float32

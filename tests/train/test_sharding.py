@@ -24,7 +24,7 @@ def models(tmp_path_factory) -> Path:
     """A folder of four checkpoints: model, with a tower of two blocks, tied, the same with the embedding for a head, deep, a Qwen3-VL,
     whose tower gives features for the first layers too, and older, a Qwen2-VL."""
     folder = tmp_path_factory.mktemp("sharded")
-    sizes = TinyConfig(hidden=32, vision_hidden=32, layers=LAYERS, vision_depth=BLOCKS)
+    sizes = TinyConfig(hidden=32, vision_hidden=32, layers=LAYERS, vision_depth=BLOCKS, heads=4, image_size=28)
     create(folder / "model", ["Which way? A. left B. right", "<answer>A</answer>"] * 2, sizes, seed=0)
     for name, family in (("deep", "qwen3_vl"), ("older", "qwen2_vl")):
         create(folder / name, ["Which way? A. left B. right", "<answer>A</answer>"] * 2, replace(sizes, family=family), seed=0)

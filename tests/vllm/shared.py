@@ -27,7 +27,8 @@ from actial_fast.train.dist import World
 from actial_fast.train.rounds import Pass, passes
 from tests.loops import ALONE, log_probs
 
-SHAPE = TinyConfig(hidden=128, heads=4, layers=2, vision_hidden=128, vision_depth=2)  # heads of 32: those of 24 are refused on a CPU
+# heads of 32: those of 24 are refused on a CPU
+SHAPE = TinyConfig(hidden=128, heads=4, layers=2, vision_hidden=128, vision_depth=2, image_size=28)
 LONGEST = 300
 
 

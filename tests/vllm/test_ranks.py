@@ -25,7 +25,8 @@ def test_two_ranks_share_an_engine(tmp_path):
     left = Path("/dev/shm/-tp:1-[0-1]-cpushm_0")  # as vLLM names it, by a run that was killed
     left.touch()
     before = _shared_memory()
-    model = create_model(tmp_path / "model", TinyConfig(hidden=384, heads=12, layers=2, vision_hidden=384, vision_depth=2))  # to be halved
+    halved = TinyConfig(hidden=384, heads=12, layers=2, vision_hidden=384, vision_depth=2, image_size=28)
+    model = create_model(tmp_path / "model", halved)
     first, second = on_ranks(PROGRAM, "together", model)
     for found in (first, second):
         assert found["same"] and found["told"] and found["stopped"]
@@ -40,7 +41,7 @@ def test_a_sync_takes_no_more_than_a_block_beside_the_shard(tmp_path, monkeypatc
     """Prints the figures: pytest -s."""
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         monkeypatch.setenv(name, str(1 << 18))  # what is freed is gone: glibc would keep it, and residence would be more than what is held
-    model = create_model(tmp_path / "model", TinyConfig(hidden=1024, heads=32, layers=6, vision_hidden=128, vision_depth=2))
+    model = create_model(tmp_path / "model", TinyConfig(hidden=1024, heads=32, layers=6, vision_hidden=128, vision_depth=2, image_size=28))
     for rank, found in enumerate(on_ranks(PROGRAM, "memory", model)):
         print(
             f"rank {rank}: " + ", ".join(f"{name} {found[name] / 1e6:.1f}" for name in ("model", "shard", "block", "whole", "sync")) + " MB"

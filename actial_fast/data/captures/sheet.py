@@ -1,7 +1,8 @@
 """Contact sheet: rows drawn as a picture, to look at what is asked and answered before training on it.
 
-Each row gets its images, its question with the true option marked and, when it carries poses (viewpoint.py), a sketch of the move seen
-from above: camera 1 always at the bottom looking up, so that the page's left and right are camera 1's left and right.
+Each row gets its images, its question with the true option marked, the answer that is trained where it says more than the truth (a chain of
+thought) and, when it carries poses (viewpoint.py), a sketch of the move seen from above: camera 1 always at the bottom looking up, so that
+the page's left and right are camera 1's left and right.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,23 +24,28 @@ from actial_fast.data.sources.row import IMAGE_TAG, Row
 
 INK, SOFT, FIRST, SECOND, TRUE = "#1f2430", "#8a92a3", "#2f6fde", "#e0662b", "#1a8a4c"
 MAX_IMAGES = 4  # shown per row
-ROW_INCHES = 2.5
+ROW_INCHES = 2.5  # of a row at least
+LINE_INCHES, HEAD_INCHES, FOOT_INCHES = 0.2125, 0.42, 0.3  # of a row's text: a line, what stands above the first and below the last
+WIDE, MOST_LINES = 68, 40  # characters of a line, and lines of a row
 
 
 def contact_sheet(rows: Sequence[Row], out: Path, title: str = "", dpi: int = 110) -> Path:
     """Draw `rows` below one another into the PNG `out`, which is returned; its folder is made if need be.
 
-    title: a line at the top. dpi: pixels per inch; a row is 2.5 inches high. ValueError when there are no rows; BadRow when an image
-    cannot be read."""
+    title: a line at the top. dpi: pixels per inch; a row is 2.5 inches high, or as high as its text. ValueError when there are no rows;
+    BadRow when an image cannot be read."""
     if not rows:
         raise ValueError("no rows to draw; the source is empty or the filter leaves none")
     shown = min(MAX_IMAGES, max(1, max(len(row.images) for row in rows)))
-    height = ROW_INCHES * len(rows) + (0.55 if title else 0.1)
+    texts = [_lines(row) for row in rows]
+    heights = [max(ROW_INCHES, HEAD_INCHES + LINE_INCHES * len(lines) + FOOT_INCHES) for lines in texts]
+    height = sum(heights) + (0.55 if title else 0.1)
     figure = Figure(figsize=(2.45 * shown + 5.4 + 2.7, height), facecolor="white", dpi=dpi)
     grid = figure.add_gridspec(
         len(rows),
         shown + 2,
         width_ratios=[2.45] * shown + [5.4, 2.7],
+        height_ratios=heights,
         left=0.012,
         right=0.99,
         bottom=0.07 / height,
@@ -54,7 +61,7 @@ def contact_sheet(rows: Sequence[Row], out: Path, title: str = "", dpi: int = 11
             axes.set_axis_off()
             if i < len(row.images):
                 _draw_image(axes, decode(row.images[i], row.where or row.id), i)
-        _draw_question(figure.add_subplot(grid[r, shown]), row)
+        _draw_text(figure.add_subplot(grid[r, shown]), row, texts[r], heights[r])
         sketch = figure.add_subplot(grid[r, shown + 1])
         sketch.set_axis_off()
         if row.meta.get("poses"):
@@ -73,24 +80,42 @@ def _draw_image(axes: Axes, pixels: np.ndarray, i: int) -> None:
     axes.text(0.04, 0.95, str(i + 1), transform=axes.transAxes, fontsize=9, fontweight="bold", color="white", va="top", bbox=label)
 
 
-def _draw_question(axes: Axes, row: Row) -> None:
-    """The last user message, wrapped; the option whose letter is the truth in bold green."""
-    axes.set_axis_off()
-    axes.set_xlim(0, 1)
+Styled = tuple[str, str, str]  # text, colour, weight
+
+
+def _lines(row: Row) -> list[Styled]:
+    """The last user message, wrapped, the option whose letter is the truth in bold green; then the trained answer."""
     asked = next((turn.content for turn in reversed(row.prompt) if turn.role == "user"), "")
-    lines = asked.replace(IMAGE_TAG, "").strip().split("\n")
-    styled = []  # (text, color, weight)
-    for line in lines:
+    lines: list[Styled] = []
+    for line in asked.replace(IMAGE_TAG, "").strip().split("\n"):
         true = bool(row.truth) and line.startswith(f"{row.truth}.")
         text = f"{line}  \u2713" if true else line
-        styled += [(part, TRUE if true else INK, "bold" if true else "normal") for part in textwrap.wrap(text, 68) or [""]]
-    if not any(color == TRUE for _, color, _ in styled) and row.truth:
-        styled.append((f"answer: {row.truth}", TRUE, "bold"))
-    styled = styled[:10]
-    axes.text(0.03, 0.97, row.kind.replace("_", " "), fontsize=10, fontweight="bold", color=FIRST, va="top", transform=axes.transAxes)
-    for n, (text, color, weight) in enumerate(styled):
-        axes.text(0.03, 0.83 - 0.085 * n, text, fontsize=9.5, color=color, fontweight=weight, va="top", transform=axes.transAxes)
-    axes.text(0.03, 0.0, textwrap.shorten(row.id, 80), fontsize=7.5, color=SOFT, va="bottom", transform=axes.transAxes)
+        lines += [(part, TRUE if true else INK, "bold" if true else "normal") for part in _wrapped(text)]
+    if row.truth and not any(color == TRUE for _, color, _ in lines):
+        lines += [(part, TRUE, "bold") for part in _wrapped(f"answer: {row.truth}")]
+    said = row.turns[-1].content.strip() if row.turns and row.turns[-1].role == "assistant" else ""
+    if said and said != row.truth:
+        lines += [(part, FIRST, "normal") for line in f"trained: {said}".split("\n") for part in _wrapped(line)]
+    left = len(lines) - MOST_LINES
+    return lines if left <= 0 else [*lines[: MOST_LINES - 1], (f"[{left + 1:,} more lines]", SOFT, "normal")]
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDE) or [""]
+
+
+def _draw_text(axes: Axes, row: Row, lines: Sequence[Styled], height: float) -> None:
+    """Whatever stands in a row is text: a dollar sign begins no formula."""
+    axes.set_axis_off()
+    axes.set_xlim(0, 1)
+
+    def put(place: float, text: str, size: float, color: str, **look: Any) -> None:
+        axes.text(0.03, place, text, fontsize=size, color=color, transform=axes.transAxes, parse_math=False, **look)
+
+    put(1 - 0.03 * ROW_INCHES / height, row.kind.replace("_", " "), 10, FIRST, fontweight="bold", va="top")
+    for n, (text, color, weight) in enumerate(lines):
+        put(1 - (HEAD_INCHES + LINE_INCHES * n) / height, text, 9.5, color, fontweight=weight, va="top")
+    put(0.0, textwrap.shorten(row.id, 80), 7.5, SOFT, va="bottom")
 
 
 def _draw_sketch(axes: Axes, row: Row) -> None:
@@ -129,6 +154,14 @@ def _draw_sketch(axes: Axes, row: Row) -> None:
         linewidth=1.3,
     )
     axes.add_patch(arrow)
-    axes.text(0, 1.2, f"azimuth {change:+.1f}\u00b0   yaw {meta['yaw_deg']:+.1f}\u00b0", fontsize=8.5, color=INK, ha="center", va="bottom")
+    axes.text(
+        0,
+        1.2,
+        f"moved {change:+.1f}\u00b0 round it, turned {meta['yaw_deg']:+.1f}\u00b0",
+        fontsize=8.5,
+        color=INK,
+        ha="center",
+        va="bottom",
+    )
     axes.set_xlim(-1.45, 1.45)
     axes.set_ylim(-1.2, 1.45)

@@ -90,6 +90,8 @@ class SpatialConfig:
     """Training questions of each kind; fewer when the captures do not have as many clear cases."""
     test_per_kind: int = 100
     """Test questions of each kind, from the test objects only."""
+    validation_per_kind: int = 0
+    """Questions of each kind to stop stages on, from the validation objects only; 0: no such file."""
     facing_margin_deg: float = 30.0
     """facing_side: the camera stands at most this far from the middle of the side."""
     min_distance_ratio: float = 1.15
@@ -107,10 +109,11 @@ class SpatialConfig:
         """The config itself; ValueError naming the field that makes no sense."""
         if unknown := [kind for kind in self.kinds if kind not in KINDS]:
             raise ValueError(f"kinds: {unknown[0]!r} is not known; choose from {', '.join(KINDS)}")
-        if not self.kinds or self.train_per_kind < 0 or self.test_per_kind < 0:
-            raise ValueError(
-                f"nothing to ask: kinds {self.kinds}, train_per_kind {self.train_per_kind}, test_per_kind {self.test_per_kind}"
+        if not self.kinds or min(self.train_per_kind, self.test_per_kind, self.validation_per_kind) < 0:
+            sizes = (
+                f"train_per_kind {self.train_per_kind}, test_per_kind {self.test_per_kind}, validation_per_kind {self.validation_per_kind}"
             )
+            raise ValueError(f"nothing to ask: kinds {self.kinds}, {sizes}")
         if not 0 < self.facing_margin_deg < 45:
             raise ValueError(f"facing_margin_deg is {self.facing_margin_deg}: beyond 45 degrees it is another side that faces the camera")
         if not 0 < self.turn_tolerance_deg < HALF_STEP:
@@ -224,32 +227,46 @@ def _write(path: Path, chosen: list[Case], draw: random.Random) -> None:
     os.replace(partial, path)
 
 
-def viewpoint_test_objects(test: Path) -> set[str]:
-    """The objects of a viewpoint test split: every `meta.object` of its test.jsonl."""
-    with open(test, encoding="utf-8") as lines:
+def viewpoint_objects(split: Path) -> set[str]:
+    """The objects of one split of a viewpoint build: every `meta.object` of its test.jsonl or validation.jsonl."""
+    with open(split, encoding="utf-8") as lines:
         return {json.loads(line)["meta"]["object"] for line in lines}
 
 
-def spatial_questions(captures: Path, out: Path, config: SpatialConfig, test_objects: set[str], progress: bool = True) -> dict[str, Any]:
-    """Writes OUT/train.parquet and OUT/test.parquet from the captures below `captures`.
+def spatial_questions(
+    captures: Path,
+    out: Path,
+    config: SpatialConfig,
+    test_objects: set[str],
+    validation_objects: set[str] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Writes OUT/train.parquet, OUT/test.parquet and, where there are validation objects, OUT/validation.parquet from `captures`.
 
     test_objects: ids ("vehicle/0001": the folder below `captures`) of the objects that are asked about in the test file and nowhere else;
-    viewpoint_test_objects reads them from a viewpoint build; none gives an empty test file. Returns {"train": {kind: rows}, "test": {kind:
-    rows}, "objects": {"train", "test"}, "rejected": {reason: captures}, "seconds"}. ValueError: a field of the config makes no sense, no
-    usable capture, or test questions asked for and none of the test objects found.
+    viewpoint_objects reads them from a viewpoint build; none gives an empty test file. validation_objects: the same for the third file.
+    Returns {"train", "test" and, if asked for, "validation": {kind: rows}, "objects": {split: objects}, "rejected": {reason: captures},
+    "seconds"}. ValueError: a field of the config makes no sense, no usable capture, an object in two splits, validation questions asked for
+    without objects, or test or validation questions asked for and none of their objects found.
     """
     config.check()
     started = time.perf_counter()
     captures, out = Path(captures), Path(out)
     draw = random.Random(f"{config.seed}/spatial")
-    samples = {"train": _Sample(config, config.train_per_kind, draw), "test": _Sample(config, config.test_per_kind, draw)}
-    objects: Counter[str] = Counter(train=0, test=0)
+    held = {"test": test_objects} | ({"validation": validation_objects} if validation_objects else {})
+    sizes = {"train": config.train_per_kind, "test": config.test_per_kind, "validation": config.validation_per_kind}
+    if config.validation_per_kind and not validation_objects:
+        raise ValueError(f"validation_per_kind is {config.validation_per_kind}: name the objects, by a viewpoint build's validation.jsonl")
+    if shared := test_objects & (validation_objects or set()):
+        raise ValueError(f"{min(shared)!r} is a test object and a validation object; build both files in one go (validation_examples)")
+    samples = {split: _Sample(config, sizes[split], draw) for split in ("train", *held)}
+    objects: Counter[str] = Counter(dict.fromkeys(samples, 0))
     rejected: Counter[str] = Counter()
     paths = find_captures(captures)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not progress) as bar:
         for path in bar.track(paths, description="spatial questions"):
-            split = "test" if object_id(path, captures) in test_objects else "train"
+            split = next((name for name, those in held.items() if object_id(path, captures) in those), "train")
             try:
                 capture = read_capture(path, captures)
             except BadCapture as bad:
@@ -263,12 +280,13 @@ def spatial_questions(captures: Path, out: Path, config: SpatialConfig, test_obj
                 samples[split].show(case)
     if not sum(objects.values()):
         raise ValueError(f"{captures} has no usable capture among {len(paths)} ({dict(rejected)})")
-    if config.test_per_kind and test_objects and not objects["test"]:
-        raise ValueError(
-            f"none of the {len(test_objects)} test objects (such as {min(test_objects)!r}) is a usable capture below {captures}"
-        )
+    for split, those in held.items():
+        if sizes[split] and those and not objects[split]:
+            raise ValueError(f"none of the {len(those)} {split} objects (such as {min(those)!r}) is a usable capture below {captures}")
 
     out.mkdir(parents=True, exist_ok=True)
+    if "validation" not in samples:
+        (out / "validation.parquet").unlink(missing_ok=True)  # of an earlier build: its objects may be in train.parquet now
     counts = {}
     for split, sample in samples.items():
         chosen = sample.take()

@@ -101,8 +101,10 @@ class ViewpointConfig:
     """rows in train.jsonl, three a pair; none: all there are"""
     test_examples: int = 1000
     """rows in test.jsonl, from objects that train.jsonl has none of; 0: no test set"""
+    validation_examples: int = 0
+    """rows in validation.jsonl, from objects that neither of the other two has: what stages stop on; 0: no such file"""
     max_test_fraction: float = 0.1
-    """at most this share of the objects, and at least one, goes to the test set; it is smaller than test_examples if they do not suffice"""
+    """at most this share of the objects, and at least one, goes to the test set, and as many to validation; fewer rows if they have few"""
     pairs_per_object: int = 10
     """pairs drawn per object at most"""
     test_pairs_per_object: int = 3
@@ -137,8 +139,9 @@ class ViewpointConfig:
             raise ValueError(f"max_test_fraction={self.max_test_fraction}: need a share in [0, 1)")
         if self.pairs_per_object < 1 or self.test_pairs_per_object < 1:
             raise ValueError("pairs_per_object and test_pairs_per_object must be at least 1")
-        if self.test_examples < 0 or (self.examples is not None and self.examples < 1):
-            raise ValueError(f"examples={self.examples}, test_examples={self.test_examples}: ask for at least one row")
+        if min(self.test_examples, self.validation_examples) < 0 or (self.examples is not None and self.examples < 1):
+            asked = f"examples={self.examples}, test_examples={self.test_examples}, validation_examples={self.validation_examples}"
+            raise ValueError(f"{asked}: ask for at least one row")
         if not 0 <= self.min_yaw < 90 or self.min_translation < 0:
             raise ValueError(f"min_yaw={self.min_yaw} must be in [0, 90) degrees, min_translation={self.min_translation} at least 0")
         if self.verify not in ("tracks", "off"):
@@ -210,11 +213,11 @@ def rows(pair: dict[str, Any], folder: Path, seed: int, ask_letter: bool = False
 
 
 def build(captures: Path, out: Path, config: ViewpointConfig, progress: bool = True) -> dict[str, Any]:
-    """Write out/train.jsonl, out/test.jsonl (see row.py) and out/build.json, whose contents are returned.
+    """Write out/train.jsonl, out/test.jsonl, validation.jsonl if asked for (see row.py) and out/build.json, whose contents are returned.
 
     Captures that cannot be used are counted by reason in build.json, with each one's message. What a capture gave is kept in
     out/.captures.jsonl: a build that was killed, or is repeated with other `examples`, reads only captures that are new or changed.
-    ValueError when `captures` holds no usable capture, or only one while a test set is asked for."""
+    ValueError when `captures` holds no usable capture, or fewer than the splits asked for."""
     start = time.perf_counter()
     captures, out = Path(captures), Path(out)
     paths = find_captures(captures)
@@ -230,11 +233,14 @@ def build(captures: Path, out: Path, config: ViewpointConfig, progress: bool = T
             f"none of the {len(paths)} captures below {captures} is usable: {dict(rejected)}; first: {next(iter(bad.values()))['message']}"
         )
 
+    asked = {"train": config.examples, "test": config.test_examples, "validation": config.validation_examples}
     split = _split(good, config, captures)
+    if not config.validation_examples:
+        (out / "validation.jsonl").unlink(missing_ok=True)  # of an earlier build: its objects may be in train.jsonl now
     folder = {name: captures / found[name]["folder"] for name in good}
     balance, written = {}, {}
     for name, chosen in split.items():
-        limit = config.test_examples if name == "test" else config.examples
+        limit = asked[name]
         ordered = _balance(chosen, random.Random(f"{config.seed}/order/{name}"))
         lines = (row for pair in ordered for row in rows(pair, folder[pair["object"]], config.seed, config.ask_letter))
         sides: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
@@ -255,7 +261,7 @@ def build(captures: Path, out: Path, config: ViewpointConfig, progress: bool = T
         "objects": {name: len({pair["object"] for pair in chosen}) for name, chosen in split.items()},
         "pairs": {name: len(chosen) for name, chosen in split.items()},
         "examples": written,
-        "examples_asked": {"train": config.examples, "test": config.test_examples},
+        "examples_asked": {name: asked[name] for name in split},
         "balance": balance,
         "rejected": dict(sorted(rejected.items())),
         "rejected_captures": {name: part["message"] for name, part in sorted(bad.items())},
@@ -272,15 +278,25 @@ def _split(good: dict[str, list[dict[str, Any]]], config: ViewpointConfig, captu
     """The pairs of each split, at most one partial pair more than the rows asked for, taken evenly over the split's objects."""
     objects = sorted(good)
     random.Random(f"{config.seed}/split").shuffle(objects)
-    wanted = -(-config.test_examples // len(KINDS))
-    if wanted and len(objects) < 2:
-        raise ValueError(f"{captures} has one usable object, which cannot be split by object; add captures or set test_examples=0")
-    most = max(1, int(config.max_test_fraction * len(objects))) if wanted else 0
-    count = min(most, -(-wanted // config.test_pairs_per_object))
-    while count < most and sum(len(good[name]) for name in objects[:count]) < wanted:
-        count += 1
+    held = {"test": config.test_examples, "validation": config.validation_examples}
+    held = {name: -(-rows // len(KINDS)) for name, rows in held.items() if rows}
+    if len(objects) < 1 + len(held):
+        keys = " and ".join(f"{name}_examples=0" for name in held)
+        number = "one usable object" if len(objects) == 1 else f"{len(objects)} usable objects"
+        raise ValueError(
+            f"{captures} has {number}, which cannot be split by object into train, {', '.join(held)}; add captures or set {keys}"
+        )
+    most = max(1, min(int(config.max_test_fraction * len(objects)), (len(objects) - 1) // max(1, len(held))))
     train = None if config.examples is None else -(-config.examples // len(KINDS))
-    return {"train": _evenly(good, objects[count:], train), "test": _evenly(good, objects[:count], wanted)}
+    split: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    for name, wanted in held.items():
+        count = min(most, -(-wanted // config.test_pairs_per_object))
+        while count < most and sum(len(good[name]) for name in objects[:count]) < wanted:
+            count += 1
+        split[name] = _evenly(good, objects[:count], wanted)
+        objects = objects[count:]
+    split["train"] = _evenly(good, objects, train)
+    return split
 
 
 def _evenly(good: dict[str, list[dict[str, Any]]], objects: list[str], wanted: int | None) -> list[dict[str, Any]]:
@@ -306,7 +322,14 @@ def _balance(chosen: list[dict[str, Any]], draw: random.Random) -> list[dict[str
 def _read_all(paths: list[Path], root: Path, cache: Path, config: ViewpointConfig, progress: bool) -> tuple[dict[str, dict[str, Any]], int]:
     """What each capture gives, {object: part} in the order of `paths`, and how many were found in `cache`."""
     # What a part depends on; the rest of the config only decides which parts are used.
-    free = replace(config, examples=None, test_examples=0, max_test_fraction=0.0, test_pairs_per_object=1, ask_letter=False, workers=0)
+    rows: dict[str, Any] = {
+        "examples": None,
+        "test_examples": 0,
+        "validation_examples": 0,
+        "max_test_fraction": 0.0,
+        "test_pairs_per_object": 1,
+    }
+    free = replace(config, **rows, ask_letter=False, workers=0)
     code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in CODE)
     settings = f"{free} {hashlib.sha256(code).hexdigest()}"
     keys = {object_id(path, root): _key(path, settings) for path in paths}

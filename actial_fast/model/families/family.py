@@ -44,7 +44,7 @@ class Aside:
 @dataclass(frozen=True)
 class Widths:
     """Of a language model and a tower: hidden and intermediate sizes, layers, heads (kv_heads of keys and values, head_dim wide), blocks.
-    levels: after which blocks a tower gives further features, in a family that has such."""
+    levels: after which blocks a tower gives further features, window: pixels along a side of its attention's, in a family that has such."""
 
     hidden: int
     inner: int
@@ -59,6 +59,7 @@ class Widths:
     blocks: int
     vision_heads: int
     levels: tuple[int, ...] = ()
+    window: int = 112
 
 
 class Family(ABC):

@@ -11,8 +11,6 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from actial_fast.model.families.family import Family, Grid, Layers, Widths, first_rope, old_name, patches_of, whole_pairs
 
-WINDOW = 112  # pixels along a side
-
 
 def _widths(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int, vision_inner: int, tied: bool) -> Widths:
     return Widths(hidden, inner, layers, heads, kv_heads, 128, vocabulary, tied, 1280, vision_inner, 32, 16)
@@ -60,9 +58,9 @@ class Qwen25VL(Family):
             "intermediate_size": widths.vision_inner,
             "num_heads": widths.vision_heads,
             "out_hidden_size": widths.hidden,
-            # every eighth; of a tower with fewer blocks all, so that windows change nothing
-            "fullatt_block_indexes": list(range(7, widths.blocks, 8)) if widths.blocks > 7 else list(range(widths.blocks)),
-            "window_size": WINDOW,
+            # every eighth sees the whole image; of a tower with fewer blocks the last
+            "fullatt_block_indexes": list(range(min(7, widths.blocks - 1), widths.blocks, 8)) if widths.blocks else [],
+            "window_size": widths.window,
         }
 
     def rope(self, head_dim: int) -> dict[str, Any]:

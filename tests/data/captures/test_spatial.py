@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from actial_fast.data.captures.render import RenderConfig, render
-from actial_fast.data.captures.spatial import KINDS, OPTIONS, QUESTIONS, SpatialConfig, spatial_questions, viewpoint_test_objects
+from actial_fast.data.captures.spatial import KINDS, OPTIONS, QUESTIONS, SpatialConfig, spatial_questions, viewpoint_objects
 from actial_fast.data.captures.viewpoint import ViewpointConfig, build
 from actial_fast.data.sources.sat import SatSource
 
@@ -175,11 +175,22 @@ def test_deterministic_by_seed(captures, built, tmp_path):
 
 def test_the_viewpoint_builds_test_objects(captures, cameras, tmp_path):
     build(captures, tmp_path / "viewpoint", ViewpointConfig(test_examples=30, workers=1), progress=False)
-    objects = viewpoint_test_objects(tmp_path / "viewpoint" / "test.jsonl")
+    objects = viewpoint_objects(tmp_path / "viewpoint" / "test.jsonl")
     assert objects and objects < {camera["object"] for camera in cameras.values()}
     spatial_questions(captures, tmp_path, CONFIG, objects, progress=False)
     assert {view["object"] for row in read(tmp_path, "test") for view in seen(row, cameras)} == objects
     assert not {view["object"] for row in read(tmp_path, "train") for view in seen(row, cameras)} & objects
+
+
+def test_validation_questions_are_about_objects_of_their_own(captures, cameras, tmp_path):
+    names = sorted({camera["object"] for camera in cameras.values()})
+    test, validation = {names[0]}, {names[1]}
+    summary = spatial_questions(captures, tmp_path, replace(CONFIG, validation_per_kind=6), test, validation, progress=False)
+    seen_in = {split: {view["object"] for row in read(tmp_path, split) for view in seen(row, cameras)} for split in summary["objects"]}
+    assert seen_in["test"] == test and seen_in["validation"] == validation and seen_in["train"] == set(names[2:])
+    assert any(summary["validation"].values()) and summary["objects"]["validation"] == 1
+    spatial_questions(captures, tmp_path, CONFIG, test, progress=False)
+    assert not (tmp_path / "validation.parquet").exists(), "its object is trained on now"
 
 
 def test_without_a_front_the_side_is_not_asked(tmp_path):
@@ -217,3 +228,12 @@ def test_an_unusable_capture_is_counted(tmp_path):
 def test_mistakes(captures, tmp_path, change, objects, message):
     with pytest.raises(ValueError, match=message):
         spatial_questions(captures, tmp_path, replace(CONFIG, **change), objects, progress=False)
+
+
+def test_mistakes_about_validation(captures, tmp_path):
+    with pytest.raises(ValueError, match=r"validation_per_kind is 3: name the objects"):
+        spatial_questions(captures, tmp_path, replace(CONFIG, validation_per_kind=3), set(), progress=False)
+    with pytest.raises(ValueError, match=r"'a/1' is a test object and a validation object"):
+        spatial_questions(captures, tmp_path, CONFIG, {"a/1", "a/2"}, {"a/1"}, progress=False)
+    with pytest.raises(ValueError, match=r"none of the 1 validation objects \(such as '0002'\)"):
+        spatial_questions(captures, tmp_path, replace(CONFIG, validation_per_kind=3), set(), {"0002"}, progress=False)

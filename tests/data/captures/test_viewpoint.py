@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from itertools import permutations
 from pathlib import Path
@@ -343,6 +344,23 @@ def test_asked_numbers_of_rows_are_met_evenly_over_objects(world, tmp_path):
     assert summary["objects"]["test"] == 3  # 7 pairs, 3 an object
 
 
+def test_validation_has_objects_of_its_own(world, tmp_path):
+    config = ViewpointConfig(workers=1, test_examples=20, validation_examples=30, max_test_fraction=0.2)
+    summary = build(world[0], tmp_path, config, progress=False)
+    objects = {split: {row.meta["object"] for row in read_rows(tmp_path / f"{split}.jsonl")} for split in ("train", "validation", "test")}
+    assert summary["examples"]["validation"] == summary["examples_asked"]["validation"] == 30 and summary["examples"]["test"] == 20
+    assert summary["objects"] == {split: len(names) for split, names in objects.items()}
+    assert len(set().union(*objects.values())) == sum(map(len, objects.values())), "an object is in two splits"
+
+    # the other two are what they would be without, but for the objects that left train; and a stale file goes
+    before = content(tmp_path)
+    build(world[0], tmp_path, replace(config, validation_examples=0), progress=False)
+    assert not (tmp_path / "validation.jsonl").exists() and content(tmp_path)["test.jsonl"] == before["test.jsonl"]
+    assert {row.meta["object"] for row in read_rows(tmp_path / "train.jsonl")} == objects["train"] | objects["validation"]
+    greedy = replace(config, max_test_fraction=0.99, test_examples=900, validation_examples=900)
+    assert build(world[0], tmp_path, greedy, progress=False)["objects"]["train"] >= 1
+
+
 def test_thresholds_are_obeyed(world):
     capture = read_capture(world[0] / "car/0002", world[0])
     every = ViewpointConfig(pairs_per_object=1000, min_angle=1, max_angle=179, min_translation=0, min_yaw=0)
@@ -656,6 +674,14 @@ def test_contact_sheet_takes_rows_of_other_sources(built, tmp_path):
         (Turn("user", "<image>What is it? " + "word " * 200), Turn("assistant", "a pot")), (path.read_bytes(),), truth="a pot", where="x:1"
     )
     assert Image.open(contact_sheet([row, built[2]["train"][0]], tmp_path / "mixed.png")).width > 500
+    heights = []
+    for said in ("a pot", "<think>It has a lid for $5 and $6.\n" + "So it goes on. " * 40 + "</think><answer>a pot</answer>", "x " * 9000):
+        told = Row((Turn("user", "<image>What is it?"), Turn("assistant", said)), (path.read_bytes(),), truth="a pot", where="x:3")
+        pixels = np.asarray(Image.open(contact_sheet([told], tmp_path / "told.png")).convert("RGB")).astype(int)
+        blue = np.abs(pixels[:, pixels.shape[1] // 4 :] - [int(FIRST[i : i + 2], 16) for i in (1, 3, 5)]).sum(-1) < 60
+        heights.append((len(pixels), blue.any(1).sum()))
+    assert heights[0][0] < heights[1][0] < heights[2][0] < 2000, "a chain has its own lines, up to a page of them"
+    assert heights[0][1] == 0 < 50 < heights[1][1], "and is told in a colour of its own; what says no more than the truth is not repeated"
     missing = Row(row.turns, (tmp_path / "gone.png",), where="x:2")
     with pytest.raises(BadRow, match="x:2"):
         contact_sheet([missing], tmp_path / "bad.png")

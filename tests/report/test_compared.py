@@ -1,0 +1,77 @@
+"""Several runs on one page: what differs, the same rows, and the curves in one picture."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from actial_fast.report.chart import DASHES
+from actial_fast.report.compared import labels, write_comparison
+from actial_fast.report.metrics import read_events
+from actial_fast.report.page import write_report
+from actial_fast.report.paired import paired
+from tests.report.test_page import whole_page, write_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of one recipe but for a learning rate; the second stopped in its GRPO, and its rows are the same."""
+    root = tmp_path_factory.mktemp("runs")
+    for seed, (name, steps) in enumerate((("a", 40), ("b", 20))):
+        run = write_run(root / name, ("sft", "grpo"), (40, steps), finished=name == "a", rows=True, seed=seed)
+        recipe = f"run: runs/{name}\nsteps: 5\nsft:\n  optim: {{lr: {'1e-3' if name == 'a' else '2e-3'}, warmup: 1}}\n"
+        recipe += f"  data: {{sources: [{{path: runs/{name}/t.jsonl, weight: 1}}, {{path: x, weight: {1 if name == 'a' else 2}}}]}}\n"
+        (run / "recipe.yaml").write_text(recipe)
+        (run / "versions.json").write_text(json.dumps({"torch": "2.13", "driver": name}))
+    return root / "a", root / "b"
+
+
+def test_two_runs_stand_side_by_side(runs):
+    a, b = runs
+    html, _, text = whole_page(write_comparison([a, b], a / "compared.html"))
+    tables = [[e for e in read_events(run) if e["kind"] == "eval"][-1]["result"] for run in runs]
+    change = paired(*tables)
+    verdict = "better" if change.low > 0 else "worse" if change.high < 0 else "no clear change"
+    difference, *ends = (f"{100 * share:+.1f}".replace("-", "\u2212") for share in (change.difference, change.low, change.high))
+    assert f"a after grpo \u2192 b after grpo: {difference} points, 95% interval {' to '.join(ends)}: {verdict}" in text
+    assert f"the same 300 rows; right only a after grpo: {change.only_first}, only b after grpo: {change.only_second}" in text
+    (differ,) = re.findall("What differs in the recipes</h2>(.*?)</section>", html, re.DOTALL)
+    assert re.findall("<tr><th>(.*?)</th>(.*?)</tr>", differ)[1:] == [
+        ("sft.optim.lr", '<td data-label="a">1e-3</td><td data-label="b">2e-3</td>'),
+        ("sft.data.sources[1].weight", '<td data-label="a">1</td><td data-label="b">2</td>'),
+    ]
+    assert "driver" in text and "a finished" in text.replace(": ", " ") and "unfinished: last record is grpo step 20" in text
+    charts = dict(re.findall(r'aria-label="([^"]*)">.*?<script type="application/json">(.*?)</script>', html))
+    kl = json.loads(charts["KL to the reference, per token"])
+    assert [(line["name"], line["colour"], line["dash"]) for line in kl["lines"]] == [("a", 0, ""), ("b", 1, "")]
+    assert kl["spans"][0][3] == 40 and [len(line["stages"]["grpo"][1]) for line in kl["lines"]] == [40, 20]
+    reward = json.loads(charts["Reward and its parts"])
+    assert [(line["name"], line["colour"], line["dash"]) for line in reward["lines"]] == [
+        (f"{name}, {run}", colour, DASHES[k])
+        for colour, name in enumerate(("reward", "reward/format", "reward/accuracy"))
+        for k, run in enumerate("ab")
+    ]
+
+
+def test_a_page_of_one_run_is_not_touched_and_alike_runs_differ_in_nothing(runs, tmp_path):
+    a, _ = runs
+    twin = tmp_path / "a"
+    shutil.copytree(a, twin)
+    page = write_report(a).read_bytes()
+    _, _, text = whole_page(write_comparison([a, twin], tmp_path / "c.html"))
+    assert (a / "report.html").read_bytes() == page
+    assert text.count("Nothing.") == 2 and "+0.0 points, 95% interval +0.0 to +0.0: no clear change" in text
+
+
+def test_names_that_are_alike_are_told_apart(tmp_path):
+    assert labels([tmp_path / "x" / "run", tmp_path / "y" / "run", tmp_path / "x" / "other"]) == ["x/run", "y/run", "x/other"]
+
+
+def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
+    a, b = runs
+    many = [([a], "give 2 to 4"), ([a, b] * 3, "give 2 to 4"), ([a, b, a], "given twice"), ([a, tmp_path], "folder of a run")]
+    for folders, match in many:
+        with pytest.raises(ValueError, match=match):
+            write_comparison(folders, tmp_path / "c.html")
+    assert not (tmp_path / "c.html").exists()
