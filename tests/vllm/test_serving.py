@@ -30,6 +30,7 @@ from actial_fast.rollout.client import Client
 from actial_fast.rollout.protocol import Draw
 from actial_fast.rollout.server import Rows, Server, messages_of
 from actial_fast.rollout.serving import Options, command, find, template_for
+from actial_fast.settings.config import load_recipe
 from tests.conftest import png
 from tests.loops import generate
 from tests.vllm.shared import SHAPE, create_model, policy_of, processor_of
@@ -44,15 +45,13 @@ OWN = (  # takes texts alone
 
 
 @pytest.fixture(scope="module")
-def folder(model, processor, tmp_path_factory) -> Path:
-    """The model as a stage leaves it, with the limits of image sizes that it was trained with. The head's rows of vision tokens are zero,
-    so that nobody wants those: no other engine than ours bans them."""
-    place = tmp_path_factory.mktemp("served") / "model"
-    place.mkdir()
-    for name in ("config.json", "generation_config.json"):
-        (place / name).write_text((model / name).read_text())
+def folder(tmp_path_factory) -> Path:
+    """A model of the quickstart's shape as a stage leaves it, with the limits of image sizes in training. The head's rows of vision
+    tokens are zero, so that nobody wants those: no other engine than ours bans them."""
+    place = create_model(tmp_path_factory.mktemp("served") / "model", load_recipe(ROOT / "recipes/quickstart.yaml").model)
+    processor = processor_of(place)
     processor.save(place)
-    weights = load_file(model / "model.safetensors")
+    weights = load_file(place / "model.safetensors")
     weights["lm_head.weight"][list(processor.banned_tokens)] = 0
     save_file(weights, place / "model.safetensors", {"format": "pt"})
     return place
