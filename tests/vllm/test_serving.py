@@ -175,32 +175,20 @@ def free_port() -> int:
 @pytest.mark.timeout(900)
 def test_the_server_answers_with_the_system_prompt_and_stops_when_asked(folder, rows, tmp_path):
     port, place = free_port(), tmp_path / "t.jinja"
-    line = [
-        sys.executable,
-        "-m",
-        "actial_fast.cli",
-        "serve",
-        str(folder),
-        "--run",
-        "--device",
-        "cpu",
-        "--system",
-        SYSTEM,
-        "--template",
-        place,
-    ]
+    line = [sys.executable, "-m", "actial_fast.cli", "serve", str(folder), "--run", "--device", "cpu"]
+    line += ["--system", SYSTEM, "--template", str(place)]
     further = ["--port", str(port), "--host", "127.0.0.1", "--max-model-len", "512", "--distributed-executor-backend", "uni"]
     with open(tmp_path / "log", "w+") as log:
         server = subprocess.Popen([*line, "--", *further], cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
         try:
             wait_for(f"http://127.0.0.1:{port}/health", server, tmp_path / "log")
-            row = rows[1]
-            prompt = Processor.load(str(folder)).encode_prompt(Example(under(row), 0))
-            ours = generate(policy_of(folder), Processor.load(str(folder)), [prompt], 1, temperature=0.0, max_new_tokens=LENGTH)[0][0]
+            row, processor = rows[1], Processor.load(str(folder))
+            prompt = processor.encode_prompt(Example(under(row), 0))
+            ours = generate(policy_of(folder), processor, [prompt], 1, temperature=0.0, max_new_tokens=LENGTH)[0][0]
             client = Client(f"http://127.0.0.1:{port}/v1", folder.name)
             question = Rows().encode_prompt(Example(row, 0))
             (reply,) = Server(client, 1).generate([question], Draw(1, 0.0, LENGTH), [])[0]
-            assert reply.text == Processor.load(str(folder)).decode(ours.ids).strip() and client.used.read == len(prompt)
+            assert reply.text == processor.decode(ours.ids).strip() and client.used.read == len(prompt)
         finally:
             server.send_signal(signal.SIGTERM)
             try:
@@ -208,7 +196,7 @@ def test_the_server_answers_with_the_system_prompt_and_stops_when_asked(folder, 
             finally:
                 if server.poll() is None:
                     os.killpg(server.pid, signal.SIGKILL)
-    assert "Shutting down" in (tmp_path / "log").read_text() or server.returncode in (0, -signal.SIGTERM)
+    assert server.returncode in (0, -signal.SIGTERM), "it was asked to stop, not killed"
 
 
 def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
