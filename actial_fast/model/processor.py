@@ -82,8 +82,7 @@ class Processor:
         images.size = dict(zip(("shortest_edge", "longest_edge"), _limits(images, min_pixels, max_pixels), strict=True))
         folder = Path(image_cache).expanduser() if image_cache else None
         store = ImageStore(ImageSettings.of(images), folder, max_image_pixels, round(image_cache_gb * GB))
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        tokenizer.chat_template = tokenizer.chat_template or _template(path)
+        tokenizer = load_tokenizer(path)
         processor = Processor(tokenizer, images, store, max_prompt, max_tokens, room, max_patches, _ends(path, len(tokenizer)))
         if TAG.search(opening := processor._render([{"role": "user", "content": "-"}], open_reply=True)):
             raise ValueError(
@@ -249,17 +248,20 @@ class Processor:
         for i, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            opened = self._render(messages[:i], open_reply=True)
-            if not opened.startswith(done):
-                raise ValueError(
-                    "the chat template rewrites earlier turns (it drops their reasoning, say), so that they cannot be trained on"
-                )
+            opened = self._after(done, messages[:i])
             answer = turn.content + self.tokenizer.convert_ids_to_tokens(self.eos)
-            pieces += [(opened[len(done) :], False), (answer, True)]
-            done = opened + answer
+            pieces += [(opened, False), (answer, True)]
+            done += opened + answer
         if not pieces or turns[-1].role != "assistant":
-            pieces.append((self._render(messages, open_reply=True)[len(done) :], False))
+            pieces.append((self._after(done, messages), False))
         return pieces
+
+    def _after(self, done: str, messages: list[dict[str, str]]) -> str:
+        """What the template writes behind `done`, up to where the next reply begins."""
+        opened = self._render(messages, open_reply=True)
+        if not opened.startswith(done):
+            raise ValueError("the chat template rewrites earlier turns (it drops their reasoning, say), so that they cannot be trained on")
+        return opened[len(done) :]
 
     @functools.cached_property
     def _special(self) -> tuple[str, ...]:
@@ -270,6 +272,13 @@ class Processor:
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder or hub name, with its chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = tokenizer.chat_template or _template(path)
+    return tokenizer
 
 
 def _template(path: str) -> str | None:

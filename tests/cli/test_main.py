@@ -29,6 +29,7 @@ COMMANDS = [
     ["grpo"],
     ["eval"],
     ["export"],
+    ["serve"],
     ["report"],
     ["doctor"],
     ["recipe"],
