@@ -64,6 +64,18 @@ def benchmarks() -> str:
     return table(("name", "set", "headline", "published here", "its owner's page"), rows)
 
 
+def signs() -> str:
+    """The rules of the report's signs of trouble."""
+    from actial_fast.report.troubles import DEFINED, SIGNS
+
+    rows = [(f"`{sign.metric}`", sign.says, sign.advice) for sign in SIGNS]
+    undefined = ", ".join(f"`{name}`" for name in DEFINED)
+    rows.append((undefined, "was NaN or infinite", "look at the rows of the first such step; lower optim.lr if it comes again"))
+    better = "take the checkpoint of the best step, if `save.keep` left it"
+    rows.append(("accuracy", "fell from a stage's best evaluation to its last, on the same rows, by more than chance explains", better))
+    return table(("figure", "what is told", "what is usually done"), rows)
+
+
 def memory_example() -> str:
     """Rows of a chunk and number of chunks at EXAMPLE, by the functions that the ops call; meta tensors, so nothing is allocated."""
     import torch
@@ -321,6 +333,6 @@ TABLES = {
         *(benchmarks, named_losses, memory_example, workspace_rule, workspaces, logits_gib, accuracy_about),
         *(ledger, ledger_about, update, update_about, loss_memory, loss_memory_about),
         *(plan_memory, plan_memory_about, plan_recipes, plan_assumptions, plan_scaling, plan_scaling_about),
-        *(comm, comm_about, tasks_learned),
+        *(comm, comm_about, tasks_learned, signs),
     )
 }

@@ -26,6 +26,7 @@ from actial_fast.model.processor import Processor
 from actial_fast.ops.spec import GRPOSpec
 from actial_fast.packing.packed_ops import collect, patchify
 from actial_fast.report.metrics import read_events, read_metrics
+from actial_fast.report.paired import paired
 from actial_fast.rollout.embedded import Embedded
 from actial_fast.settings.config import to_yaml
 from actial_fast.settings.model import LoRAConfig
@@ -256,6 +257,7 @@ def test_sft_learns_and_its_checkpoint_opens_in_plain_transformers(sft_recipe, l
     evals = [e for e in read_events(Path(recipe.run)) if e["kind"] == "eval"]
     assert [e["step"] for e in evals] == [0, 20, 40]
     assert set(evals[0]["result"]["kinds"]) == {"ego_translation", "object_translation", "ego_rotation"}
+    assert paired(evals[0]["result"], evals[-1]["result"]).n == evals[0]["result"]["overall"]["n"], "the same rows, from first to last"
     assert list((Path(recipe.run) / "tensorboard").rglob("events*"))
     assert sft.train(recipe) == final and len(losses(recipe.run, "sft")) == 40, "a finished stage ran again"
 
@@ -270,7 +272,7 @@ def test_grpo_raises_the_reward(grpo_recipe):
     assert metrics[0]["ratio"] == pytest.approx(1, abs=1e-6)
     rollouts = [e for e in read_events(Path(recipe.run)) if e["kind"] == "rollouts"]
     assert [e["step"] for e in rollouts] == [1, 13, 25]
-    assert rollouts[0]["rollouts"][0]["images"][0].startswith("data:image/png;base64,")
+    assert rollouts[0]["rollouts"][0]["images"][0].startswith("data:image/png;base64,") and rollouts[0]["rollouts"][0]["kind"]
 
 
 def with_optimizer(recipe: SFTRecipe | GRPORecipe, dtype: str = "float32", **keys: object) -> SFTRecipe | GRPORecipe:

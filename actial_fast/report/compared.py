@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from actial_fast.report.curves import Runs, grid, grpo, learning, optimisation, speed
 from actial_fast.report.evaluations import figure_table, sentence
-from actial_fast.report.html import bullets, document, folded, section, write
+from actial_fast.report.html import bullets, contents, document, folded, section, write
 from actial_fast.report.run import Moment, Run, read_run
 from actial_fast.report.stages import stage_table
 from actial_fast.report.troubles import signs, warned
@@ -26,14 +29,12 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
         raise ValueError(f"{len(folders)} runs cannot be compared on a page: give 2 to {MOST}")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError("a run is given twice; give each folder once")
-    found = [read_run(folder) for folder in folders]
+    found = [_alike(read_run(folder)) for folder in folders]
     runs = dict(zip(labels([run.folder for run in found]), found, strict=True))
     states = "".join(f"<li><b>{escape(label)}</b>: {escape(run.state)} ({escape(str(run.folder))})</li>" for label, run in runs.items())
     first = next(iter(runs))
     about = f"Runs compared with {first}; what is said of a change is said of the other run against it."
-    body = [
-        f'<header><p class="muted">actial_fast runs</p><h1>{escape(" / ".join(runs))}</h1><p>{escape(about)}</p><ul>{states}</ul>',
-        f"{_headline(runs)}</header>",
+    sections = [
         section("What differs in the recipes", _differences({label: _settings(run) for label, run in runs.items()})),
         section("Evaluation, each run's last", "".join(_tables(runs))),
         section("Learning", grid(learning(runs))),
@@ -44,7 +45,9 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
         section("What differs in versions and machine", _differences({label: dict(_leaves(run.versions)) for label, run in runs.items()})),
         section("Signs of trouble", _troubles(runs)),
     ]
-    return write(path, document(" / ".join(runs), "".join(body)))
+    title = f'<p class="muted">actial_fast runs</p><h1>{escape(" / ".join(runs))}</h1><p>{escape(about)}</p><ul>{states}</ul>'
+    head = f"<header>{title}{_headline(runs)}</header>{contents(sections)}"
+    return write(path, document(" / ".join(runs), head + "".join(sections)))
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
@@ -81,13 +84,29 @@ def _tables(runs: Runs) -> Iterator[str]:
 
 
 def _settings(run: Run) -> dict[str, str]:
-    """The keys of the recipe with their values, in which {run} is the run's own folder; of several files, each under its name."""
-    import yaml
-
-    read = {name: yaml.safe_load(text) for name, text in run.recipes.items()}
-    own = str(next((of["run"] for of in read.values() if isinstance(of, dict) and of.get("run")), ""))
+    """The keys of the recipe with their values, in which {run} is the run's own folder; of several recipes, each under its stage."""
+    read = {name.removesuffix("/recipe.yaml"): yaml.safe_load(text) for name, text in run.recipes.items()}
     found = dict(_leaves(next(iter(read.values())) if len(read) == 1 else read))
+    own = _own(run)
     return {key: value.replace(own, "{run}") if own else value for key, value in found.items()}
+
+
+def _own(run: Run) -> str:
+    """What the recipe calls the run's folder; "" if it does not."""
+    read = (yaml.safe_load(text) for text in run.recipes.values())
+    return next((str(of["run"]) for of in read if isinstance(of, dict) and of.get("run")), "")
+
+
+def _alike(run: Run) -> Run:
+    """The run, in whose evaluations' names {run} is its own folder: a file there has the same name in every run."""
+    names = {run.folder.resolve().name, Path(_own(run)).name} - {""}
+
+    def told(name: str) -> str:
+        first, slash, rest = name.partition("/")
+        return f"{{run}}/{rest}" if slash and first in names else name
+
+    evals = {told(name): of for name, of in run.evals.items()}
+    return replace(run, evals=evals, tables={told(name): of for name, of in run.tables.items()})
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

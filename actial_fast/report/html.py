@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
@@ -29,7 +30,18 @@ def document(title: str, body: str) -> str:
 
 def section(title: str, content: str) -> str:
     """A titled part of a page; "" without content."""
-    return f"<section><h2>{escape(title)}</h2>{content}</section>" if content else ""
+    return f'<section id="{_anchor(title)}"><h2>{escape(title)}</h2>{content}</section>' if content else ""
+
+
+def contents(sections: Sequence[str]) -> str:
+    """Links to the parts that `section` made."""
+    found = [re.match(r'<section id="([^"]*)"><h2>(.*?)</h2>', part) for part in sections]
+    links = [f'<a href="#{part[1]}">{part[2]}</a>' for part in found if part]
+    return f'<nav class="contents">{"".join(links)}</nav>'
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"\W+", "-", title.lower()).strip("-")
 
 
 def folded(title: str, content: str) -> str:

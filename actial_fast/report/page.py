@@ -12,7 +12,7 @@ from pathlib import Path
 from actial_fast.report.curves import grid, grpo, learning, optimisation, speed
 from actial_fast.report.evaluations import evaluation, headline
 from actial_fast.report.gallery import gallery
-from actial_fast.report.html import bullets, document, folded, section, write
+from actial_fast.report.html import bullets, contents, document, folded, section, write
 from actial_fast.report.run import read_run
 from actial_fast.report.stages import pairs, stage_table
 from actial_fast.report.troubles import signs, warned
@@ -26,8 +26,7 @@ def write_report(run_dir: Path, path: Path | None = None) -> Path:
     run = read_run(Path(run_dir))
     alone = {"": run}
     told = f'<p class="muted">actial_fast run &middot; {time.strftime("%Y-%m-%d %H:%M")} &middot; {escape(run.state)}</p>'
-    body = [
-        f"<header>{told}<h1>{escape(run.name)}</h1>{headline(run)}</header>",
+    sections = [
         section("What went wrong", bullets(warned(run.events))),
         section("Signs of trouble", bullets(signs(run.metrics, run.evals))),
         section("Evaluation", evaluation(run)),
@@ -41,4 +40,5 @@ def write_report(run_dir: Path, path: Path | None = None) -> Path:
         section("Versions and machine", pairs(run.versions)),
         *(folded(name, f"<pre>{escape(text)}</pre>") for name, text in run.recipes.items()),
     ]
-    return write(path or run.folder / "report.html", document(run.name, "".join(body)))
+    head = f"<header>{told}<h1>{escape(run.name)}</h1>{headline(run)}</header>{contents(sections)}"
+    return write(path or run.folder / "report.html", document(run.name, head + "".join(sections)))

@@ -1,13 +1,14 @@
 """A run's folder as the report reads it: its record, its stages in their order, and its evaluations in the order of their weight.
 
-It reads metrics.jsonl, events.jsonl, summary.json, recipe*.yaml and versions.json, whichever are there, so that a run that still goes on,
-or was killed, can be looked at as well.
+It reads metrics.jsonl, events.jsonl, summary.json, the recipes and versions.json, whichever are there, so that a run that still goes on, or
+was killed, can be looked at as well.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from actial_fast.report.metrics import read_events, read_metrics
 from actial_fast.report.paired import Result
 
 SAMPLED = " at temperature "  # in an evaluation's name, after the source's: replies were sampled, not greedy
+VALIDATION = {"val", "valid", "validation", "dev"}  # words in the name of rows that stages are stopped by
 
 Record = Mapping[str, Any]
 Evals = dict[str, dict[str, dict[int, Result]]]  # name -> stage -> step -> result
@@ -53,11 +55,14 @@ class Run:
     @property
     def state(self) -> str:
         """Whether it is over, and where it stands if that is not known of the whole."""
+        if self.summary:
+            return "finished"
         last = (self.metrics or self.events)[-1]
-        done = (self.folder / last["stage"] / "final" / "model").is_dir()  # written whole or not at all, when a stage is over
-        return (
-            "finished" if self.summary else f"{'finished' if done else 'unfinished'}: last record is {last['stage']} step {last['step']:,}"
-        )
+        stage, where = self.folder / last["stage"], f"last record is {last['stage']} step {last['step']:,}"
+        if (stage / "final" / "model").is_dir():  # written whole or not at all, when a stage is over
+            return f"finished: {where}"
+        kept = [int(name) for path in stage.glob("step-*") if (name := path.name.removeprefix("step-")).isdecimal()]
+        return f"unfinished: {where}" + (f", last checkpoint step {max(kept):,}" if kept else "")
 
 
 def read_run(folder: Path) -> Run:
@@ -80,8 +85,14 @@ def read_run(folder: Path) -> Run:
         {name: _moments(stages, steps) for name, stages in evals.items()},
         _json(folder / "summary.json"),
         _json(folder / "versions.json"),
-        {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("recipe*.yaml"))},
+        _recipes(folder, steps),
     )
+
+
+def _recipes(folder: Path, stages: Iterable[str]) -> dict[str, str]:
+    """The run's recipe, or where it has none of its own, those of its stages."""
+    own = sorted(folder.glob("recipe*.yaml")) or [path for stage in stages if (path := folder / stage / "recipe.yaml").is_file()]
+    return {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in own}
 
 
 def source_of(name: str) -> str:
@@ -101,8 +112,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _evals(events: Sequence[Record], order: Sequence[str], rl: frozenset[str]) -> Evals:
     """The last result of every step. Sources in the order in which the last stage before GRPO evaluated them: its data are what the run is
-    about, while a stage of pretraining may look in passing at any of them. Then those of other stages, later ones first; greedy before
-    sampled."""
+    about, while a stage of pretraining may look in passing at any of them. Then those of other stages, later ones first; what a stage was
+    chosen by after what it was not; greedy before sampled."""
     found: Evals = {}
     first: dict[str, dict[str, int]] = {}  # source -> stage -> place of its first evaluation there
     for place, event in enumerate(e for e in events if e["kind"] == "eval"):
@@ -112,10 +123,11 @@ def _evals(events: Sequence[Record], order: Sequence[str], rl: frozenset[str]) -
     evaluated = sorted({stage for stages in first.values() for stage in stages}, key=order.index)
     main = ([stage for stage in evaluated if order.index(stage) < begin] or evaluated)[-1:]
 
-    def rank(name: str) -> tuple[bool, int, int, str]:
+    def rank(name: str) -> tuple[bool, bool, int, int, str]:
         stages = first[source_of(name)]
         stage = next((s for s in main if s in stages), max(stages, key=order.index))
-        return stage not in main, -order.index(stage), stages[stage], name
+        words = set(re.split(r"[^a-z]+", source_of(name).lower()))
+        return stage not in main, bool(words & VALIDATION), -order.index(stage), stages[stage], name
 
     return {name: {stage: dict(sorted(steps.items())) for stage, steps in found[name].items()} for name in sorted(found, key=rank)}
 

@@ -66,7 +66,8 @@ article p{font-size:13px}dl{display:grid;grid-template-columns:minmax(100px,max-
 dt{color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
 .choices{display:flex;flex-wrap:wrap;gap:8px;margin:10px 0 16px}.choices>*{padding:3px 8px;max-width:100%}
 .choices output{border:0;background:none}article>.muted:first-child{margin:0 0 6px}
-.changes{margin:2px 0 12px;padding-left:20px}
+.contents{display:flex;flex-wrap:wrap;gap:4px 16px;margin-top:18px;font-size:13px}.contents a{color:var(--c0);text-decoration:none}
+.contents a:hover{text-decoration:underline}.changes{margin:2px 0 12px;padding-left:20px}
 @media(max-width:640px){
 body{padding:20px 16px 60px}h1{font-size:26px;overflow-wrap:anywhere}h2{margin-top:34px}ul{padding-left:18px}
 .lead .muted{white-space:normal}svg text{font-size:15px}.whole svg text{font-size:13px}figcaption .tools{margin-left:0}
@@ -79,7 +80,8 @@ body{padding:20px 16px 60px}h1{font-size:26px;overflow-wrap:anywhere}h2{margin-t
 .figures.narrow td:not([class]){display:inline-flex;margin-right:16px}.narrow.figures td:not([class])::before{flex:none}
 .texts.narrow td:not([class]){display:flex}.narrow td .bar{display:none}dl{grid-template-columns:1fr}dd{margin-bottom:6px}
 }
-@media print{.tools,.told,.choices,details:not([open]){display:none}body{max-width:none;padding:0}figure,article,tr,li{break-inside:avoid}
+@media print{.contents,.tools,.told,.choices,details:not([open]){display:none}body{max-width:none;padding:0}
+figure,article,tr,li{break-inside:avoid}
 h2,h3{break-after:avoid}.grid{grid-template-columns:1fr 1fr;gap:14px 18px}.whole svg{min-width:0}article pre{max-height:none}
 .wide{overflow:visible}.figures{font-size:11px}.figures th,.figures td{font-size:11px;padding-right:5px}.bar{width:30px}}
 """

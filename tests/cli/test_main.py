@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -509,7 +510,7 @@ def test_eval_prints_a_table_and_writes_the_figures(lab, tmp_path, actial):
     results = json.loads(figures.read_text())
     assert len(results) == 2, "two files called test.* keep apart"
     for name, table in results.items():
-        assert table["overall"]["n"] == 6
+        assert table["overall"]["n"] == 6 and set(table) == {"kinds", "overall"}, "rows are for a run's record"
         assert f"{name}\n" in out or f"\n{name}" in out
     table = next(table for table in results.values() if "ego_rotation" in table["kinds"])
     assert sum(kind["n"] for kind in table["kinds"].values()) == 6
@@ -545,6 +546,11 @@ def test_report(tmp_path, actial, mistake):
     path = Path(out.strip().splitlines()[-1])
     assert path == tmp_path / "run" / "report.html" and "<svg" in path.read_text()
     assert "is this the folder of a run?" in mistake("report", tmp_path)
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    for where, options in ((tmp_path / "run" / "compared.html", ()), (tmp_path / "x.html", ("-o", tmp_path / "x.html"))):
+        out, _ = actial("report", tmp_path / "run", tmp_path / "other", *options)
+        assert Path(out.strip()) == where and "<h1>run / other</h1>" in where.read_text()
+    assert "given twice" in mistake("report", tmp_path / "run", tmp_path / "run")
 
 
 def test_doctor(capsys):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 
 from actial_fast.report.chart import DASHES
@@ -11,7 +12,7 @@ from actial_fast.report.compared import labels, write_comparison
 from actial_fast.report.metrics import read_events
 from actial_fast.report.page import write_report
 from actial_fast.report.paired import paired
-from tests.report.test_page import whole_page, write_run
+from tests.report.test_page import log_evals, result, whole_page, write_run
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,18 @@ def test_a_page_of_one_run_is_not_touched_and_alike_runs_differ_in_nothing(runs,
     _, _, text = whole_page(write_comparison([a, twin], tmp_path / "c.html"))
     assert (a / "report.html").read_bytes() == page
     assert text.count("Nothing.") == 2 and "+0.0 points, 95% interval +0.0 to +0.0: no clear change" in text
+
+
+def test_single_stages_have_their_recipes_and_files_of_a_run_one_name(tmp_path):
+    table = result(np.random.default_rng(1), 0.9, 0.0, rows=True)
+    for name, lr in (("x", "1e-3"), ("y", "2e-3")):
+        log_evals(tmp_path / name, "sft", (1, f"{name}/test", table), (2, f"{name}/test", table))
+        (tmp_path / name / "sft").mkdir()
+        (tmp_path / name / "sft" / "recipe.yaml").write_text(f"kind: sft\nrun: {tmp_path / name}\noptim: {{lr: {lr}}}\n")
+    (tmp_path / "y" / "sft" / "step-000001").mkdir()
+    html, _, text = whole_page(write_comparison([tmp_path / "x", tmp_path / "y"], tmp_path / "c.html"))
+    assert '<tr><th>optim.lr</th><td data-label="x">1e-3</td><td data-label="y">2e-3</td></tr>' in html and "{run}/test" in text
+    assert "y: unfinished: last record is sft step 2, last checkpoint step 1" in text and "no clear change (the same 300 rows" in text
 
 
 def test_names_that_are_alike_are_told_apart(tmp_path):

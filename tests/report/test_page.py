@@ -119,7 +119,8 @@ def page_of(run):
 def whole_page(path):
     html = path.read_text(encoding="utf-8")
     page = Page(html)
-    assert all(source.startswith("data:image/") for source in page.sources)
+    places = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    assert all(source.startswith("data:image/") or source.removeprefix("#") in places for source in page.sources)
     assert not re.search(r"https?:|@import|url\(|<link", html)
     scripts = [attrs for tag, attrs in page.tags if tag == "script"]
     assert scripts[-1] == {} and all(attrs == {"type": "application/json"} for attrs in scripts[:-1]), "values, and one script of ours"
@@ -168,7 +169,7 @@ def test_whole_run_shows_every_part(whole):
 def test_sections_come_in_the_order_of_their_weight(whole):
     _, html, _, _ = whole
     titles = ["Evaluation", "Learning", "GRPO", "Sampled replies: grpo", "Speed and optimisation", "Stages", "Summary"]
-    assert re.findall("<h2>([^<]*)", html) == [*titles, "Versions and machine"]
+    assert re.findall("<h2>([^<]*)", html) == re.findall('<a href="#[^"]*">([^<]*)', html) == [*titles, "Versions and machine"]
     assert "<details><summary>recipe.yaml</summary>" in html
 
 
@@ -294,6 +295,16 @@ def test_last_supervised_stage_orders_the_evaluations_and_names_the_headline(tmp
     html, _, _ = page_of(tmp_path)
     assert re.findall("<h3>([^<]*)", html) == sorted(order, key=lambda name: name == "ring")  # folded away, after the others
     assert f"Accuracy on <i>{order[0]}</i>" in html
+
+
+def test_rows_that_stages_are_stopped_by_make_no_headline(tmp_path):
+    rng = np.random.default_rng(8)
+    for stage, right in (("sft", 0.8), ("grpo", 0.9)):
+        names = ("set/validation", "set/test", "dev set", "devices")
+        log_evals(tmp_path, stage, *((2, name, result(rng, right, 0.0)) for name in names))
+    html, _, _ = page_of(tmp_path)
+    assert re.findall("<h3>([^<]*)", html) == ["set/test", "devices", "set/validation", "dev set"]
+    assert "Accuracy on <i>set/test</i>" in html
 
 
 @pytest.mark.parametrize(("kinds", "whole"), [((), 0), (("a",), 1), (("a", "b"), 0)])
