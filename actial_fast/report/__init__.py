@@ -2,6 +2,6 @@
 
 Read run.py (a folder's record), page.py (one run) and compared.py (several), then what they put together: evaluations.py, held_out.py
 (losses), troubles.py, curves.py (which charts there are), chart.py, bars.py and speed.py (how they are drawn), gallery.py, stages.py;
-html.py, style.py and page.js are every page's frame. errors.py and quiz.py are pages of a benchmark. Reads a run's folder; knows nothing
-of models or loops.
+html.py, style.py and page.js are every page's frame. errors.py and quiz.py are pages of a benchmark, holdings.py is one of data. Reads a
+run's folder; knows nothing of models or loops.
 """
