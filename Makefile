@@ -6,7 +6,7 @@
 #                   kill -9 at random moments in each of four cases (an hour)
 # make test-vllm    the engine that is vLLM, on a CPU, in an environment of its own (about 8 minutes with its installation); SLOW=1: and the
 #                   quickstart with it
-# make test-verl    our losses and head beside verl 0.9.1 in verl's own environment, and examples/verl_loss.py there
+# make test-verl    our losses and head beside verl 0.9.1 in verl's own environment, a recipe handed over to it, and examples/verl_loss.py
 # make evidence     what is known of the kernels' speed without a GPU, against bench/results/evidence (about 6 minutes)
 # make test-newest  kernels, ops and compile guard with the newest torch and Triton (constraints-newest.txt), in an environment of its own: 5.5 GB
 # make gpu          on one GPU, 12 minutes (MINUTES=7: the most telling in 7): build, GPU tests, sanitizers, ops beside the peers, one 7B step;
@@ -41,7 +41,7 @@ test-vllm: $(VLLM_VENV)/installed
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm $(if $(SLOW),-s -m 'slow or not slow')
 
 test-verl: $(VERL_VENV)/installed
-	OMP_NUM_THREADS=1 $(VERL_VENV)/bin/python -m pytest tests/integrations/test_verl.py
+	OMP_NUM_THREADS=1 $(VERL_VENV)/bin/python -m pytest tests/integrations/test_verl.py tests/handover/test_verl_update.py
 	OMP_NUM_THREADS=1 $(VERL_VENV)/bin/python examples/verl_loss.py
 
 test-newest: $(NEWEST_VENV)/installed

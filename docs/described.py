@@ -13,7 +13,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from actial_fast.cli import bench
+from actial_fast.cli import bench, export
 from actial_fast.cli.main import make_parser
 from actial_fast.settings.config import RECIPES, field_docs, recipe_class, to_yaml
 
@@ -161,8 +161,8 @@ def command_sections() -> str:
 def commands() -> Iterator[tuple[str, argparse.ArgumentParser]]:
     """(what is typed, its parser) of every command that does something."""
     yield from below("actial", "", make_parser())
-    for words in (["bench", "export"], ["bench", "quiz"]):  # parsers of their own, beside the sets of `actial bench`
-        found = bench.below(words)
+    for words in (["bench", "export"], ["bench", "quiz"], ["export", "verl"]):  # parsers of their own, beside sets and checkpoints
+        found = bench.below(words) or export.below(words)
         assert found is not None
         yield f"actial {' '.join(words)}", found[0]
 

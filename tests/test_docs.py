@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import actial_fast
-from actial_fast.cli import bench
+from actial_fast.cli import bench, export
 from actial_fast.cli.main import main, make_parser
 from actial_fast.data.sources.picture import decode
 from actial_fast.data.sources.source import FORMATS, SourceConfig, open_source
@@ -177,7 +177,7 @@ def test_a_command_is_one_that_there_is(page, line):
         return
     if "..." in words:  # as a line above it
         return
-    parser, words = bench.below(words) or (make_parser(), words)
+    parser, words = bench.below(words) or export.below(words) or (make_parser(), words)
     args, rest = parser.parse_known_args(words)
     assert all("=" in word for word in rest), rest
     recipe = getattr(args, "recipe", "")

@@ -19,7 +19,7 @@ FLOORS = [
     {"model"},
     {"train"},
     {"rollout"},
-    {"budget"},
+    {"budget", "handover"},
     {"evaluation"},
     {"sft", "grpo"},
     {"quickstart", "doctor"},

@@ -41,7 +41,9 @@ def _run(line: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what the locale cannot print is printed by its number
-    parser, words = bench.below(line) or (make_parser(), line)
+    first = next((i for i, word in enumerate(line) if word not in ("-q", "--quiet", "-v", "--verbose")), 0)
+    parser, words = bench.below(line[first:]) or export.below(line[first:]) or (make_parser(), line[first:])
+    words = [*line[:first], *words]
     args, rest = parser.parse_known_args(words)
     # argparse gives an optional list of words up as soon as an option follows the words before it, so it leaves `... -o OUT key=value`
     if rest and hasattr(args, "words") and not any(word.startswith("-") for word in rest):

@@ -30,6 +30,16 @@ IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
+def pixel_limits(path: str, min_pixels: int = 0, max_pixels: int = 0) -> tuple[int, int]:
+    """Fewest and most pixels of a resized image: these, where they are not 0, or else those of the checkpoint."""
+    return _limits(Qwen2VLImageProcessorPil.from_pretrained(path), min_pixels, max_pixels)
+
+
+def _limits(images: Qwen2VLImageProcessorPil, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    size = dict(images.size)
+    return min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
+
+
 @dataclass(frozen=True)
 class Processor:
     """Tokenizer and image processor of one checkpoint.
@@ -67,8 +77,7 @@ class Processor:
         chat template that writes what a reply has to begin with.
         """
         images = Qwen2VLImageProcessorPil.from_pretrained(path)
-        size = dict(images.size)
-        images.size = {"shortest_edge": min_pixels or size["shortest_edge"], "longest_edge": max_pixels or size["longest_edge"]}
+        images.size = dict(zip(("shortest_edge", "longest_edge"), _limits(images, min_pixels, max_pixels), strict=True))
         store = ImageStore(ImageSettings.of(images), Path(image_cache).expanduser() if image_cache else None, max_image_pixels)
         tokenizer = AutoTokenizer.from_pretrained(path)
         tokenizer.chat_template = tokenizer.chat_template or _template(path)

@@ -58,11 +58,11 @@ def decode(image: Path | bytes, where: str, limit: int = MAX_PIXELS, *, file: Pa
     return np.asarray(_opened(image, where, limit, file)[0])
 
 
-def encoded(image: Path | bytes, where: str) -> tuple[bytes, str]:
+def encoded(image: Path | bytes, where: str, limit: int = MAX_PIXELS) -> tuple[bytes, str]:
     """The image in a format that whoever gets it shows as `decode` does, and the format's name: its own bytes if they are that, else PNG.
 
     Raises BadRow as decode does."""
-    picture, plain = _opened(image, where, MAX_PIXELS, None)
+    picture, plain = _opened(image, where, limit, None)
     if plain:
         return (image if isinstance(image, bytes) else image.read_bytes()), plain
     picture.save(buffer := io.BytesIO(), "PNG")
