@@ -66,7 +66,7 @@ def stacked_bars(
 def _values(
     parts: Mapping[str, Mapping[int, float]], steps: Sequence[int], span: tuple[str, float, float, int], colours: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The bars for page.js, finer than they are drawn: the place of each, how many steps it has, and the mean of each part over these."""
+    """The bars for bars.js, finer than they are drawn: the place of each, how many steps it has, and the mean of each part over these."""
     together = math.ceil(span[3] / FINE)
     members: dict[int, list[int]] = {}
     for step in steps:

@@ -188,7 +188,7 @@ def _fallen(name: str, stage: str, steps: Mapping[int, Record]) -> list[str]:
     best = max(alike, key=lambda step: (steps[step]["overall"]["accuracy"], step))
     top, change = steps[best]["overall"], paired(steps[best], steps[last])
     if change is not None:
-        fell, why = change.clusters > 1 and change.high < 0, "the paired 95% interval of the change lies below 0"
+        fell, why = change.clear and change.difference < 0, "the paired 95% interval of the change lies below 0"
     else:
         fell, why = end["interval"][1] < top["interval"][0], "the 95% intervals do not meet"
     if not fell:
