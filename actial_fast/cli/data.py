@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,15 +93,27 @@ def _render(args: argparse.Namespace) -> int:
 
 
 def _viewpoint(args: argparse.Namespace) -> int:
-    from actial_fast.data.captures.viewpoint import ViewpointConfig, build
+    from actial_fast.data.captures.settings import ViewpointConfig
+    from actial_fast.data.captures.viewpoint import build
 
     done = build(args.captures, args.out, _config(ViewpointConfig, args.overrides))
     for split, rows in done["examples"].items():
         asked = done["examples_asked"][split]
         short = f" ({asked} were asked for: more captures or pairs per object are needed)" if asked and rows < asked else ""
         print(f"{args.out / split}.jsonl: {rows} rows, {done['pairs'][split]} pairs, {_objects(done['objects'][split])}{short}")
+    if done["examples"]["test"]:
+        print(
+            f"{args.out / 'test-centre.jsonl'}: {done['centre_examples']} of these test rows, whose first photograph is from amid the walk"
+        )
     _rejected(done["rejected"], f"; each is named in {args.out / 'build.json'}")
     print(f"{sum(done['examples'].values())} rows in {_speed(done, 'examples')}")
+    if skipped := done["probes"].get("skipped"):
+        print(f"shortcuts were not looked for: {skipped}")
+    for warning in done["warnings"]:
+        print(f"warning: a shortcut: {warning}", file=sys.stderr)
+    if done["warnings"]:
+        hint = "; composition=balanced has fewer shortcuts" if done["config"]["composition"] == "paper" else ""
+        print(f"warning: {args.out / 'build.json'} has all probes{hint}", file=sys.stderr)
     return 0
 
 

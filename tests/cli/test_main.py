@@ -153,8 +153,8 @@ def test_bash_completes_a_command(actial, tmp_path):
 @pytest.mark.parametrize("command", ["render", "viewpoint", "spatial"])
 def test_the_fields_of_a_data_command_are_in_its_help(command, actial):
     from actial_fast.data.captures.render import RenderConfig
+    from actial_fast.data.captures.settings import ViewpointConfig
     from actial_fast.data.captures.spatial import SpatialConfig
-    from actial_fast.data.captures.viewpoint import ViewpointConfig
 
     out, _ = actial("data", command, "--help")
     listed = out.partition("fields, key=value, with their defaults:")[2]

@@ -79,6 +79,17 @@ def glance(image: Path | bytes, where: str) -> None:
         decode(image, where)
 
 
+def thumbnail(image: Path, where: str, side: int) -> np.ndarray:
+    """The picture squeezed to a square, uint8 (side, side, 3); of a JPEG no more is decoded than that takes. BadRow as decode raises it."""
+    _more_formats()
+    try:
+        with Image.open(image) as handle:
+            handle.draft("RGB", (2 * side, 2 * side))
+            return np.asarray(shown(handle, where).resize((side, side), Image.Resampling.BOX))
+    except Exception:  # decode says what it is, unless it is only larger than PIL likes
+        return np.asarray(_opened(image, where, MAX_PIXELS, None)[0].resize((side, side), Image.Resampling.BOX))
+
+
 def smaller(image: Path | bytes, where: str, pixels: int) -> bytes | None:
     """A JPEG of the image with about so many pixels, sides in proportion, for sending it away; None where it has no more. BadRow as decode
     raises it."""

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from actial_fast.data.captures import viewpoint
+from actial_fast.data.captures import questions
 from actial_fast.data.sources.jsonl import JsonRecords
 from actial_fast.data.sources.picture import decode
 from actial_fast.data.sources.row import BadRow, Row, Turn
@@ -434,7 +434,7 @@ def test_runs_of_our_rows(tmp_path):
 def test_the_questions_about_a_viewpoint_pair_are_a_run(tmp_path):
     sides = {"ego_translation": "left", "object_translation": "right", "ego_rotation": "right"}
     pairs = [{"object": "car/1", "pair": names, **sides} for names in (["a.png", "b.png"], ["b.png", "c.png"], ["c.png", "b.png"])]
-    records = [each.to_json(tmp_path) for pair in pairs for each in viewpoint.rows(pair, tmp_path / "car" / "1", seed=0)]
+    records = [each.to_json(tmp_path) for pair in pairs for each in questions.rows(pair, tmp_path / "car" / "1", seed=0)]
     path = write_lines(tmp_path / "train.jsonl", records)
     assert starts(path) == [0, 3, 6, 9]
     assert starts(path, kinds=("ego_translation", "ego_rotation")) == [0, 2, 4, 6] and starts(path, limit=7) == [0, 3, 6, 7]
