@@ -311,6 +311,15 @@ def accuracy_about() -> str:
     return f"{sizes}; " + ", ".join(f"{name} {version}" for name, version in found["versions"].items())
 
 
+def nearer_in_bf16() -> str:
+    """How many times as far from float64 TRL's gradients of hidden states are as ours, in bfloat16, for three scales of logits."""
+    found = json.loads((RESULTS / "accuracy.json").read_text())
+    rows = [row for row in found["rows"] if row["dtype"] == "bfloat16"]
+    error = {(row["case"], row["implementation"]): row.get("dhidden_rms") for row in rows}
+    times = [error[case, "TRL chunked log-prob"] / error[case, "linear_grpo_loss, CPU"] for case in ("scale 1", "scale 4", "scale 16")]
+    return ", ".join(f"{x:.1f}" for x in times[:-1]) + f" and {times[-1]:.1f} times"
+
+
 def newest(prefix: str) -> dict:
     """The results file of that name with the latest date."""
     return json.loads(sorted(RESULTS.glob(f"{prefix}-*.json"))[-1].read_text())
@@ -330,7 +339,7 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 TABLES = {
     f.__name__: f
     for f in (
-        *(benchmarks, named_losses, memory_example, workspace_rule, workspaces, logits_gib, accuracy_about),
+        *(benchmarks, named_losses, memory_example, workspace_rule, workspaces, logits_gib, accuracy_about, nearer_in_bf16),
         *(ledger, ledger_about, update, update_about, loss_memory, loss_memory_about),
         *(plan_memory, plan_memory_about, plan_recipes, plan_assumptions, plan_scaling, plan_scaling_about),
         *(comm, comm_about, tasks_learned, signs),

@@ -43,7 +43,9 @@ settings.load_profile("repeatable")
 
 # a GPU machine may come with a Python that lacks the peers (make gpu GPU_PYTHON=...): what is compared with them cannot run there
 collect_ignore = (
-    [] if importlib.util.find_spec("trl") else ["integrations/test_trl.py", "integrations/test_trl_bf16.py", "ops/test_equal_to_trl.py"]
+    []
+    if importlib.util.find_spec("trl")
+    else [*(f"integrations/test_trl{part}.py" for part in ("", "_bf16", "_sharded")), "ops/test_equal_to_trl.py"]
 )
 
 

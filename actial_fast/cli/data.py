@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actial_fast.cli import cot, made, reconstruct
-from actial_fast.cli.shared import Commands, add_format, add_overrides, check_model, one_line, progress, rows_of, settle
+from actial_fast.cli import cot, made, reconstruct, stats
+from actial_fast.cli.shared import Commands, add_format, add_overrides, check_model, is_recipe, one_line, progress, rows_of, settle
 
 if TYPE_CHECKING:
     from actial_fast.data.sources.row import Row
@@ -75,6 +75,7 @@ def add(commands: Commands) -> None:
     check.add_argument("--model", default="", help="a checkpoint folder or hub name: also look at what its tokenizer and limits refuse")
     check.add_argument("--show", type=int, default=20, help="bad rows to name; 0 names all (default: %(default)s)")
     check.set_defaults(run=_check)
+    stats.add(data)
     made.add(data)
 
 
@@ -163,28 +164,24 @@ def _check(args: argparse.Namespace) -> int:
             print("bad rows:" if len(shown) == len(found.bad) else f"the first {len(shown)} bad rows (--show 0 names all):")
             for error in shown:
                 print(f"  {one_line(error)}")
-    if not _is_recipe(args.source) and not args.model:
+    if not is_recipe(args.source) and not args.model:
         print("without --model, lengths in tokens and the model's chat template were not looked at")
     told.close()
     return 1 if bad else 0
-
-
-def _is_recipe(path: str) -> bool:
-    return Path(path).suffix in (".yaml", ".yml")
 
 
 def _doors(args: argparse.Namespace) -> Iterator[tuple[SourceConfig, Callable[[Row, int], object] | None]]:
     """The sources to check, and what their rows have to pass: what a recipe's loop makes of them, or what a model's preprocessing does."""
     from actial_fast.data.sources.source import SourceConfig
 
-    if not _is_recipe(args.source) and not args.model:
+    if not is_recipe(args.source) and not args.model:
         yield SourceConfig(args.source, args.format, split=args.split, task=args.task), None
         return
     from actial_fast.data.sources.stream import Example
     from actial_fast.model.processor import Processor
 
     settle()
-    if not _is_recipe(args.source):
+    if not is_recipe(args.source):
         check_model(args.model)
         processor = Processor.load(args.model)
 

@@ -40,7 +40,8 @@ class FusedLinearGRPOLoss(nn.Module):
     """`LigerFusedLinearGRPOLoss` of liger-kernel 0.8.5, computed by `linear_grpo_loss`: its constructor, arguments and results.
 
     `compiled` and `chunk_size` are taken and change nothing: rows go through the head in chunks that fit `workspace_mb` MiB. Constructor
-    and forward raise ValueError for what is not supported, and name what is. Beyond Liger's rules: delta must be > 1 + epsilon_high;
+    and forward raise ValueError for what is not supported, and name what is; forward for a ratio of the sequence with cispo, sapo and
+    vespo, as Liger's does. A selected token of -100 counts as masked. Beyond Liger's rules: delta must be > 1 + epsilon_high;
     beta >= 0. cispo caps the ratio at epsilon_high; below 1 the constructor warns. Every option is an attribute of its name, as on
     Liger's class, and is read at each call: code that anneals `loss.epsilon_high` does so here too.
 
@@ -142,9 +143,15 @@ class FusedLinearGRPOLoss(nn.Module):
         if advantages.shape != (len(cu_seqlens) - 1,):
             raise ValueError(f"advantages: expected one per sequence, ({len(cu_seqlens) - 1},), got {tuple(advantages.shape)}")
         spec = _spec_of(self)
+        if spec.ratio == "sequence" and spec.objective != "clip":  # where Liger's class raises it, whose options may change until then
+            raise ValueError(
+                "importance_sampling_level: Sequence-level importance sampling is not supported for loss_type "
+                f"{self.loss_type!r}, in Liger either; pass 'token'"
+            )
         hidden, weight = _input.flatten(0, -2), lin_weight.to(_input.dtype)
-        mask = attention_mask.flatten() != 0
-        targets = torch.where(mask, selected_token_ids.flatten().long(), 0)  # padding may hold any id
+        ids = selected_token_ids.flatten().long()
+        mask = (attention_mask.flatten() != 0) & (ids != reference.IGNORED)
+        targets = torch.where(mask, ids, 0)  # padding may hold any id
         head: dict[str, Any] = {"bias": bias, "temperature": self.temperature, "workspace_mb": self.workspace_mb}
         old = None if old_per_token_logps is None else old_per_token_logps.flatten().detach()
         owner = reference.sequence_of_rows(cu_seqlens.to(hidden.device, non_blocking=True), len(hidden))
@@ -216,8 +223,6 @@ def _spec_of(loss: FusedLinearGRPOLoss) -> GRPOSpec:
     if level not in LEVELS:
         raise ValueError(f"importance_sampling_level: {level!r} is not supported; supported are {', '.join(LEVELS)}")
     objective = named.get("objective", "clip")
-    if level == "sequence" and objective != "clip":
-        raise ValueError(f"importance_sampling_level: 'sequence' is not defined for {loss.loss_type}; pass 'token'")
     if loss.loss_type == "dr_grpo" and loss.max_completion_length is None:
         raise ValueError("max_completion_length: needed for loss_type 'dr_grpo'; pass the generation limit in tokens")
     try:

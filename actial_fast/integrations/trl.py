@@ -115,6 +115,10 @@ class FusedGRPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         trl_loss.prepare(self, workspace_mb)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        trl_loss.keep_outputs(self.accelerator)
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         return trl_loss.compute_loss(self, model, inputs)
 
@@ -148,6 +152,7 @@ def patch_trl(level: str = "loss") -> contextlib.ExitStack:
 
         _replace(GRPOTrainer, "__init__", prepared)
         _replace(GRPOTrainer, "_compute_loss", trl_loss.compute_loss)
+        _replace(GRPOTrainer, "create_accelerator_and_postprocess", trl_loss.create_accelerator)
     stack = contextlib.ExitStack()
     stack.callback(unpatch)
     return stack

@@ -37,6 +37,7 @@ def check_version() -> None:
 
 check_version()
 import trl.trainer.utils  # noqa: E402  a release that is not known may lack what follows
+from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 GLOBAL_MEAN = ("dapo", "cispo", "vespo")
@@ -44,10 +45,11 @@ CISPO_CAP = (
     "epsilon_high: cispo caps the ratio itself at it, and at {} every token of an unmoved policy is beyond the cap; the paper has 5.0"
 )
 """Loss types whose token mean spans all processes and accumulation steps; the others' spans the micro-batch."""
-DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU")
+DISTRIBUTED = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP2")
 SUPPORTED = (
-    f"supported: TRL {', '.join(SUPPORTED_TRL)}; loss_type {', '.join(LOSS_TYPES)}; importance_sampling_level token, sequence; one process "
-    "or DDP, not compiled; full weights or PEFT adapters outside of the head; heads with final_logit_softcapping or a positive logit_scale"
+    f"supported: TRL {', '.join(SUPPORTED_TRL)}; loss_type {', '.join(LOSS_TYPES)}; importance_sampling_level token, sequence; "
+    "one process, DDP or FSDP2, not compiled; full weights or PEFT adapters outside of the head; heads with final_logit_softcapping or a "
+    "positive logit_scale"
 )
 MODEL_INPUTS = (
     *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles", "image_sizes"),
@@ -129,19 +131,35 @@ def add_head(model: Any, temperature: float, cast_lm_head_to_fp32: bool, workspa
         labels = kwargs.pop("labels")[:, 1:]
         out = self.base_model(*args, use_cache=False, **kwargs)
         head, chosen = self.get_output_embeddings(), labels != -100
-        refuse_partitioned(head.weight)
-        hidden = out.last_hidden_state[:, :-1][chosen]  # (T, H)
-        as_is: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if cast_lm_head_to_fp32:
-            hidden, as_is = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
-        with as_is:
-            weight, bias = like(hidden, head.weight), like(hidden, getattr(head, "bias", None))
-            loss, _, *values = (policy_loss or scored)(hidden, weight, labels[chosen], bias=bias, **scaling)
+
+        def rows(hidden: Tensor) -> ops.GRPOLoss:
+            refuse_partitioned(head.weight)
+            as_is: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+            if cast_lm_head_to_fp32:
+                hidden, as_is = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
+            with as_is:
+                weight, bias = like(hidden, head.weight), like(hidden, getattr(head, "bias", None))
+                return (policy_loss or scored)(hidden, weight, labels[chosen], bias=bias, **scaling)
+
+        loss, _, *values = _as_forward(head, rows, out.last_hidden_state[:, :-1][chosen])  # (T, H)
         logp, entropy = (torch.zeros(labels.shape, device=x.device).masked_scatter(chosen, x.float()) for x in values)
         aux_loss = _aux_loss(config, out, kwargs)
         return trl.trainer.utils.FusedCausalLMOutput(loss=loss.float(), log_probs=logp, entropy=entropy, aux_loss=aux_loss)
 
     model.forward = types.MethodType(forward, model)
+
+
+def _as_forward(head: Any, f: Callable[[Tensor], ops.GRPOLoss], hidden: Tensor) -> ops.GRPOLoss:
+    """f(hidden) as the head's own forward pass, around which those that keep its weights elsewhere, such as FSDP2, have their hooks: they
+    gather them for it and reduce their gradients behind its backward pass."""
+    own = head.__dict__.get("forward")
+    head.forward = f
+    try:
+        return head(hidden)
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own
 
 
 def _aux_loss(config: Any, out: Any, kwargs: dict[str, Any]) -> Tensor | None:
@@ -184,12 +202,28 @@ def refuse_partitioned(weight: Tensor) -> None:
 # ---- the trainer's part
 
 
+def keep_outputs(accelerator: Any) -> None:
+    """Before models are wrapped: leave what they return in its dtype. accelerate has FSDP2 round all of it to that of the computation, and
+    under bf16 that would be the log-probs, whose differences are the ratios, and the loss."""
+    policy: Any = getattr(getattr(accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
+    if getattr(policy, "output_dtype", None) in (torch.bfloat16, torch.float16):
+        accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None)
+
+
+def create_accelerator(trainer: Any) -> None:
+    """GRPOTrainer.create_accelerator_and_postprocess, which its constructor calls before it wraps the reference model."""
+    super(GRPOTrainer, trainer).create_accelerator_and_postprocess()
+    keep_outputs(trainer.accelerator)
+
+
 def prepare(trainer: Any, workspace_mb: float | None) -> None:
     """Check that our loss serves this trainer, and give its models the head's part; a second time only the workspace changes."""
     spec_of(_current(trainer))
     distributed = trainer.accelerator.distributed_type.name
+    if distributed == "FSDP":
+        distributed += str(trainer.accelerator.state.fsdp_plugin.fsdp_version)
     if distributed not in DISTRIBUTED:
-        way = "launch with accelerate's multi_gpu (DDP), keep trl.GRPOTrainer, or take `actial grpo` with dist.fsdp, which shards"
+        way = "set accelerate's fsdp_version to 2, launch with its multi_gpu (DDP), keep trl.GRPOTrainer, or take `actial grpo`"
         raise ValueError(f"distributed_type: {distributed} is not supported: {way}; {SUPPORTED}")
     if trainer.args.torch_compile:
         raise ValueError(f"torch_compile: would compile the loss anew at every step, set it to False; {SUPPORTED}")

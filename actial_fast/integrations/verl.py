@@ -228,7 +228,8 @@ def linear_cross_entropy(
 
     hidden (B, L, H), (1, T, H) of packed rows, or (T, H), weight (V, H) of its dtype, labels int of hidden's shape without H. Returns
     float32, flat as verl's: log-probs (B * L,), or their sum or mean, a scalar, with that reduction, and entropies (B * L,), both
-    differentiable in hidden and weight, once. Any H, where verl's wants multiples of 128; CPU and CUDA.
+    differentiable in hidden and weight, once. Any H, where verl's wants multiples of 128; CPU and CUDA. A label of -100 is none: its
+    log-prob and entropy are 0, without gradient, and the mean is that of the others.
 
     ValueError for a reduction that is not none, sum or mean, for a vocabulary that is split over ranks, and as `ops.linear_logprob`.
     """
@@ -243,7 +244,9 @@ def linear_cross_entropy(
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
     logp, entropy = ops.linear_logprob(rows, weight, targets, temperature=temperature)
     assert entropy is not None
-    return logp if reduction.lower() == "none" else logp.sum() if reduction.lower() == "sum" else logp.mean(), entropy
+    if reduction.lower() == "none":
+        return logp, entropy
+    return logp.sum() / ((targets != reference.IGNORED).sum().clamp(min=1) if reduction.lower() == "mean" else 1), entropy
 
 
 _REPLACED: dict[str, Any] = {}

@@ -7,8 +7,10 @@ float64 for float64 inputs (CPU only). Under autocast hidden states, weight and 
 Values are checked where that costs no host sync and no break in a compiled graph, on the CPU: out-of-range targets, advantages that are
 not finite, a temperature of 0, infinite rewards. On CUDA they show: such a target's log-prob is NaN (nothing is read out of bounds), and
 what is not finite makes loss and gradient so, or the advantages of its group. A NaN in a row that counts is never a gradient of 0.
-A row with token_weight 0 may hold anything, a target of -100 and a NaN hidden state included: its gradient is 0 and its own log-prob, NaN
-perhaps, is in `logp` alone. The same holds for a row whose log-prob and entropy get a gradient of 0.
+A row with token_weight 0 may hold anything, any target and a NaN hidden state included: its gradient is 0 and its own log-prob, NaN
+perhaps, is in `logp` alone. The same holds for a row whose log-prob and entropy get a gradient of 0. A target of -100 is no label, for
+every op that takes targets and whatever the row's weight: the row has weight 0, and log-prob and entropy of 0. Of several targets of a
+row those that are -100 are left out; its entropy is 0 where all are.
 
 Gradients are those of autograd for any number of backward passes (retain_graph), for hooks on saved tensors and for inputs changed in
 place before the backward, which is an error where they are needed again. They have no derivative: with create_graph=True they are right,
@@ -94,12 +96,13 @@ def linear_logprob(
     hidden = _entered(hidden, vocab_parallel)
     hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb, parallel=vocab_parallel, several=True)
     vocabulary = vocab_parallel.vocab if vocab_parallel else len(weight)
+    targets, ignored, unlabelled = reference.labelled(targets)
     checks.in_vocabulary(targets, vocabulary)
     scaling = {"bias": bias, "temperature": checks.temperature(temperature, hidden), "softcap": softcap}
     kept = checks.kept(top_k, top_p, min_p, vocabulary, vocab_parallel)
     head = checks.path(head, hidden, weight, bias, softcap, vocab_parallel, targets=targets, kept=kept)
     logp, entropy = _logprob(hidden, weight, targets, vocab_parallel, head, **scaling, workspace_mb=workspace_mb, kept=kept)
-    return logp, entropy if return_entropy else None
+    return logp.masked_fill(ignored, 0), entropy.masked_fill(unlabelled, 0) if return_entropy else None
 
 
 def _logprob(
@@ -157,7 +160,8 @@ def linear_grpo_loss(
     hidden = _entered(hidden, vocab_parallel)
     hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb, parallel=vocab_parallel)
     rows: dict[str, Any] = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy_weight": entropy_weight}
-    rows = checks.grpo_rows(hidden, advantages, spec, token_weight, cu_seqlens, policy_mask, **rows)
+    targets, ignored, _ = reference.labelled(targets)
+    rows = checks.grpo_rows(hidden, advantages, spec, token_weight, cu_seqlens, policy_mask, ignored, **rows)
     checks.in_vocabulary(targets, vocab_parallel.vocab if vocab_parallel else len(weight), rows["token_weight"])
     weight_grad = checks.weight_grad(weight_grad, weight)
     temperature = checks.temperature(temperature, hidden)
@@ -171,7 +175,12 @@ def linear_grpo_loss(
         skip_zero_rows = spec.beta == 0 and spec.entropy_coef == 0
     run = _path(hidden, "linear_grpo", chunked.linear_grpo_loss, operators.linear_grpo_loss, vocab_parallel, head)
     targets = vocab_parallel.local(targets) if vocab_parallel else targets
-    return GRPOLoss(*run(hidden, weight, targets, spec=spec, **rows, **scaling, weight_grad=weight_grad, skip_zero_rows=skip_zero_rows))
+    more = {**scaling, "weight_grad": weight_grad, "skip_zero_rows": skip_zero_rows}
+    return _labelled_only(GRPOLoss(*run(hidden, weight, targets, spec=spec, **rows, **more)), ignored)
+
+
+def _labelled_only(loss: GRPOLoss, ignored: Tensor) -> GRPOLoss:
+    return loss._replace(logp=loss.logp.masked_fill(ignored, 0), entropy=loss.entropy.masked_fill(ignored, 0))
 
 
 @plain_tensors
@@ -199,7 +208,8 @@ def linear_cross_entropy(
     workspace_mb = workspace(workspace_mb, hidden, vocab_parallel)
     hidden = _entered(hidden, vocab_parallel)
     hidden, weight, bias = checks.head(hidden, weight, targets, bias, softcap, workspace_mb, parallel=vocab_parallel)
-    token_weight = checks.row("token_weight", token_weight, hidden)
+    targets, ignored, _ = reference.labelled(targets)
+    token_weight = checks.row("token_weight", token_weight, hidden).masked_fill(ignored, 0)
     checks.in_vocabulary(targets, vocab_parallel.vocab if vocab_parallel else len(weight), token_weight)
     weight_grad = checks.weight_grad(weight_grad, weight)
     head = checks.path(head, hidden, weight, bias, softcap, vocab_parallel)
@@ -247,9 +257,11 @@ def logprob_from_logits(
     second (T, V) exists. ValueError for arguments that do not fit together.
     """
     logits = checks.logits(logits, targets)
+    targets, ignored, _ = reference.labelled(targets)
     checks.in_vocabulary(targets, logits.shape[1])
     run = _path(logits, "logits", chunked_logits.logprob_from_logits, operators_logits.logprob_from_logits)
-    return run(logits, targets, temperature=checks.temperature(temperature, logits), inplace_backward=inplace_backward)
+    logp, entropy = run(logits, targets, temperature=checks.temperature(temperature, logits), inplace_backward=inplace_backward)
+    return logp.masked_fill(ignored, 0), entropy.masked_fill(ignored, 0)
 
 
 @plain_tensors
@@ -275,7 +287,8 @@ def grpo_loss_from_logits(
     """
     logits = checks.logits(logits, targets)
     rows: dict[str, Any] = {"old_logp": old_logp, "ref_logp": ref_logp, "sampler_logp": sampler_logp, "entropy_weight": entropy_weight}
-    rows = checks.grpo_rows(logits, advantages, spec, token_weight, cu_seqlens, policy_mask, **rows)
+    targets, ignored, _ = reference.labelled(targets)
+    rows = checks.grpo_rows(logits, advantages, spec, token_weight, cu_seqlens, policy_mask, ignored, **rows)
     checks.in_vocabulary(targets, logits.shape[1], rows["token_weight"])
     temperature = checks.temperature(temperature, logits)
     if spec.top_entropy < 1 and policy_mask is None and len(targets):
@@ -283,7 +296,7 @@ def grpo_loss_from_logits(
             entropy = logprob_from_logits(logits, torch.zeros_like(targets), temperature=temperature)[1]
         rows["policy_mask"] = reference.high_entropy(entropy, rows["token_weight"], spec.top_entropy)
     run = _path(logits, "logits", chunked_logits.grpo_loss_from_logits, operators_logits.grpo_loss_from_logits)
-    return GRPOLoss(*run(logits, targets, spec=spec, **rows, temperature=temperature, inplace=inplace))
+    return _labelled_only(GRPOLoss(*run(logits, targets, spec=spec, **rows, temperature=temperature, inplace=inplace)), ignored)
 
 
 @plain_tensors

@@ -122,9 +122,11 @@ def grpo_rows(
     token_weight: Tensor | None,
     cu_seqlens: Tensor | None,
     policy_mask: Tensor | None,
+    ignored: Tensor,
     **rows: Tensor | None,
 ) -> dict[str, Any]:
-    """The arguments of `reference.grpo_terms`, checked and filled in. cu_seqlens stays where rows depend on their sequence."""
+    """The arguments of `reference.grpo_terms`, checked and filled in: rows that are `ignored`, (T,) bool, have weight 0. cu_seqlens stays
+    where rows depend on their sequence."""
     count, device = len(like), like.device
     _cu_seqlens(cu_seqlens, count, device)
     if advantages.ndim == 1 and cu_seqlens is not None and len(advantages) == len(cu_seqlens) - 1 != count:
@@ -138,9 +140,9 @@ def grpo_rows(
         one = (
             torch.arange(2, device=device) * count if cu_seqlens is None else cu_seqlens
         )  # [0, T]; tensor() would fix T in a compiled graph
-        token_weight = reference.token_weights(spec, one, mask=torch.ones(count, dtype=torch.bool, device=device))
+        token_weight = reference.token_weights(spec, one, mask=~ignored)
     rows = {name: None if x is None else row(name, x, like) for name, x in rows.items()}
-    advantages, token_weight = row("advantages", advantages, like), row("token_weight", token_weight, like)
+    advantages, token_weight = row("advantages", advantages, like), row("token_weight", token_weight, like).masked_fill(ignored, 0)
     if spec.beta > 0 and rows["ref_logp"] is None:
         raise ValueError(f"ref_logp: needed for beta={spec.beta}; pass the reference's log-probs (T,) or set beta to 0")
     if _readable(like) and (~advantages.isfinite() & (token_weight != 0)).any():
@@ -213,7 +215,7 @@ def _targets(targets: Tensor, like: Tensor, several: bool = False) -> None:
 
 
 def in_vocabulary(targets: Tensor, vocabulary: int, token_weight: Tensor | None = None) -> None:
-    """Checks the range of the targets of all rows or, given token_weight, of those that count: padding often comes as -100."""
+    """Checks the range of the targets of all rows or, given token_weight, of those that count; -100 has become a token before."""
     if not _readable(targets):
         return
     wrong = (targets < 0) | (targets >= vocabulary)
@@ -221,9 +223,9 @@ def in_vocabulary(targets: Tensor, vocabulary: int, token_weight: Tensor | None 
         wrong &= token_weight != 0
     if wrong.any():
         example = int(targets[wrong][0])
-        hint = "leave out rows without a target" + ("" if token_weight is None else ", or give them token_weight 0")
+        hint = "a row without a target has -100" + ("" if token_weight is None else ", or token_weight 0")
         if targets.ndim == 2:
-            hint = "fill up a row of fewer targets with any token, and leave out what comes for it"
+            hint = "fill up a row of fewer targets with -100"
         raise ValueError(f"targets: expected ids in [0, {vocabulary}), got {example}; {hint}")
 
 

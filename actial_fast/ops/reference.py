@@ -1,7 +1,8 @@
 """The plain PyTorch twin of every op: the specification, readable, and usable in float64.
 
 T rows that carry loss, H hidden size, V vocabulary, S sequences. Everything after the head's product is computed in at least float32.
-A row whose token weight is 0 is masked: it is left out of the loss, of the statistics and of its sequence's means.
+A row whose token weight is 0 is masked: it is left out of the loss, of the statistics and of its sequence's means. So is one whose target
+is IGNORED, whatever its weight: its log-prob and entropy are 0, without gradient.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from actial_fast.ops.spec import AdvantageSpec, GRPOSpec, Kept
 STATS = ("tokens", "loss", "policy_loss", "kl", "entropy", "clip_low", "clip_high", "ratio", "ratio_sq", "importance")
 """Entries of the statistics of the GRPO losses. `loss` and `policy_loss` are sums weighted like the loss; the others are plain sums over
 the rows that count, of which there are `tokens`: divided by it they are means, also after adding micro-batches and ranks."""
+IGNORED = -100  # what transformers and torch.nn.functional.cross_entropy take for "no label here"
 MAX_LOG_RATIO = 20.0  # exp of more says nothing more and overflows float32 at 88; a value beyond the bound has no gradient
 # Rounding leaves a deviation of about 1e-8 where all rewards of a group are equal: not the exact 0 that skipping needs, and blown up by a
 # small epsilon. Below this share of the mean (or of 1) they count as equal.
@@ -50,6 +52,12 @@ def linear_logprob(
     return torch.where(logp == -torch.inf, -torch.inf, logp), entropy  # a token that is not drawn has no gradient
 
 
+def labelled(targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets with a token in the place of IGNORED; where that was, of their shape; and the rows that have no label at all, (T,) bool."""
+    ignored = targets == IGNORED
+    return targets.masked_fill(ignored, 0), ignored, ignored if targets.ndim == 1 else ignored.all(1)
+
+
 def lowest_kept(z: Tensor, kept: Kept) -> Tensor:
     """The lowest of the scaled logits z (T, V) that a sampler keeps, (T, 1), as vLLM finds it: min_p first, then top_k, then top_p.
 
@@ -81,6 +89,7 @@ def linear_cross_entropy(
     a batch split over micro-batches and ranks adds up to the whole.
     """
     logp, _ = linear_logprob(hidden, weight, targets, bias=bias, softcap=softcap)
+    token_weight = token_weight.masked_fill(targets == IGNORED, 0)
     return -(token_weight * torch.where(token_weight != 0, logp, 0)).sum()
 
 
@@ -266,6 +275,7 @@ def linear_grpo_loss(
 ) -> tuple[Tensor, Tensor]:
     """`grpo_terms` of the log-probs and entropies that the head gives; `rows` are its other arguments."""
     logp, entropy = linear_logprob(hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap)
+    token_weight = token_weight.masked_fill(targets == IGNORED, 0)
     return grpo_terms(logp, entropy, advantages, old_logp, ref_logp, spec, token_weight=token_weight, **rows)
 
 
@@ -337,9 +347,10 @@ def _scaled(out: Tensor, temperature: float | Tensor, softcap: float | None) -> 
 def _logp_and_entropy(scaled: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logp = scaled.log_softmax(-1)
     entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
+    targets, ignored, unlabelled = labelled(targets)
     index, valid = in_vocabulary(targets, scaled.shape[-1])
-    chosen = logp.gather(1, columns(index)).view_as(targets)
-    return torch.where(valid, chosen, torch.nan), entropy
+    chosen = torch.where(valid, logp.gather(1, columns(index)).view_as(targets), torch.nan)
+    return chosen.masked_fill(ignored, 0), entropy.masked_fill(unlabelled, 0)
 
 
 def columns(x: Tensor) -> Tensor:

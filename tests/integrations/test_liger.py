@@ -254,6 +254,16 @@ def test_padding_may_hold_any_id():
     assert_same(run(loss, case), want, 1e-12)
 
 
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_token_of_minus_100_counts_as_masked(loss_type):
+    case, loss = make(), FusedLinearGRPOLoss(**settings(loss_type, beta=0.04))
+    gone = torch.zeros_like(case.mask)
+    gone[0, 1], gone[2, 3:5], gone[3, 0] = 1, 1, 1
+    masked = SimpleNamespace(**{**vars(case), "mask": case.mask * (1 - gone)})
+    case.ids = case.ids.masked_fill(gone == 1, -100)
+    assert_same(run(loss, case, ratio="token"), run(loss, masked, ratio="token"), 1e-12)
+
+
 def test_luspo_leaves_padding_out():
     """The documented difference: Liger's value for a padded batch moves with the padding, ours is the mean over each sequence alone."""
     lengths = (6, 3, 7)
@@ -306,7 +316,6 @@ def test_packed_rows_give_what_padded_rows_give(loss_type, ratio):
             "loss_type: 'reinforce' is not supported; supported are grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo",
         ),
         ({"importance_sampling_level": "turn"}, "'turn' is not supported; supported are token, sequence"),
-        ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "'sequence' is not defined for vespo"),
         ({"loss_type": "dr_grpo"}, "max_completion_length: needed"),
         ({"loss_type": "cispo", "epsilon_high": -0.1}, "epsilon_high: must be >= -1"),
         ({"delta": 1.1}, r"delta: must be > 1 \+ epsilon_high = 1.2, got 1.1"),
@@ -340,6 +349,17 @@ def test_options_are_attributes_that_may_change(loss_type):
     loss.epsilon_low = -0.1
     with pytest.raises(ValueError, match="epsilon_low: must be >= 0"):
         run(loss, c)
+
+
+@pytest.mark.parametrize("loss_type", ["cispo", "sapo", "vespo"])
+def test_a_ratio_of_the_sequence_is_refused_by_the_call_as_by_ligers(loss_type):
+    c, options = make(), settings(loss_type, importance_sampling_level="sequence")
+    for kind in (theirs, FusedLinearGRPOLoss):
+        loss = kind(**options)
+        with pytest.raises(ValueError, match="Sequence-level importance sampling is not supported for loss_type"):
+            run(loss, c)
+        loss.importance_sampling_level = "token"
+        assert run(loss, c)["loss"] == run(kind(**settings(loss_type)), c)["loss"]
 
 
 def test_both_references_give_the_first_and_a_warning_as_ligers():

@@ -530,13 +530,17 @@ def assert_trained_alike(folder, **settings) -> SimpleNamespace:
     text_model().save_pretrained(folder / "model")
     TOKENIZER.save_pretrained(folder / "model")
     want, got = (trained(kind, folder, **settings) for kind in (GRPOTrainer, FusedGRPOTrainer))
+    assert_same_training(want, got)
+    return got
+
+
+def assert_same_training(want: SimpleNamespace, got: SimpleNamespace) -> None:
     assert len(want.logs) == 5 and {"kl", "entropy", "loss", "grad_norm", "clip_ratio/region_mean"} <= set(want.logs[0])
     assert want.logs[-2]["kl"] > 1e-3, "the policy never moved"
     for entry, mine in zip(want.logs, got.logs, strict=True):
         assert mine == pytest.approx(entry, rel=1e-4, abs=1e-5, nan_ok=True)
     for name, weight in want.weights.items():
         assert difference(got.weights[name], weight) < 1e-4, name
-    return got
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "peft"])
@@ -637,6 +641,21 @@ def test_the_per_token_function_takes_a_head_of_another_dtype():
     want = ChunkedLogProbFunction.apply(hidden.bfloat16(), weight, None, targets, 1.0, 16)
     torch.testing.assert_close(out[0], want[0], rtol=0.02, atol=0.05)
     assert torch.autograd.grad(out[0].sum(), weight)[0].dtype == torch.float32
+
+
+def test_the_per_token_function_takes_targets_of_minus_100():
+    """TRL leaves such rows out before the call, and fills their fields with 0."""
+    (hidden, weight, _), targets = head_case()
+    gone = torch.arange(len(targets)) % 3 == 1
+    got, want = (
+        LogProbFunction.apply(hidden, weight, None, targets.masked_fill(gone, -100), 0.8, 16),
+        LogProbFunction.apply(hidden[~gone], weight, None, targets[~gone], 0.8, 16),
+    )
+    for a, b in zip(got[:2], want[:2], strict=True):
+        torch.testing.assert_close(a[~gone], b)
+        assert (a[gone] == 0).all()
+    gradients = [torch.autograd.grad(x[0].sum() + x[1].sum(), [hidden, weight]) for x in (got, want)]
+    assert all(difference(a, b) < TOLERANCE for a, b in zip(*gradients, strict=True))
 
 
 def test_the_first_of_equal_logits_is_the_top_one():
@@ -778,11 +797,14 @@ def test_a_cispo_cap_below_1_is_told_and_computed():
         assert spec_of(GRPOConfig(loss_type="cispo", bf16=False)).clip_high == pytest.approx(-0.8)
 
 
-@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP"])
-def test_other_ways_to_distribute_are_refused_and_the_way_is_named(pairs, name):
+@pytest.mark.parametrize(("name", "told"), [("DEEPSPEED", "DEEPSPEED"), ("FSDP", "FSDP1")])
+def test_other_ways_to_distribute_are_refused_and_the_way_is_named(pairs, name, told):
     trainer = SimpleNamespace(**vars(pairs("text").ours))
-    trainer.accelerator = SimpleNamespace(distributed_type=SimpleNamespace(name=name))
-    with pytest.raises(ValueError, match=rf"distributed_type: {name} is not supported: launch with .*DDP.*dist\.fsdp.*; supported"):
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
+    trainer.accelerator = SimpleNamespace(distributed_type=SimpleNamespace(name=name), state=state)
+    with pytest.raises(
+        ValueError, match=rf"distributed_type: {told} is not supported: set accelerate's fsdp_version to 2, .*DDP.*; supported"
+    ):
         ours.trl_loss.prepare(trainer, 700)
 
 

@@ -322,6 +322,24 @@ def test_reductions():
     assert difference(logp.detach(), want.detach()) < 1e-6
 
 
+def test_labels_of_minus_100_are_none():
+    hidden, weight, ids = head()
+    gone = torch.rand(ids.shape, generator=torch.Generator().manual_seed(4)) < 0.4
+    left = ~gone.flatten()
+    few, few_entropy = ours.linear_cross_entropy(hidden.flatten(0, 1)[left], weight, ids.flatten()[left], 0.7)
+    logp, entropy = ours.linear_cross_entropy(hidden, weight, ids.masked_fill(gone, -100), 0.7)
+    assert (
+        torch.equal(logp[left], few)
+        and torch.equal(entropy[left], few_entropy)
+        and (logp[~left] == 0).all()
+        and (entropy[~left] == 0).all()
+    )
+    mean, _ = ours.linear_cross_entropy(hidden, weight, ids.masked_fill(gone, -100), 0.7, "mean")
+    assert mean.item() == pytest.approx(few.mean().item(), rel=1e-6)
+    want, got = (torch.autograd.grad(x, [hidden, weight]) for x in (few.mean(), mean))
+    assert all(difference(a, b) < 1e-6 for a, b in zip(got, want, strict=True)) and (got[0].flatten(0, 1)[~left] == 0).all()
+
+
 def test_the_signature_is_that_of_verls_function_and_the_patch_takes_its_place(core):
     module = import_verl("verl.utils.kernel.linear_cross_entropy")
     want = [(p.name, p.default) for p in list(inspect.signature(module.LinearCrossEntropy.forward).parameters.values())[1:]]

@@ -180,8 +180,14 @@ CASES: dict[str, tuple[Callable[[SimpleNamespace], None], Calls]] = {
     "advantages NaN": (put(advantages=(2, NAN)), FAULTY_ADVANTAGE),
     "advantages infinite": (put(advantages=(2, INF)), FAULTY_ADVANTAGE),
     "token_weight NaN": (put(token_weight=(2, NAN)), some("k1", "gspo", "cross-entropy")),
-    "a masked target of -100": (put(targets=(3, -100)), FAULTY_TARGET),
-    "a target of -100": (put(targets=(2, -100)), FAULTY_TARGET | LOGPROB),
+    "a masked target of -7": (put(targets=(3, -7)), FAULTY_TARGET),
+    "a target of -7": (put(targets=(2, -7)), FAULTY_TARGET | LOGPROB),
+    "no label, masked": (put(targets=(3, -100)), FAULTY_TARGET),
+    "no label in a row of NaN, masked by it": (
+        put(targets=(2, -100), hidden=(2, NAN), logits=(2, NAN), old_logp=(2, NAN), ref_logp=(2, NAN), advantages=(2, INF)),
+        LOSSES | {name: call for name, call in LOGPROB.items() if name != "several"},
+    ),
+    "no label among several, masked by it": (put(targets=(2, -100)), {"several": LOGPROB["several"]}),
     "a target of 2**32 + 5": (put(targets=(2, 2**32 + 5)), FAULTY_TARGET | LOGPROB),
     "a masked target of 2**32 + 5": (put(targets=(3, 2**32 + 5)), some("k1", "logits")),
 }
@@ -294,9 +300,9 @@ def test_temperatures_at_the_ends_give_numbers(call, monkeypatch):
 # ---- autograd
 
 CHANGED = {
-    "linear_logprob": ("hidden", "weight", "bias", "targets", "temperature"),
+    "linear_logprob": ("hidden", "weight", "bias", "temperature"),  # targets: a copy, without -100
     "linear_kl": ("hidden", "weight", "ref_hidden", "ref_weight", "temperature"),
-    "logprob_from_logits": ("logits", "targets", "temperature"),
+    "logprob_from_logits": ("logits", "temperature"),
 }
 
 
@@ -310,6 +316,17 @@ def test_an_input_changed_before_the_backward_is_an_error(op, name, monkeypatch)
 
     _, told = on_both(monkeypatch, call)
     assert INPLACE in told
+
+
+@pytest.mark.parametrize("op", ["linear_logprob", "linear_logprob, several", "logprob_from_logits"])
+def test_targets_may_change_before_the_backward(op, monkeypatch):
+    def call(c, change):
+        out = EVERY[op](c)
+        c.targets.add_(change)
+        return with_gradients(c, out)
+
+    (want, _), (got, told) = (on_both(monkeypatch, lambda c, change=change: call(c, change)) for change in (0, 1))
+    assert not told and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("op", ["linear_cross_entropy", "linear_grpo_loss"])

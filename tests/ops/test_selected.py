@@ -317,7 +317,10 @@ def test_more_targets_and_sorting_take_smaller_chunks():
         ({"targets": torch.zeros(4, 2, dtype=torch.int64)}, r"targets: expected \(5,\) or \(5, K\) with K >= 1, int64, got \(4, 2\)"),
         ({"targets": torch.zeros(5, 2)}, r"targets: expected .* int64, got \(5, 2\) torch.float32"),
         ({"targets": torch.zeros(5, 2, 1, dtype=torch.int64)}, r"targets: expected .* got \(5, 2, 1\)"),
-        ({"targets": torch.tensor([[0, -1]] * 5)}, r"targets: expected ids in \[0, 203\), got -1; fill up a row of fewer targets"),
+        (
+            {"targets": torch.tensor([[0, -1]] * 5)},
+            r"targets: expected ids in \[0, 203\), got -1; fill up a row of fewer targets with -100",
+        ),
         ({"top_k": -2}, "top_k: must be a whole number >= 1, got -2; None, 0 or -1 = all tokens"),
         ({"top_k": 2.5}, "top_k: must be a whole number"),
         ({"top_k": torch.ones(5)}, "top_k: expected a whole number for all rows, got a tensor; call once for the rows of each"),

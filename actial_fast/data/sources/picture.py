@@ -125,6 +125,20 @@ def orientation(picture: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
+def size(image: Path | bytes, where: str, limit: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width as a viewer shows the image, by its header alone; BadRow as `decode` raises it, but for damage further on."""
+    _more_formats()
+    try:
+        with Image.open(image if isinstance(image, Path) else io.BytesIO(image)) as picture:
+            width, height = picture.size[::-1] if orientation(picture) > 4 else picture.size  # these lie on their side
+    except Exception:  # decode says what it is
+        width = height = 0
+    if not 0 < width * height <= limit:
+        height, width, _ = decode(image, where, limit).shape
+    check_aspect(height, width, where)
+    return height, width
+
+
 def header(file: Path) -> tuple[int, int, int]:
     """Width and height of the stored pixels, and how a viewer turns these (see orientation); OSError or ValueError for no picture."""
     _more_formats()
