@@ -80,7 +80,7 @@ $(VENV)/installed: pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel pybind11
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
 	$(VENV)/bin/python -m pip show --quiet triton || $(VENV)/bin/python -m pip install --quiet triton==$(TRITON)
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,dev,bench,budget]'
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[train,dev,bench,budget,probes]'
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt --no-deps verl cloudpickle codetiming omegaconf orjson pyvers tensordict
 	touch $@
 

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from actial_fast import ops
-from actial_fast.budget.fits import lacking
+from actial_fast.budget.fits import Budget
 from actial_fast.evaluation.evaluate import held_out
 from actial_fast.model.policy import Policy, load_reference
 from actial_fast.model.processor import Processor
 from actial_fast.ops.ranges import named
-from actial_fast.packing.batch import Sequence
 from actial_fast.rollout.engines import open_engine
 from actial_fast.rollout.groups import Groups, settled
 from actial_fast.rollout.kept import Kept
@@ -35,6 +34,7 @@ from actial_fast.tasks.rewards import Scorer
 from actial_fast.train import checkpoint
 from actial_fast.train.account import Account
 from actial_fast.train.dist import World, clip_gradients, reduce_gradients, world
+from actial_fast.train.forward import log_probs
 from actial_fast.train.guard import Guard
 from actial_fast.train.mismatch import Band, Mismatch
 from actial_fast.train.optim import parameters_of, set_learning_rate
@@ -46,6 +46,7 @@ from actial_fast.train.shortage import keys_of, over, told
 from actial_fast.train.stage import (
     Stage,
     begin,
+    device_name,
     digest,
     finished,
     open_clock,
@@ -73,7 +74,8 @@ def train(recipe: GRPORecipe) -> Path:
 
 def _train(recipe: GRPORecipe, where: World) -> Path:
     with contextlib.ExitStack() as stack:
-        start = begin(recipe, where, Processor.encode_prompt, lacking, stack)
+        budget = Budget()
+        start = begin(recipe, where, Processor.encode_prompt, budget.lacking, stack)
         stage = open_stage(recipe, start, where, Processor.encode_prompt, stack)
         policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
         parameters, guard, total = parameters_of(policy), Guard(optimizer, recipe.optim.max_skipped), recipe.steps
@@ -83,6 +85,7 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
             with told("load", keys_of(recipe)):
                 reference = load_reference(recipe.model, where.device, packed=recipe.packing == "packed", place=place)
         log, stop = stack.enter_context(open_log(recipe, start, total, where)), stack.enter_context(Stop(where))
+        log.opening(budget.opening(stream.sizes, device_name(where), start, total))
         scorer, replies = stack.enter_context(Scorer(recipe.rewards)), Kept(stage.folder, digest(recipe))
         phases, window = open_clock(recipe, start, where, log, stack)
         account, engine = Account(phases), open_engine(recipe, policy, processor, where, stack, optimizer, reference)
@@ -94,7 +97,7 @@ def _train(recipe: GRPORecipe, where: World) -> Path:
         try:
             for step in range(start + 1, total + 2):
                 mark = stage.mark(groups.cursor)
-                held_out(engine, processor, recipe, where, log, step - 1, stop, phases)
+                held_out(engine, policy, processor, recipe, where, log, step - 1, stop, phases)
                 if phases.used:
                     log.event("phases", phases.metrics(), step - 1)
                 if step > total:
@@ -224,41 +227,18 @@ def _log_probs(
     phase: Timer = untimed,
 ) -> list[list[Sample]]:
     """The samples with old log-probs where the policy will have moved (after the first mini-batch), and reference ones where beta asks."""
-    minibatches = list(minibatches)
+    minibatches, temperature = list(minibatches), recipe.sampling.temperature
     if rounds.old is not None:
         late = minibatches[_on_policy(recipe) :]
         with phase("old"):
-            old = iter(_forward_only(policy, [s.sequence for samples in late for s in samples], rounds.old, recipe, stop))
+            old = iter(log_probs(policy, [s.sequence for samples in late for s in samples], rounds.old, temperature=temperature, stop=stop))
         minibatches[_on_policy(recipe) :] = [[replace(s, old=next(old)) for s in samples] for samples in late]
     if rounds.ref is not None:
         with phase("reference"), contextlib.nullcontext() if reference is not None else policy.adapter_off():
-            ref = iter(_forward_only(reference or policy, [s.sequence for each in minibatches for s in each], rounds.ref, recipe, stop))
+            everything = [s.sequence for each in minibatches for s in each]
+            ref = iter(log_probs(reference or policy, everything, rounds.ref, temperature=temperature, stop=stop))
         minibatches = [[replace(s, ref=next(ref)) for s in samples] for samples in minibatches]
     return minibatches
-
-
-@torch.no_grad()
-def _forward_only(
-    policy: Policy, sequences: list[Sequence], rounds: Iterator[Round], recipe: GRPORecipe, stop: Stop = NEVER
-) -> list[Tensor]:
-    """Log-probs of each sequence's trained tokens, (n,) float32 each, on the device. Every rank calls."""
-    was_training = policy.training
-    policy.eval()
-    out: list[Tensor] = [torch.empty(0)] * len(sequences)
-    for each in stop.until(rounds, together=is_sharded(policy)):
-        with over(each.told):
-            logp = policy(
-                each.batch,
-                lambda hidden, head, b=each.batch: ops.linear_logprob(
-                    hidden, head, b.targets, temperature=recipe.sampling.temperature, return_entropy=False
-                )[0],
-            )
-        sizes = [int(sequences[k].trained[1:].sum()) for k in each.members]
-        for k, part in zip(each.members, logp.split([*sizes, each.idle]), strict=False):
-            out[k] = part
-    policy.train(was_training)
-    stop.leave()
-    return out
 
 
 def _accumulate(

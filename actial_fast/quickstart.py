@@ -20,8 +20,9 @@ from typing import Any, Literal
 from actial_fast import grpo, sft
 from actial_fast.data.captures.basics import write_basics
 from actial_fast.data.captures.render import RenderConfig, render
+from actial_fast.data.captures.settings import ViewpointConfig
 from actial_fast.data.captures.spatial import SpatialConfig, spatial_questions, viewpoint_objects
-from actial_fast.data.captures.viewpoint import ViewpointConfig, build
+from actial_fast.data.captures.viewpoint import build
 from actial_fast.data.cot.poses import geometric_cot
 from actial_fast.data.cot.writer import one_by_one, write_cot
 from actial_fast.data.sources.row import IMAGE_TAG

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from actial_fast import ops
-from actial_fast.budget.fits import lacking
+from actial_fast.budget.fits import Budget
 from actial_fast.evaluation.evaluate import held_out
 from actial_fast.model.policy import Policy
 from actial_fast.model.processor import Processor
@@ -33,6 +33,7 @@ from actial_fast.train.sharding import is_sharded
 from actial_fast.train.shortage import over
 from actial_fast.train.stage import (
     begin,
+    device_name,
     draw,
     finished,
     open_clock,
@@ -55,18 +56,20 @@ def train(recipe: SFTRecipe) -> Path:
 
 def _train(recipe: SFTRecipe, where: World) -> Path:
     with contextlib.ExitStack() as stack:
-        start = begin(recipe, where, Processor.encode, lacking, stack)
+        budget = Budget()
+        start = begin(recipe, where, Processor.encode, budget.lacking, stack)
         stage = open_stage(recipe, start, where, Processor.encode, stack)
         policy, processor, optimizer, stream = stage.policy, stage.processor, stage.optimizer, stage.stream
         parameters, guard = parameters_of(policy), Guard(optimizer, recipe.optim.max_skipped)
         total = recipe.steps or max(1, round(recipe.epochs * stream.epoch_length / recipe.batch_size))
         log, stop = stack.enter_context(open_log(recipe, start, total, where)), stack.enter_context(Stop(where))
+        log.opening(budget.opening(stream.sizes, device_name(where), start, total))
         phases, window = open_clock(recipe, start, where, log, stack)
         account, engine = Account(phases), open_engine(recipe, policy, processor, where, stack, optimizer)
         try:
             for step in range(start + 1, total + 2):
                 mark = stage.mark()
-                results = held_out(engine, processor, recipe, where, log, step - 1, stop, phases)
+                results = held_out(engine, policy, processor, recipe, where, log, step - 1, stop, phases)
                 if phases.used:
                     log.event("phases", phases.metrics(), step - 1)
                 if step > total or (results and _reached(results, recipe, step - 1)):

@@ -88,8 +88,9 @@ def _poisoned(empty, *arguments, **kinds) -> torch.Tensor:
 def lab(tmp_path_factory) -> SimpleNamespace:
     """root, captures, questions (train.jsonl, test.jsonl), spatial (parquet) and model: small, and the same for every test."""
     from actial_fast.data.captures.render import RenderConfig, render
+    from actial_fast.data.captures.settings import ViewpointConfig
     from actial_fast.data.captures.spatial import SpatialConfig, spatial_questions, viewpoint_objects
-    from actial_fast.data.captures.viewpoint import ViewpointConfig, build
+    from actial_fast.data.captures.viewpoint import build
     from actial_fast.data.sources.own import JsonlSource
     from actial_fast.model.tiny import TinyConfig, create
 
@@ -99,7 +100,7 @@ def lab(tmp_path_factory) -> SimpleNamespace:
     build(
         captures,
         questions,
-        ViewpointConfig(pairs_per_object=6, test_examples=18, max_test_fraction=0.3, ask_letter=False, workers=1),
+        ViewpointConfig(pairs_per_object=6, test_examples=18, max_test_fraction=0.3, ask_letter=False, workers=1, probes=False),
         progress=False,
     )
     held_out = viewpoint_objects(questions / "test.jsonl")

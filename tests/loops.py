@@ -20,6 +20,7 @@ from actial_fast.rollout.kept import Kept
 from actial_fast.rollout.protocol import Draw, Reply, Watch, awake
 from actial_fast.settings.recipe import GRPORecipe
 from actial_fast.tasks.rewards import Scorer
+from actial_fast.train import forward
 from actial_fast.train.dist import World
 from actial_fast.train.rounds import Pass, Round, passes
 from actial_fast.train.samples import Sample
@@ -35,7 +36,8 @@ def rounds(sequences: list[Sequence], recipe: GRPORecipe, policy: Policy, proces
 
 def log_probs(policy: Policy, processor: Processor, sequences: list[Sequence], recipe: GRPORecipe) -> list[np.ndarray]:
     """Of each sequence's trained tokens, in eval mode."""
-    return grpo._forward_only(policy, sequences, passes([Pass(policy, sequences, False)], recipe, processor, ALONE)[0], recipe)
+    (rounds,) = passes([Pass(policy, sequences, False)], recipe, processor, ALONE)
+    return forward.log_probs(policy, sequences, rounds, temperature=recipe.sampling.temperature)
 
 
 def accumulate(policy: Policy, processor: Processor, samples: list[Sample], recipe: GRPORecipe) -> Tensor:

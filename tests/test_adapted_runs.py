@@ -22,7 +22,7 @@ from actial_fast.settings.config import config_from, load_recipe, to_yaml
 from actial_fast.settings.model import LoRAConfig, ModelConfig
 from actial_fast.settings.recipe import EvalConfig, GRPORecipe, SFTRecipe
 from actial_fast.settings.running import DistConfig, SaveConfig
-from actial_fast.train import checkpoint
+from actial_fast.train import checkpoint, forward
 from actial_fast.train.preflight import Unready
 from actial_fast.train.rounds import Pass, passes
 from tests.loops import ALONE, log_probs
@@ -67,7 +67,7 @@ def test_the_reference_of_an_adapted_tower_sees_the_images_without_adapters(grpo
         wanted = [Pass(policy, sequences, False, adapters=False), Pass(policy, sequences, True)]
         reference, update = passes(wanted, replace(recipe, packing=packing), processor, ALONE)
         with policy.adapter_off():
-            found = grpo._forward_only(policy, sequences, reference, recipe)
+            found = forward.log_probs(policy, sequences, reference)
         base = load_policy(ModelConfig(path=str(deep)), ALONE.device, 0, packed=True).eval()
         for got, expected, now in zip(
             found, log_probs(base, processor, sequences, recipe), log_probs(policy, processor, sequences, recipe), strict=True

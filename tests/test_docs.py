@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
 import typing
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -227,9 +228,18 @@ def test_an_example_is_read_as_it_stands(name, text, tmp_path):
     """Its rows come out of the reader that training uses, found by their keys, with pictures that decode and something to learn."""
     for picture in ("a.png", "b.png"):
         Image.new("RGB", (56, 56), "teal").save(tmp_path / picture)
-    (tmp_path / name).write_text(text)
+    if name.endswith(".tar"):
+        members = json.loads(text)
+        with tarfile.open(tmp_path / name, "w") as shard:
+            for member, said in members.items():
+                picture = isinstance(said, str) and said.endswith(".png")
+                (tmp_path / "member").write_text(said if isinstance(said, str) else json.dumps(said))
+                shard.add(tmp_path / said if picture else tmp_path / "member", member)
+        count = len({member.partition(".")[0] for member in members})
+    else:
+        (tmp_path / name).write_text(text)
+        count = len(json.loads(text)) if name.endswith(".json") else len(text.strip().splitlines())
     rows = open_source(SourceConfig(str(tmp_path / name)))
-    count = len(json.loads(text)) if name.endswith(".json") else len(text.strip().splitlines())
     assert len(rows) == count
     for row in (rows[i] for i in range(count)):
         assert row.images and all(decode(image, "row").shape == (56, 56, 3) for image in row.images)

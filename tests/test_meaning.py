@@ -120,6 +120,12 @@ def test_b13_too_little_disk_is_told_before_the_run(sft_recipe, tmp_path, monkey
     assert any("image_cache" in p for p in found.value.problems)
 
 
+def test_a_limit_that_a_step_does_not_fit_into_is_told_before_the_run(sft_recipe, tmp_path):
+    data = replace(sft_recipe.data, image_cache=str(tmp_path / "images"), image_cache_gb=1e-5)
+    with pytest.raises(Unready, match=r"data.image_cache_gb: the images of the rows under way need about .* GB, more than 1e-05; raise it"):
+        sft.train(replace(sft_recipe, data=data))
+
+
 def test_b18_nothing_but_rows_that_are_too_long_ends_the_run(sft_recipe):
     data = replace(sft_recipe.data, max_prompt_tokens=3, on_bad_row="skip")
     with pytest.raises(Unready, match="over max_prompt_tokens=3"):

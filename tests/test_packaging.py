@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = {"train", "bench", "budget", "dev", "flash", "quack", "vllm"}
+EXTRAS = {"train", "bench", "budget", "probes", "dev", "flash", "quack", "vllm"}
 TRAINERS = ("transformers", "trl", "verl", "liger_kernel", "peft", "triton")
 SMOKE = """
 import importlib.util, pathlib, torch
@@ -111,7 +111,7 @@ def name_of(requirement: str) -> str:
 
 def test_what_make_test_installs_is_pinned():
     pinned = {name_of(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")}
-    needed = {name_of(need) for extra in ("train", "dev", "bench") for need in PROJECT["optional-dependencies"][extra]}
+    needed = {name_of(need) for extra in ("train", "dev", "bench", "probes") for need in PROJECT["optional-dependencies"][extra]}
     assert needed <= pinned, needed - pinned
 
 

@@ -41,7 +41,7 @@ from tests.loops import ALONE, accumulate, log_probs, sampled
 
 
 def losses(run: str, stage: str) -> list[float]:
-    return [m["loss"] for m in read_metrics(Path(run)) if m["stage"] == stage]
+    return [m["loss"] for m in read_metrics(Path(run)) if m["stage"] == stage and "loss" in m]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -531,6 +531,8 @@ def test_two_ranks_equal_one(kind, fsdp, sft_recipe, grpo_recipe, tmp_path):
     # an epsilon with which AdamW's division does not blow up the rounding of gradients that are nearly zero
     optim = replace(recipe.optim, lr=1e-3, eps=1e-4)
     recipe = replace(recipe, data=data, optim=optim, micro_batch=1, pack_tokens=230, save=SaveConfig(every=0, tensorboard=False), steps=3)
+    held = EvalConfig(loss_sources=(replace(sources[0], limit=5), replace(sources[-1], limit=1)))  # of the last, a rank has no row
+    recipe = replace(recipe, eval=held)
     one = (sft if kind == "sft" else grpo).train(replace(recipe, run=str(tmp_path / "one")))
     two = replace(recipe, run=str(tmp_path / "two"), dist=DistConfig(fsdp=fsdp))
     (tmp_path / "recipe.yaml").write_text(to_yaml(two))
@@ -538,6 +540,8 @@ def test_two_ranks_equal_one(kind, fsdp, sft_recipe, grpo_recipe, tmp_path):
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-3000:]
     np.testing.assert_allclose(losses(two.run, kind), losses(str(tmp_path / "one"), kind), atol=1e-6)
+    measured = [{k: v for k, v in read_metrics(tmp_path / run)[-1].items() if k.startswith("eval/")} for run in ("one", "two")]
+    assert len(measured[0]) == 8 and measured[1] == pytest.approx(measured[0], rel=1e-5)
     assert_same(weights(tmp_path / "two" / kind / "final" / "model"), weights(one), atol=1e-6)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from actial_fast.budget.gpus import GB
@@ -10,6 +10,7 @@ from actial_fast.budget.phases import Phase
 from actial_fast.budget.plan import Change, Plan, batch_of, changes
 from actial_fast.budget.seconds import Range
 from actial_fast.settings.config import to_yaml
+from actial_fast.settings.recipe import GRPORecipe
 
 
 def verdict(made: Plan) -> str:
@@ -53,6 +54,41 @@ def _short(x: float) -> str:
     return f"{x:.0f}" if x >= 10 else f"{x:.1f}" if x >= 0.1 else "0"
 
 
+def opening(made: Plan, sizes: Sequence[int], device: str, start: int, total: int, *, bounds: bool) -> Iterator[str]:
+    """The first lines of a run. sizes: rows of each source; device: what it runs on; start: the step it goes on from, of `total`; bounds:
+    memory is at most what the plan says. A time stands there only where the plan has rates."""
+    case, recipe = made.case, made.case.recipe
+    numel, trained = case.shapes.numel, case.shapes.trained
+    yield f"{counted(numel)} parameters, {counted(trained)} of them trained ({_percent(trained / numel)}), on {device}"
+    rows = f"{sum(sizes):,} rows" + (f" of {len(sizes)} sources" if len(sizes) > 1 else "")
+    if isinstance(recipe, GRPORecipe):
+        step = f"{recipe.prompts:,} prompts x {recipe.sampling.n} replies"
+    else:
+        step = f"{recipe.batch_size:,} rows"
+    left = f"; {total - start:,} are left, from step {start:,}" if start else ""
+    yield f"{rows}; {total:,} steps of {step}{left}"
+    fullest = max(made.phases, key=lambda phase: phase.held)
+    room = "usable" if case.machine.cuda else "free" if case.machine.count == 1 else "free for each"
+    held = f"{'at most ' if bounds else ''}{gb(fullest.held)} a rank for the model and its passes"
+    memory = f"{held}, in {fullest.name}, of {gb(case.machine.usable)} {room}"
+    if made.rates is None:
+        yield f"expected: {memory}; no time before the first steps, since nothing is known of this machine's speed"
+        return
+    aside = ["checkpoints"] + (["evaluations"] if recipe.eval.sources or recipe.eval.loss_sources else [])
+    each = made.seconds["step"]
+    took = f"a step {spoken(each)}, {total - start:,} of them {spoken(each * (total - start))}, {' and '.join(aside)} aside"
+    yield f"expected: {memory}; {took} ({made.rates.about})"
+
+
+def counted(number: int) -> str:
+    """How many numbers a model has, as one reads them."""
+    return f"{number / 1e9:.2f}e9" if number >= 1e8 else f"{number / 1e6:.1f}e6" if number >= 1e6 else f"{number:,}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
+
+
 def text(made: Plan, name: str, *, advice: bool = True) -> str:
     """All of a plan, as `actial plan` prints it. name: of the recipe."""
     return "\n".join(_lines(made, name, advice))
@@ -60,10 +96,9 @@ def text(made: Plan, name: str, *, advice: bool = True) -> str:
 
 def _lines(made: Plan, name: str, advice: bool) -> Iterator[str]:
     case, size = made.case, batch_of(made)
-    trained = f"{case.shapes.trained / 1e9:.2f}e9 trained" if case.shapes.trained >= 1e8 else f"{case.shapes.trained / 1e6:.1f}e6 trained"
     yield f"{name}: {verdict(made)}"
     yield ""
-    yield f"{case.shapes.numel / 1e9:.2f}e9 parameters, {trained}; {case.workload.about}"
+    yield f"{counted(case.shapes.numel)} parameters, {counted(case.shapes.trained)} trained; {case.workload.about}"
     yield f"micro-batches of up to {size.tokens:,} tokens and {size.patches:,} patches"
     yield ""
     yield f"{'phase':<8}{'GB a rank':>10}{'spare':>8}  {'time':<18} of that"

@@ -26,6 +26,9 @@ class Range:
     def __add__(self, other: Range) -> Range:
         return Range(self.low + other.low, self.high + other.high)
 
+    def __mul__(self, times: float) -> Range:
+        return Range(times * self.low, times * self.high)
+
 
 def seconds_of(case: Case, phases: list[Phase], rates: Rates) -> dict[str, Range]:
     """Of a step's phases, on one rank of a machine whose ranks are balanced. `step`: their sum; load, save: once, and every save.every;

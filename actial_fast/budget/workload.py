@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from actial_fast.data.sources.places import exists, is_remote
 from actial_fast.data.sources.row import BadRow
 from actial_fast.data.sources.source import SourceConfig, open_source
 from actial_fast.data.sources.stream import Example
@@ -68,7 +69,7 @@ def evaluated(recipe: SFTRecipe | GRPORecipe) -> int:
 
 def known(recipe: SFTRecipe | GRPORecipe) -> Workload | None:
     """From the recipe's data, where they and the checkpoint's tokenizer are here."""
-    sources = [s for s in recipe.data.sources if Path(s.path).exists()]
+    sources = [s for s in recipe.data.sources if not is_remote(s.path) and exists(Path(s.path))]
     if not sources or not Path(recipe.model.path).is_dir():
         return None
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actial_fast.cli.parser import Parser
-from actial_fast.cli.shared import Commands, add_json, check_model, settle, write_json
+from actial_fast.cli.shared import Commands, add_json, check_model, settle, text_or_file, write_json
 
 if TYPE_CHECKING:
     from actial_fast.evaluation.bench import Scoring
@@ -141,9 +141,7 @@ def _askings(args: argparse.Namespace) -> list[Asking]:
     from actial_fast.evaluation.identity import label
     from actial_fast.evaluation.run import Asking
 
-    system = args.system
-    if system and system.startswith("@"):
-        system = Path(system[1:]).read_text(encoding="utf-8").strip()
+    system = None if args.system is None else text_or_file(args.system)
     if args.server and args.engine != "embedded":
         raise ValueError(f"--server {args.server} and --engine {args.engine}: one of them draws the replies; leave the other out")
     askings = []

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actial_fast.cli import cot, made, reconstruct
-from actial_fast.cli.shared import Commands, add_format, add_overrides, check_model, one_line, progress, rows_of, settle
+from actial_fast.cli import cot, made, reconstruct, stats
+from actial_fast.cli.shared import Commands, add_format, add_overrides, check_model, is_recipe, one_line, progress, rows_of, settle
 
 if TYPE_CHECKING:
     from actial_fast.data.sources.row import Row
@@ -74,6 +75,7 @@ def add(commands: Commands) -> None:
     check.add_argument("--model", default="", help="a checkpoint folder or hub name: also look at what its tokenizer and limits refuse")
     check.add_argument("--show", type=int, default=20, help="bad rows to name; 0 names all (default: %(default)s)")
     check.set_defaults(run=_check)
+    stats.add(data)
     made.add(data)
 
 
@@ -91,15 +93,27 @@ def _render(args: argparse.Namespace) -> int:
 
 
 def _viewpoint(args: argparse.Namespace) -> int:
-    from actial_fast.data.captures.viewpoint import ViewpointConfig, build
+    from actial_fast.data.captures.settings import ViewpointConfig
+    from actial_fast.data.captures.viewpoint import build
 
     done = build(args.captures, args.out, _config(ViewpointConfig, args.overrides))
     for split, rows in done["examples"].items():
         asked = done["examples_asked"][split]
         short = f" ({asked} were asked for: more captures or pairs per object are needed)" if asked and rows < asked else ""
         print(f"{args.out / split}.jsonl: {rows} rows, {done['pairs'][split]} pairs, {_objects(done['objects'][split])}{short}")
+    if done["examples"]["test"]:
+        print(
+            f"{args.out / 'test-centre.jsonl'}: {done['centre_examples']} of these test rows, whose first photograph is from amid the walk"
+        )
     _rejected(done["rejected"], f"; each is named in {args.out / 'build.json'}")
     print(f"{sum(done['examples'].values())} rows in {_speed(done, 'examples')}")
+    if skipped := done["probes"].get("skipped"):
+        print(f"shortcuts were not looked for: {skipped}")
+    for warning in done["warnings"]:
+        print(f"warning: a shortcut: {warning}", file=sys.stderr)
+    if done["warnings"]:
+        hint = "; composition=balanced has fewer shortcuts" if done["config"]["composition"] == "paper" else ""
+        print(f"warning: {args.out / 'build.json'} has all probes{hint}", file=sys.stderr)
     return 0
 
 
@@ -150,28 +164,24 @@ def _check(args: argparse.Namespace) -> int:
             print("bad rows:" if len(shown) == len(found.bad) else f"the first {len(shown)} bad rows (--show 0 names all):")
             for error in shown:
                 print(f"  {one_line(error)}")
-    if not _is_recipe(args.source) and not args.model:
+    if not is_recipe(args.source) and not args.model:
         print("without --model, lengths in tokens and the model's chat template were not looked at")
     told.close()
     return 1 if bad else 0
-
-
-def _is_recipe(path: str) -> bool:
-    return Path(path).suffix in (".yaml", ".yml")
 
 
 def _doors(args: argparse.Namespace) -> Iterator[tuple[SourceConfig, Callable[[Row, int], object] | None]]:
     """The sources to check, and what their rows have to pass: what a recipe's loop makes of them, or what a model's preprocessing does."""
     from actial_fast.data.sources.source import SourceConfig
 
-    if not _is_recipe(args.source) and not args.model:
+    if not is_recipe(args.source) and not args.model:
         yield SourceConfig(args.source, args.format, split=args.split, task=args.task), None
         return
     from actial_fast.data.sources.stream import Example
     from actial_fast.model.processor import Processor
 
     settle()
-    if not _is_recipe(args.source):
+    if not is_recipe(args.source):
         check_model(args.model)
         processor = Processor.load(args.model)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from actial_fast.cli.shared import Commands, add_format, add_json, check_model, settle, write_json
+from actial_fast.cli.shared import Commands, add_format, add_json, check_model, settle, text_or_file, write_json
 
 
 def add(commands: Commands) -> None:
@@ -14,7 +14,7 @@ def add(commands: Commands) -> None:
     test.add_argument("model", help="a checkpoint folder or hub name; with --server, the name that it knows the model by")
     test.add_argument("source", nargs="+", help="rows with a truth: JSONL, ShareGPT JSON, SAT or verl parquet")
     add_format(test)
-    test.add_argument("--system", default="", help="system prompt for every row")
+    test.add_argument("--system", default="", help="system prompt for every row, or @FILE with it")
     test.add_argument("--limit", type=int, default=0, help="first rows of each source (default: all)")
     test.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
     test.add_argument("--max-new-tokens", type=int, default=1024, help="longest reply (default: %(default)s)")
@@ -33,8 +33,9 @@ def _eval(args: argparse.Namespace) -> int:
     from actial_fast.data.sources.told import told
     from actial_fast.settings.recipe import EvalConfig, RolloutConfig
 
+    system = text_or_file(args.system)
     config = EvalConfig(
-        sources=tuple(SourceConfig(path, args.format, split=args.split, task=args.task, system=args.system) for path in args.source),
+        sources=tuple(SourceConfig(path, args.format, split=args.split, task=args.task, system=system) for path in args.source),
         limit=args.limit,
         strict=args.strict,
         kv_tokens=args.kv_tokens,

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from actial_fast.cli import bench, cache, data, doctor, eval, export, plan, recipe, report, tiny, train
+from actial_fast.cli import bench, cache, data, doctor, eval, export, plan, recipe, report, serve, tiny, train
 from actial_fast.cli.launch import PEER_LOST
 from actial_fast.cli.parser import Completion, Parser, Version
 from actial_fast.cli.shared import one_line
@@ -87,6 +87,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=Version, help="print versions and end")
     parser.add_argument("--print-completion", action=Completion, help="print a script that completes the command in this shell, and end")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (train, eval, bench, export, report, doctor, plan, recipe, data, cache, tiny):
+    for group in (train, eval, bench, export, serve, report, doctor, plan, recipe, data, cache, tiny):
         group.add(commands)
     return parser

@@ -17,11 +17,12 @@ CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
 
 class Parser(argparse.ArgumentParser):
     """fields: "module:Class" of the dataclass that words key=value fill; its fields stand below the command's help. bare: what is printed,
-    with status 0, when no word follows; else that is argparse's business."""
+    with status 0, when no word follows; else that is argparse's business. further: what words behind `--` are, of a command that hands
+    them on to another program; they become `further` of what is parsed."""
 
-    def __init__(self, *args: Any, fields: str = "", bare: bool = False, **more: Any):
+    def __init__(self, *args: Any, fields: str = "", bare: bool = False, further: str = "", **more: Any):
         super().__init__(*args, **more)
-        self.fields, self.bare = fields, bare
+        self.fields, self.bare, self.further = fields, bare, further
         group = self.add_mutually_exclusive_group()
         group.add_argument("-q", "--quiet", action="store_true", default=argparse.SUPPRESS, help="no progress: results and mistakes alone")
         group.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="and libraries' messages; tracebacks")
@@ -32,10 +33,17 @@ class Parser(argparse.ArgumentParser):
         if self.bare and not [word for word in words if word not in ("-q", "--quiet", "-v", "--verbose")]:
             self.print_help()
             self.exit(0)
-        return super().parse_known_args(words, namespace)
+        if not self.further:
+            return super().parse_known_args(words, namespace)
+        end = words.index("--") if "--" in words else len(words)
+        parsed, unknown = super().parse_known_args(words[:end], namespace)
+        parsed.further = words[end + 1 :]
+        return parsed, unknown
 
     def format_help(self) -> str:
-        """The help, and the fields that a command takes as key=value."""
+        """The help, and the fields that a command takes as key=value, or the words that it hands on."""
+        if self.further:
+            return super().format_help() + f"\nbehind --:\n  {self.further}\n"
         if not self.fields:
             return super().format_help()
         from actial_fast.settings.config import describe, to_yaml

@@ -22,8 +22,8 @@ Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 def add_format(parser: argparse.ArgumentParser) -> None:
     """The options --format, --task and --split of a source of rows."""
-    parser.add_argument("--format", default="auto", help="jsonl, sharegpt, sat, verl, easyr1, or module:Reader for your own (default: the "
-                        "task's, or what the file looks like)")  # fmt: skip
+    parser.add_argument("--format", default="auto", help="jsonl, sharegpt, sat, verl, easyr1, webdataset, or module:Reader for your own "
+                        "(default: the task's, or what the file looks like)")  # fmt: skip
     parser.add_argument("--task", default="", help="what the rows are for: jigsaw, jigsaw_turns, sparkle, boxes, or module:object for your "
                         "own (default: questions with an answer)")  # fmt: skip
     parser.add_argument("--split", default="", help="of a folder that holds several: train, validation or test")
@@ -53,6 +53,16 @@ def check_model(name: str) -> None:
     """ValueError for what is neither a folder nor looks like a hub name, without asking the hub, which would take a minute."""
     if not Path(name).exists() and (name.count("/") != 1 or Path(name).parent.is_dir()):  # a hub name: one slash, nothing local before it
         raise ValueError(f"model {name}: no such folder (looked from {Path.cwd()}), nor a hub name such as Qwen/Qwen2.5-VL-7B-Instruct")
+
+
+def is_recipe(path: str) -> bool:
+    """Whether a command that takes rows or a recipe was given a recipe."""
+    return Path(path).suffix in (".yaml", ".yml")
+
+
+def text_or_file(word: str) -> str:
+    """A text as it was given, or, as @FILE, what the file holds."""
+    return Path(word[1:]).read_text(encoding="utf-8").strip() if word.startswith("@") else word
 
 
 def one_line(error: Exception) -> str:

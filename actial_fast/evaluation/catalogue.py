@@ -18,7 +18,7 @@ from actial_fast.evaluation.sets.mmsi import MMSI, MMSI_CIRCULAR
 from actial_fast.evaluation.sets.sat import SAT
 from actial_fast.evaluation.sets.spatialscore import SPATIALSCORE
 from actial_fast.evaluation.sets.threedsr import THREEDSR
-from actial_fast.evaluation.sets.viewpoint import VIEWPOINT, VIEWPOINT_100K
+from actial_fast.evaluation.sets.viewpoint import STRATA, VIEWPOINT, VIEWPOINT_100K
 from actial_fast.evaluation.sets.viewspatial import VIEWSPATIAL
 from actial_fast.evaluation.sets.vsi import VSI
 from actial_fast.evaluation.specs import benchmark, own_prompt, vlmevalkit
@@ -79,7 +79,7 @@ def open_set(what: str, format: str = "auto") -> Opened:
 def file_set(path: Path, format: str = "auto") -> BenchmarkSet:
     """The set that a file is by itself: named after it and its folder, its figures by category, over all and over groups of rotations."""
     name = "/".join((*path.resolve().parts[-2:-1], path.stem))
-    figures = together(each(), micro(), _where_several(macro(), lambda item: item.category), _circular)
+    figures = together(each(), micro(), _where_several(macro(), lambda item: item.category), *STRATA, _circular)
     if path.suffix.lower() in TABLES:
         return benchmark(name, name, str(path), opener(name, str(path), [vlmevalkit(own_prompt)]), figures, "accuracy")
 

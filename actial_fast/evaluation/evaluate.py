@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from actial_fast.data.sources.row import Row
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.data.sources.stream import Example, Pass
 from actial_fast.data.sources.task import score_of, task_of
+from actial_fast.evaluation.losses import losses
 from actial_fast.evaluation.statistics import Record, accuracy_table
+from actial_fast.model.policy import Policy
 from actial_fast.model.processor import Processor
 from actial_fast.report.metrics import MetricLog
 from actial_fast.report.paired import KEY
@@ -62,7 +64,7 @@ def attempt(
     row or for want of memory, still meets the others where they wait for its records. Raises GivenUp on every rank once `stop` is asked.
     """
     tables, failures = {}, {}
-    left = _named(config)
+    left = named(config.sources, config.temperature)
     while left:
         with awake(engine, version):
             broken = False
@@ -88,6 +90,7 @@ def attempt(
 
 def held_out(
     engine: Engine,
+    policy: Policy,
     processor: Processor,
     recipe: SFTRecipe | GRPORecipe,
     where: World,
@@ -96,18 +99,47 @@ def held_out(
     stop: Stop,
     phases: Phases,
 ) -> dict[str, dict[str, Any]] | None:
-    """The tables of the evaluation that belongs behind `step`, logged; those that the log has already, in a run that goes on; None where no
-    evaluation is due.
+    """The evaluation that belongs behind `step`, logged: losses of eval.loss_sources, then the tables of eval.sources, which are returned;
+    None where none is due. What the log has already, in a run that goes on, is not measured again.
 
     A source that fails is logged with its cause and left out, unless eval.fatal: then ValueError.
     """
     config = recipe.eval
     last, first = step == log.total, step == 0 and (config.before or isinstance(recipe, GRPORecipe))
-    due = last or first or (step > 0 and config.every > 0 and step % config.every == 0)
-    if not config.sources or not due:
+    if not (last or first or (step > 0 and config.every > 0 and step % config.every == 0)):
         return None
+    failures: dict[str, str] = {}
+    if config.loss_sources and not where.gather([log.measured(step)])[0]:
+        with phases("eval"):
+            found, failures = losses(policy, processor, recipe, named(config.loss_sources), where, stop)
+        phases.add("eval", tokens=sum(each.tokens for each in found.values()) / where.size)
+        log.losses(step, {name: (each.mean, each.perplexity, each.tokens, each.rows) for name, each in found.items()})
+    tables = None
+    if config.sources:
+        tables, more = _tables(engine, processor, recipe, where, log, step, stop, phases)
+        failures |= more
+    for name, cause in failures.items():
+        log.event("eval_failed", {"name": name, "cause": cause}, step)
+        log.say(f"{recipe.name} step {step}: {name} was NOT evaluated: {cause}")
+    if failures and config.fatal:
+        raise Agreed("eval.fatal: " + "; ".join(f"{name}: {cause}" for name, cause in failures.items()))
+    return tables
+
+
+def _tables(
+    engine: Engine,
+    processor: Processor,
+    recipe: SFTRecipe | GRPORecipe,
+    where: World,
+    log: MetricLog,
+    step: int,
+    stop: Stop,
+    phases: Phases,
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The tables of eval.sources, logged, and why the others failed; those that the log has already."""
+    config = recipe.eval
     if before := where.gather([log.evaluated(step)])[0]:
-        return before
+        return before, {}
     halved: Counter[str] = Counter()
     with phases("eval"):
         tables, failures = attempt(
@@ -119,12 +151,7 @@ def held_out(
         text = f"memory ran short {times} times over {', '.join(+halved)}; batches of replies are smaller now"
         log.event("short_of_memory", {"halved": times, "text": text}, step)
         log.say(f"{recipe.name} step {step}: {text}")
-    for name, cause in failures.items():
-        log.event("eval_failed", {"name": name, "cause": cause}, step)
-        log.say(f"{recipe.name} step {step}: {name} was NOT evaluated: {cause}")
-    if failures and config.fatal:
-        raise Agreed("eval.fatal: " + "; ".join(f"{name}: {cause}" for name, cause in failures.items()))
-    return tables
+    return tables, failures
 
 
 def reply_tokens(results: dict[str, dict[str, Any]]) -> float:
@@ -217,10 +244,8 @@ def _key(row: Row) -> str:
     return base64.urlsafe_b64encode(told.digest()).decode()
 
 
-def _named(config: EvalConfig) -> list[tuple[str, SourceConfig]]:
+def named(sources: Sequence[SourceConfig], temperature: float = 0.0) -> list[tuple[str, SourceConfig]]:
     """Each source under its folder's and file's name, the same in every stage; sampled figures never share a name with greedy ones."""
-    suffix = f" at temperature {config.temperature:g}" if config.temperature else ""
-    names = ["/".join(Path(source.path).with_suffix("").parts[-2:]) + suffix for source in config.sources]
-    return [
-        (n if names.count(n) == 1 else f"{n} #{i + 1}", source) for i, (n, source) in enumerate(zip(names, config.sources, strict=True))
-    ]
+    suffix = f" at temperature {temperature:g}" if temperature else ""
+    names = ["/".join(Path(source.path).with_suffix("").parts[-2:]) + suffix for source in sources]
+    return [(n if names.count(n) == 1 else f"{n} #{i + 1}", source) for i, (n, source) in enumerate(zip(names, sources, strict=True))]

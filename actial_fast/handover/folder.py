@@ -81,6 +81,7 @@ def hand_over(recipe: GRPORecipe, name: str, out: Path, progress: Progress = sil
         raise ValueError(f"--out {out}: there is something already; name a folder that is new or empty")
     check(recipe)
     score_function(recipe.rewards)
+    name = " ".join(name.split()).replace("\\", "/").replace('"', "'")  # it goes into a comment and a docstring
     pixels, out = _pixels(recipe), out.resolve()
     temporary = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -138,7 +139,7 @@ def _write(recipe: GRPORecipe, name: str, folder: Path, limits: Limits, progress
 
 
 def _script(name: str, settings: list[Override], lines: list[str]) -> str:
-    written = "\n".join(f"#   - {line}" for line in lines)
+    written = "\n".join(f"#   - {' '.join(line.split())}" for line in lines)
     return SCRIPT.format(
         recipe=name,
         version=version("actial-fast"),

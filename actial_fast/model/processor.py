@@ -19,12 +19,13 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file
 
-from actial_fast.data.sources.picture import MAX_PIXELS
+from actial_fast.data.sources.picture import MAX_PIXELS, size
 from actial_fast.data.sources.row import IMAGE_TAG, BadRow, Turn
+from actial_fast.data.sources.stats import Lengths
 from actial_fast.data.sources.stream import Example
 from actial_fast.data.sources.tags import TAG
 from actial_fast.packing.batch import Sequence, mrope_positions
-from actial_fast.packing.images import ImageSettings, ImageStore
+from actial_fast.packing.images import GB, MOST, ImageSettings, ImageStore
 
 IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -69,18 +70,19 @@ class Processor:
         room: int = 0,
         max_patches: int = 0,
         image_cache: str = "",
+        image_cache_gb: float = MOST / GB,
         max_image_pixels: int = MAX_PIXELS,
     ) -> Processor:
         """From a checkpoint folder or hub name; the pixel limits replace the checkpoint's where they are not 0.
 
-        image_cache: folder of the ImageStore, empty for its default; max_image_pixels: of an image before it is resized. ValueError for a
-        chat template that writes what a reply has to begin with.
+        image_cache: folder of the ImageStore, empty for its default; image_cache_gb: what it may take, 0 for any; max_image_pixels: of an
+        image before it is resized. ValueError for a chat template that writes what a reply has to begin with.
         """
         images = Qwen2VLImageProcessorPil.from_pretrained(path)
         images.size = dict(zip(("shortest_edge", "longest_edge"), _limits(images, min_pixels, max_pixels), strict=True))
-        store = ImageStore(ImageSettings.of(images), Path(image_cache).expanduser() if image_cache else None, max_image_pixels)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        tokenizer.chat_template = tokenizer.chat_template or _template(path)
+        folder = Path(image_cache).expanduser() if image_cache else None
+        store = ImageStore(ImageSettings.of(images), folder, max_image_pixels, round(image_cache_gb * GB))
+        tokenizer = load_tokenizer(path)
         processor = Processor(tokenizer, images, store, max_prompt, max_tokens, room, max_patches, _ends(path, len(tokenizer)))
         if TAG.search(opening := processor._render([{"role": "user", "content": "-"}], open_reply=True)):
             raise ValueError(
@@ -161,7 +163,21 @@ class Processor:
             raise ValueError("the chat template rewrites earlier turns, so that nothing can be said between replies")
         ids = np.array(self._tokens(rendered[len(before) :]), np.int64)
         keys = tuple(self.store.put(image, where) for image in images)
-        return self._expanded(ids, keys, where)[0], keys
+        return self._expanded(ids, tuple(map(self.store.grid, keys)), where)[0], keys
+
+    def measure(self, example: Example, turns: tuple[Turn, ...]) -> Lengths:
+        """How long these turns of a row become, by the headers of its images: nothing is decoded or kept. BadRow as `encode`."""
+        where, settings = example.row.where, self.store.settings
+        ids, trained = self._known(turns, where)
+        images = example.row.images[: sum(t.content.count(IMAGE_TAG) for t in turns)]
+        sides = [settings.size(*size(image, where, self.store.limit)) for image in images]
+        grids = tuple((1, height // settings.patch, width // settings.patch) for height, width in sides)
+        ids, repeats = self._expanded(ids, grids, where)
+        trained = np.repeat(trained, repeats)
+        patches = sum(map(math.prod, dict(zip(images, grids, strict=True)).values()))
+        self._check(trained, patches, where)
+        reply = int(trained.sum())
+        return Lengths(len(ids) - reply, int((ids == self.image_token).sum()), reply, patches)
 
     def overfull(self, conversation: Sequence, reply: int) -> bool:
         """Whether a conversation with a reply of so many tokens is more than a row may be, in tokens or patches."""
@@ -173,34 +189,42 @@ class Processor:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def _sequence(self, turns: tuple[Turn, ...], images: Many[Path | bytes | np.ndarray], where: str) -> Sequence:
+        ids, trained = self._known(turns, where)
+        shown = images[: sum(t.content.count(IMAGE_TAG) for t in turns)]
+        keys = tuple(self.store.put(image, where) for image in shown)
+        grids = tuple(map(self.store.grid, keys))
+        ids, repeats = self._expanded(ids, grids, where)
+        trained = np.repeat(trained, repeats)
+        self._check(trained, sum(map(math.prod, dict(zip(keys, grids, strict=True)).values())), where)
+        return Sequence(ids, trained, mrope_positions(ids, grids, self.image_token, self.merge), keys, grids, where)
+
+    def _known(self, turns: tuple[Turn, ...], where: str) -> tuple[np.ndarray, np.ndarray]:
+        """As _tokenised; BadRow where the text cannot be."""
         try:
-            ids, trained = self._tokenised(turns)
+            return self._tokenised(turns)
         except ValueError as error:
             raise BadRow(where, str(error)) from None
         except Exception as error:  # the template's or the tokenizer's: whatever it is, this text brought it about
             raise BadRow(where, f"the text cannot be tokenised ({type(error).__name__}: {error})") from None
-        shown = images[: sum(t.content.count(IMAGE_TAG) for t in turns)]
-        keys = tuple(self.store.put(image, where) for image in shown)
-        grids = tuple(map(self.store.grid, keys))
-        ids, repeats = self._expanded(ids, keys, where)
-        trained = np.repeat(trained, repeats)
+
+    def _check(self, trained: np.ndarray, patches: int, where: str) -> None:
+        """BadRow for a row of so many tokens, and patches, that it does not fit."""
         if (prompt := int((~trained).sum())) > self.max_prompt:
             raise BadRow(where, f"prompt of {prompt} tokens, over max_prompt_tokens={self.max_prompt}; use fewer or smaller images")
         answers = bool(trained.any())
         reply = 0 if answers else self.room
-        if self.max_tokens and len(ids) + reply > self.max_tokens:
-            what = f"{len(ids)} tokens with its answers" if answers else f"prompt of {len(ids)} tokens, and {reply} for a reply"
+        if self.max_tokens and len(trained) + reply > self.max_tokens:
+            what = f"{len(trained)} tokens with its answers" if answers else f"prompt of {len(trained)} tokens, and {reply} for a reply"
             raise BadRow(where, f"{what}, over pack_tokens={self.max_tokens}; raise it or leave the row out")
-        if self.max_patches and (patches := sum(map(math.prod, dict(zip(keys, grids, strict=True)).values()))) > self.max_patches:
+        if 0 < self.max_patches < patches:
             raise BadRow(where, f"images of {patches} patches, over pack_patches={self.max_patches}; raise it or lower model.max_pixels")
-        return Sequence(ids, trained, mrope_positions(ids, grids, self.image_token, self.merge), keys, grids, where)
 
-    def _expanded(self, ids: np.ndarray, keys: tuple[str, ...], where: str) -> tuple[np.ndarray, np.ndarray]:
+    def _expanded(self, ids: np.ndarray, grids: tuple[tuple[int, int, int], ...], where: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids (n,) with as many image tokens as each image needs, and how often each of the n stands there."""
         repeats = np.ones(len(ids), np.int64)
-        if (places := int((ids == self.image_token).sum())) != len(keys):
-            raise BadRow(where, f"the chat template leaves {places} of its {len(keys)} images")
-        repeats[ids == self.image_token] = [math.prod(self.store.grid(key)) // self.merge**2 for key in keys]
+        if (places := int((ids == self.image_token).sum())) != len(grids):
+            raise BadRow(where, f"the chat template leaves {places} of its {len(grids)} images")
+        repeats[ids == self.image_token] = [math.prod(grid) // self.merge**2 for grid in grids]
         return np.repeat(ids, repeats), repeats
 
     @functools.cached_property
@@ -224,17 +248,20 @@ class Processor:
         for i, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            opened = self._render(messages[:i], open_reply=True)
-            if not opened.startswith(done):
-                raise ValueError(
-                    "the chat template rewrites earlier turns (it drops their reasoning, say), so that they cannot be trained on"
-                )
+            opened = self._after(done, messages[:i])
             answer = turn.content + self.tokenizer.convert_ids_to_tokens(self.eos)
-            pieces += [(opened[len(done) :], False), (answer, True)]
-            done = opened + answer
+            pieces += [(opened, False), (answer, True)]
+            done += opened + answer
         if not pieces or turns[-1].role != "assistant":
-            pieces.append((self._render(messages, open_reply=True)[len(done) :], False))
+            pieces.append((self._after(done, messages), False))
         return pieces
+
+    def _after(self, done: str, messages: list[dict[str, str]]) -> str:
+        """What the template writes behind `done`, up to where the next reply begins."""
+        opened = self._render(messages, open_reply=True)
+        if not opened.startswith(done):
+            raise ValueError("the chat template rewrites earlier turns (it drops their reasoning, say), so that they cannot be trained on")
+        return opened[len(done) :]
 
     @functools.cached_property
     def _special(self) -> tuple[str, ...]:
@@ -245,6 +272,13 @@ class Processor:
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder or hub name, with its chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = tokenizer.chat_template or _template(path)
+    return tokenizer
 
 
 def _template(path: str) -> str | None:

@@ -3,7 +3,8 @@
 Here live rows, groups, micro-batches and images as arrays. No model, no loss, no Hugging Face: a trainer with another model can use it.
 In order of reading: batch.py (a sequence, a packed batch, which sequences share a beginning), planning.py (what goes on which rank and in
 which micro-batch) and layout.py (every index the device needs) with native.py before them (the same two in C++, ../../csrc), images.py
-(decoded and resized once, kept on disk), packed_ops.py (pixels to patches, text and image rows to the model's input; ../kernels on CUDA).
+(decoded and resized once, kept on disk within a limit: room.py and claims.py), packed_ops.py (pixels to patches, text and image rows to
+the model's input; ../kernels on CUDA).
 """
 
 import importlib

@@ -7,15 +7,14 @@ until they are on the device (packed_ops), and the vision tower sees each once (
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import math
-import mmap
 import os
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,15 @@ from PIL import Image
 
 from actial_fast.data.sources.cache import folder as cache_folder
 from actial_fast.data.sources.picture import MAX_PIXELS, check_aspect, decode, read, shown
+from actial_fast.data.sources.told import told
+from actial_fast.packing.claims import Claim, Claims, Key, alone
+from actial_fast.packing.room import LOCKS, add, place
 
-VERSION = 2  # of the files and of what is in them
-RECORD = struct.Struct("<16sQIIII")  # key, first byte, height, width, checksum of the pixels, checksum of the record so far
-ALIGN = 64  # bytes; images start at multiples of it
-GROWTH = 64 << 20  # bytes by which the file of pixels grows, sparse, so that it is rarely mapped anew
-LOCKS = 64
+VERSION = 3  # of the files and of what is in them
+HEADER = struct.Struct("<16sIII36x")  # of a file, before its pixels: key, height, width, checksum of the pixels
+GB = 10**9
+MOST = 200 * GB  # bytes of all stores by default: of two frames each at the recipes' sizes, 100,000 rows take half
+UNLOCKABLE = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @dataclass(frozen=True)
@@ -91,19 +93,20 @@ class ImageSettings:
 
 
 class ImageStore:
-    """Images at their final size, each decoded once by whoever needs it first, in memory-mapped files.
+    """Images at their final size, each decoded once by whoever needs it first, in a file each.
 
     folder: where the stores of all settings live, default $XDG_CACHE_HOME/actial_fast/images (~/.cache without it). A store is a folder in
-    it, named by the settings that change pixels: `pixels` holds 3 * height * width bytes an image (752,640 for 320 merged tokens of
-    28 x 28), `index` 40 bytes. Both only grow; delete the folder when no run uses it. Threads and processes of one machine may share a
-    store, forked ones included. What a killed writer left half done has no record, or one whose checksum fails, and is done again. A store
-    that may only be read gives what it holds.
+    it, named by the settings that change pixels; an image takes 3 * height * width bytes (752,640 for 320 merged tokens of 28 x 28).
+    Threads and processes of one machine may share a store, forked ones included. What a killed writer left half done has no name yet and
+    is done again, and so is what is damaged: it has a checksum. A store that may only be read gives what it holds.
 
-    limit: images with more pixels are refused.
+    limit: images with more pixels are refused. most: bytes that all stores of the folder may take; 0 is no limit. Beyond it those go that
+    were not used for longest, but none whose key is alive in some process (claims.Key): where these alone are more, it is exceeded, and
+    that is told.
     """
 
-    def __init__(self, settings: ImageSettings, folder: Path | None = None, limit: int = MAX_PIXELS):
-        self.settings, self.limit = settings, limit
+    def __init__(self, settings: ImageSettings, folder: Path | None = None, limit: int = MAX_PIXELS, most: int = MOST):
+        self.settings, self.limit, self.most = settings, limit, most
         shape = (VERSION, settings.patch * settings.merge, settings.min_pixels, settings.max_pixels, settings.resample)
         self._salt = hashlib.blake2b(repr(shape).encode(), digest_size=8).digest()
         cache = cache_folder() / "images"
@@ -112,68 +115,131 @@ class ImageStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"{self.folder}: cannot be made ({error}); set XDG_CACHE_HOME to a folder that can be written") from None
-        self._mutex = threading.RLock()
-        self._found: dict[str, tuple[int, int, int, int]] = {}  # key -> first byte, height, width, checksum
-        self._sound: set[str] = set()  # keys whose checksum was seen to hold
+        self._claims = Claims(self.folder / LOCKS)
+        self._sizes: dict[str, tuple[int, int]] = {}  # of images whose checksum was seen to hold: height, width, by the text of their key
         self._files: dict[Path, tuple[tuple[int, int], str]] = {}  # of files read: size and time, key
-        self._read = self._end = 0  # bytes of the index that were read, bytes of pixels that these tell of
-        self._map: mmap.mmap | bytes = b""
+        self._mutex = threading.Lock()
         self.decodes = 0
         """Images this object has decoded and resized."""
         self.hits = 0
         """Images it was given that had been decoded before."""
 
     def __reduce__(self) -> tuple[type[ImageStore], tuple[Any, ...]]:
-        return ImageStore, (self.settings, self._root, self.limit)
+        return ImageStore, (self.settings, self._root, self.limit, self.most)
 
-    def put(self, image: Path | bytes | Image.Image | np.ndarray, where: str = "") -> str:
-        """The key of an image, which is decoded, resized and kept if nobody has before.
+    def put(self, image: Path | bytes | Image.Image | np.ndarray, where: str = "") -> Key:
+        """The key of an image, which is decoded, resized and kept if nobody has before. While the key is alive, so is the image.
 
         image: a file, its bytes, a PIL image, or uint8 (H, W, 3). Equal bytes have one key, and so have equal pixels. Raises BadRow, naming
         `where`, for one that is missing, cannot be decoded or has a shape that `size` refuses; ValueError when it cannot be kept.
         """
         data, key = self._content(image, where)
-        if self._sound_entry(key) is None and self._keep(key, lambda: self.settings.fit(self._decode(data, image, where), where)):
-            with self._mutex:
-                self.decodes += 1
-            return key
+        made = not self.hold(key) and self._keep(key, lambda: self.settings.fit(self._decode(data, image, where), where))
         with self._mutex:
-            self.hits += 1
+            self.decodes += made
+            self.hits += not made
         return key
 
-    def __contains__(self, key: str) -> bool:
-        """Whether the store has an image of this key."""
-        return self._sound_entry(key) is not None
+    def hold(self, key: str) -> bool:
+        """Keep an image from being removed while this Key is alive, and whether there is one. ValueError where files cannot be locked."""
+        if isinstance(key, Key) and key.claim is None:
+            key.claim = self._claimed(key)
+        if self._size(key) is not None:
+            with contextlib.suppress(OSError):  # one that may only be read
+                os.utime(place(self.folder, key))
+            return True
+        if isinstance(key, Key):
+            key.claim = None
+        return False
 
     def keep(self, key: str, pixels: np.ndarray) -> None:
-        """Keep an image that another store of the same settings has under this key: pixels (H, W, 3) uint8, as its `pixels` gives them.
-        ValueError when it cannot be kept."""
+        """Keep an image that another store of the same settings has under this key, and hold it: pixels (H, W, 3) uint8, as its `pixels`
+        gives them. ValueError when it cannot be kept."""
         self._keep(key, lambda: pixels)
+
+    def pixels(self, key: str) -> np.ndarray:
+        """The image as uint8 (H, W, 3). KeyError for one that `put` has not given, or that was removed since its key was let go of."""
+        if (found := self._read(key)) is None:
+            raise KeyError(f"{key}: {self.folder} holds no sound image of this key; put it")
+        return found
+
+    def copy(self, key: str, out: np.ndarray) -> None:
+        """Read the image into `out`, uint8 (3 * H * W,), contiguous. KeyError as `pixels`."""
+        if self._read(key, out) is None:
+            raise KeyError(f"{key}: {self.folder} holds no sound image of this key; put it")
+
+    def grid(self, key: str) -> tuple[int, int, int]:
+        """(frames, rows, columns) in patches, as transformers' image_grid_thw. KeyError as `pixels`."""
+        height, width = self._sizes.get(key) or self.pixels(key).shape[:2]
+        return 1, height // self.settings.patch, width // self.settings.patch
+
+    def _claimed(self, key: str) -> Claim:
+        try:
+            return self._claims.claim(key)
+        except OSError as error:
+            raise self._unlockable(error) from None
+
+    def _unlockable(self, error: OSError) -> ValueError:
+        return ValueError(
+            f"{self.folder}: files there cannot be locked ({error.strerror}), which keeping images needs; name a folder on another "
+            "file system (data.image_cache, or XDG_CACHE_HOME)"
+        )
 
     def _keep(self, key: str, pixels: Callable[[], np.ndarray]) -> bool:
         """Keep what `pixels` gives unless the store has it, and whether that was so; whoever else wants this image waits for us."""
         try:
-            with _locked(self.folder / f"lock{int(key[:8], 16) % LOCKS:02}"):
-                if missing := self._sound_entry(key) is None:
-                    self._append(key, pixels())
-                return missing
+            with alone(self.folder / LOCKS, key):
+                if self.hold(key):
+                    return False
+                claim = self._claimed(key)  # from here on, so that no one takes the file away before it has its name
+                if isinstance(key, Key):
+                    key.claim = claim
+                image = np.ascontiguousarray(pixels())
+                over = add(self.folder, key, _packed(key, image), self.most)
         except OSError as error:
+            if error.errno in UNLOCKABLE:
+                raise self._unlockable(error) from None
             raise ValueError(
-                f"{self.folder}: cannot keep an image ({error.strerror}); free space there, or name another folder (data.image_cache, or "
-                "XDG_CACHE_HOME)"
+                f"{self.folder}: cannot keep an image ({error.strerror}); free space there, name another folder (data.image_cache, or "
+                "XDG_CACHE_HOME), or let it take less (data.image_cache_gb)"
             ) from None
+        self._sizes[str(key)] = image.shape[0], image.shape[1]
+        if over:
+            told(f"running steps need more images than the {self.most / GB:g} GB of data.image_cache_gb hold: exceeded", str(self.folder))
+        return True
 
-    def pixels(self, key: str) -> np.ndarray:
-        """The image as uint8 (H, W, 3), a read-only view of the file. KeyError for a key that `put` did not give."""
-        start, height, width, _ = self._entry(key)
-        return np.frombuffer(self._mapped(start + 3 * height * width), np.uint8, 3 * height * width, start).reshape(height, width, 3)
+    def _size(self, key: str) -> tuple[int, int] | None:
+        """Height and width of an image that is there, or None; its pixels are read through once a process."""
+        if (known := self._sizes.get(key)) and place(self.folder, key).exists():
+            return known
+        self._sizes.pop(key, None)
+        found = self._read(key)
+        return None if found is None else (found.shape[0], found.shape[1])
 
-    def grid(self, key: str) -> tuple[int, int, int]:
-        """(frames, rows, columns) in patches, as transformers' image_grid_thw. KeyError for a key that `put` did not give."""
-        _, height, width, _ = self._entry(key)
-        return 1, height // self.settings.patch, width // self.settings.patch
+    def _read(self, key: str, out: np.ndarray | None = None) -> np.ndarray | None:
+        """The image, in `out` if given; None where there is none, or none that is whole."""
+        try:
+            file = open(place(self.folder, key), "rb")
+        except FileNotFoundError:
+            return None
+        with file:
+            head = file.read(HEADER.size)
+            if len(head) < HEADER.size:
+                return None
+            name, height, width, checksum = HEADER.unpack(head)
+            size = 3 * height * width
+            if name.hex() != key or os.fstat(file.fileno()).st_size != HEADER.size + size:
+                return None
+            pixels = np.empty(size, np.uint8) if out is None else out
+            if file.readinto(pixels.data) != size:
+                return None
+        if key not in self._sizes:
+            if zlib.crc32(pixels.data) != checksum:
+                return None
+            self._sizes[str(key)] = height, width
+        return pixels.reshape(height, width, 3)
 
-    def _content(self, image: Path | bytes | Image.Image | np.ndarray, where: str) -> tuple[bytes | np.ndarray, str]:
+    def _content(self, image: Path | bytes | Image.Image | np.ndarray, where: str) -> tuple[bytes | np.ndarray, Key]:
         """What is decoded, and its key. A file that has not changed since it was last read is not read again."""
         stamp = None
         data: bytes | np.ndarray
@@ -181,8 +247,8 @@ class ImageStore:
             with contextlib.suppress(OSError, ValueError):  # what is wrong is said by whoever reads it
                 status = image.stat()
                 stamp = status.st_size, status.st_mtime_ns
-            known, key = self._files.get(image, (None, ""))
-            if stamp and known == stamp and self._sound_entry(key):
+            known, text = self._files.get(image, (None, ""))
+            if stamp and known == stamp and self.hold(key := Key(text)):
                 return b"", key
             data = read(image, where)
         elif isinstance(image, Image.Image):
@@ -195,9 +261,9 @@ class ImageStore:
         digest = hashlib.blake2b(digest_size=16, salt=self._salt)
         digest.update(repr(data.shape if isinstance(data, np.ndarray) else "encoded").encode())
         digest.update(data.reshape(-1).data if isinstance(data, np.ndarray) else data)
-        key = digest.hexdigest()
+        key = Key(digest.hexdigest())
         if stamp and isinstance(image, Path):
-            self._files[image] = stamp, key
+            self._files[image] = stamp, str(key)  # the text: a key would claim the image for ever
         return data, key
 
     def _decode(self, data: bytes | np.ndarray, image: Any, where: str) -> np.ndarray:
@@ -205,96 +271,8 @@ class ImageStore:
             return data
         return decode(data, where, self.limit, file=image if isinstance(image, Path) else None)
 
-    def _entry(self, key: str) -> tuple[int, int, int, int]:
-        if (entry := self._sound_entry(key)) is None:
-            raise KeyError(f"{key}: {self.folder} holds no sound image of this key; put it")
-        return entry
 
-    def _sound_entry(self, key: str) -> tuple[int, int, int, int] | None:
-        """An entry whose pixels are what was written, or None; the pixels are read through once a process."""
-        with self._mutex:
-            if key not in self._found:
-                with _locked(self.folder / "index", fcntl.LOCK_SH) as index:
-                    self._refresh(index)
-            entry = self._found.get(key)
-            if entry and key not in self._sound:
-                start, height, width, checksum = entry
-                end = start + 3 * height * width
-                whole = self._mapped(end)
-                if len(whole) < end or zlib.crc32(memoryview(whole)[start:end]) != checksum:
-                    del self._found[key]
-                    return None
-                self._sound.add(key)
-            return entry
-
-    def _refresh(self, index: int) -> None:
-        """Reads the records that were added. A record that is incomplete or wrong was torn: it tells of nothing."""
-        size = os.fstat(index).st_size
-        data = os.pread(index, (size - self._read) // RECORD.size * RECORD.size, self._read)
-        for at in range(0, len(data), RECORD.size):
-            key, start, height, width, checksum, own = RECORD.unpack_from(data, at)
-            if own == zlib.crc32(data[at : at + RECORD.size - 4]):
-                self._found[key.hex()] = start, height, width, checksum
-                self._end = max(self._end, start + 3 * height * width)
-        self._read += len(data)
-
-    def _append(self, key: str, pixels: np.ndarray) -> None:
-        """Pixels first, then their record, so that a record is never ahead of them."""
-        with self._mutex, _locked(self.folder / "index") as index:
-            self._refresh(index)
-            data = np.ascontiguousarray(pixels).data.cast("B")
-            start = -(-self._end // ALIGN) * ALIGN
-            end = start + len(data)
-            with _opened(self.folder / "pixels") as file:
-                if os.fstat(file).st_size < end:
-                    os.ftruncate(file, -(-end // GROWTH) * GROWTH)
-                _write(file, data, start)
-            entry = start, *pixels.shape[:2], zlib.crc32(data)
-            record = RECORD.pack(bytes.fromhex(key), *entry, 0)[:-4]
-            _write(index, memoryview(record + struct.pack("<I", zlib.crc32(record))), self._read)
-            self._read += RECORD.size
-            self._found[key], self._end = entry, end
-            self._sound.add(key)
-
-    def _mapped(self, end: int) -> mmap.mmap | bytes:
-        """The file of pixels in memory, mapped anew when it has grown; arrays on an older map keep that one."""
-        with self._mutex:
-            if len(self._map) < end:
-                with _opened(self.folder / "pixels", read_only=True) as file:
-                    self._map = mmap.mmap(file, 0, access=mmap.ACCESS_READ) if os.fstat(file).st_size else b""
-            return self._map
-
-
-@contextlib.contextmanager
-def _opened(path: Path, read_only: bool = False) -> Iterator[int]:
-    """The file, made where there is none. read_only: it may be one that cannot be written."""
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError:
-        if not (read_only and path.exists()):
-            raise
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield file
-    finally:
-        os.close(file)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[int]:
-    """The file, opened and locked against every other opening of it: another thread's, a forked child's, another process's."""
-    with _opened(path, read_only=how == fcntl.LOCK_SH) as file:
-        try:
-            fcntl.flock(file, how)
-        except OSError as error:
-            raise ValueError(
-                f"{path.parent}: files there cannot be locked ({error.strerror}), which keeping images needs; name a folder on another "
-                "file system (data.image_cache, or XDG_CACHE_HOME)"
-            ) from None
-        yield file
-
-
-def _write(file: int, data: memoryview, at: int) -> None:
-    while data:
-        written = os.pwrite(file, data, at)
-        data, at = data[written:], at + written
+def _packed(key: str, image: np.ndarray) -> tuple[bytes, memoryview]:
+    """What the file of an image holds: its header and its pixels."""
+    pixels = image.data.cast("B")
+    return HEADER.pack(bytes.fromhex(key), *image.shape[:2], zlib.crc32(pixels)), pixels

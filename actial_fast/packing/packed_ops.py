@@ -51,14 +51,14 @@ class PixelBatch:
 def collect(store: ImageStore, keys: Iterable[str], *, pin: bool = False) -> PixelBatch:
     """The pixels of the images with these keys, in order, on the CPU; pin: in page-locked memory. KeyError as ImageStore.pixels."""
     keys = list(keys)
-    images, grids = [store.pixels(key) for key in keys], tuple(store.grid(key) for key in keys)
-    merge = store.settings.merge
+    grids, settings = tuple(store.grid(key) for key in keys), store.settings
+    merge, sizes = settings.merge, [3 * math.prod(grid) * settings.patch**2 for grid in grids]
     tokens = np.cumsum([0, *(math.prod(grid) // merge**2 for grid in grids)])
-    starts = np.cumsum([0, *(-(-image.nbytes // ALIGN) * ALIGN for image in images)])
+    starts = np.cumsum([0, *(-(-size // ALIGN) * ALIGN for size in sizes)])
     pixels = torch.zeros(int(starts[-1]), dtype=torch.uint8, pin_memory=pin)
     flat = pixels.numpy()
-    for image, start in zip(images, starts, strict=False):
-        flat[start : start + image.nbytes] = image.reshape(-1)
+    for key, start, size in zip(keys, starts, sizes, strict=False):
+        store.copy(key, flat[start : start + size])
     table = torch.from_numpy(np.array([tokens[:-1], starts[:-1], [columns // merge for _, _, columns in grids]], np.int64))
     return PixelBatch(pixels, table.pin_memory() if pin else table, grids, int(tokens[-1]), store.settings)
 

@@ -1,4 +1,5 @@
-"""Stacked bars over the steps of one stage, as inline SVG like chart.py's lines; many steps share a bar, which has their mean."""
+"""Bars as inline SVG like chart.py's lines: stacked ones over the steps of one stage, of which many share a bar with their mean, and
+histograms."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from html import escape
 from statistics import median
 from typing import Any
 
-from actial_fast.report.chart import WIDE, WIDTH, figure, frame, number, short, spans, ticks, y_scale
+from actial_fast.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDE, WIDTH, figure, frame, number, short, spans, ticks, y_scale
 
 BARS = 120
 FINE = 8 * BARS  # bars that go along as numbers, for a part of the steps from close by
@@ -65,7 +66,7 @@ def stacked_bars(
 def _values(
     parts: Mapping[str, Mapping[int, float]], steps: Sequence[int], span: tuple[str, float, float, int], colours: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The bars for page.js, finer than they are drawn: the place of each, how many steps it has, and the mean of each part over these."""
+    """The bars for bars.js, finer than they are drawn: the place of each, how many steps it has, and the mean of each part over these."""
     together = math.ceil(span[3] / FINE)
     members: dict[int, list[int]] = {}
     for step in steps:
@@ -88,3 +89,32 @@ def _values(
 def _mean(values: Mapping[int, float], steps: Sequence[int]) -> float:
     """Over these steps; what is missing or not finite is 0."""
     return math.fsum(v for step in steps if math.isfinite(v := values.get(step, 0.0))) / len(steps)
+
+
+def histogram(title: str, edges: Sequence[float], counts: Sequence[int], marks: Mapping[str, float]) -> str:
+    """An HTML `<figure>` of how often values lie between each edge and the next. edges: n + 1, ascending, for n counts; marks: values that
+    a dashed line and the legend show, by name. It needs no script."""
+    low, high, top = edges[0], edges[-1], max(counts) or 1
+    y = y_scale(0.0, 1.04 * top, False)
+
+    def x(value: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (value - low) / (high - low)
+
+    out = []
+    for tick in (tick for tick in ticks(0.0, 1.04 * top, 5) if tick == int(tick)):
+        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        out.append(f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{y(tick) + 3.5:.1f}">{number(tick)}</text>')
+    for tick in ticks(low, high, 6):
+        out.append(f'<text class="tick" text-anchor="middle" x="{x(tick):.1f}" y="{HEIGHT - 8}">{number(tick, 4)}</text>')
+    bars = []
+    for left, right, count in zip(edges, edges[1:], counts, strict=False):
+        if count:
+            bars.append(f"M{x(left):.1f},{y(count):.1f}H{max(x(right) - 1, x(left) + 0.5):.1f}V{y(0):.1f}H{x(left):.1f}z")
+    out.append(f'<path class="bars" style="fill:var(--c0)" d="{"".join(bars)}"/>')
+    for value in marks.values():
+        out.append(f'<line class="guide" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{TOP - 8}" y2="{HEIGHT - BOTTOM}"/>')
+    legend = [f"<span>{escape(name)} <b>{number(value, 4)}</b></span>" for name, value in marks.items()]
+    return (
+        f'<figure><figcaption>{escape(title)}</figcaption><div class="legend">{"".join(legend)}</div>'
+        f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(title)}">{"".join(out)}</svg></figure>'
+    )

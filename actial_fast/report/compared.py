@@ -12,6 +12,7 @@ import yaml
 
 from actial_fast.report.curves import Runs, grid, grpo, learning, optimisation, speed
 from actial_fast.report.evaluations import figure_table, sentence
+from actial_fast.report.held_out import loss_charts
 from actial_fast.report.html import bullets, contents, document, folded, section, write
 from actial_fast.report.run import Moment, Run, read_run
 from actial_fast.report.stages import stage_table
@@ -37,7 +38,7 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
     sections = [
         section("What differs in the recipes", _differences({label: _settings(run) for label, run in runs.items()})),
         section("Evaluation, each run's last", "".join(_tables(runs))),
-        section("Learning", grid(learning(runs))),
+        section("Learning", grid([*loss_charts(runs), *learning(runs)])),
         section("GRPO", grid(grpo(runs))),
         section("Where the time goes", grid(speed(runs))),
         section("Speed and optimisation", grid(optimisation(runs))),

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from actial_fast.report.chart import Chart, Guide, Series, lines, moving_average
 from actial_fast.report.html import folded
+from actial_fast.report.metrics import LOSSES
 from actial_fast.report.paired import Result
 from actial_fast.report.run import Record, Run
 from actial_fast.report.speed import COLOUR, TAKEN, phase_bars
@@ -165,7 +166,7 @@ def optimisation(runs: Runs) -> Iterator[Chart]:
         yield lines(title, series(runs, keys, steps), steps, may_log=keys[0] in MAY_LOG)
     drawn = {"stage", "step", "time", "loss", *(key for _, keys, *_ in (*GRPO_CHARTS, *ALL_CHARTS) for key in keys)}
     for key in _recorded(runs):
-        if key not in drawn and not key.startswith(("reward", *TAKEN)):
+        if key not in drawn and not key.startswith(("reward", LOSSES, *TAKEN)):
             yield lines(key, series(runs, [key], steps), steps)
 
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from actial_fast.report.curves import eval_charts, grid
+from actial_fast.report.held_out import loss_line, losses_of
 from actial_fast.report.html import folded
 from actial_fast.report.paired import Paired, paired
 from actial_fast.report.run import Moment, Run, source_of
@@ -20,7 +21,7 @@ def headline(run: Run) -> str:
     changed from stage to stage on the same rows."""
     tables = run.tables
     if not tables:
-        return '<p class="lead">No evaluation yet.</p>'
+        return loss_line(losses_of(run.metrics))
     compared = [name for name, moments in tables.items() if len(moments) > 1 and any(m.stage in run.rl and m.step for m in moments)]
     name = min(compared or tables, key=lambda n: n != source_of(n))
     base = tables[name][-1].result["overall"]
@@ -56,14 +57,23 @@ def _why(first: Moment, second: Moment) -> str:
 
 def _change(first: Moment, second: Moment, change: Paired) -> str:
     """A paired difference in words: "+0.9 points, 95% interval -0.3 to +2.1: no clear change (the same 900 rows; ...)"."""
-    verdict, css = ("better", "good") if change.low > 0 else ("worse", "bad") if change.high < 0 else ("no clear change", "muted")
+    verdict, css = _verdict(change)
     if change.clusters < 2:  # all rows show one picture, or are linked: nothing is known of the spread
-        verdict, css, interval = "no interval, as all rows hang together", "muted", ""
+        interval = "; no interval, as all rows hang together"
+    elif change.low == change.high:
+        interval = f"; no interval, as all {change.clusters:,} clusters of rows changed alike"
     else:
         interval = f", 95% interval {_points(change.low)} to {_points(change.high)}"
     told = f"the same {change.n:,} rows; right only {first.label}: {change.only_first:,}, only {second.label}: {change.only_second:,}"
     verdict = f'<span class="{css}">{verdict}</span> <span class="muted">({escape(told)})</span>'
     return f"<b>{_points(change.difference)} points</b>{interval}: {verdict}"
+
+
+def _verdict(change: Paired) -> tuple[str, str]:
+    """A word and its class."""
+    if not change.clear:
+        return "no clear change", "muted"
+    return ("better", "good") if change.difference > 0 else ("worse", "bad")
 
 
 def _points(share: float) -> str:
@@ -143,9 +153,8 @@ def figure_table(name: str, moments: Sequence[Moment], pairs: Sequence[tuple[Mom
 
 
 def _short(change: Paired) -> str:
-    css = "good" if change.low > 0 else "bad" if change.high < 0 else ""
-    ends = f"<small>{_points(change.low)} to {_points(change.high)}</small>" if change.clusters > 1 else "<small>one cluster</small>"
-    return f'<b class="{css if change.clusters > 1 else ""}">{_points(change.difference)}</b>{ends}'
+    ends = f"{_points(change.low)} to {_points(change.high)}" if change.low < change.high else "no interval"
+    return f'<b class="{_verdict(change)[1]}">{_points(change.difference)}</b><small>{ends}</small>'
 
 
 def _share(figures: Mapping[str, Any], share: str, interval: str) -> str:

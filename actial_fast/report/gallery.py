@@ -1,7 +1,7 @@
 """Sampled replies to look at: a card a question with its pictures, the truth, and each reply with its marks and its reward.
 
-Cards with a mistake come first, later steps before earlier ones. A few are open, the others folded. page.js shows those of one step, kind
-or verdict, or with some words. However many replies a run kept, the page keeps a bounded size.
+Cards with a mistake come first, later steps before earlier ones. A few are open, the others folded. gallery.js shows those of one step,
+kind or verdict, or with some words. However many replies a run kept, the page keeps a bounded size.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _told(groups: Sequence[_Group]) -> str:
 
 
 def _choices(groups: Sequence[_Group]) -> str:
-    """What page.js chooses by; it takes `hidden` away."""
+    """What gallery.js chooses by; it takes `hidden` away."""
     verdicts, kinds, steps = (Counter(getattr(g, name) for g in groups) for name in ("verdict", "kind", "step"))
     selects = [
         ("verdict", "all verdicts", [(name, label, verdicts[name]) for name, label in VERDICTS.items() if verdicts[name]]),

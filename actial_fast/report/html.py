@@ -12,7 +12,7 @@ from pathlib import Path
 
 from actial_fast.report.style import CSS
 
-SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
+SCRIPT = "\n".join(Path(__file__).with_name(f"{name}.js").read_text(encoding="utf-8") for name in ("page", "bars", "gallery"))
 
 
 def document(title: str, body: str) -> str:

@@ -2,6 +2,7 @@
 
 The two JSONL files are the record; report.py and everything else reads those. One line of RUN/metrics.jsonl:
     {"stage": "sft", "step": 12, "time": 1700000000.123, "loss": 1.2, ...}               time: Unix seconds; a NaN or infinity is null
+    {"stage": "sft", "step": 12, "time": ..., "eval/own/val/loss": 1.3, "eval/own/val/perplexity": 3.7, ...}   losses of held-out rows
 and of RUN/events.jsonl:
     {"kind": "eval", "stage": "sft", "step": 12, "time": ..., "name": "test", "result": {... of statistics.accuracy_table}}
     {"kind": "rollouts", "stage": "grpo", "step": 1, "time": ..., "rollouts": [{"images", "prompt", "response", "reward", "truth", "kind"}]}
@@ -19,13 +20,14 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 from actial_fast.data.sources.files import writing
 
 METRICS_FILE, EVENTS_FILE = "metrics.jsonl", "events.jsonl"
+LOSSES = "eval/"  # how the names of held-out losses begin
 TELLING = (
     "loss",
     "reward",
@@ -103,10 +105,34 @@ class MetricLog:
             marks = f"; score {100 * result['overall']['score']:.1f}%" if result["overall"].get("partial") else ""
             self._progress.say(f"{self.stage} step {step}: {name} accuracy {parts}{marks}; well-formed and correct {right:.1f}%")
 
+    def losses(self, step: int, found: Mapping[str, tuple[float, float, int, int]]) -> None:
+        """Record losses that were measured behind `step`: name -> (mean, perplexity, answer tokens, rows), a line of their own in
+        metrics.jsonl, shown in the terminal as well."""
+        if not self.enabled or not found:
+            return
+        keys = ("loss", "perplexity", "answer_tokens", "rows")
+        values = {f"{LOSSES}{name}/{key}": float(v) for name, each in found.items() for key, v in zip(keys, each, strict=True)}
+        _put(self._metrics, _line({"stage": self.stage, "step": step, "time": round(time.time(), 3), **values}))
+        self._scalars(step, values)
+        for name, (mean, perplexity, tokens, rows) in found.items():
+            told = f"loss {mean:.4f}, perplexity {perplexity:,.4g} ({tokens:,} answer tokens of {rows:,} rows)"
+            self._progress.say(f"{self.stage} step {step}: {name} {told}")
+
+    def measured(self, step: int) -> bool:
+        """Whether losses that were measured behind `step` of this stage were recorded before; False on ranks that do not write."""
+        metrics = read_metrics(self._run_dir) if self.enabled else []
+        return any(m["stage"] == self.stage and m["step"] == step and any(key.startswith(LOSSES) for key in m) for m in metrics)
+
     def evaluated(self, step: int) -> dict[str, Any]:
         """The results of an evaluation at `step` of this stage that was recorded before, by name; nothing on ranks that do not write."""
         events = read_events(self._run_dir) if self.enabled else []
         return {e["name"]: e["result"] for e in events if (e["kind"], e["stage"], e["step"]) == ("eval", self.stage, step)}
+
+    def opening(self, lines: Iterable[str]) -> None:
+        """The first lines in the terminal, with the stage's name; not where only results are wanted."""
+        if self.enabled and not self._progress.quiet:
+            for line in lines:
+                self._progress.say(f"{self.stage}: {line}")
 
     def say(self, text: str) -> None:
         """A line in the terminal, beside the progress."""
@@ -156,7 +182,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of RUN/events.jsonl in order, like read_metrics. Of two events of one kind, stage, step and name the later one holds: a run
     killed between an evaluation and the next checkpoint evaluates again."""
-    return list({(e["kind"], e["stage"], e["step"], e.get("name")): e for e in _read(run_dir / EVENTS_FILE)}.values())
+    return list({(e["kind"], e["stage"], e["step"], _name(e)): e for e in _read(run_dir / EVENTS_FILE)}.values())
+
+
+def _name(event: Mapping[str, Any]) -> Any:
+    """What an event is about, where several of its kind may belong to one step."""
+    inside = event.get(event["kind"])
+    return event.get("name", inside.get("name") if isinstance(inside, Mapping) else None)
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from actial_fast.report.curves import grid, grpo, learning, optimisation, speed
 from actial_fast.report.evaluations import evaluation, headline
 from actial_fast.report.gallery import gallery
+from actial_fast.report.held_out import loss_charts, loss_table, losses_of
 from actial_fast.report.html import bullets, contents, document, folded, section, write
 from actial_fast.report.run import read_run
 from actial_fast.report.stages import pairs, stage_table
@@ -29,8 +30,8 @@ def write_report(run_dir: Path, path: Path | None = None) -> Path:
     sections = [
         section("What went wrong", bullets(warned(run.events))),
         section("Signs of trouble", bullets(signs(run.metrics, run.evals))),
-        section("Evaluation", evaluation(run)),
-        section("Learning", grid(learning(alone))),
+        section("Evaluation", evaluation(run) + loss_table(losses_of(run.metrics))),
+        section("Learning", grid([*loss_charts(alone), *learning(alone)])),
         section("GRPO", grid(grpo(alone))),
         *(section(f"Sampled replies: {stage}", gallery(run.folder, stage, run.events)) for stage in run.steps),
         section("Where the time goes", grid(speed(alone))),

@@ -15,6 +15,7 @@ import numpy as np
 
 RESAMPLES = 4999
 BATCH = 512  # resamples held at once
+LEVEL = 0.05  # p-values below it are called clear
 KEY = 8  # characters of what tells a row from others: 48 bits
 Result = Mapping[str, Any]  # of statistics.accuracy_table
 
@@ -106,6 +107,11 @@ class Paired:
     only_second: int
     mcnemar: float | None
     by_clusters: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves 0 out and the test by clusters says so too: of few clusters the interval alone would be too sure."""
+        return self.by_clusters < LEVEL and (self.low > 0 or self.high < 0)
 
 
 def compare(first: Sequence[float], second: Sequence[float], clusters: Sequence[int], seed: int = 0) -> Paired:

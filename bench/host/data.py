@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from actial_fast.data.captures.render import RenderConfig, render
-from actial_fast.data.captures.viewpoint import ViewpointConfig, build
+from actial_fast.data.captures.settings import ViewpointConfig
+from actial_fast.data.captures.viewpoint import build
 from actial_fast.data.sources.source import SourceConfig, open_source, scan
 
 
@@ -76,7 +77,7 @@ def _render(out: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _build(captures: Path, out: Path, args: argparse.Namespace) -> dict[str, Any]:
-    done = build(captures, out, ViewpointConfig(pairs_per_object=args.pairs, workers=args.workers), progress=False)
+    done = build(captures, out, ViewpointConfig(pairs_per_object=args.pairs, workers=args.workers, probes=False), progress=False)
     assert not done["rejected"], done["rejected"]
     return {
         "objects": done["captures"],

@@ -1,5 +1,6 @@
 """The loops ask the budget before they load a model, and are refused by how much and with what to change."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +10,19 @@ import torch
 
 from actial_fast import grpo, sft
 from actial_fast.budget import fits, gpus, trace
-from actial_fast.budget.fits import lacking
-from actial_fast.settings.model import ModelConfig
+from actial_fast.budget.fits import Budget
+from actial_fast.budget.models import config_of, shapes_of
+from actial_fast.budget.phases import Case, phases_of
+from actial_fast.budget.plan import Plan
+from actial_fast.budget.rates import rates_of
+from actial_fast.budget.said import gb, opening, spoken
+from actial_fast.budget.seconds import Range
+from actial_fast.budget.workload import assumed
+from actial_fast.data.sources.source import open_source
+from actial_fast.model.policy import load_policy
+from actial_fast.report.metrics import MetricLog
+from actial_fast.settings.config import load_recipe
+from actial_fast.settings.model import LoRAConfig, ModelConfig
 from actial_fast.settings.recipe import SFTRecipe
 from actial_fast.train.checkpoint import final
 from actial_fast.train.dist import World
@@ -27,7 +39,56 @@ def no_trace(monkeypatch):
 
 
 def test_a_tiny_run_is_let_through_without_a_trace(sft_recipe, no_trace):
-    assert lacking(sft_recipe, Path(sft_recipe.run), ALONE, None) == []
+    assert Budget().lacking(sft_recipe, Path(sft_recipe.run), ALONE, None) == []
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_the_first_lines_say_what_a_run_is(kind, sft_recipe, grpo_recipe, no_trace, capsys):
+    """From the plan that let it through; nothing is said of time where nothing is known. A run that goes on says from where."""
+    recipe, loop = (sft_recipe, sft) if kind == "sft" else (grpo_recipe, grpo)
+    recipe = replace(recipe, model=replace(recipe.model, lora=LoRAConfig(rank=2)), steps=1)
+    loop.train(recipe)
+    policy = load_policy(recipe.model, ALONE.device, 0)
+    numel, trained = (sum(p.numel() for p in policy.parameters() if p.requires_grad or every) for every in (True, False))
+    first, second, third, *rest = capsys.readouterr().out.splitlines()
+    assert first == f"{kind}: {numel:,} parameters, {trained:,} of them trained ({100 * trained / numel:.3g}%), on CPU"
+    rows = sum(len(open_source(source)) for source in recipe.data.sources)
+    counts = (f"{rows} rows", "8 rows") if kind == "sft" else (f"{rows} rows of 2 sources", "4 prompts x 4 replies")
+    assert second == f"{kind}: {counts[0]}; 1 steps of {counts[1]}"
+    held = r"at most [\d.]+ [GM]B a rank for the model and its passes, in \w+, of [\d.]+ GB free"
+    assert re.fullmatch(rf"{kind}: expected: {held}; no time before the first steps, since nothing is known of this machine's speed", third)
+    assert not any(line.startswith(f"{kind}: ") for line in rest)
+    loop.train(replace(recipe, steps=2))
+    assert f"{kind}: {counts[0]}; 2 steps of {counts[1]}; 1 are left, from step 1\n" in capsys.readouterr().out
+
+
+def test_a_quiet_run_says_nothing_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACTIAL_QUIET", "1")
+    with MetricLog(tmp_path, stage="sft", total=1, tensorboard=False) as log:
+        log.opening(["9 rows"])
+        log.say("a result")
+    assert capsys.readouterr().out == "a result\n"
+
+
+def test_on_a_gpu_the_first_lines_have_the_plans_memory_and_time():
+    recipe = load_recipe("recipes/actial-1x24.yaml")
+    machine = gpus.parse("1xRTX4090")
+    case = Case(recipe, shapes_of(config_of(recipe.model.path), recipe.model), machine, assumed(recipe))
+    made = Plan(case, rates_of(machine), tuple(phases_of(case, held=trace.roughly(case.shapes.config))))
+    first, second, third = opening(made, (1000, 20), "NVIDIA GeForce RTX 4090", 50, 150, bounds=False)
+    assert first == "3.78e9 parameters, 29.9e6 of them trained (0.791%), on NVIDIA GeForce RTX 4090"
+    assert second == "1,020 rows of 2 sources; 150 steps of 64 prompts x 8 replies; 100 are left, from step 50"
+    fullest = max(made.phases, key=lambda phase: phase.held)
+    assert third.startswith(
+        f"expected: {gb(fullest.held)} a rank for the model and its passes, in {fullest.name}, of {gb(machine.usable)} usable; a step "
+    )
+    each = made.seconds["step"]
+    assert (
+        f"a step {spoken(each)}, 100 of them {spoken(Range(100 * each.low, 100 * each.high))}, checkpoints and evaluations aside" in third
+    )
+    assert third.endswith(f"({made.rates.about})") and "not measured on this GPU" in third
+    *_, unknown = opening(replace(made, rates=None), (8,), "a GPU", 0, 5, bounds=True)
+    assert "at most" in unknown and "no time before the first steps" in unknown and " to " not in unknown.partition("usable")[2]
 
 
 @pytest.mark.parametrize("loop", ["sft", pytest.param("grpo", marks=pytest.mark.slow)])
@@ -59,7 +120,7 @@ def test_a_device_that_is_too_small_is_told_with_what_would_do(sft_recipe, monke
     monkeypatch.setattr(fits, "available_memory", lambda: 256e9)
     recipe = replace(sft_recipe, model=ModelConfig(path=str(tmp_path), frozen_dtype="bfloat16"), pack_tokens=4096)
     recipe = replace(recipe, data=replace(recipe.data, max_prompt_tokens=2048))
-    told = lacking(recipe, Path(recipe.run), GPU, None)[-1]  # before it there may be one of the disk
+    told = Budget().lacking(recipe, Path(recipe.run), GPU, None)[-1]  # before it there may be one of the disk
     assert "does not fit 1 x" in told and "too much" in told and " would (" in told
     assert "model.lora.rank=16" in told, "nothing else makes room for a 7B"
 

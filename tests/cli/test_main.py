@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -28,6 +29,7 @@ COMMANDS = [
     ["grpo"],
     ["eval"],
     ["export"],
+    ["serve"],
     ["report"],
     ["doctor"],
     ["recipe"],
@@ -151,8 +153,8 @@ def test_bash_completes_a_command(actial, tmp_path):
 @pytest.mark.parametrize("command", ["render", "viewpoint", "spatial"])
 def test_the_fields_of_a_data_command_are_in_its_help(command, actial):
     from actial_fast.data.captures.render import RenderConfig
+    from actial_fast.data.captures.settings import ViewpointConfig
     from actial_fast.data.captures.spatial import SpatialConfig
-    from actial_fast.data.captures.viewpoint import ViewpointConfig
 
     out, _ = actial("data", command, "--help")
     listed = out.partition("fields, key=value, with their defaults:")[2]
@@ -192,14 +194,33 @@ def test_the_cache_is_listed_and_cleared(actial, tmp_path, monkeypatch):
     (tmp_path / "actial_fast" / "0123.arrow").write_bytes(bytes(5000))
     (one, two) = json.loads(actial("cache", "--json", "-")[0])
     assert (one["what"], one["path"], one["used"], two["what"], two["used"]) == ("images", str(store.folder), True, "tables", False)
-    assert 0 < one["bytes"] < 100_000 and two["bytes"] >= 5000, "the file of pixels is sparse"
+    assert 3 * 56 * 56 < one["bytes"] < 10_000 and two["bytes"] >= 5000
+    other = str(store.put(Image.new("RGB", (56, 56), "blue")))
     out, _ = actial("cache", "--clear", "all")
-    assert "in use" in out and store.folder.exists() and not list((tmp_path / "actial_fast").glob("*.arrow"))
+    assert "in use" in out and not list((tmp_path / "actial_fast").glob("*.arrow"))
+    assert store.hold(key) and not store.hold(other), "only what somebody still needs stays"
     folder = store.folder
-    del store
-    assert "in use" not in actial("cache", "--clear", "all", "--older-than", 1)[0] and folder.exists()
-    actial("cache", "--clear", "images")
-    assert not folder.exists()
+    del store, key
+    assert "in use" not in actial("cache", "--clear", "all", "--older-than", 1)[0] and list(folder.glob("*/*"))
+    earlier = folder.parent / "0123456789abcdef"
+    earlier.mkdir()
+    (earlier / "pixels").write_bytes(bytes(50))
+    assert len(json.loads(actial("cache", "--json", "-")[0])) == 2
+    assert "0 B" in actial("cache", "--clear", "images")[0] and not list(folder.glob("*/*")) and not earlier.exists()
+
+
+def test_images_are_pruned_least_recently_used_first(actial, mistake, tmp_path, monkeypatch):
+    from actial_fast.packing.images import ImageSettings, ImageStore
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    store = ImageStore(ImageSettings(14, 2, 2, 1, 10**9, 3, mean=(0.5,) * 3, std=(0.3,) * 3), tmp_path / "elsewhere")
+    keys = [str(store.put(np.full((280, 280, 3), i, np.uint8))) for i in range(4)]
+    os.utime(store.folder / keys[2][:2] / keys[2], (0, 0))
+    told = json.loads(actial("cache", "--images", tmp_path / "elsewhere", "--prune", 0.0008, "--json", "-")[0])
+    assert [one["what"] for one in told] == ["images"] and told[0]["bytes"] < 800_000
+    assert [store.hold(key) for key in keys] == [True, True, False, True]
+    assert "no such folder" in mistake("cache", "--images", tmp_path / "nowhere")
+    assert "0 or more" in mistake("cache", "--prune", -1)
 
 
 def test_overrides_may_stand_before_or_after_options(lab, tmp_path, actial):

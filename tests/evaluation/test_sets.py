@@ -486,6 +486,45 @@ def test_our_viewpoint_test_clusters_by_object(tmp_path):
     assert generic.set.name.endswith("/test") and right(generic) == [1, 1] and generic.items[0] == opened.items[0]
 
 
+def test_viewpoint_figures_are_told_by_move_angle_and_class(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    moves = [
+        ("walk", 95.0, "left", "car/1"),
+        ("walk", -27.0, "right", "car/2"),
+        ("strafe", 8.0, "left", "pot/1"),
+        ("pan", 0.0, "no movement", "pot/1"),
+    ]
+    rows = [
+        {
+            "id": str(n),
+            "messages": [{"role": "user", "content": "<image><image>Which way?"}, {"role": "assistant", "content": "A"}],
+            "images": ["a.png", "a.png"],
+            "truth": "A",
+            "kind": "ego_translation",
+            "choices": ["left", "right", "no movement"],
+            "meta": {"object": of, "move": move, "azimuth_change_deg": angle, "ego_translation": side},
+        }
+        for n, (move, angle, side, of) in enumerate(moves)
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in (f"viewpoint={tmp_path}", str(tmp_path / "test.jsonl")):
+        opened = open_set(name)
+        found = {figure.name: (figure.value, figure.n) for figure in opened.set.figures(list(opened.items), [1, 0, 1, 0])}
+        told = {key: value for key, value in found.items() if ":" in key}
+        assert told == {
+            "move: walk": (0.5, 2),
+            "move: strafe": (1, 1),
+            "move: pan": (0, 1),
+            "angle: 0 to 20 degrees": (1, 1),
+            "angle: 20 to 40 degrees": (0, 1),
+            "angle: 80 to 100 degrees": (1, 1),
+            "class: car": (0.5, 2),
+            "class: pot": (0.5, 2),
+        }
+        same = [opened.items[0]] * 2
+        assert not [figure for figure in opened.set.figures(same, [1, 0]) if ":" in figure.name], "one value of each is the whole"
+
+
 def test_any_vlmevalkit_table_is_a_set(tmp_path):
     plain = {"hint": "", "A": "x", "B": "y", "category": "d", "split": "val"}
     rows = [

@@ -1,7 +1,10 @@
 """The tiny model's tokenizer and chat template."""
 
+import importlib.util
+
 import pytest
 from jinja2.exceptions import TemplateError
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from actial_fast.model.processor import IMAGE_TEXT
 from actial_fast.model.tiny import build_tokenizer
@@ -15,3 +18,11 @@ def test_its_chat_template_reads_strings_and_parts_alike():
     assert text == listed and text.endswith(f"<|im_start|>user\n{IMAGE_TEXT * 2}Which way?<|im_end|>\n<|im_start|>assistant\n")
     with pytest.raises(TemplateError, match="not audio"):
         tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}], tokenize=False)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="with torchvision: tests/vllm/test_serving.py")
+def test_what_transformers_processor_lacks_without_torchvision(tiny):
+    """As docs/serving.md says; tokenizer and image processor open by themselves."""
+    with pytest.raises(ImportError, match="Qwen2VLVideoProcessor requires the Torchvision library"):
+        AutoProcessor.from_pretrained(tiny)
+    assert AutoTokenizer.from_pretrained(tiny).chat_template and AutoImageProcessor.from_pretrained(tiny).merge_size == 2

@@ -262,7 +262,15 @@ def test_stages_that_cannot_be_compared_are_no_change(tmp_path):
     one = [accuracy_table([Record("a", right, True, 1, "x", 2, ("same",), row=f"row{k:05d}") for k in range(9)]) for right in (False, True)]
     log_evals(tmp_path / "one", "sft", (2, "v", one[0]))
     log_evals(tmp_path / "one", "grpo", (2, "v", one[1]))
-    assert "+100.0 points: no interval, as all rows hang together" in page_of(tmp_path / "one")[2]
+    assert "+100.0 points; no interval, as all rows hang together: no clear change" in page_of(tmp_path / "one")[2]
+
+
+@pytest.mark.parametrize(("rows", "verdict"), [(4, "no clear change"), (9, "better")])
+def test_few_rows_that_change_alike_are_not_called_clear(tmp_path, rows, verdict):
+    for stage, right in (("sft", False), ("grpo", True)):
+        records = [Record("a", right, True, 1, "x", 2, (f"{k}",), row=f"row{k:05d}") for k in range(rows)]
+        log_evals(tmp_path, stage, (2, "v", accuracy_table(records)))
+    assert f"+100.0 points; no interval, as all {rows} clusters of rows changed alike: {verdict}" in page_of(tmp_path)[2]
 
 
 def test_greedy_stands_before_sampled_and_what_no_later_stage_repeats_is_folded(stages_with_their_own):

@@ -9,7 +9,8 @@ from PIL import Image
 
 pytest.importorskip("openai")
 from actial_fast.rollout import client
-from actial_fast.rollout.client import Answer, Client, NoCompletion, Unanswered, Used, answer_of, data_url
+from actial_fast.rollout.client import Answer, Client, NoCompletion, Unanswered, Used, answer_of, data_url, parts
+from tests.conftest import png
 from tests.endpoint import server
 
 CHAIN, ANSWER = "It went to the right.", "<answer>B</answer>"
@@ -105,6 +106,24 @@ def test_a_model_that_wants_the_limit_by_its_new_name_gets_it():
         for _ in range(2):
             assert one.ask([], temperature=1.0, seed=0, max_tokens=9).text == WHOLE
     assert [body.get("max_completion_tokens") for body in requests] == [None, 9, 9]
+
+
+def test_blanks_between_images_are_sent_unless_the_server_wants_none():
+    images = (png(np.zeros((2, 2, 3), np.uint8)),) * 2
+    asked = [{"role": "system", "content": " "}, {"role": "user", "content": parts("<image>\n<image>  Which?\n", images, "row")}]
+
+    def answer(body, n):
+        blank = any(not part.get("text", "x").strip() for part in body["messages"][1]["content"])
+        return (400, {}, "text blocks must contain non-whitespace text") if blank and picky else (200, {}, WHOLE)
+
+    for picky in (False, True):
+        with server(answer) as (url, requests):
+            one = Client(url, "m", retries=0)
+            assert all(one.ask(asked, temperature=1.0, seed=0).text == WHOLE for _ in range(2))
+        sent = [[part.get("text") for part in body["messages"][1]["content"]] for body in requests]
+        whole, bare = [None, "\n", None, "  Which?\n"], [None, None, "  Which?\n"]
+        assert sent == ([whole, bare, bare] if picky else [whole, whole])
+        assert all(body["messages"][0]["content"] == " " for body in requests)
 
 
 def test_what_is_used_is_counted():

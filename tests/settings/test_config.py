@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actial_fast.data.captures.render import RenderConfig
+from actial_fast.data.captures.settings import ViewpointConfig
 from actial_fast.data.captures.spatial import SpatialConfig
-from actial_fast.data.captures.viewpoint import ViewpointConfig
 from actial_fast.data.sources.source import SourceConfig
 from actial_fast.model.tiny import TinyConfig
 from actial_fast.ops.spec import AdvantageSpec, GRPOSpec

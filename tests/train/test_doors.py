@@ -144,8 +144,10 @@ def test_a_template_that_rewrites_history_costs_the_rows_it_touches(tiny, tmp_pa
     one = open_source(SourceConfig(str(rows)))[0]
     thought = replace(one.turns[1], content="<think>x</think>A")
     assert processor.encode(Example(replace(one, turns=(one.turns[0], thought)), 0)).trained.any()
-    with pytest.raises(BadRow, match=r"r\.jsonl:1: the chat template rewrites earlier turns"):
-        processor.encode(Example(replace(one, turns=(one.turns[0], thought, replace(one.turns[0], content="more"), thought)), 0))
+    twice = Example(replace(one, turns=(one.turns[0], thought, replace(one.turns[0], content="more"), thought)), 0)
+    for read in (processor.encode, processor.encode_prompt):
+        with pytest.raises(BadRow, match=r"r\.jsonl:1: the chat template rewrites earlier turns"):
+            read(twice)
 
 
 def test_a_template_that_fails_on_a_text(tiny, tmp_path, rows):

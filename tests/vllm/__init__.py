@@ -1,7 +1,8 @@
 """Tests of the engine that is vLLM, in an environment of their own: make test-vllm.
 
 test_engine.py: what it draws, against the packed trainer and the embedded engine; test_adapters.py: the same with LoRA; test_ranks.py: two
-ranks, sharded, in processes of their own (scenes.py); test_loop.py: GRPO from end to end.
+ranks, sharded, in processes of their own (scenes.py); test_loop.py: GRPO from end to end; test_serving.py: the
+server of `actial serve`, against plain transformers.
 """
 
 import importlib.util

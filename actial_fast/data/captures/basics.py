@@ -4,7 +4,7 @@ A stand-in for pretraining, used by the quickstart only. Three kinds, made from 
 test object is touched) and from the front that `actial data render` records in scene.json:
 
     azimuth  one image        -> where the camera stands about the object, in steps of 15 degrees
-    move     two images     -> whether the camera moved to its left or to its right
+    move     two images     -> whether the camera moved to its left, to its right or not at all
     letter   text alone       -> a move told in words, a viewpoint question and its options -> the letter
 """
 
@@ -16,6 +16,7 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from actial_fast.data.captures.questions import NO_MOVE
 from actial_fast.data.sources.files import writing
 from actial_fast.data.sources.own import JsonlSource
 from actial_fast.data.sources.row import IMAGE_TAG, Row, Turn
@@ -23,7 +24,7 @@ from actial_fast.data.sources.row import IMAGE_TAG, Row, Turn
 STEP = 15
 AZIMUTH_QUESTION = "From which side was the photo taken?"
 MOVE_QUESTION = "How did the camera move?"
-MOVED = {"left": "The camera moved to the left.", "right": "The camera moved to the right."}
+MOVED = {"left": "The camera moved to the left.", "right": "The camera moved to the right.", NO_MOVE: "The camera did not move."}
 FACING_FRONT = 90.0  # degrees from the front within which a camera stands on the front half of the ring
 
 
@@ -59,6 +60,8 @@ def write_basics(viewpoint: Path, captures: Path, out: Path, *, front: bool, see
 
 def _rows(row: Row, captures: Path, front: bool, rng: random.Random) -> Iterator[Row]:
     azimuths = scene_azimuths(captures / row.meta["object"])
+    if not azimuths.keys() >= set(row.meta["pair"]):
+        raise ValueError(f"{row.where}: scene.json knows no {row.meta['pair'][0]}; the basics need whole photographs, crops=0")
     angles = [azimuths[name] for name in row.meta["pair"]]
     if front and any(abs(angle) > FACING_FRONT for angle in angles):
         return

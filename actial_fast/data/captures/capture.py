@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pycolmap
 
 from actial_fast.data.captures import co3d, colmap, transforms
 from actial_fast.data.captures.frame import Frame, azimuth_elevation, estimate_frame
@@ -57,7 +58,8 @@ class Capture:
     rotations (N, 3, 3), translations (N, 3): cam_from_world. centers (N, 3): camera centres. points (P, 3): what the pictures were seen to
     show, or the files' cloud. frame: up and the object's middle. azimuth (N,): radians about the vertical axis through that,
     counterclockwise seen from above, zero at the first image. elevation (N,): radians above its horizontal plane.
-    left_out: images with a camera that are not used, counted by reason.
+    cameras (N,): their intrinsics, of the pictures that the model was made from. turns (N, 3, 3): from the axes of these to those of the
+    pictures as they are shown. left_out: images with a camera that are not used, counted by reason.
     """
 
     object: str
@@ -71,6 +73,8 @@ class Capture:
     frame: Frame
     azimuth: np.ndarray
     elevation: np.ndarray
+    cameras: tuple[pycolmap.Camera, ...]
+    turns: np.ndarray
     left_out: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -203,6 +207,8 @@ def _read(path: Path, root: Path, min_images: int, max_elevation_deg: float, ver
         frame=frame,
         azimuth=azimuth,
         elevation=elevation,
+        cameras=tuple(camera for camera, ok in zip(photos.cameras, usable, strict=True) if ok),
+        turns=turn[usable],
         left_out={reason: count for reason, count in left_out.items() if count},
     )
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 AZIMUTHS = ("ring", "front", "random")
 BACKGROUNDS = ("ground", "plain")
 FORMATS = ("png", "jpg")
+PAN_JITTER = 0.8  # degrees by which two shots that look in one direction may each be off it
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,15 @@ class RenderConfig:
     supersampling: int = 2
     """Rays per pixel along each axis: 2 casts 4 rays a pixel."""
     azimuths: str = "ring"
-    """Where the cameras stand: ring (spread evenly round the object, jittered), front (the same over the front half only), random."""
+    """Where the cameras stand: ring (spread evenly round the object, jittered), front (the same over an arc about its front), random."""
+    arc_deg: float = 180.0
+    """Angle of that arc, of azimuths=front only."""
+    shots: int = 1
+    """Photographs from each place, of which there are views / shots. The first two look at the object, or nearly so; further ones are
+    panned, to the one side and the other in turn."""
+    pan_deg: float = 12.0
+    """Angle from one direction to look in to the next. With several shots these are the same all along the walk, so that some pairs pan
+    without moving, some move without turning, and some do neither."""
     elevation_deg: tuple[float, float] = (8.0, 32.0)
     """Lowest and highest elevation of a camera above the object's centre."""
     distance: tuple[float, float] = (2.8, 3.8)
@@ -99,12 +108,24 @@ class RenderConfig:
             ("views", 2),
             ("image_size", 4),
             ("supersampling", 1),
+            ("shots", 1),
             ("points", 8),
             ("workers", 0),
             ("seed", 0),
         ):
             if getattr(self, field) < low:
                 raise ValueError(f"{field} is {getattr(self, field)}: it must be at least {low}")
+        if self.views % self.shots or self.views == self.shots:
+            raise ValueError(f"views is {self.views}, shots {self.shots}: views has to be a multiple of shots, two places at least")
+        if not 0 < self.arc_deg < 360 or (self.azimuths != "front" and self.arc_deg != 180):
+            raise ValueError(f"arc_deg is {self.arc_deg}: give an angle below 360 degrees, with azimuths=front")
+        if not 1 <= self.pan_deg <= 45 or (self.shots == 1 and self.pan_deg != RenderConfig.pan_deg):
+            raise ValueError(f"pan_deg is {self.pan_deg}: give 1 to 45 degrees, with several shots")
+        if self.shots > 2 and (widest := self.pan_deg * ((self.shots - 1) // 2 + 0.5)) > self.fov_deg / 2 + 10:
+            raise ValueError(
+                f"shots is {self.shots}, pan_deg {self.pan_deg}: cameras panned by {widest:g} degrees do not see the object; "
+                "take fewer, smaller steps or a wider fov_deg"
+            )
         if not 0 < self.elevation_deg[0] <= self.elevation_deg[1] < 90:
             raise ValueError(
                 f"elevation_deg is {self.elevation_deg}: give (lowest, highest) between 0 and 90 degrees, both above the ground"
@@ -124,12 +145,12 @@ def _one_of(field: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def _cameras(config: RenderConfig, center: np.ndarray, rng: np.random.Generator) -> Cameras:
-    n = config.views
+    n, shots = config.views // config.shots, config.shots
     if config.azimuths == "random":
         azimuth = rng.uniform(0, 360, n)
     else:  # one camera somewhere in each of n equal slots
-        span = 360 if config.azimuths == "ring" else 180
-        start = rng.uniform(0, 360) if config.azimuths == "ring" else -90
+        span = 360 if config.azimuths == "ring" else config.arc_deg
+        start = rng.uniform(0, 360) if config.azimuths == "ring" else -span / 2
         azimuth = start + span / n * (np.arange(n) + rng.uniform(0, 1, n))
     azimuth = (azimuth + 180) % 360 - 180
     theta, elevation = np.radians(azimuth), np.radians(rng.uniform(*config.elevation_deg, n))
@@ -138,7 +159,11 @@ def _cameras(config: RenderConfig, center: np.ndarray, rng: np.random.Generator)
     centers = center + distance[:, None] * outward
     centers[:, 2] = np.maximum(centers[:, 2], 0.05)  # a flat object's low camera stays above the ground
 
+    azimuth, centers = np.repeat(azimuth, shots), np.repeat(centers, shots, 0)
+    n *= shots
     forward = center + rng.uniform(-1, 1, (n, 3)) * config.aim_jitter - centers
+    if shots > 1:
+        forward = _panned(forward, center - centers, config, rng)
     forward /= np.linalg.norm(forward, axis=1, keepdims=True)
     right = np.cross(forward, (0.0, 0.0, 1.0))
     right /= np.linalg.norm(right, axis=1, keepdims=True)
@@ -147,6 +172,19 @@ def _cameras(config: RenderConfig, center: np.ndarray, rng: np.random.Generator)
     right, down = np.cos(roll) * right + np.sin(roll) * down, np.cos(roll) * down - np.sin(roll) * right
     focal = config.image_size / 2 / np.tan(np.radians(config.fov_deg) / 2)
     return Cameras(centers, np.stack([right, down, forward], 1), azimuth, focal, config.image_size)
+
+
+def _panned(forward: np.ndarray, to_object: np.ndarray, config: RenderConfig, rng: np.random.Generator) -> np.ndarray:
+    """The directions (N, 3) as steep as before, but towards the multiples of pan_deg that are nearest to where the object is: for the shots
+    of a place the nearest one twice, then one step to the one side, one to the other, two ..."""
+    step = np.radians(config.pan_deg)
+    shot = np.arange(len(forward)) % config.shots
+    nearest = np.round(np.arctan2(to_object[:, 1], to_object[:, 0]) / step)
+    first_side = np.repeat(rng.choice((-1, 1), len(forward) // config.shots), config.shots)
+    heading = step * (nearest + first_side * (shot // 2) * (-1) ** shot)
+    heading += np.radians(PAN_JITTER) * rng.uniform(-1, 1, len(forward))
+    level = np.linalg.norm(forward[:, :2], axis=1)
+    return np.stack([level * np.cos(heading), level * np.sin(heading), forward[:, 2]], 1)
 
 
 def _write_colmap(
@@ -274,9 +312,10 @@ def _same_settings(out: Path, config: RenderConfig) -> None:
     record = out / "render.json"
     if record.exists():
         theirs = json.loads(record.read_text(encoding="utf-8"))
-        changed = [k for k in ours if theirs.get(k) != ours[k]]
+        theirs = asdict(RenderConfig()) | theirs  # a field that there was not yet had its default
+        changed = [k for k in ours if json.loads(json.dumps(theirs[k])) != ours[k]]
         if changed:
-            told = "; ".join(f"{k} was {theirs.get(k)!r}, now {ours[k]!r}" for k in changed)
+            told = "; ".join(f"{k} was {theirs[k]!r}, now {ours[k]!r}" for k in changed)
             raise ValueError(f"{out} holds captures made with other settings ({told}): render into another folder, or remove this one")
     else:
         out.mkdir(parents=True, exist_ok=True)

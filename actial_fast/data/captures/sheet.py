@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Arc, Circle, FancyArrowPatch, Polygon
 
 from actial_fast.data.captures.geometry import horizontal, rotation, unit
+from actial_fast.data.captures.questions import OPPOSITE
 from actial_fast.data.sources.files import writing
 from actial_fast.data.sources.picture import decode
 from actial_fast.data.sources.row import IMAGE_TAG, Row
@@ -135,13 +136,15 @@ def _draw_sketch(axes: Axes, row: Row) -> None:
     change = meta["azimuth_change_deg"]
     turns = sorted((-90, -90 + change))
     axes.add_patch(Arc((0, 0), 0.6, 0.6, theta1=turns[0], theta2=turns[1], color=SOFT, linewidth=1.2))
-    for place, view, color, name in zip(places, views, (FIRST, SECOND), "12", strict=True):
+    stayed = meta["ego_translation"] not in OPPOSITE
+    for place, view, color, name in zip(places, views, (FIRST, SECOND), ("", "1 2") if stayed else "12", strict=True):
         axes.plot([place[0], 0], [place[1], 0], color="#dfe3ea", linewidth=0.9, zorder=0)
         side = np.array([-view[1], view[0]])
         tips = [place + 0.34 * view + 0.16 * side, place + 0.34 * view - 0.16 * side]
         axes.add_patch(Polygon([place, *tips], facecolor=color, alpha=0.3, edgecolor="none"))
         axes.add_patch(Circle(place, 0.085, facecolor=color, edgecolor="white", linewidth=0.8, zorder=3))
-        axes.text(place[0], place[1], name, color="white", fontsize=7.5, fontweight="bold", ha="center", va="center_baseline", zorder=4)
+        size = 5.5 if stayed else 7.5
+        axes.text(place[0], place[1], name, color="white", fontsize=size, fontweight="bold", ha="center", va="center_baseline", zorder=4)
     arrow = FancyArrowPatch(
         tuple(places[0]),
         tuple(places[1]),
@@ -153,7 +156,8 @@ def _draw_sketch(axes: Axes, row: Row) -> None:
         color=INK,
         linewidth=1.3,
     )
-    axes.add_patch(arrow)
+    if not stayed:
+        axes.add_patch(arrow)
     axes.text(
         0,
         1.2,

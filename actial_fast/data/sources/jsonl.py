@@ -54,7 +54,7 @@ class JsonRecords:
         """Record `index` (from 0), parsed; BadRow when it is not JSON."""
         start, end = int(self._start[index]), int(self._end[index])
         try:
-            return json.loads(os.pread(self._file.fileno(), end - start, start).decode("utf-8"), object_pairs_hook=_once)
+            return parsed_json(os.pread(self._file.fileno(), end - start, start))
         except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
             raise BadRow(self.where(index), f"not JSON ({error})") from None
 
@@ -118,6 +118,11 @@ def _past_blank(text: str, at: int) -> int:
     blank = BLANK.match(text, at)
     assert blank is not None  # the pattern matches the empty text as well
     return blank.end()
+
+
+def parsed_json(data: bytes) -> Any:
+    """What UTF-8 bytes say as JSON; ValueError or RecursionError for what is none, or has a key twice."""
+    return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_once)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

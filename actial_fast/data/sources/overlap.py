@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,16 +26,16 @@ class Prints:
     objects: frozenset[str]
 
 
-def overlaps(trained: Sequence[SourceConfig], held: Sequence[SourceConfig]) -> Iterator[str]:
+def overlaps(trained: Sequence[SourceConfig], held: Iterable[tuple[str, SourceConfig]]) -> Iterator[str]:
     """One line for each pair of training sources with rows in common, and for each evaluation source that has rows, images or objects of
-    a training source. ValueError where a source cannot be opened."""
+    a training source. held: with the key that names each. ValueError where a source cannot be opened."""
     opened = [(source.path, _prints(open_source(source))) for source in trained]
     for k, (path, prints) in enumerate(opened):
         for other, others in opened[:k]:
             known = set(others.whole)
             if count := sum(one in known for one in prints.whole):
                 yield f"data.sources: {count} of {len(prints.whole)} rows of {path} are in {other} as well"
-    for source in held:
+    for key, source in held:
         prints = _prints(open_source(source))
         rows = len(prints.asked)
         for path, others in opened:
@@ -44,12 +44,12 @@ def overlaps(trained: Sequence[SourceConfig], held: Sequence[SourceConfig]) -> I
             seen = sum(bool(one & shown) for one in prints.images)
             objects = prints.objects & others.objects
             if same:
-                yield f"eval.sources: {same} of {rows} rows of {source.path} are trained on, in {path}"
+                yield f"{key}: {same} of {rows} rows of {source.path} are trained on, in {path}"
             elif seen:
-                yield f"eval.sources: {seen} of {rows} rows of {source.path} show images that {path}, which is trained on, shows too"
+                yield f"{key}: {seen} of {rows} rows of {source.path} show images that {path}, which is trained on, shows too"
             elif objects:
                 yield (
-                    f"eval.sources: {len(objects)} of {len(prints.objects)} objects of {source.path} are objects of {path}, which is "
+                    f"{key}: {len(objects)} of {len(prints.objects)} objects of {source.path} are objects of {path}, which is "
                     f"trained on: {sorted(objects)[0]}, ..."
                 )
 

@@ -79,6 +79,17 @@ def glance(image: Path | bytes, where: str) -> None:
         decode(image, where)
 
 
+def thumbnail(image: Path, where: str, side: int) -> np.ndarray:
+    """The picture squeezed to a square, uint8 (side, side, 3); of a JPEG no more is decoded than that takes. BadRow as decode raises it."""
+    _more_formats()
+    try:
+        with Image.open(image) as handle:
+            handle.draft("RGB", (2 * side, 2 * side))
+            return np.asarray(shown(handle, where).resize((side, side), Image.Resampling.BOX))
+    except Exception:  # decode says what it is, unless it is only larger than PIL likes
+        return np.asarray(_opened(image, where, MAX_PIXELS, None)[0].resize((side, side), Image.Resampling.BOX))
+
+
 def smaller(image: Path | bytes, where: str, pixels: int) -> bytes | None:
     """A JPEG of the image with about so many pixels, sides in proportion, for sending it away; None where it has no more. BadRow as decode
     raises it."""
@@ -112,6 +123,20 @@ def orientation(picture: Image.Image) -> int:
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):  # damaged metadata say nothing
         return 1
     return value if value in range(1, 9) else 1
+
+
+def size(image: Path | bytes, where: str, limit: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width as a viewer shows the image, by its header alone; BadRow as `decode` raises it, but for damage further on."""
+    _more_formats()
+    try:
+        with Image.open(image if isinstance(image, Path) else io.BytesIO(image)) as picture:
+            width, height = picture.size[::-1] if orientation(picture) > 4 else picture.size  # these lie on their side
+    except Exception:  # decode says what it is
+        width = height = 0
+    if not 0 < width * height <= limit:
+        height, width, _ = decode(image, where, limit).shape
+    check_aspect(height, width, where)
+    return height, width
 
 
 def header(file: Path) -> tuple[int, int, int]:

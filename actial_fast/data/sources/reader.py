@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from actial_fast.data.sources.fields import IMAGE_KEYS, first_name, full_name, inside, parsed
 from actial_fast.data.sources.jsonl import JsonRecords
 from actial_fast.data.sources.row import BadRow, Row
+from actial_fast.data.sources.shards import ShardRecords, is_shards
 from actial_fast.data.sources.tsv import TsvRecords
 
 LOOKED_AT = 64  # first records, which tell what the others are like
@@ -51,16 +52,21 @@ class Records(Protocol):
 
 
 def is_table(path: Path) -> bool:
-    """Whether a path is a folder or a file of a table, not JSON."""
-    return path.is_dir() or path.suffix in (".parquet", ".arrow")
+    """Whether a path is a folder or a file of a table, neither JSON nor tar shards."""
+    return (path.is_dir() and not is_shards(path)) or path.suffix in (".parquet", ".arrow")
 
 
 def open_records(path: Path, split: str = "") -> Records:
-    """The records of a JSON, parquet, TSV or CSV file, or of a folder (of one `split` of it); ValueError when it cannot be read."""
+    """The records of a JSON, parquet, TSV or CSV file, of tar shards, or of a folder (of one `split` of it); ValueError when they cannot be
+    read."""
+    if is_shards(path):
+        return ShardRecords(path, split)
     if is_table(path):
         from actial_fast.data.sources.table import Table  # needs pyarrow
 
         return Table(path, split)
+    if not path.exists():
+        raise ValueError(f"{path}: a pattern is for parquet files and tar shards; give these files one by one, each as a source")
     return TsvRecords(path) if path.suffix.lower() in (".tsv", ".csv") else JsonRecords(path)
 
 

@@ -1,7 +1,8 @@
 """Opening a data source by its format, and checking it as a whole.
 
 A source is anything with `__len__()`, `__getitem__(i) -> Row` (BadRow for a malformed row), `kind(i) -> str` and `images(i) -> tuple`;
-images stay encoded until picture.decode. One file per format: own, sharegpt, sat, verl, easyr1; others are named as module:Reader.
+images stay encoded until picture.decode. One file per format: own, sharegpt, sat, verl, easyr1, webdataset; others are named as
+module:Reader.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from actial_fast.data.sources.files import writing
 from actial_fast.data.sources.jsonl import recover
 from actial_fast.data.sources.own import KEYS, OURS
 from actial_fast.data.sources.picture import decode
+from actial_fast.data.sources.places import exists, place
 from actial_fast.data.sources.plugins import find
 from actial_fast.data.sources.reader import LOOKED_AT, Reader, is_table, open_records
 from actial_fast.data.sources.row import BadRow, Row
+from actial_fast.data.sources.shards import is_shards
 from actial_fast.data.sources.task import find_task, prepared
 
 FORMATS = {  # imported on first use, because parquet needs pyarrow
@@ -32,6 +35,7 @@ FORMATS = {  # imported on first use, because parquet needs pyarrow
     "sat": "actial_fast.data.sources.sat:SatSource",
     "verl": "actial_fast.data.sources.verl:VerlSource",
     "easyr1": "actial_fast.data.sources.easyr1:EasyR1Source",
+    "webdataset": "actial_fast.data.sources.webdataset:WebDatasetSource",
 }
 
 
@@ -40,10 +44,11 @@ class SourceConfig:
     """One source of a mixture."""
 
     path: str
-    """The file: JSON, JSON Lines or parquet; or a folder of parquet files, or one written by datasets.save_to_disk."""
+    """The file: JSON, JSON Lines, parquet or a tar shard; several parquet files or shards by a pattern (train-{000..019}.tar, *.parquet) or
+    their folder; a folder written by datasets.save_to_disk; or the address of such files (hf://, https://), which are fetched once."""
     format: str = "auto"
-    """jsonl (this project's rows), sharegpt, sat, verl, easyr1, or module:Reader for your own; auto is the task's, or else looks at the
-    file's name and columns."""
+    """jsonl (this project's rows), sharegpt, sat, verl, easyr1, webdataset (texts and classes beside pictures), or module:Reader for your
+    own; auto is the task's, or else looks at the file's name and columns."""
     task: str = ""
     """What the rows are for: jigsaw, jigsaw_turns, sparkle, boxes, or module:object for your own; empty for questions with an answer."""
     weight: float = 1.0
@@ -55,9 +60,11 @@ class SourceConfig:
     kinds: tuple[str, ...] = ()
     """Question types to keep; empty keeps all."""
     limit: int = 0
-    """Keep only the first so many rows (of those that `kinds` keeps); 0 keeps all."""
+    """Keep only the first so many rows (of those that `kinds` keeps and `skip` leaves); 0 keeps all."""
     split: str = ""
     """Of a folder that holds several, by the names of its files or subfolders: train, validation or test."""
+    skip: int = 0
+    """Leave out the first so many rows (of those that `kinds` keeps): what another source with this for its `limit` holds out."""
 
 
 class Source(Protocol):
@@ -109,10 +116,11 @@ def open_source(config: SourceConfig) -> View:
     Returns a source: `len(source)` rows, `source[i]` a checked Row with encoded images, or BadRow naming file, row and reason.
     Raises ValueError when the path does not exist, the format is unknown or ambiguous, or no row is left.
     """
-    path = Path(config.path).expanduser()
-    if not path.exists():
+    path = place(config.path)
+    if not exists(path):
         raise ValueError(
-            f"data source {path} does not exist (looked from {Path.cwd()}); give the path of a .json, .jsonl or .parquet file or a folder"
+            f"data source {path} does not exist (looked from {Path.cwd()}); give the path of a .json, .jsonl, .parquet or .tar file, of a "
+            "folder, or a pattern of files"
         )
     if config.split and not path.is_dir():
         raise ValueError(f"data source {path}: split is for folders, and this is a file; take it away")
@@ -123,15 +131,20 @@ def open_source(config: SourceConfig) -> View:
     name = detect_format(path, config.split) if name == "auto" else name
     if config.limit < 0:
         raise ValueError(f"data source {path}: limit is {config.limit}; use 0 for all rows or the number of rows to keep")
+    if config.skip < 0:
+        raise ValueError(f"data source {path}: skip is {config.skip}; use 0 for all rows or the number of rows to leave out")
     if config.letters and name != "sat":
         raise ValueError(f"data source {path}: letters is for SAT's options, and this is {name}")
     extra: dict[str, Any] = ({"letters": True} if config.letters else {}) | ({"split": config.split} if config.split else {})
     source = _reader(name, path)(path, **extra)
     indices = _of_kinds(source, config.kinds, path) if config.kinds else np.arange(len(source))
+    there = len(indices)
+    indices = indices[config.skip :]
     if config.limit:
         indices = indices[: config.limit]
     if not len(indices):
-        raise ValueError(f"data source {path} ({name}) has no rows")
+        left = f" behind the {config.skip} that skip leaves out; it has {there}" if config.skip and there else ""
+        raise ValueError(f"data source {path} ({name}) has no rows{left}")
     return View(source, indices, config.system, config.task)
 
 
@@ -149,7 +162,8 @@ def _reader(name: str, path: Path) -> type[Reader]:
 def detect_format(path: Path, split: str = "") -> str:
     """The format of a file or folder, from its suffix and its columns or the keys of its first records; ValueError if they do not tell."""
     hint = "; set format to one of " + ", ".join(FORMATS)
-    if not is_table(path) and path.suffix not in (".json", ".jsonl"):
+    shards = is_shards(path)
+    if not (shards or is_table(path)) and path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"data source {path}: the suffix {path.suffix!r} does not tell the format{hint}")
     records = open_records(path, split)
     keys, parts = set(records.column_names), False
@@ -172,12 +186,15 @@ def detect_format(path: Path, split: str = "") -> str:
         return "sat"
     if {"problem", "answer"} <= keys and not keys & {"messages", "conversations"}:
         return "easyr1"
-    if "conversations" in keys or ("messages" in keys and (is_table(path) or path.suffix == ".json" or "system" in keys)):
-        return "sharegpt"  # our own rows are always one a line, in .jsonl
-    if "messages" in keys and keys & set(OURS) and set(first) <= set(KEYS):
+    ours = not is_table(path) and path.suffix != ".json" and "messages" in keys and keys & set(OURS) and set(first) <= set(KEYS)
+    if "conversations" in keys or ("messages" in keys and not ours and (shards or path.suffix != ".jsonl" or "system" in keys)):
+        return "sharegpt"  # our own rows are one a line in .jsonl, or a member of a shard
+    if ours:
         return "jsonl"
     if "messages" in keys and parts:
         return "sharegpt"  # OpenAI's; ours are written with texts
+    if shards and keys & {"txt", "cls"}:
+        return "webdataset"
     what = f"columns {sorted(keys)}" if is_table(path) else f"records with the keys {sorted(keys)}"
     either = " may be rows of ours or ShareGPT's" if "messages" in keys else " are no format's"
     raise ValueError(f"data source {path}: {what}{either}{hint}")
@@ -237,7 +254,7 @@ class Scan:
     @property
     def reasons(self) -> dict[str, int]:
         """Bad rows per reason, commonest first; figures and file names are left out of the reason so that like counts with like."""
-        return dict(Counter(_outline(error.reason) for error in self.bad).most_common())
+        return dict(Counter(outline(error.reason) for error in self.bad).most_common())
 
 
 def scan(source: Source, door: Callable[[Row, int], object] | None = None, *, progress: Callable[[int], None] | None = None) -> Scan:
@@ -284,7 +301,8 @@ def _decoder() -> Callable[[Row, int], None]:
     return look
 
 
-def _outline(reason: str) -> str:
+def outline(reason: str) -> str:
+    """A bad row's reason without figures and file names, so that like counts with like."""
     reason = re.sub(r"^image .*? (?=does not exist|is |cannot be decoded|cannot be read)", "image ", reason)
     return re.sub(r"\d+", "#", re.sub(r"'[^']*'|<_io\S+ object at \S+>", "...", reason))
 

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
-import re
 import tempfile
 import threading
 import zlib
@@ -30,23 +28,18 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from actial_fast.data.sources import cache
-from actial_fast.data.sources.content import content
+from actial_fast.data.sources.content import content, glimpse_of
+from actial_fast.data.sources.places import SPLIT_OF, by_split, files_of, of_split
 from actial_fast.data.sources.row import BadRow
 from actial_fast.data.sources.told import told
 
 BATCH = 256  # rows converted at a time: memory while converting, and the unit of the Arrow file
 SUM = "\0sum"  # the copy's column of checksums
 UNREADABLE = (pa.ArrowException, ValueError, OverflowError)  # text that is not UTF-8, times that Python does not have
-PEEK = 2048  # bytes at either end by which an image is told from others
-SPLIT_OF = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 
 
 class Table:
-    """Rows of a parquet file, a folder of parquet files (in name order), or a folder written by datasets.save_to_disk.
+    """Rows of a parquet file, of those that a pattern names, of a folder's (in name order), or a folder written by datasets.save_to_disk.
 
     split: which one, of a folder that holds several. Raises ValueError when the path is none of these, a file is damaged, the files'
     columns differ, or the split is not told.
@@ -54,8 +47,9 @@ class Table:
 
     def __init__(self, path: Path, split: str = ""):
         self.path = path
-        self.folder = path if path.is_dir() else path.parent
-        self._parts = [_Part(file) for file in _files(path, split)]
+        files = _files(path, split)
+        self.folder = path if path.is_dir() else files[0].parent
+        self._parts = [_Part(file) for file in files]
         self._batches = [(part, n) for part in self._parts for n in range(len(part.batches))]
         first = next((part for part in self._parts if part.batches), None)
         self.column_names: list[str] = first.names if first else []
@@ -117,9 +111,7 @@ class Table:
                 if isinstance(value, pa.BinaryScalar | pa.LargeBinaryScalar) and not isinstance(
                     value, pa.StringScalar | pa.LargeStringScalar
                 ):
-                    data = memoryview(value.as_buffer())
-                    seen = f"{len(data)}".encode() + bytes(data[:PEEK]) + bytes(data[-PEEK:])
-                    found.append(hashlib.blake2b(seen, digest_size=12).hexdigest())
+                    found.append(glimpse_of(memoryview(value.as_buffer())))
                 elif value is not None:
                     found.append(os.path.normpath(self.folder / str(value)))
         return tuple(found)
@@ -191,7 +183,7 @@ def _files(path: Path, split: str) -> list[Path]:
     """The user's files, one or a folder's in order, of a folder with several splits those of one. ValueError for a folder without, or with
     several and none named."""
     if not path.is_dir():
-        return [path]
+        return files_of(path)
     if (state := path / "state.json").exists():
         return [path / part["filename"] for part in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
     splits = _splits(path)
@@ -200,30 +192,17 @@ def _files(path: Path, split: str) -> list[Path]:
         below = sorted({file.parent for file in path.glob("*/*.parquet")} | {file.parent for file in path.glob("*/*/*.parquet")})
         hint = f"; give {below[0]}" if below else f"; give one of its files, {', '.join(others[:5])}" if others else ""
         raise ValueError(f"{path} holds neither .parquet files nor a dataset written by datasets.save_to_disk{hint}")
-    told = "; ".join(
-        f"{name} ({', '.join(f.name for f in files[:3])}{', ...' if len(files) > 3 else ''})" for name, files in splits.items()
-    )
-    if split:
-        wanted = SPLIT_OF.get(split.lower(), split)
-        if wanted not in splits:
-            raise ValueError(f"{path} has no split {split!r}; it holds {told}")
-        chosen = splits[wanted]
-    elif len(splits) > 1:
-        raise ValueError(f"{path} holds files of several splits: {told}; set split to one of them, or give a file or a folder of one")
-    else:
-        (chosen,) = splits.values()
-    return [part for file in chosen for part in (_files(file, "") if file.is_dir() else [file])]
+    return [part for file in of_split(splits, split, path) for part in (_files(file, "") if file.is_dir() else [file])]
 
 
 def _splits(path: Path) -> dict[str, list[Path]]:
     """A folder's data by split: its files, or those in its data/, as a hub's snapshot has them; or subfolders that have a split's name."""
     if (written := path / "dataset_dict.json").exists():
         return {name: [path / name] for name in json.loads(written.read_text(encoding="utf-8"))["splits"]}
+    if files := sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet")):
+        return by_split(files)
     found: defaultdict[str, list[Path]] = defaultdict(list)
-    for file in sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet")):
-        words = re.findall(r"[a-z]+", file.stem.lower())
-        found[next((SPLIT_OF[word] for word in words if word in SPLIT_OF), "no split")].append(file)
-    for folder in sorted(path.iterdir()) if not found else ():
+    for folder in sorted(path.iterdir()):
         if folder.name.lower() in SPLIT_OF and (any(folder.glob("*.parquet")) or (folder / "state.json").exists()):
             found[SPLIT_OF[folder.name.lower()]].append(folder)
     return dict(found)

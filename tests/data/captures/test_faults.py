@@ -19,9 +19,11 @@ from PIL import Image
 from actial_fast.data.captures import photos as reasons
 from actial_fast.data.captures.capture import read_capture
 from actial_fast.data.captures.geometry import motion
+from actial_fast.data.captures.moves import pairs
 from actial_fast.data.captures.photos import BadCapture
+from actial_fast.data.captures.questions import KINDS
 from actial_fast.data.captures.render import RenderConfig, render
-from actial_fast.data.captures.viewpoint import KINDS, ViewpointConfig, pairs
+from actial_fast.data.captures.settings import ViewpointConfig
 from actial_fast.data.sources.picture import decode
 from tests.data.captures.test_turned import SENSOR
 from tests.data.sources.test_picture import exif

@@ -13,9 +13,12 @@ from PIL import Image
 
 from actial_fast.data.captures import photos as module
 from actial_fast.data.captures.capture import find_captures, object_id, read_capture
+from actial_fast.data.captures.moves import pairs
 from actial_fast.data.captures.photos import BadCapture
+from actial_fast.data.captures.questions import KINDS
 from actial_fast.data.captures.render import RenderConfig, render
-from actial_fast.data.captures.viewpoint import KINDS, ViewpointConfig, build, pairs
+from actial_fast.data.captures.settings import ViewpointConfig
+from actial_fast.data.captures.viewpoint import build
 from actial_fast.data.sources.source import SourceConfig, open_source
 from tests.data.captures.formats import cloud, registered, write_co3d, write_ply, write_transforms
 

@@ -192,6 +192,46 @@ def test_azimuths_ring_front_random(tmp_path):
     assert np.max(random) > 100 and np.min(random) < -100
 
 
+def test_an_arc_is_as_long_as_asked_for(tmp_path):
+    render(tmp_path, replace(CONFIG, families=("pot",), azimuths="front", arc_deg=80.0, image_size=8), progress=False)
+    azimuths = np.array([scene(p)["azimuth_deg"] for p in captures(tmp_path)])
+    assert np.abs(azimuths).max() <= 40 and azimuths.min() < -30 and azimuths.max() > 30
+
+
+def test_shots_share_places_and_directions(tmp_path):
+    """Six from each place: two that look at the object, and one and two steps to either side, in the same directions from every place."""
+    config = replace(CONFIG, families=("chair",), views=48, shots=6, fov_deg=60.0, image_size=16)
+    render(tmp_path, config, progress=False)
+    for path in captures(tmp_path):
+        model, facts = pycolmap.Reconstruction(path / "sparse" / "0"), scene(path)
+        up, front = np.array(facts["up"]), np.array(facts["front"])
+        images = sorted(model.images.values(), key=lambda image: image.name)
+        centers = np.stack([image.projection_center() for image in images]).reshape(8, 6, 3)
+        ahead = np.stack([image.cam_from_world().rotation.matrix()[2] for image in images])
+        heading = np.degrees(np.arctan2(ahead @ np.cross(up, front), ahead @ front)).reshape(8, 6)
+        assert np.ptp(centers, axis=1).max() < 1e-6 and np.linalg.norm(centers[:-1, 0] - centers[1:, 0], axis=1).min() > 0.01
+        to_object = np.array(facts["center"]) - centers[:, 0]
+        bearing = np.degrees(np.arctan2(to_object @ np.cross(up, front), to_object @ front))
+        assert np.abs(heading / 12 - np.round(heading / 12)).max() <= 0.8 / 12 + 1e-6, "multiples of pan_deg, but for the jitter"
+        off = apart(heading, bearing[:, None])
+        assert off[:, :2].max() <= 6.81 and off.max() <= 30.81
+        steps = np.sort(np.round(apart(heading, heading[:, :1]) / 12), axis=1)
+        assert (steps == [0, 0, 1, 1, 2, 2]).all()
+        assert np.ptp((heading - bearing[:, None] + 180) % 360 - 180, axis=1).min() > 46, "two steps to either side"
+        azimuth = np.array(facts["azimuth_deg"]).reshape(8, 6)
+        assert np.ptp(azimuth, axis=1).max() == 0
+
+
+def test_a_folder_from_before_a_field_was_there_can_be_continued(tmp_path):
+    small = replace(CONFIG, image_size=16, views=4, families=("pot",), objects=1)
+    render(tmp_path, small, progress=False)
+    record = json.loads((tmp_path / "render.json").read_text())
+    (tmp_path / "render.json").write_text(json.dumps({key: value for key, value in record.items() if key not in ("shots", "arc_deg")}))
+    assert render(tmp_path, small, progress=False)["skipped"] == 1
+    with pytest.raises(ValueError, match=r"other settings \(shots was 1, now 2\)"):
+        render(tmp_path, replace(small, shots=2), progress=False)
+
+
 def test_same_for_any_number_of_workers_and_any_selection(tmp_path):
     small = replace(CONFIG, image_size=20, views=4, families=("vehicle", "pot"))
     render(tmp_path / "one", small, progress=False)
@@ -240,6 +280,13 @@ def test_other_settings_do_not_mix(tmp_path):
         ({"families": ("pot", "house")}, "families: 'house' is not known; choose from vehicle"),
         ({"azimuths": "back"}, "azimuths: 'back' is not known"),
         ({"views": 1}, "views is 1: it must be at least 2"),
+        ({"views": 25, "shots": 6}, "views has to be a multiple of shots"),
+        ({"views": 6, "shots": 6}, "two places at least"),
+        ({"views": 40, "shots": 10}, "panned by 54 degrees do not see the object"),
+        ({"arc_deg": 90.0}, "arc_deg is 90.0: .* with azimuths=front"),
+        ({"azimuths": "front", "arc_deg": 360.0}, "arc_deg is 360.0"),
+        ({"pan_deg": 0.5, "shots": 2}, "pan_deg is 0.5"),
+        ({"pan_deg": 9.0}, "pan_deg is 9.0: .* with several shots"),
         ({"elevation_deg": (-5.0, 20.0)}, "elevation_deg"),
         ({"distance": (0.5, 2.0)}, "distance is .* no camera is inside"),
         ({"mesh_up": "w"}, "axis 'w'"),

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from actial_fast.data.captures.render import RenderConfig, render
+from actial_fast.data.captures.settings import ViewpointConfig
 from actial_fast.data.captures.spatial import KINDS, OPTIONS, QUESTIONS, SpatialConfig, spatial_questions, viewpoint_objects
-from actial_fast.data.captures.viewpoint import ViewpointConfig, build
+from actial_fast.data.captures.viewpoint import build
 from actial_fast.data.sources.sat import SatSource
 
 TEST_OBJECTS = {"vehicle/0002", "chair/0001", "pot/0005"}

@@ -13,8 +13,10 @@ from PIL import Image
 
 from actial_fast.data.captures import photos as module
 from actial_fast.data.captures.capture import read_capture
+from actial_fast.data.captures.moves import pairs
 from actial_fast.data.captures.photos import BadCapture
-from actial_fast.data.captures.viewpoint import KINDS, ViewpointConfig, pairs
+from actial_fast.data.captures.questions import KINDS
+from actial_fast.data.captures.settings import ViewpointConfig
 from tests.data.captures.test_viewpoint import around, look_at, write_capture
 from tests.data.sources.test_picture import exif
 

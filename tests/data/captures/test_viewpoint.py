@@ -25,9 +25,13 @@ from PIL import Image, ImageDraw
 from actial_fast.data.captures import photos as module
 from actial_fast.data.captures import viewpoint
 from actial_fast.data.captures.capture import find_captures, read_capture
+from actial_fast.data.captures.moves import pairs
 from actial_fast.data.captures.photos import BadCapture
+from actial_fast.data.captures.questions import KINDS, LETTERS, OPPOSITE, OPTIONS, QUESTIONS, REQUEST
+from actial_fast.data.captures.settings import ViewpointConfig
 from actial_fast.data.captures.sheet import FIRST, SECOND, contact_sheet
-from actial_fast.data.captures.viewpoint import KINDS, LETTERS, OPTIONS, QUESTIONS, ViewpointConfig, build, pairs
+from actial_fast.data.captures.split import balance
+from actial_fast.data.captures.viewpoint import build
 from actial_fast.data.sources.own import from_json
 from actial_fast.data.sources.row import BadRow, Row, Turn
 
@@ -204,9 +208,9 @@ def test_sides_balance_though_turn_and_move_disagree_in_many_pairs(seed):
     chosen = []
     for n in range(301):
         move, turn = draw.choice(("left", "right")), draw.choice(("left", "right"))
-        answers = {"ego_translation": move, "object_translation": viewpoint.OPPOSITE[move], "ego_rotation": turn}
+        answers = {"ego_translation": move, "object_translation": OPPOSITE[move], "ego_rotation": turn}
         chosen.append({"pair": [f"{n}", "b"], "azimuth_deg": [0, 1], "poses": [0, 1], "azimuth_change_deg": 1, "yaw_deg": 1, **answers})
-    ordered = viewpoint._balance(chosen, draw)
+    ordered = balance(chosen, draw)
     assert sorted(max(pair["pair"], pair["pair"][::-1]) for pair in ordered) == sorted(["b", pair["pair"][0]] for pair in chosen)
     for kind, most in zip(KINDS, (1, 1, 2), strict=True):
         sides = Counter(pair[kind] for pair in ordered)
@@ -290,7 +294,7 @@ def test_rows_have_the_promised_form(built):
             assert (asked.role, answer.role, answer.content) == ("user", "assistant", row.truth)
             question, *options = asked.content.removeprefix("<image><image>").split("\n")
             assert question in QUESTIONS[row.kind]
-            assert options == [*(f"{letter}. {text}" for letter, text in zip("ABC", row.choices, strict=True)), viewpoint.REQUEST]
+            assert options == [*(f"{letter}. {text}" for letter, text in zip("ABC", row.choices, strict=True)), REQUEST]
             assert sorted(row.choices) == sorted(OPTIONS[row.kind])
             first, second = (Path(name).stem for name in row.meta["pair"])
             assert row.id == f"{row.meta['object']}/{first}-{second}/{row.kind}"

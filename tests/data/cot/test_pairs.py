@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from actial_fast.data.captures.viewpoint import rows as questions_of
+from actial_fast.data.captures.questions import rows as questions_of
 from actial_fast.data.cot.checking import reasoning
 from actial_fast.data.cot.pairs import PAIR, Pairs, viewpoints_only
 from actial_fast.data.cot.template import draft, page

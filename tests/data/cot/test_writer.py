@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from actial_fast.data.cot import poses as cot
-from actial_fast.data.cot.checking import check_cot
+from actial_fast.data.cot.checking import Rules, check_cot
 from actial_fast.data.cot.poses import geometric_cot
 from actial_fast.data.cot.writer import WriterError, one_by_one, write_cot
 from actial_fast.data.sources.row import BadRow, Row, Turn
@@ -127,7 +127,7 @@ def test_rows_that_the_poses_cannot_explain():
 
 
 def test_rows_of_the_viewpoint_builder(tmp_path):
-    viewpoint = pytest.importorskip("actial_fast.data.captures.viewpoint")
+    viewpoint = pytest.importorskip("actial_fast.data.captures.questions")
     for seed in range(20):
         for meta in (pose("right", "left"), viewpoint.reverse(pose("right", "left"))):
             for row in viewpoint.rows(meta, tmp_path, seed):
@@ -320,3 +320,23 @@ def test_short_chains_for_spatial_rows(kind, choices, truth, says):
         geometric_cot(replace(row, truth=choices[0]), random.Random(0), style="short")
     with pytest.raises(BadRow, match="is no viewpoint row"):
         geometric_cot(row, random.Random(0))
+
+
+@pytest.mark.parametrize("style", ["short", "full"])
+@pytest.mark.parametrize(("ego", "turn"), [(e, t) for e in ("left", "right", "no movement") for t in ("left", "right", "no rotation")])
+def test_chains_from_poses_are_true_of_every_kind_of_pair(style, ego, turn):
+    """Of cameras that stay, do not turn, or turn away too (the balanced composition of the viewpoint builder), in every wording."""
+    moved, turned = ego != "no movement", turn != "no rotation"
+    meta = {
+        **pose(ego if moved else "right", turn if turned else "left", 25 if moved else 0.0, 20 if turned else 0.4),
+        "ego_translation": ego,
+        "object_translation": OPPOSITE.get(ego, ego),
+        "ego_rotation": turn,
+    }
+    for seed in range(5 if style == "full" else 1):
+        for kind in KINDS:
+            row = question(kind, meta, seed)
+            text = geometric_cot(row, random.Random(seed), style)
+            assert check_cot(text, row) is None, text
+            if style == "full":
+                assert check_cot(text, row, Rules(states=True)) is None, text

@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actial_fast.data.captures.viewpoint import QUESTIONS, ViewpointConfig
+from actial_fast.data.captures.questions import QUESTIONS
+from actial_fast.data.captures.settings import ViewpointConfig
 from actial_fast.data.sources.asked import lettered, offered, viewpoint_kind
 from actial_fast.data.sources.row import BadRow
 from actial_fast.data.sources.source import SourceConfig, open_source

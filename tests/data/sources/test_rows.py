@@ -400,7 +400,7 @@ def test_images_of_parts(image, expected, tmp_path):
     assert row.images == (tmp_path / expected if isinstance(expected, str) else expected,) * 2
     assert source.images(0) == source.images(1) != source.images(2) == () and runs(source).tolist() == [0, 2, 3]
     (tmp_path / "held.json").write_text(json.dumps([{"messages": [{"role": "user", "content": "<image>?"}, answer], "images": ["a.png"]}]))
-    told = list(overlaps([SourceConfig(str(tmp_path / "r.jsonl"))], [SourceConfig(str(tmp_path / "held.json"))]))
+    told = list(overlaps([SourceConfig(str(tmp_path / "r.jsonl"))], [("eval.sources", SourceConfig(str(tmp_path / "held.json")))]))
     assert bool(told) == isinstance(expected, str), "by their names"
 
 
@@ -604,17 +604,19 @@ def test_what_sources_share_is_told(tmp_path):
     )
     apart = own(tmp_path / "apart.jsonl", ["7.png"])
     assert list(overlaps([train, again], [])) == [f"data.sources: 1 of 2 rows of {again.path} are in {train.path} as well"]
-    assert list(overlaps([train, other_answer], [apart])) == []
-    (line,) = overlaps([train], [held])
+    assert list(overlaps([train, other_answer], [("eval.sources", apart)])) == []
+    (line,) = overlaps([train], [("eval.sources", held)])
     assert line == f"eval.sources: 1 of 2 rows of {held.path} are trained on, in {train.path}"
-    (line,) = overlaps([train], [images])
+    (line,) = overlaps([train], [("eval.sources", images)])
     assert line == f"eval.sources: 1 of 1 rows of {images.path} show images that {train.path}, which is trained on, shows too"
     objects = [own(tmp_path / f"{name}.jsonl", [f"{name}.png"], meta={"object": "car/1"}) for name in "ab"]
-    (line,) = overlaps(objects[:1], objects[1:])
+    (line,) = overlaps(objects[:1], [("eval.sources", objects[1])])
     assert "1 of 1 objects" in line and "car/1" in line
 
 
 def test_what_tables_share_is_told(tmp_path):
     one, two = (SourceConfig(str(table_of(tmp_path / f"{name}.parquet", 2))) for name in ("one", "two"))
     three = SourceConfig(str(table_of(tmp_path / "three.parquet", 1, question="other")))
-    assert "2 of 2 rows" in next(overlaps([one], [two])) and "show images" in next(overlaps([one], [three]))
+    assert "2 of 2 rows" in next(overlaps([one], [("eval.sources", two)])) and "show images" in next(
+        overlaps([one], [("eval.sources", three)])
+    )

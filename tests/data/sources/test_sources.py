@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from actial_fast.data.captures import viewpoint
+from actial_fast.data.captures import questions
 from actial_fast.data.sources.jsonl import JsonRecords
 from actial_fast.data.sources.picture import decode
 from actial_fast.data.sources.row import BadRow, Row, Turn
@@ -374,6 +374,9 @@ def test_filters(tmp_path):
     odd = open_source(SourceConfig(str(path), kinds=("b",)))
     assert [odd[i].id for i in range(5)] == list("13579") and len(odd) == 6  # the unreadable row stays, to be reported
     assert [open_source(SourceConfig(str(path), kinds=("b",), limit=2))[i].id for i in range(2)] == ["1", "3"]
+    rest, held = (open_source(SourceConfig(str(path), kinds=("b",), **words)) for words in ({"skip": 2}, {"limit": 2}))
+    assert [[view[i].id for i in range(n)] for view, n in ((rest, 3), (held, 2))] == [["5", "7", "9"], ["1", "3"]] and len(rest) == 4
+    assert [open_source(SourceConfig(str(path), skip=4, limit=2))[i].id for i in range(2)] == ["4", "5"]
     with pytest.raises(ValueError, match=r"no row of kind c; it has 'a', 'b'"):
         open_source(SourceConfig(str(path), kinds=("a", "c")))
     sat_path = parquet(tmp_path / "sat.parquet", [sat(i) for i in range(6)])
@@ -396,6 +399,8 @@ def test_opening_errors_say_what_to_do(tmp_path):
             "unknown format 'llava'; use jsonl, sharegpt, sat, verl, easyr1",
         ),
         (SourceConfig(str(tmp_path / "r.jsonl"), limit=-1), "limit is -1"),
+        (SourceConfig(str(tmp_path / "r.jsonl"), skip=-1), "skip is -1"),
+        (SourceConfig(str(tmp_path / "r.jsonl"), skip=1), "has no rows behind the 1 that skip leaves out; it has 1"),
         (SourceConfig(str(tmp_path / "r.csv")), "suffix '.csv' does not tell the format; set format"),
         (SourceConfig(str(tmp_path / "empty.jsonl"), format="jsonl"), "has no rows"),
         (SourceConfig(str(tmp_path / "folder")), "neither .parquet files nor"),
@@ -429,7 +434,7 @@ def test_runs_of_our_rows(tmp_path):
 def test_the_questions_about_a_viewpoint_pair_are_a_run(tmp_path):
     sides = {"ego_translation": "left", "object_translation": "right", "ego_rotation": "right"}
     pairs = [{"object": "car/1", "pair": names, **sides} for names in (["a.png", "b.png"], ["b.png", "c.png"], ["c.png", "b.png"])]
-    records = [each.to_json(tmp_path) for pair in pairs for each in viewpoint.rows(pair, tmp_path / "car" / "1", seed=0)]
+    records = [each.to_json(tmp_path) for pair in pairs for each in questions.rows(pair, tmp_path / "car" / "1", seed=0)]
     path = write_lines(tmp_path / "train.jsonl", records)
     assert starts(path) == [0, 3, 6, 9]
     assert starts(path, kinds=("ego_translation", "ego_rotation")) == [0, 2, 4, 6] and starts(path, limit=7) == [0, 3, 6, 7]
