@@ -152,10 +152,16 @@ def patch_trl(level: str = "loss") -> contextlib.ExitStack:
 
         _replace(GRPOTrainer, "__init__", prepared)
         _replace(GRPOTrainer, "_compute_loss", trl_loss.compute_loss)
-        _replace(GRPOTrainer, "create_accelerator_and_postprocess", trl_loss.create_accelerator)
+        _replace(GRPOTrainer, "create_accelerator_and_postprocess", _create_accelerator)
     stack = contextlib.ExitStack()
     stack.callback(unpatch)
     return stack
+
+
+def _create_accelerator(trainer: Any) -> None:
+    """GRPOTrainer.create_accelerator_and_postprocess, which its constructor calls before it wraps the reference model."""
+    super(GRPOTrainer, trainer).create_accelerator_and_postprocess()
+    trl_loss.keep_outputs(trainer.accelerator)
 
 
 def unpatch() -> None:

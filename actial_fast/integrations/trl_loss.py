@@ -37,7 +37,6 @@ def check_version() -> None:
 
 check_version()
 import trl.trainer.utils  # noqa: E402  a release that is not known may lack what follows
-from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 GLOBAL_MEAN = ("dapo", "cispo", "vespo")
@@ -208,12 +207,6 @@ def keep_outputs(accelerator: Any) -> None:
     policy: Any = getattr(getattr(accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
     if getattr(policy, "output_dtype", None) in (torch.bfloat16, torch.float16):
         accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, output_dtype=None)
-
-
-def create_accelerator(trainer: Any) -> None:
-    """GRPOTrainer.create_accelerator_and_postprocess, which its constructor calls before it wraps the reference model."""
-    super(GRPOTrainer, trainer).create_accelerator_and_postprocess()
-    keep_outputs(trainer.accelerator)
 
 
 def prepare(trainer: Any, workspace_mb: float | None) -> None:
