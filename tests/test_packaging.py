@@ -83,7 +83,8 @@ def shipped(root: Path) -> set[str]:
 def expected() -> set[str]:
     """What an installation needs of the repository, symlinks followed."""
     package = ROOT / "actial_fast"
-    found = {path for path in package.rglob("*.py")} | set(package.glob("kernels/*.py")) | set(package.glob("recipes/*.yaml"))
+    found = {path for path in package.rglob("*.py")} | set(package.glob("kernels/*.py"))
+    found |= {*package.glob("recipes/*.yaml"), *package.glob("report/*.js")}
     return {str(path.relative_to(ROOT)) for path in found} | {"actial_fast/py.typed"}
 
 

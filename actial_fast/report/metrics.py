@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+import yaml
+
 from actial_fast.data.sources.files import writing
 
 METRICS_FILE, EVENTS_FILE = "metrics.jsonl", "events.jsonl"
@@ -255,6 +257,7 @@ def _wandb_run(project: str, run_dir: Path, stage: str, resume_step: int) -> Any
         import wandb
     except ImportError as error:
         raise ValueError(f"wandb={project!r} names a W&B project but wandb cannot be imported ({error}); `pip install wandb`") from error
+    recipe = run_dir / stage / "recipe.yaml"
     # The same folder and stage are the same W&B run: resumed after a kill, overwritten when started over.
     identity = hashlib.sha256(f"{run_dir.resolve()}/{stage}".encode()).hexdigest()[:16]
     run = wandb.init(
@@ -264,6 +267,7 @@ def _wandb_run(project: str, run_dir: Path, stage: str, resume_step: int) -> Any
         id=identity,
         resume="allow" if resume_step else None,
         dir=str(run_dir),
+        config=yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None,
     )
     # An axis of ours: W&B's own step never goes back, and after a kill ours does.
     run.define_metric(f"{stage}/step")

@@ -228,6 +228,8 @@ def test_wandb_gets_the_stage_axis_and_the_same_run_after_a_resume(tmp_path, mon
     started = []
     fake = types.SimpleNamespace(init=lambda **options: started.append(options) or Run())
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft/recipe.yaml").write_text("steps: 3\noptim: {lr: 1e-3}\n")
     for resume in (0, 1):
         with log(tmp_path, wandb="actial", resume_step=resume) as record:
             record.step(resume + 1, {"loss": 1.5})
@@ -235,6 +237,7 @@ def test_wandb_gets_the_stage_axis_and_the_same_run_after_a_resume(tmp_path, mon
     assert ("define", ("sft/*",), {"step_metric": "sft/step"}) in calls
     assert started[0]["id"] == started[1]["id"] and started[0]["project"] == "actial"
     assert (started[0]["resume"], started[1]["resume"]) == (None, "allow")
+    assert started[0]["config"]["steps"] == 3, "the stage's recipe"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
