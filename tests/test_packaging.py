@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = {"train", "bench", "budget", "probes", "dev", "flash", "quack", "vllm"}
+EXTRAS = {"train", "bench", "budget", "probes", "dev", "flash", "quack", "trl", "verl", "vllm"}
 TRAINERS = ("transformers", "trl", "verl", "liger_kernel", "peft", "triton")
 SMOKE = """
 import importlib.util, pathlib, torch

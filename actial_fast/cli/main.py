@@ -13,6 +13,8 @@ from actial_fast.cli.launch import PEER_LOST
 from actial_fast.cli.parser import Completion, Parser, Version
 from actial_fast.cli.shared import one_line
 
+SAID = ("ACTIAL_QUIET", "ACTIAL_TRACEBACK")  # -q and -v, for the ranks that are started too; they end with the command
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status.
@@ -20,12 +22,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     The user's mistakes end in one line on stderr and status 2, without a traceback (-v, or ACTIAL_TRACEBACK=1, shows it). A run that was
     asked to stop and has saved ends with 130 (Ctrl-C) or 143 (SIGTERM), as schedulers that would start it again expect.
     """
+    before = {name: os.environ.get(name) for name in SAID}
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except BrokenPipeError:  # `actial ... | head`
         return 0
     finally:
         _flush()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _flush() -> None:
@@ -54,7 +62,7 @@ def _run(line: list[str]) -> int:
         args.overrides = [*args.overrides, *rest]
     args.line = line
     if getattr(args, "quiet", False):
-        os.environ["ACTIAL_QUIET"] = "1"  # for the ranks that are started too
+        os.environ["ACTIAL_QUIET"] = "1"
     if getattr(args, "verbose", False):
         os.environ["ACTIAL_TRACEBACK"] = "1"
     try:

@@ -160,6 +160,8 @@ def _differences(recipe: GRPORecipe) -> Iterator[str]:
         yield "model.checkpointing, model.tower_checkpointing: all layers of both are computed again"
     if recipe.sampling.oversample:
         yield "sampling.oversample: groups that differ are taken as they end, not in the stream's order; it draws until there are enough"
+    if recipe.eval.loss_sources:
+        yield "eval.loss_sources: losses of held-out rows are not measured"
     if recipe.eval.sources and recipe.eval.max_new_tokens != recipe.sampling.max_new_tokens:
         here, there = recipe.eval.max_new_tokens, recipe.sampling.max_new_tokens
         yield f"eval.max_new_tokens: replies of evaluations may have {there} tokens, as those of training, not {here}"

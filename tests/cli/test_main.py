@@ -164,11 +164,12 @@ def test_the_fields_of_a_data_command_are_in_its_help(command, actial):
 
 
 def test_quiet_and_verbose(actial, lab, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACTIAL_TRACEBACK", "")  # so that it is put back
     _, err = actial("-q", "-v", "doctor", status=2)
     assert "not allowed with" in err
     with pytest.raises(ValueError, match="nowhere"):
         main(["recipe", "show", "nowhere.yaml", "-v"])
+    actial("-q", "recipe", "list")
+    assert not {"ACTIAL_QUIET", "ACTIAL_TRACEBACK"} & set(os.environ), "they are of one command"
 
 
 def test_recipes_that_ship_are_listed_and_copied(actial, mistake, tmp_path, monkeypatch):

@@ -117,7 +117,7 @@ def others(recipe: GRPORecipe, key: str) -> list:
         return [not value]
     if isinstance(value, int | float):
         return [value + 1, value + 0.25, value / 2, 0]
-    return {tuple: [[2, 3], [0.5, 0.6], ["q_proj"]], type(None): [5.0], str: ["another"]}[type(value)]
+    return {tuple: [[2, 3], [0.5, 0.6], ["q_proj"], [{"path": "other.jsonl"}]], type(None): [5.0], str: ["another"]}[type(value)]
 
 
 def with_value(recipe: GRPORecipe, key: str, value) -> GRPORecipe | None:

@@ -17,6 +17,7 @@ from actial_fast.data.sources import picture
 from actial_fast.data.sources.picture import decode, encoded
 from actial_fast.data.sources.row import BadRow
 from actial_fast.packing.images import ImageSettings, ImageStore
+from actial_fast.report.pictures import picture_html
 
 TURNS = {  # EXIF's orientation -> what a viewer does to the stored pixels (numpy, from the tag's definition)
     1: lambda x: x,
@@ -67,9 +68,7 @@ def test_orientation_holds_wherever_a_picture_goes(tmp_path):
     assert kind == "PNG" and close(np.asarray(Image.open(io.BytesIO(again)).convert("RGB")), upright)
     plain = saved(Image.fromarray(STORED), "JPEG")
     assert encoded(plain, "") == (plain, "JPEG")
-    from actial_fast.report.cards import _image
-
-    shown = _image(tmp_path, "data:image/jpeg;base64," + base64.b64encode(data + b"\0" * 70_000).decode())
+    shown = picture_html("data:image/jpeg;base64," + base64.b64encode(data + b"\0" * 70_000).decode())
     card = Image.open(io.BytesIO(base64.b64decode(shown.partition("base64,")[2].partition('"')[0])))
     assert card.size == (16, 32)
 
