@@ -34,7 +34,7 @@ SHORT = [
     "spatial.turn_tolerance_deg=14",
     "cot_rows=20",
     "spatial_cot_rows=10",
-    *("model.heads=2", "model.hidden=32"),
+    *("model.heads=2", "model.hidden=32", "model.vision_depth=1", "model.image_size=28", "render.image_size=28"),
     "model.vision_hidden=32",
     "model.layers=2",
     *(f"{stage}.{key}" for stage in ("front", "ring", "sft") for key in ("steps=5", "batch_size=8", "eval.every=3", "save.every=2")),

@@ -522,6 +522,7 @@ def test_two_ranks_with_lean_optimizers_equal_one(keys, tolerance, sft_recipe, t
     assert far < 1e-3 * sum(value.numel() for value in two.values())
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("fsdp", [False, True], ids=["replicated", "fsdp"])
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
 def test_two_ranks_equal_one(kind, fsdp, sft_recipe, grpo_recipe, tmp_path):

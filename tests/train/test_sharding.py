@@ -44,6 +44,7 @@ def check(found, names):
         assert figures["far"] < 1e-6 < 1e-2 < figures["largest"], (name, figures)
 
 
+@pytest.mark.ranks
 def test_two_ranks_have_the_gradients_of_one_in_every_way(models):
     names = [f"model:whole:packed:{reshard}:{reduce}:1" for reshard, reduce in WAYS]
     names += ["tied:whole:packed:block:step:1", "tied:adapters:plain:step:pass:1", "deep:whole:packed:block:pass:1"]
