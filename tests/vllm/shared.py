@@ -28,7 +28,7 @@ from actial_fast.train.rounds import Pass, passes
 from tests.loops import ALONE, log_probs
 
 # heads of 32: those of 24 are refused on a CPU
-SHAPE = TinyConfig(hidden=128, heads=4, layers=2, vision_hidden=128, vision_depth=2, image_size=28)
+SHAPE = TinyConfig(hidden=128, heads=4, layers=2, vision_hidden=128, vision_depth=2, image_size=28, window=112)
 LONGEST = 300
 
 
