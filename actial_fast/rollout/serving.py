@@ -189,6 +189,10 @@ def template_for(tokenizer: PreTrainedTokenizerBase, system: str) -> str | None:
     texts = [{"role": "user", "content": f"{IMAGE_TEXT}{IMAGE_TEXT}\n-"}]
     parts = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "\n-"}]}]
     expected = _rendered(tokenizer, ([{"role": "system", "content": system}] if system else []) + texts, tokenizer.chat_template)
+    if expected is None and not system:
+        raise ValueError(
+            "its chat template does not take a user's turn as text; write one for vLLM, and give it behind -- as --chat-template"
+        )
     if expected is None or system.strip() not in expected:
         raise ValueError("its chat template takes no system prompt; serve it with --system ''")
     if not before and _rendered(tokenizer, parts, tokenizer.chat_template) == expected:

@@ -207,6 +207,13 @@ def test_a_template_that_takes_no_system_prompt_is_told(tiny, role):
         template_for(tokenizer, "Be brief.")
 
 
+def test_a_template_that_takes_parts_alone_is_told(tiny):
+    tokenizer = load_tokenizer(str(tiny))
+    tokenizer.chat_template = "{% for m in messages %}{{ raise_exception('parts') if m.content is string }}{% endfor %}"
+    with pytest.raises(ValueError, match="does not take a user's turn as text"):
+        template_for(tokenizer, "")
+
+
 def test_heads_are_shared_out_where_they_can(tiny):
     assert "--tensor-parallel-size" in command(find(str(tiny)), Options("cuda", gpus=4)).words
     assert not torch.cuda.is_available() or "--dtype" in command(find(str(tiny)), Options("cuda")).words
