@@ -11,7 +11,8 @@ attention. --lora: adapters of that rank on the language model in the place of i
 Executed FLOPs are counted at the dispatcher, operator by operator, during the real step on the CPU: products by PyTorch's own formulas,
 attention by `attention_forward` and `attention_backward` below; everything else (norms, activations, softmax, optimizer) is left out. At
 the 7B's widths the step runs as it is, but for its products, which give zeros at once. Vision and language model are told apart by hooks;
-the rest, forward and backward together, is the head. The minimum is that of `actial_fast.model.flops`.
+the rest, forward and backward together, is the head. The minimum takes every row once, whichever sequences begin with it, by the formulas
+of `actial_fast.model.flops`.
 
 TRL does what the recipe asks by its own code, the reference pass included. It prepares images when it generates and is handed their patches
 here, so its image preparations are not counted.
@@ -162,7 +163,7 @@ class Step:
 def shape_steps(args: argparse.Namespace, folder: str) -> Callable[[str], Step]:
     """The update of bench.step.update at the narrow or the 7B's widths, by the name of the side."""
     case = make_case(args.prompts, args.n, args.mean, folder)
-    work = work_of(case.samples, case.n)
+    work = work_of(case.samples, case.image_token)
 
     def step(side: str) -> Step:
         model = _with_adapters(narrow_model(case.tokenizer) if args.shape == "narrow" else _wide_model(case.tokenizer), args.lora)
@@ -214,7 +215,7 @@ def recipe_steps(args: argparse.Namespace, folder: str) -> Callable[[str], Step]
 
     def step(side: str) -> Step:
         policy = load_policy(recipe.model, WHERE.device, recipe.seed, packed=side == "packed")
-        needed = passes_of(policy, minibatches, recipe)
+        needed = passes_of(policy, minibatches, recipe, processor.image_token)
         if side != "trl":
             return _our_step(policy, minibatches, processor, replace(recipe, packing=side), needed)
         if len(minibatches) > 1 or len(samples) % recipe.micro_batch:
@@ -231,14 +232,14 @@ def recipe_steps(args: argparse.Namespace, folder: str) -> Callable[[str], Step]
     return step
 
 
-def passes_of(policy: Policy, minibatches: list[list[Sample]], recipe: GRPORecipe) -> tuple[list[Work], dict[str, int]]:
+def passes_of(policy: Policy, minibatches: list[list[Sample]], recipe: GRPORecipe, image_token: int) -> tuple[list[Work], dict[str, int]]:
     """The passes that a step needs, in order: old log-probs of late mini-batches, reference ones of all, each update; and their minimum."""
     kept = [grpo._kept(each, recipe) for each in minibatches]
     wanted = [([s for each in kept[1:] for s in each], {"backward": False})] if len(kept) > 1 else []
     if recipe.loss.beta > 0:
         wanted.append(([s for each in kept for s in each], {"backward": False, "adapters": False}))
     wanted += [(each, {"backward": True}) for each in kept]
-    works = [work_of(samples, recipe.sampling.n) for samples, _ in wanted]
+    works = [work_of(samples, image_token) for samples, _ in wanted]
     works = works if policy.trains_tower else images_once(works)
     minima = [minimum(policy.base, work, **how) for work, (_, how) in zip(works, wanted, strict=True)]
     return works, {part: sum(each[part] for each in minima) for part in PARTS}
@@ -284,7 +285,6 @@ def counted(step: Step) -> dict[str, Any]:
         "minimum_rows": sum(w.rows for w in step.works),
         "rows_without_sharing_or_padding": sum(w.tokens for w in step.works),
         "passes": len(step.works),
-        "predicted_tokens": sum(w.predicted for w in step.works),
     }
 
 

@@ -64,7 +64,7 @@ def measure(
         tuned, settings["lora_rank"] = with_adapters(model, ModelConfig(lora=LoRAConfig(rank=RANK))), RANK
     else:
         tuned = model.requires_grad_(True)
-    work = work_of(case.samples, case.n)
+    work = work_of(case.samples, case.image_token)
     flops = minimum(model, work, backward=True)
     parameters = [p for p in tuned.parameters() if p.requires_grad]
     optimizer, settings["optimizer"] = optimizer_of(parameters, eight_bit=trained == "full")
@@ -86,7 +86,7 @@ def measure(
         "host_seconds": typical.host,
         "tokens": work.tokens,
         "tokens_per_s": work.tokens / median,
-        "predicted_tokens": work.predicted,
+        "predicted_tokens": sum(map(len, case.samples)),
         "images": len(work.images),
         "flops": flops,
         "tflops": sum(flops.values()) / median / 1e12,

@@ -76,6 +76,11 @@ class Case:
         return len(self.samples)
 
     @property
+    def image_token(self) -> int:
+        """Where an image stands in a prompt."""
+        return token_ids(self.tokenizer, "image_pad")[0]
+
+    @property
     def prompt_lengths(self) -> list[int]:
         """Of each sample, its prompt's tokens."""
         return [len(s.sequence) - len(s) for s in self.samples]

@@ -27,6 +27,7 @@ from actial_fast.train.phases import Phases
 from bench.step import ledger, models, update
 from bench.step.ledger import Count, attention_forward, counted, recipe_steps, shape_steps
 from bench.step.minimum import work_of
+from tests.bench.packed_work import packed_work
 from tests.loops import ALONE
 from tests.train.test_rounds import samples_of
 
@@ -47,15 +48,53 @@ def test_the_windows_are_those_of_transformers():
         assert sorted(window_sizes(grid, 8)) == sorted(size for size in np.diff(cu).tolist() if size), grid
 
 
-def test_the_least_rows_and_pairs_are_those_that_predict_something(case):
-    work = work_of(case.samples, case.n)
-    rows, pairs, images = 0, 0, 0
-    for start in (0, 3):
-        group = [s.sequence.ids for s in case.samples[start : start + 3]]
-        seen = {ids[:end].tobytes(): end for ids in group for end in range(1, len(ids))}  # a row's state depends on what it has behind it
-        rows, pairs, images = rows + len(seen), pairs + sum(seen.values()), images + 2
-    assert (work.rows, work.pairs, len(work.images)) == (rows, pairs, images)
-    assert work.predicted == sum(map(len, case.samples)) and work.tokens == sum(len(s.sequence) for s in case.samples)
+def by_beginnings(samples, image_token: int) -> tuple[int, int, int, int]:
+    """Rows, pairs, predictions and images, from every beginning of every sequence: a row's state depends on all that it has behind it."""
+    rows, predicting = {}, set()
+    for s in (sample.sequence for sample in samples):
+        shown = np.flatnonzero(np.diff((s.ids == image_token).astype(int), prepend=0) == 1)  # where each image begins
+        for end in range(1, len(s)):
+            behind = (*s.ids[:end].tolist(), *s.images[: int((shown < end).sum())])
+            rows[behind] = end
+            predicting |= {behind} if s.trained[end] else set()
+    return len(rows), sum(rows.values()), len(predicting), len({key for sample in samples for key in sample.sequence.images})
+
+
+def least(work: Work) -> tuple[int, int, int, int]:
+    return work.rows, work.pairs, work.predicted, len(work.images)
+
+
+def test_the_least_takes_every_row_once_however_late_sequences_part(lab, case):
+    """Replies that begin alike, end alike and are the same; questions about the same images and about others."""
+    processor = Processor.load(str(lab.model), min_pixels=28 * 28, max_pixels=28 * 28 * 40)
+    drawn = samples_of(processor, [(2, 3), (1, 3), (0, 3)])
+    first = drawn[0]
+    longer = replace(first, sequence=first.sequence.extended(np.array([5, 6])))
+    turned = replace(first, sequence=replace(first.sequence, images=first.sequence.images[::-1]))
+    chosen = [*drawn, first, longer, turned]
+    work = work_of(chosen, processor.image_token)
+    assert least(work) == by_beginnings(chosen, processor.image_token)
+    assert work.tokens == sum(len(s.sequence) for s in chosen)
+    assert least(work_of(chosen[::-1], processor.image_token)) == least(work)
+    with_first, other = (work_of([*drawn, x], processor.image_token) for x in (first, turned))
+    assert least(with_first) == least(work_of(drawn, processor.image_token)), "the same sequence again costs nothing"
+    assert other.rows > with_first.rows, "other images are other rows"
+    assert least(work_of(case.samples, case.image_token)) == by_beginnings(case.samples, case.image_token)
+
+
+@pytest.fixture
+def as_packed(monkeypatch):
+    """The needed work is that of one common beginning a group: what packed batches are to do, and nothing else."""
+    monkeypatch.setattr(ledger, "work_of", packed_work)
+
+
+def test_nothing_is_below_the_least(case, tmp_path):
+    step = shape_steps(argparse.Namespace(**narrow()), str(tmp_path))
+    packed, plain = counted(step("packed")), counted(step("plain"))
+    parts = {part: flops for part, flops in packed["minimum"].items() if flops}
+    assert all(packed["flops"][part] >= flops for part, flops in parts.items()) and 1 < packed["total_ratio"] < 1.02 < plain["total_ratio"]
+    assert packed["flops"]["head"] > packed["minimum"]["head"], "both replies' first tokens are predicted by one row, which is scored twice"
+    assert packed["rows"] == packed["minimum_rows"]
 
 
 def test_without_images_the_tower_needs_nothing(case):
@@ -96,7 +135,7 @@ def test_what_a_step_is_charged_is_the_minimum(case, frozen):
     model = models.narrow_model(case.tokenizer)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen) if frozen else True)
-    work = work_of(case.samples, case.n)
+    work = packed_work(case.samples, case.image_token)
     works = [work, replace(work, images={}), replace(work, images={"a": (1, 4, 6), "b": (1, 16, 8)}), Work(0, 0, 0, 0, {})]
     adapted = models.with_adapters(models.narrow_model(case.tokenizer), ModelConfig(lora=LoRAConfig(rank=8))).get_base_model()
     for base in (model, adapted):
@@ -107,14 +146,14 @@ def test_what_a_step_is_charged_is_the_minimum(case, frozen):
 
 
 @pytest.mark.parametrize("model", [{}, {"freeze": ("model.visual",)}, {"lora": LoRAConfig(rank=4)}], ids=str)
-def test_a_step_of_the_loop_is_charged_what_the_ledger_says(lab, recipe, model):
+def test_a_step_of_the_loop_is_charged_what_its_groups_take(lab, recipe, model, as_packed):
     """By the groups that are packed, and not by those of n samples."""
     recipe = replace(recipe, minibatch=2, model=replace(recipe.model, **model), sampling=SamplingConfig(n=3))
     processor = Processor.load(str(lab.model), min_pixels=28 * 28, max_pixels=28 * 28 * 40)
     policy = load_policy(recipe.model, ALONE.device, 0, packed=True)
     samples = samples_of(processor, [(2, 3), (1, 3), (0, 3)])
     minibatches = [samples[:3], samples[3:]]
-    works, needed = ledger.passes_of(policy, minibatches, recipe)
+    works, needed = ledger.passes_of(policy, minibatches, recipe, processor.image_token)
     phases = Phases(ALONE)
     Account(phases).passes(grpo._passes(policy, None, processor, minibatches, recipe, ALONE).wanted)
     assert sum(phases._flops.values()) == sum(needed.values()) and phases._flops.keys() == {"old", "reference", "update"}
@@ -169,7 +208,7 @@ def narrow(**changes) -> dict:
     return {"shape": "narrow", "prompts": 1, "n": 2, "mean": 40, "their_batch": 2, "lora": 0} | changes
 
 
-def test_the_packed_step_does_what_is_needed_and_the_plain_one_repeats_it(tmp_path):
+def test_the_packed_step_does_what_is_needed_and_the_plain_one_repeats_it(tmp_path, as_packed):
     step = shape_steps(argparse.Namespace(**narrow()), str(tmp_path))
     packed, unknown, plain = counted(step("packed")), *(counted(replace(step(side), compute=False)) for side in ("packed", "plain"))
     assert packed == unknown, "what is counted does not depend on the products"
@@ -188,7 +227,7 @@ def test_the_packed_step_does_what_is_needed_and_the_plain_one_repeats_it(tmp_pa
 )
 def test_a_step_with_frozen_parts_does_what_is_needed(case, frozen):
     model = models.narrow_model(case.tokenizer)
-    whole = minimum(model, work_of(case.samples, case.n), backward=True)
+    whole = minimum(model, packed_work(case.samples, case.image_token), backward=True)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen))
     work, found = count_packed(case, model)
@@ -210,10 +249,10 @@ def count_packed(case: update.Case, model) -> tuple[Work, dict[str, int]]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     with Count(base, compute=False) as count:
         side.accumulate()
-    return work_of(case.samples, case.n), count.flops
+    return packed_work(case.samples, case.image_token), count.flops
 
 
-def test_a_wide_step_is_counted_without_its_products(tmp_path, monkeypatch):
+def test_a_wide_step_is_counted_without_its_products(tmp_path, monkeypatch, as_packed):
     small = {"vocab_size": 8192, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}}
     tower = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
@@ -249,7 +288,7 @@ def steps(recipe: GRPORecipe, folder):
     return recipe_steps(argparse.Namespace(recipe=str(path), overrides=[]), str(folder / "images"))
 
 
-def test_a_recipes_step_and_the_same_by_trl(recipe, tmp_path):
+def test_a_recipes_step_and_the_same_by_trl(recipe, tmp_path, as_packed):
     make = steps(recipe, tmp_path)
     results, gradients = {}, {}
     for side in ("packed", "plain", "trl"):
@@ -268,7 +307,7 @@ def test_a_recipes_step_and_the_same_by_trl(recipe, tmp_path):
 @pytest.mark.parametrize(
     "model, calls", [({"freeze": ("model.visual",)}, 1), ({"lora": LoRAConfig(rank=4)}, 1), ({"freeze": ("lm_head",)}, 2)], ids=str
 )
-def test_a_frozen_tower_runs_once_for_all_passes_of_a_recipes_step(recipe, tmp_path, model, calls):
+def test_a_frozen_tower_runs_once_for_all_passes_of_a_recipes_step(recipe, tmp_path, model, calls, as_packed):
     result = counted(steps(replace(recipe, model=replace(recipe.model, **model)), tmp_path)("packed"))
     assert (
         result["flops"] == result["minimum"]
@@ -276,7 +315,7 @@ def test_a_frozen_tower_runs_once_for_all_passes_of_a_recipes_step(recipe, tmp_p
     )
 
 
-def test_late_minibatches_need_old_log_probs(recipe, tmp_path):
+def test_late_minibatches_need_old_log_probs(recipe, tmp_path, as_packed):
     make = steps(replace(recipe, minibatch=2), tmp_path)
     result = counted(make("packed"))
     assert result["passes"] == 4 and result["flops"] == result["minimum"]

@@ -31,7 +31,7 @@ from actial_fast.train import checkpoint
 from actial_fast.train.preflight import problems_of
 from actial_fast.train.stage import build_optimizer
 from bench.step.ledger import Count
-from bench.step.minimum import work_of
+from tests.bench.packed_work import packed_work
 from tests.budget.sizes import saved_bytes
 from tests.loops import ALONE, accumulate, generate, log_probs
 from tests.train.test_rounds import assert_same, run, samples_of
@@ -218,7 +218,7 @@ FROZEN = {
 
 
 @pytest.mark.parametrize("name", FROZEN)
-def test_the_least_flops_are_those_of_a_packed_step(case, name):
+def test_the_formulas_give_the_flops_of_a_packed_step(case, name):
     samples = [replace(s, old=None, ref=None) for s in samples_of(case.processor, [(2, 3), (1, 3)])]
     policy = load_policy(ModelConfig(path=str(case.model)), CPU, 0, packed=True)
     for n, p in policy.base.named_parameters():
@@ -226,7 +226,7 @@ def test_the_least_flops_are_those_of_a_packed_step(case, name):
     recipe = GRPORecipe(prompts=2, minibatch=2, loss=GRPOSpec(beta=0.0))
     with Count(policy.base) as count:
         accumulate(policy, case.processor, samples, recipe)
-    needed = minimum(policy.base, work_of(samples, 3), backward=True)
+    needed = minimum(policy.base, packed_work(samples, case.processor.image_token), backward=True)
     assert sum(count.flops.values()) == sum(needed.values()) and needed["vision_forward"] == count.flops["vision_forward"] > 0
 
 
