@@ -1,4 +1,4 @@
-"""The least FLOPs that the passes of a step need, part by part: what MFU is a share of, and what bench.step.ledger counts against.
+"""The FLOPs that packed passes of a step need, part by part: what MFU counts, and by which bench.step.ledger has its least.
 
 A linear layer of W weights (each of an adapter's two is a layer of its own, kept apart from what it adapts) over R rows needs
 
@@ -21,9 +21,9 @@ Rows and pairs, for sequences in groups that begin alike, with U distinct images
 
 so a layer that is trained amid trained ones takes 6 W R, the patch embedding 4 W R, a frozen head 4 W R, a frozen tower its forward pass.
 A pass without gradients needs the forward terms, and so does sampling: a prompt once, every token of a reply once. A tower of which nothing
-is trained sees an image once for all passes of a step. Every row counts in every layer, and every target in the head, though rows that
-predict nothing need of the last layer keys and values only, and targets behind the same tokens share their logits. Norms, activations,
-softmax, embeddings and the optimizer are left out.
+is trained sees an image once for all passes of a step. bench.step.minimum has the sequences of a pass as one tree instead: rows and
+predictions behind the same tokens once, however late sequences part. Every row counts in every layer, though rows that predict nothing need
+of the last layer keys and values only. Norms, activations, softmax, embeddings and the optimizer are left out.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PARTS = ("vision_forward", "vision_backward", "language_forward", "language_back
 
 @dataclass(frozen=True)
 class Work:
-    """What sequences in groups need at the least. predicted: tokens; tokens: what a path that shares nothing sees; images: grids of the
+    """What sequences in groups need. predicted: tokens; tokens: what a path that shares nothing sees; images: grids of the
     distinct ones by their keys."""
 
     rows: int

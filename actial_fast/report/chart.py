@@ -1,4 +1,4 @@
-"""Line charts over the steps of a run's stages, as inline SVG coloured by the page's CSS, readable and printable without a script.
+"""Line charts over the steps, or the time, of a run's stages: inline SVG, coloured by the page's CSS, readable without a script.
 
 The x axis gives every stage its own steps and its own stretch, at least half the mean width, so that 60 steps of GRPO beside 2,000 of SFT
 stay visible; a rule and a name mark where a stage begins. Many points of a line are drawn as their per-bucket extremes: no spike gets
@@ -76,13 +76,15 @@ def line_chart(
     percent: bool = False,
     may_log: bool = False,
     top: float = math.inf,
+    unit: str = "",
     wide: bool = False,
 ) -> str:
     """An HTML `<figure>` with legend and SVG; "" when no series has a point.
 
     steps: last step per stage in the run's order; fixes the x axis, so that charts of one stage align. percent: values are shares, the y
     axis runs from 0 to 100%. may_log: positive values that span more than a factor LOG_RATIO get a log axis, and the title says so.
-    top: lines end where they rise above it; how many values do, and how far, is said. wide: the figure takes a whole row of the page.
+    top: lines end where they rise above it; how many values do, and how far, is said. unit: of the x axis, where it is not steps. wide: the
+    figure takes a whole row of the page.
     """
     shown = [s for s in series if any(s.stages.values())]
     values = [v for s in shown for points in s.stages.values() for _, v in points]
@@ -133,13 +135,14 @@ def line_chart(
         "percent": percent,
         "log": log,
         "top": top if math.isfinite(top) else None,
-        "lines": [_values(s) for s in shown],
+        "unit": unit,
+        "lines": [_values(s, whole=not unit) for s in shown],
         "guides": [[g.name, g.value, None if g.colour is None else g.colour % COLOURS] for g in guides],
     }
     return figure(title, legend, caption, out, width, ' <span class="muted">(log scale)</span>' if log else "", data)
 
 
-def _values(series: Series) -> dict[str, Any]:
+def _values(series: Series, whole: bool) -> dict[str, Any]:
     """A line for page.js: stage -> [steps, values]; steps that follow on one another are told by the first."""
     stages: dict[str, list[Any]] = {}
     finite = [v for points in series.stages.values() for _, v in points if math.isfinite(v)] or [0.0]
@@ -148,8 +151,9 @@ def _values(series: Series) -> dict[str, Any]:
     for stage, points in series.stages.items():
         kept = _thin(points, VALUES // 2)
         steps = [round(step) for step, _ in kept]
-        follow = bool(steps) and steps == list(range(steps[0], steps[0] + len(steps)))
-        stages[stage] = [steps[0] if follow else steps, [short(value, digits) for _, value in kept]]
+        follow = whole and bool(steps) and steps == list(range(steps[0], steps[0] + len(steps)))
+        places = steps if whole else [round(at, 3) for at, _ in kept]
+        stages[stage] = [steps[0] if follow else places, [short(value, digits) for _, value in kept]]
     return {
         "name": series.name,
         "colour": series.colour % COLOURS,

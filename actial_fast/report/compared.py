@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from actial_fast.report.curves import Runs, grid, grpo, learning, optimisation, speed
+from actial_fast.report.curves import Runs, by_time, grid, grpo, learning, optimisation, speed
 from actial_fast.report.evaluations import figure_table, sentence
 from actial_fast.report.held_out import loss_charts
 from actial_fast.report.html import bullets, contents, document, folded, section, write
@@ -40,6 +40,7 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
         section("Evaluation, each run's last", "".join(_tables(runs))),
         section("Learning", grid([*loss_charts(runs), *learning(runs)])),
         section("GRPO", grid(grpo(runs))),
+        section("Learning by time", grid(by_time(runs))),
         section("Where the time goes", grid(speed(runs))),
         section("Speed and optimisation", grid(optimisation(runs))),
         *(section(f"Stages: {label}", stage_table(run)) for label, run in runs.items()),

@@ -1,12 +1,14 @@
-"""Which charts a report has, of which metrics: how a run learnt, GRPO's figures, speed and optimisation."""
+"""Which charts a report has, of which metrics: how a run learnt, by steps and by time, GRPO's figures, speed and optimisation."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
-from actial_fast.report.chart import Chart, Guide, Series, lines, moving_average
+from actial_fast.report.chart import Chart, Guide, Points, Series, lines, moving_average
 from actial_fast.report.html import folded
 from actial_fast.report.metrics import LOSSES
 from actial_fast.report.paired import Result
@@ -181,6 +183,43 @@ def speed(runs: Runs) -> Iterator[Chart]:
         ordered = sorted(names, key=lambda key: [whole, *(prefix + phase for phase in COLOUR), key].index(key))
         found = [replace(s, name=_phase(s.name, whole, prefix)) for s in series(runs, ordered, steps, colours)]
         yield lines(title, found, steps, may_log=log)
+
+
+def by_time(runs: Runs) -> Iterator[Chart]:
+    """Losses, rewards and accuracies over the time that a stage's steps took, evaluations and pauses between them left out."""
+    clocks = {label: _clock(run) for label, run in runs.items()}
+    longest = max((times[-1] for of in clocks.values() for _, times in of.values()), default=0.0)
+    unit, size = next(((name, s) for name, s in (("seconds", 1), ("minutes", 60)) if longest < 600 * s), ("hours", 3600))
+
+    def placed(label: str, stages: Mapping[str, Points]) -> dict[str, Points]:
+        clock = clocks[label]
+        return {s: [(_at(*clock[s], step) / size, value) for step, value in points] for s, points in stages.items() if s in clock}
+
+    rl, stages = _rl(runs), [s for s in steps_of(runs) if any(s in of for of in clocks.values())]
+    ends = {s: math.ceil(max(of[s][1][-1] for of in clocks.values() if s in of) / size) for s in stages}
+    for title, name, reinforced in (("Supervised loss", "loss", False), ("Reward", "reward", True)):
+        wanted = [s for s in stages if (s in rl) == reinforced]
+        drawn = [Series(label or name, placed(label, _points(run, name, wanted)), k) for k, (label, run) in enumerate(runs.items())]
+        yield lines(f"{title} over {unit}", drawn, ends, may_log=name in MAY_LOG, unit=unit)
+    for name in _evaluated(runs):
+        drawn = []
+        for k, (label, run) in enumerate(runs.items()):
+            marks = {s: [(n, _marks(r["overall"])) for n, r in of.items()] for s, of in run.evals.get(name, {}).items()}
+            drawn.append(Series(label or "overall", placed(label, marks), k, True))
+        if any(len(points) > 1 for each in drawn for points in each.stages.values()):
+            yield lines(f"Accuracy over {unit} ({name})", drawn, ends, percent=True, unit=unit)
+
+
+def _clock(run: Run) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps of each stage that timed them, and the seconds of all its steps up to each."""
+    timed = {stage: [m for m in run.metrics if m["stage"] == stage and "seconds" in m] for stage in run.steps}
+    return {stage: ([m["step"] for m in of], list(accumulate(m["seconds"] for m in of))) for stage, of in timed.items() if of}
+
+
+def _at(steps: list[int], times: list[float], step: float) -> float:
+    """The seconds up to a step."""
+    done = bisect_right(steps, step)
+    return times[done - 1] if done else 0.0
 
 
 def _phase(name: str, whole: str, prefix: str) -> str:

@@ -330,6 +330,8 @@ class Chart {
     this.at = this.placeOf(stage, found.at);
   }
 
+  told(at) { return this.data.unit ? `${at.toLocaleString("en")} ${this.data.unit}` : `step ${at.toLocaleString("en")}`; }
+
   found(stage, wanted) {
     const rows = [];
     this.lines.forEach((line, i) => {
@@ -342,8 +344,8 @@ class Chart {
     const at = rows.map(row => row.step).reduce((a, b) => (Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a));
     for (const row of rows) {
       row.text = row.value === null ? "NaN" : this.data.percent ? this.label(row.value, 4) : String(row.value);
-      if (row.step !== at) row.text += ` (step ${row.step.toLocaleString("en")})`;
+      if (row.step !== at) row.text += ` (${this.told(row.step)})`;
     }
-    return {at, title: `step ${at.toLocaleString("en")}`, rows};
+    return {at, title: this.told(at), rows};
   }
 }

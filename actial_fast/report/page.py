@@ -9,7 +9,7 @@ import time
 from html import escape
 from pathlib import Path
 
-from actial_fast.report.curves import grid, grpo, learning, optimisation, speed
+from actial_fast.report.curves import Runs, by_time, grid, grpo, learning, optimisation, speed
 from actial_fast.report.evaluations import evaluation, headline
 from actial_fast.report.gallery import gallery
 from actial_fast.report.held_out import loss_charts, loss_table, losses_of
@@ -34,7 +34,7 @@ def write_report(run_dir: Path, path: Path | None = None) -> Path:
         section("Learning", grid([*loss_charts(alone), *learning(alone)])),
         section("GRPO", grid(grpo(alone))),
         *(section(f"Sampled replies: {stage}", gallery(run.folder, stage, run.events)) for stage in run.steps),
-        section("Where the time goes", grid(speed(alone))),
+        section("Where the time goes", _where_the_time_goes(alone)),
         section("Speed and optimisation", grid(optimisation(alone))),
         section("Stages", stage_table(run)),
         section("Summary", pairs(run.summary)),
@@ -43,3 +43,8 @@ def write_report(run_dir: Path, path: Path | None = None) -> Path:
     ]
     head = f"<header>{told}<h1>{escape(run.name)}</h1>{headline(run)}</header>{contents(sections)}"
     return write(path or run.folder / "report.html", document(run.name, head + "".join(sections)))
+
+
+def _where_the_time_goes(alone: Runs) -> str:
+    drawn, learnt = grid(speed(alone)), grid(by_time(alone))
+    return drawn + (folded("Learning by time", learnt) if drawn and learnt else "")

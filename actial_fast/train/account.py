@@ -1,4 +1,4 @@
-"""What a step's passes did, for the clock: tokens and the least FLOPs, from what the host knows of them."""
+"""What a step's passes did, for the clock: tokens and the FLOPs that their groups need, from what the host knows of them."""
 
 from __future__ import annotations
 

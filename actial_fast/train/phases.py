@@ -72,7 +72,7 @@ class Phases:
             self._mark()
 
     def add(self, name: str, *, tokens: float = 0, flops: float = 0) -> None:
-        """What this rank did in a phase: tokens, and the least FLOPs they need."""
+        """What this rank did in a phase: tokens, and the FLOPs they need."""
         assert name in PHASES, f"{name} is not a phase of {PHASES}"
         self._tokens[name] = self._tokens.get(name, 0.0) + tokens
         self._flops[name] = self._flops.get(name, 0.0) + flops

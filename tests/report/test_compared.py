@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,6 +54,30 @@ def test_two_runs_stand_side_by_side(runs):
         for colour, name in enumerate(("reward", "reward/format", "reward/accuracy"))
         for k, run in enumerate("ab")
     ]
+
+
+def test_curves_over_time_have_each_runs_own_pace(runs, tmp_path):
+    """Twice as slow a run ends twice as late; pauses between steps take no time, and evaluations stand where their step ended."""
+    folders = []
+    for name, pace in (("quick", 40.0), ("slow", 80.0)):
+        run = Path(shutil.copytree(runs[0], tmp_path / name))
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        (run / "metrics.jsonl").write_text("".join(json.dumps({**r, "seconds": pace, "seconds/update": pace}) + "\n" for r in records))
+        folders.append(run)
+    html, _, _ = whole_page(write_comparison(folders, tmp_path / "compared.html"))
+    charts = dict(re.findall(r'aria-label="([^"]*)">.*?<script type="application/json">(.*?)</script>', html))
+    loss, reward = (json.loads(charts[f"{title} over minutes"]) for title in ("Supervised loss", "Reward"))
+    assert [span[0::3] for span in loss["spans"]] == [["sft", 54]] and [span[0::3] for span in reward["spans"]] == [["grpo", 54]]
+    places = [line["stages"]["sft"][0] for line in loss["lines"]]
+    assert places == [[round(pace * n / 60, 3) for n in range(1, 41)] for pace in (40, 80)]
+    by_step = json.loads(charts["Supervised loss, all stages (nats per answer token)"])
+    assert [line["stages"]["sft"][1] for line in loss["lines"]] == [line["stages"]["sft"][1] for line in by_step["lines"]]
+    (name,) = (title for title in charts if title.startswith("Accuracy over minutes"))
+    at = [line["stages"]["grpo"][0] for line in json.loads(charts[name])["lines"]]
+    evaluated = [e["step"] for e in read_events(folders[0]) if e["kind"] == "eval" and e["stage"] == "grpo"]
+    assert at == [[round(pace * n / 60, 3) for n in evaluated] for pace in (40, 80)]
+    html, _, _ = whole_page(write_report(folders[0]))
+    assert "<summary>Learning by time</summary>" in html and "Reward over minutes" in html
 
 
 def test_a_page_of_one_run_is_not_touched_and_alike_runs_differ_in_nothing(runs, tmp_path):
