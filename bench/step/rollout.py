@@ -3,13 +3,13 @@
     python -m bench.step.rollout [--model FOLDER --source ROWS] [--prompts 16 --n 8 --mean 20 --limit 40] [--rounds 5] [--json FILE]
     python -m bench.step.rollout --run FOLDER [--rounds 5] [--json FILE]
 
-Without --model the weights are random, of the quickstart's shape (--heads 3 for vLLM's CPU kernels, which do not take heads of 24), prompts
-show two images of noise, and as many ids end a reply as make its mean length --mean; with it, replies end as the model ends them. --run is
-a finished quickstart, from the folder it was run in: its model after GRPO, the first prompts of that stage's stream, its numbers of prompts
-and replies. All sides get the same weights, prompts, threads and limits, and take turns in one process. Before anything is timed, greedy
-replies of ours and of transformers must be equal (99 in 100: a tie may round either way). transformers pads the prompts of a call on the
-left, and decodes until its longest reply ends; it gives no log-probs here, the others do. Seconds are of the wall, and of the processor
-over all threads, which say more on a machine that others use: the least of the rounds.
+Without --model the weights are random, of the quickstart's width, prompts show two images of noise, and as many ids end a reply as make its
+mean length --mean; with it, replies end as the model ends them. --run is a finished quickstart, from the folder it was run in: its model
+after GRPO, the first prompts of that stage's stream, its numbers of prompts and replies. All sides get the same weights, prompts, threads
+and limits, and take turns in one process. Before anything is timed, greedy replies of ours and of transformers must be equal (99 in 100: a
+tie may round either way). transformers pads the prompts of a call on the left, and decodes until its longest reply ends; it gives no
+log-probs here, the others do. Seconds are of the wall, and of the processor over all threads, which say more on a machine that others use:
+the least of the rounds.
 """
 
 from __future__ import annotations
@@ -144,7 +144,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--n", type=int, default=8, help="replies to each prompt (default: %(default)s)")
     parser.add_argument("--mean", type=int, default=20, help="mean length of a reply of random weights (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=40, help="longest reply (default: %(default)s)")
-    parser.add_argument("--heads", type=int, default=4, help="of the random weights (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     args = parser.parse_args(argv)
@@ -158,7 +157,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or Path(folder, "model")
         if not args.model:
-            shape = tiny.TinyConfig(heads=args.heads, vision_depth=0, image_size=28)
+            shape = tiny.TinyConfig(vision_depth=0, image_size=28)
             tiny.create(model, ["Which way? A. left B. right"] * 2, shape, seed=0)
         processor = Processor.load(str(model), image_cache=folder)
         policy = load_policy(ModelConfig(path=str(model)), DEVICE, seed=0, packed=True).eval()

@@ -62,7 +62,7 @@ def test_a_tiny_model_of_ones_rows(actial, tmp_path):
         (("tiny", "hidden=3", "-o", "out"), "no source"),
         (("tiny", "rows.jsonl", "-o", "."), "is not empty"),
         (("tiny", "rows.jsonl", "-o", "out", "hiden=3"), "did you mean 'hidden'"),
-        (("tiny", "rows.jsonl", "-o", "out", "hidden=32"), "hidden=32 is no multiple of heads=3"),
+        (("tiny", "rows.jsonl", "-o", "out", "hidden=30"), "hidden=30 is no multiple of heads=4"),
     ],
 )
 def test_mistakes(args, problem, actial, tmp_path, monkeypatch):
