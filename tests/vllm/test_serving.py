@@ -188,7 +188,8 @@ def test_the_server_answers_with_the_system_prompt_and_stops_when_asked(folder, 
             client = Client(f"http://127.0.0.1:{port}/v1", folder.name)
             question = Rows().encode_prompt(Example(row, 0))
             (reply,) = Server(client, 1).generate([question], Draw(1, 0.0, LENGTH), [])[0]
-            assert reply.text == processor.decode(ours.ids).strip() and client.used.read == len(prompt)
+            said = processor.decode(ours.ids).strip().rstrip("\ufffd")  # of a character that a cut reply has begun, a server says nothing
+            assert said and reply.text.rstrip("\ufffd") == said and client.used.read == len(prompt)
         finally:
             server.send_signal(signal.SIGTERM)
             try:
