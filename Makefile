@@ -1,4 +1,4 @@
-# make quickstart   the whole job on a CPU: data, SFT, GRPO, evaluation, report (about 12 minutes after installation)
+# make quickstart   the whole job on a CPU: data, SFT, GRPO, evaluation, report (about 7 minutes after installation)
 # make test         all CPU tests, always the same (HYPOTHESIS_RANDOM=1: new examples); make test-slow adds the three full quickstart seeds
 #                   and 10,000 examples of each row format; make lint: ruff, mypy
 # make test-ranks   runs of several ranks, longer than those in make test (about 6 minutes)

@@ -171,7 +171,7 @@ def test_the_quickstart_reaches_what_it_promises(seed, tmp_path):
     assert summary["accuracy_after_grpo"]["turn_size"] >= 1 / 3 + 0.15, summary
     assert summary["well_formed_and_correct_before_grpo"]["viewpoint/test"] < 0.25, summary
     assert summary["well_formed_and_correct_after_grpo"]["viewpoint/test"] >= 0.8, summary
-    assert summary["total_seconds"] <= 1200, summary
+    assert summary["total_seconds"] <= 800, summary
 
 
 @pytest.fixture(scope="module")
