@@ -143,7 +143,7 @@ def no_such_size():
 
 
 # what is launched, as which dtype, and what must be found on which chips (all: every chip)
-SPILLS_120 = {120: "spills: "} if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else {}  # 3.8 keeps it in the registers
+SPILLS_120 = {120: "spills: "} if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else {}  # 3.7 keeps it in the registers
 CASES = {
     "scale-bf16": ("bf16", lambda: elementwise(scale_kernel), {}),
     "scale-fp32": ("fp32", lambda: elementwise(scale_kernel, torch.float32), {}),

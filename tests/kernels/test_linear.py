@@ -214,8 +214,9 @@ def test_a_row_does_not_depend_on_its_chunk(skip):
     assert len(chunks.cut(head.make_head(case.hidden, case.weight, case.targets, None, 1.0, None), True, small)) > 1
     many = gradients(losses(case, SPECS["clip"], skip=skip, workspace_mb=small)[0], case)
     assert torch.equal(one[0][2], many[0][2]) and torch.equal(one[0][3], many[0][3]), "log-probs and entropies, to the bit"
-    if skip:  # the dense products are the library's
+    if skip and DEVICE == "cuda":  # the dense products are the library's, and the interpreter's are numpy's
         assert torch.equal(one[1][0], many[1][0]), "gradients of hidden, to the bit"
+    assert torch.allclose(one[1][0], many[1][0], rtol=1e-5, atol=1e-9)
     assert torch.allclose(one[1][1], many[1][1], rtol=1e-5, atol=1e-7)
 
 

@@ -78,13 +78,13 @@ def errors(got, exact):
 def check(got, inputs, grad, temperature=1.0):
     """err(ours) <= 2 * err(torch in the same dtype) + floor, against float64.
 
-    The floor: a few roundings of the output, and what one of the largest float32 logit does to it (log p - log q - KL of a token that is
-    all but certain is such a rounding and nothing else).
+    The floor: a few roundings of the output, and what one of each model's largest float32 logit does to it (log p - log q - KL of a token
+    that is all but certain is such roundings and nothing else).
     """
     exact = run(reference.linear_kl, [x.double() for x in inputs], grad.double(), temperature=temperature)
     theirs = run(reference.linear_kl, inputs, grad, temperature=temperature)
     logits = [reference.logits(*inputs[i : i + 2], None, temperature, None) for i in (0, 2)]
-    rounding = torch.finfo(torch.float32).eps * max(x.abs().max().item() for x in logits)
+    rounding = torch.finfo(torch.float32).eps * sum(x.abs().max().item() for x in logits)
     slope = (grad / temperature).abs().max().item()
     partners = [inputs[i].abs().max().item() for i in (1, 0, 3, 2)]
     floors = [1e-6 + rounding]

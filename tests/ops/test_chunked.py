@@ -212,7 +212,7 @@ def test_a_sequence_may_be_longer_than_a_chunk(spec, monkeypatch):
         done.clear()
         cut = grpo(ops.linear_grpo_loss, case, spec, workspace_mb=rows * row, **more)
         for name in whole:
-            assert error(cut[name], whole[name]) < 5e-6, (rows, name)
+            assert error(cut[name], whole[name]) < 1e-5, (rows, name)
         longer = sum(n for n in LENGTHS if n > rows)
         assert sum(done) == (3 * 37 + longer) * 12 * 29
 
