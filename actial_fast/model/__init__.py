@@ -6,7 +6,7 @@ with tensors.py (safetensors files), processor.py (rows to tokens, the only prep
 put on an unmodified model; ../kernels on CUDA), vision.py (the tower without host syncs), features.py (its output over micro-batches and
 passes), adapters.py (low-rank adapters, through PEFT), nf4.py (a base in 4 bits under them, through bitsandbytes), trunk.py (the layers
 without gradients, for sampling) over paged.py (keys and values in blocks), flops.py (the least that a pass needs), tiny.py (a model of
-under a million parameters, for the quickstart and the tests).
+under two million parameters, for the quickstart and the tests).
 """
 
 import logging
