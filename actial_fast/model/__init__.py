@@ -5,7 +5,7 @@ family.py is the contract), policy.py (freeze, adapters, the forward passes), we
 with tensors.py (safetensors files), processor.py (rows to tokens, the only preprocessing there is), attention.py (prompt-once attention,
 put on an unmodified model; ../kernels on CUDA), vision.py (the tower without host syncs), features.py (its output over micro-batches and
 passes), adapters.py (low-rank adapters, through PEFT), nf4.py (a base in 4 bits under them, through bitsandbytes), trunk.py (the layers
-without gradients, for sampling) over paged.py (keys and values in blocks), flops.py (the least that a pass needs), tiny.py (a model of
+without gradients, for sampling) over paged.py (keys and values in blocks), flops.py (what a pass needs), tiny.py (a model of
 under two million parameters, for the quickstart and the tests).
 """
 
