@@ -1,12 +1,12 @@
-"""The tiny model's tokenizer and chat template."""
+"""The tiny model's tokenizer, chat template and what ends its replies."""
 
 import importlib.util
 
 import pytest
 from jinja2.exceptions import TemplateError
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, GenerationConfig
 
-from actial_fast.model.processor import IMAGE_TEXT
+from actial_fast.model.processor import IMAGE_TEXT, Processor
 from actial_fast.model.tiny import build_tokenizer
 
 
@@ -18,6 +18,11 @@ def test_its_chat_template_reads_strings_and_parts_alike():
     assert text == listed and text.endswith(f"<|im_start|>user\n{IMAGE_TEXT * 2}Which way?<|im_end|>\n<|im_start|>assistant\n")
     with pytest.raises(TemplateError, match="not audio"):
         tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}], tokenize=False)
+
+
+def test_other_engines_end_a_reply_where_ours_does(tiny):
+    """By the checkpoint, which is all they read."""
+    assert {*GenerationConfig.from_pretrained(tiny).eos_token_id} == {*Processor.load(str(tiny)).stop_tokens}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="with torchvision: tests/vllm/test_serving.py")
