@@ -92,9 +92,14 @@ class Processor:
         return processor
 
     def save(self, folder: Path) -> None:
-        """Into a checkpoint folder, where AutoTokenizer and the Qwen2-VL image processors of plain transformers find it."""
+        """Into a checkpoint folder, where AutoTokenizer and the Qwen2-VL image processors of plain transformers find it.
+
+        A generation_config.json there names `stop_tokens` then: an engine that knew fewer would go on where replies ended in training."""
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
+        if (file := folder / "generation_config.json").exists():
+            about = json.loads(file.read_text(encoding="utf-8"))
+            file.write_text(json.dumps(about | {"eos_token_id": list(self.stop_tokens)}, indent=2) + "\n", encoding="utf-8")
 
     @property
     def merge(self) -> int:

@@ -104,7 +104,7 @@ def create(folder: Path, texts: Iterable[str], config: TinyConfig, seed: int) ->
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model: Any = family.model(about)
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]  # a text's end ends a reply too, as Qwen has it
+    model.generation_config.eos_token_id = sorted((tokenizer.eos_token_id, tokenizer.pad_token_id))  # a turn's end and a text's, as Qwen's
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

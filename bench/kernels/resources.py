@@ -29,7 +29,7 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 KINDS = ("matrix", "thin", "memory", "scattered", "small")
 """thin: matrix products of 16 rows, Ampere's instruction on every chip; scattered: single elements of large tensors, a few of each row."""
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
-PARKED = 8
+PARKED = 8 if triton.__version__.startswith("3.7.") else 0
 """Bytes of stack that are no finding: two registers, which Triton 3.7's ptxas parks of its own accord, with a store and a load each."""
 
 

@@ -164,6 +164,9 @@ def test_ends_of_the_generation_config(tiny, tmp_path, ends):
     plain, found = Processor.load(str(tiny)), Processor.load(str(tmp_path / "m"))
     given = ends if isinstance(ends, list) else [ends] if ends else []
     assert set(found.stop_tokens) == {*plain.stop_tokens, *(token for token in given if token < 10**6)}
+    found.save(tmp_path / "m")
+    kept = json.loads((tmp_path / "m" / "generation_config.json").read_text())
+    assert kept == {"eos_token_id": list(found.stop_tokens), "do_sample": True}, "engines end replies where training did"
 
 
 def test_an_adapter_folder_is_called_one(tmp_path, recipe):
