@@ -65,13 +65,15 @@ def least(work: Work) -> tuple[int, int, int, int]:
 
 
 def test_the_least_takes_every_row_once_however_late_sequences_part(lab, case):
-    """Replies that begin alike, end alike and are the same; questions about the same images and about others."""
+    """Replies that begin alike and are the same, one of them trained in part; questions about the same images and about others."""
     processor = Processor.load(str(lab.model), min_pixels=28 * 28, max_pixels=28 * 28 * 40)
     drawn = samples_of(processor, [(2, 3), (1, 3), (0, 3)])
     first = drawn[0]
     longer = replace(first, sequence=first.sequence.extended(np.array([5, 6])))
     turned = replace(first, sequence=replace(first.sequence, images=first.sequence.images[::-1]))
-    chosen = [*drawn, first, longer, turned]
+    longest = max(drawn[1:], key=len)
+    untaught = replace(longest, sequence=replace(longest.sequence, trained=np.arange(len(longest.sequence)) == len(longest.sequence) - 1))
+    chosen = [*drawn, first, longer, turned, untaught]
     work = work_of(chosen, processor.image_token)
     assert least(work) == by_beginnings(chosen, processor.image_token)
     assert work.tokens == sum(len(s.sequence) for s in chosen)
